@@ -1,0 +1,1 @@
+r"""Adapters that make flowguard feel native in other libraries (``flowguard.integrations.<host>``)."""
