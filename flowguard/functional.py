@@ -1,0 +1,252 @@
+r"""Pure functions: (x, parameters) -> (y, ladj).
+
+Each is a monotone map of the real line, applied element by element. `ladj` is the logarithm of
+the absolute derivative of the direction taken, element by element: nothing is summed here.
+"""
+
+__all__ = ["additive", "affine", "bounded", "rational_quadratic_spline", "reparametrized_affine"]
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Size, Tensor
+
+from flowguard._rqs import RationalQuadratic
+
+
+def rational_quadratic_spline(
+    x: Tensor,
+    widths: Tensor,
+    heights: Tensor,
+    derivatives: Tensor,
+    *,
+    bound: float,
+    slope: float | None = 1e-3,
+    inverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    r"""Applies a monotone rational-quadratic spline with bounded slope.
+
+    On :math:`[-B, B]` the map is a spline with :math:`K` bins onto :math:`[-B, B]`, outside it is
+    the identity, and both meet with slope one. All-zero parameters give the identity. Whatever the
+    parameters are, infinite ones included, the slope of the spline lies in
+    :math:`[\epsilon, 1/\epsilon]` on the whole line, and value, slope and all gradients are finite
+    for finite `x`. A NaN in `x` or in the parameters makes that element NaN, and no other.
+
+    References:
+        | Neural Spline Flows (Durkan et al., 2019)
+        | https://arxiv.org/abs/1906.04032
+        | On the Robustness of Normalizing Flows for Inverse Problems in Imaging (Hong et al., 2023)
+        | https://arxiv.org/abs/2212.04319
+
+    Arguments:
+        x: The input, with shape :math:`(*)`.
+        widths: The unconstrained widths of all bins but the last, with shape :math:`(*, K - 1)`.
+            The logit of the last bin is zero.
+        heights: The unconstrained heights of all bins but the last, with shape :math:`(*, K - 1)`.
+        derivatives: The unconstrained slopes at the inner knots, with shape :math:`(*, K - 1)`.
+            Zero is the geometric mean of the slopes of the two adjacent bins.
+        bound: The bound :math:`B` of the box.
+        slope: The least slope :math:`\epsilon`, in :math:`(0, 0.49]`. If :py:`None`, use the
+            published parameterisation, in which the slope has no bound: bins of at least a
+            thousandth of the box, inner slopes :math:`0.999 \exp(d) + 0.001` (with `d` cut at 30,
+            in float64 at 300, to keep them finite).
+        inverse: Whether to apply the inverse map.
+
+    The shapes :math:`(*)` of `x` and of the parameters (without their last dimension) are
+    broadcast against each other: `x` of shape `(64, 3)` goes with `widths` of shape `(64, 3, 7)`,
+    `(3, 7)`, `(1, 1, 7)` or `(7,)`. Half-precision tensors are computed in float32.
+
+    Returns:
+        The output and the logarithm of the slope, both with the broadcast shape :math:`(*)` and
+        the promoted dtype of all inputs.
+
+    Raises:
+        TypeError: If an input is not a floating point tensor.
+        ValueError: If the numbers of bins do not agree, if the shapes cannot be broadcast, or if
+            `bound` or `slope` is out of range.
+
+    Example:
+        >>> x = torch.tensor([-9.0, 0.5, 9.0])
+        >>> widths, heights, derivatives = torch.randn(3, 3, 7).unbind(0)
+        >>> y, ladj = rational_quadratic_spline(x, widths, heights, derivatives, bound=5.0)
+        >>> ladj
+        tensor([0.0000, ..., 0.0000])
+        >>> rational_quadratic_spline(
+        ...     y, widths, heights, derivatives, bound=5.0, inverse=True
+        ... )[0]
+        tensor([-9.0000,  0.5000,  9.0000])
+    """
+    bins = _check_spline(widths, heights, derivatives, bound, slope)
+    dtype = _result_dtype(x, widths, heights, derivatives)
+    shape = broadcast_shape(x, widths, heights, derivatives)
+    # Half precision has too few digits for knots; autocast must not touch the maths either.
+    work = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+    params = (
+        p.to(work).expand(*shape, bins - 1).movedim(-1, 0) for p in (widths, heights, derivatives)
+    )
+    y, ladj = RationalQuadratic.apply(x.to(work).expand(shape), *params, bound, slope, inverse)
+    return y.to(dtype), ladj.to(dtype)
+
+
+def affine(
+    x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-4, inverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    r"""Applies the conditional affine map of SRFlow, whose inverse may explode.
+
+    .. math:: f(x) = (x + t) \, (\sigma(s + 2) + \epsilon)
+
+    The slope is below :math:`1 + \epsilon` and may fall to :math:`\epsilon`, so the inverse may
+    multiply by :math:`1 / \epsilon`: the *exploding inverse*. This is the baseline, not a remedy.
+
+    References:
+        | SRFlow: Learning the Super-Resolution Space with Normalizing Flow (Lugmayr et al., 2020)
+        | https://arxiv.org/abs/2006.14200
+
+    Arguments:
+        x: The input, with shape :math:`(*)`.
+        shift: The shift :math:`t`, added before scaling, with shape :math:`(*)`.
+        scale: The unconstrained scale :math:`s`, with shape :math:`(*)`.
+        eps: The least scale :math:`\epsilon`.
+        inverse: Whether to apply the inverse map.
+
+    Returns:
+        The output and the logarithm of the slope, with the broadcast shape :math:`(*)`.
+
+    Example:
+        >>> x, shift, scale = torch.randn(3, 4).unbind(0)
+        >>> y, ladj = affine(x, shift, scale)
+        >>> torch.allclose(affine(y, shift, scale, inverse=True)[0], x)
+        True
+    """
+    slope = torch.sigmoid(scale + 2) + eps
+    y = x / slope - shift if inverse else (x + shift) * slope
+    ladj = torch.log(slope).expand(y.shape)
+    return y, -ladj if inverse else ladj
+
+
+def reparametrized_affine(
+    x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-4, inverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    r"""Applies the reparametrised conditional affine map, whose inverse hardly expands.
+
+    .. math:: f(x) = (x + t) / (\sigma(s + 2) + \epsilon)
+
+    The inverse is bounded by :math:`1 + \epsilon` per layer, but the forward map may multiply by
+    :math:`1 / \epsilon`, and the shift stays free.
+
+    References:
+        | On the Robustness of Normalizing Flows for Inverse Problems in Imaging (Hong et al., 2023)
+        | https://arxiv.org/abs/2212.04319
+
+    Arguments:
+        x: The input, with shape :math:`(*)`.
+        shift: The shift :math:`t`, added before scaling, with shape :math:`(*)`.
+        scale: The unconstrained inverse scale :math:`s`, with shape :math:`(*)`.
+        eps: The least inverse scale :math:`\epsilon`.
+        inverse: Whether to apply the inverse map.
+
+    Returns:
+        The output and the logarithm of the slope, with the broadcast shape :math:`(*)`.
+
+    Example:
+        >>> x, shift, scale = torch.randn(3, 4).unbind(0)
+        >>> y, ladj = reparametrized_affine(x, shift, scale)
+        >>> torch.allclose(reparametrized_affine(y, shift, scale, inverse=True)[0], x)
+        True
+    """
+    gain = torch.sigmoid(scale + 2) + eps
+    y = x * gain - shift if inverse else (x + shift) / gain
+    ladj = torch.log(gain).expand(y.shape)
+    return y, ladj if inverse else -ladj
+
+
+def additive(x: Tensor, shift: Tensor, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
+    r"""Applies the additive map of NICE, :math:`f(x) = x + t`.
+
+    References:
+        | NICE: Non-linear Independent Components Estimation (Dinh et al., 2014)
+        | https://arxiv.org/abs/1410.8516
+
+    Arguments:
+        x: The input, with shape :math:`(*)`.
+        shift: The shift :math:`t`, with shape :math:`(*)`.
+        inverse: Whether to apply the inverse map.
+
+    Returns:
+        The output and a zero for each of its elements.
+
+    Example:
+        >>> additive(torch.ones(2), torch.ones(2))
+        (tensor([2., 2.]), tensor([0., 0.]))
+    """
+    y = x - shift if inverse else x + shift
+    return y, torch.zeros_like(y)
+
+
+def bounded(x: Tensor, bound: float | None) -> Tensor:
+    r"""Squashes onto :math:`[-\beta, \beta]`, with slope one at zero and a gradient that lives on.
+
+    .. math:: \frac{2 \beta}{\pi} \arctan \frac{\pi x}{2 \beta}
+
+    The slope falls with the square of :math:`x`, not exponentially as that of a hyperbolic
+    tangent, so that a parameter far out still learns. Infinities are mapped to the bounds.
+
+    Arguments:
+        x: The unconstrained number, with shape :math:`(*)`.
+        bound: The bound :math:`\beta`. If :py:`None`, `x` is returned as it is.
+
+    Example:
+        >>> bounded(torch.tensor([-torch.inf, 0.0, 1e30]), 2.0)
+        tensor([-2.,  0.,  2.])
+    """
+    if bound is None:
+        return x
+    if not bound > 0:
+        raise ValueError(f"the bound must be positive; got {bound}")
+    scale = 2 * bound / math.pi
+    # Rounding may land an ulp outside, and certificates rely on the bound.
+    return (scale * torch.atan(x / scale)).clamp(-bound, bound)
+
+
+def broadcast_shape(x: Tensor, *params: Tensor) -> Size:
+    r"""The common shape of `x` and of parameters with one more dimension."""
+    try:
+        return torch.broadcast_shapes(x.shape, *(p.shape[:-1] for p in params))
+    except RuntimeError:
+        given = ", ".join(str(tuple(p.shape)) for p in params)
+        raise ValueError(
+            "the shape of x must broadcast with the parameters' without their last dimension;"
+            f" got x of shape {tuple(x.shape)} and parameters of shapes {given}"
+        ) from None
+
+
+def _check_spline(
+    widths: Tensor, heights: Tensor, derivatives: Tensor, bound: float, slope: float | None
+) -> int:
+    if not (0 < bound < math.inf):
+        raise ValueError(f"bound must be positive and finite; got {bound}")
+    if slope is not None and not (0 < slope <= 0.49):
+        raise ValueError(
+            f"slope must lie in (0, 0.49], or be None for the published spline; got {slope}"
+        )
+    sizes = tuple(p.shape[-1] if p.dim() else 0 for p in (widths, heights, derivatives))
+    if len(set(sizes)) > 1 or sizes[0] < 1:
+        raise ValueError(
+            "widths, heights and derivatives must hold K - 1 numbers each in their last dimension,"
+            f" for K >= 2 bins; got {sizes[0]}, {sizes[1]} and {sizes[2]}"
+        )
+    return sizes[0] + 1
+
+
+def _result_dtype(*tensors: Tensor) -> torch.dtype:
+    dtype = tensors[0].dtype
+    for t in tensors:
+        if not t.is_floating_point():
+            raise TypeError(f"the spline needs floating point tensors; got {t.dtype}")
+        dtype = torch.promote_types(dtype, t.dtype)
+    return dtype
+
+
+#: What a univariate map looks like.
+Univariate = Callable[..., tuple[Tensor, Tensor]]
