@@ -1,0 +1,195 @@
+r"""Calibration on held-out images: per image by conformal p-value, per pixel by quantile."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from flowguard.ood.state import PinnedState
+
+__all__ = ["STATISTICS", "Calibration", "Calibrator", "image_statistics"]
+
+STATISTICS = ("mean", "max", "share")
+
+# Pixel scores, relative to the number of features, are counted in logarithmic bins. An exact
+# count needs no subsample and no cap, does not depend on the order of the images, and adds up
+# across ranks; a bin is 0.27 % wide, far below the noise of any calibration set.
+OCTAVES, PER_OCTAVE, COARSE = 40, 256, 32
+
+
+def _quantile_levels() -> Tensor:
+    tail = 1 - 10 ** -torch.linspace(1, 6, 101, dtype=torch.float64)
+    return torch.cat(
+        [torch.linspace(0, 0.9, 91, dtype=torch.float64)[:-1], tail, tail.new_ones(1)]
+    )
+
+
+def image_statistics(scores: Tensor, edge: float) -> Tensor:
+    r"""Returns what each image is judged by.
+
+    Arguments:
+        scores: The scores, with shape :math:`(N)` or :math:`(N, H, W)`.
+        edge: The score above which a pixel counts for ``"share"``.
+
+    Returns:
+        Mean, maximum and share above the edge, with shape :math:`(N, 3)`.
+    """
+    flat = scores.flatten(1) if scores.ndim > 1 else scores[:, None]
+    share = (flat > edge).to(flat.dtype).mean(dim=1)
+    return torch.stack([flat.mean(dim=1), flat.amax(dim=1), share], dim=1)
+
+
+class Calibration(PinnedState):
+    r"""Creates an empty calibration of one level; :class:`Calibrator` fills it.
+
+    Per image, the p-value of a score :math:`s` among the :math:`n` calibration scores is
+
+    .. math:: p = \frac{1 + \#\{i : s_i \ge s\}}{n + 1}
+
+    If the image is exchangeable with the calibration images, then :math:`P(p \le \alpha) \le
+    \alpha`, whatever the distribution of the scores; nothing is promised for images from
+    elsewhere, which is what p is meant to find out. The least possible value is
+    :math:`1/(n + 1)`.
+
+    References:
+        | Testing for Outliers with Conformal p-values (Bates et al., 2023)
+        | https://arxiv.org/abs/2104.08279
+    """
+
+    scores: Tensor
+    grid: Tensor
+    edge: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        empty = torch.empty(0, dtype=torch.float64)
+        self.register_buffer("scores", empty.reshape(0, len(STATISTICS)))
+        """The statistics of the calibration images, each column sorted on its own."""
+        self.register_buffer("grid", empty.clone())
+        """The quantiles of the pixel scores at the levels of the grid; empty for vectors."""
+        self.register_buffer("edge", torch.full((), torch.nan, dtype=torch.float64))
+        """The score above which a pixel counts for ``"share"``, near the 0.99 quantile."""
+
+    @property
+    def calibrated(self) -> bool:
+        r"""Whether there is anything to compare with."""
+        return len(self.scores) > 0
+
+    def p_values(self, statistics: Tensor) -> Tensor:
+        r"""Returns the conformal p-values, with shape :math:`(N, 3)`, of such statistics."""
+        reference = self.scores.to(statistics)
+        above = torch.stack(
+            [
+                len(reference) - torch.searchsorted(column.contiguous(), value.contiguous())
+                for column, value in zip(reference.T, statistics.T, strict=True)
+            ],
+            dim=1,
+        )
+        return (1 + above).to(statistics) / (len(reference) + 1)
+
+    def threshold(self, statistic: str, alpha: float) -> float:
+        r"""Returns the score above which :math:`p \le \alpha`.
+
+        Where :math:`\alpha < 1/(n+1)`, no score has such a p-value, and the largest calibration
+        score is returned: an in-distribution image exceeds it with probability
+        :math:`1/(n+1)` at most.
+        """
+        column = self.scores[:, STATISTICS.index(statistic)]
+        rank = max(1, math.floor(alpha * (len(column) + 1) + 1e-9))
+        return float(column[max(0, len(column) - rank)])
+
+    def boundary(self, alpha: float) -> float:
+        r"""Returns the pixel score that a share :math:`\alpha` of calibration pixels exceeds.
+
+        For vectors this is the threshold.
+        """
+        if not len(self.grid):
+            return self.threshold("max", alpha)
+        position = torch.searchsorted(_quantile_levels(), 1 - alpha)
+        # The next level up: the boundary errs on the side of changing nothing.
+        return float(self.grid[min(int(position), len(self.grid) - 1)])
+
+    def quantile(self, scores: Tensor) -> Tensor:
+        r"""Returns where pixel scores lie among the calibration pixels, in :math:`[0, 1]`."""
+        grid = self.grid.to(scores)
+        levels = _quantile_levels().to(scores)
+        upper = torch.searchsorted(grid, scores.contiguous(), right=True)
+        upper = upper.clamp(1, len(grid) - 1)
+        low, high = grid[upper - 1], grid[upper]
+        weight = ((scores - low) / (high - low).clamp_min(torch.finfo(scores.dtype).tiny)).clamp(
+            0, 1
+        )
+        return torch.lerp(levels[upper - 1], levels[upper], weight.nan_to_num(1.0))
+
+
+class Calibrator:
+    r"""Creates the accumulator of a calibration.
+
+    Arguments:
+        features: The number of features of the level, the scale of its scores.
+    """
+
+    def __init__(self, features: int) -> None:
+        octaves = torch.arange(OCTAVES * PER_OCTAVE + 1, dtype=torch.float64) / PER_OCTAVE
+        self.edges = features * 2 ** (octaves - OCTAVES / 2)
+        self.pixels = torch.zeros(OCTAVES * PER_OCTAVE, dtype=torch.int64)
+        self.statistics: list[Tensor] = []
+        self.shares: list[Tensor] = []
+
+    def add(self, scores: Tensor) -> None:
+        r"""Adds the scores of a batch, with shape :math:`(N)` or :math:`(N, H, W)`."""
+        if not len(scores):
+            return
+        if not scores.isfinite().all():
+            raise ValueError(
+                "The features of the calibration must be finite. Got NaN or inf; find the "
+                "contexts that cause them (`torch.isfinite`) and leave them out."
+            )
+        for image in scores if scores.ndim == 3 else ():
+            position = torch.bucketize(image.flatten().cpu().double(), self.edges[1:-1])
+            counts = torch.bincount(position, minlength=len(self.pixels))
+            self.pixels += counts
+            # Shares above the coarse edges: which of them is wanted is known at the end only.
+            above = counts.reshape(-1, COARSE).sum(dim=1).flip(0).cumsum(0).flip(0)
+            self.shares.append(above.double() / position.numel())
+        self.statistics.append(image_statistics(scores, torch.inf).cpu().double())
+
+    def state(self) -> tuple[Tensor, Tensor, Tensor]:
+        r"""Returns pixel counts, statistics and shares, to be gathered across ranks."""
+        columns = OCTAVES * PER_OCTAVE // COARSE
+        shares = torch.stack(self.shares) if self.shares else torch.empty(0, columns).double()
+        statistics = [torch.empty(0, len(STATISTICS)).double(), *self.statistics]
+        return self.pixels, torch.cat(statistics), shares
+
+    def extend(self, pixels: Tensor, statistics: Tensor, shares: Tensor) -> None:
+        r"""Adds what another calibrator has seen."""
+        self.pixels = self.pixels + pixels
+        self.statistics.append(statistics)
+        self.shares.extend(shares)
+
+    def build(self) -> Calibration:
+        r"""Returns the calibration."""
+        pixels, statistics, shares = self.state()
+        calibration = Calibration()
+        if len(shares):
+            calibration.grid = self._grid(pixels, float(statistics[:, 1].max()))
+            coarse = self.edges[:-1:COARSE]
+            above = shares.mean(dim=0)
+            chosen = int((above > 0.01).sum().clamp_max(len(coarse) - 1))
+            calibration.edge = coarse[chosen].clone()
+            statistics[:, 2] = shares[:, chosen]
+        calibration.scores = statistics.sort(dim=0).values.contiguous()
+        return calibration
+
+    def _grid(self, pixels: Tensor, largest: float) -> Tensor:
+        """Quantiles by linear interpolation within the bins; the last one is the maximum."""
+        cumulative = pixels.cumsum(0).double()
+        wanted = _quantile_levels() * cumulative[-1]
+        place = torch.searchsorted(cumulative, wanted).clamp_max(len(pixels) - 1)
+        before = cumulative[place] - pixels[place]
+        weight = ((wanted - before) / pixels[place].clamp_min(1)).clamp(0, 1)
+        grid = torch.lerp(self.edges[place], self.edges[place + 1], weight)
+        grid[-1] = largest
+        return grid.clamp_max(largest)

@@ -1,0 +1,342 @@
+r"""The OOD-aware conditioner: an encoder that knows what it was trained on."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, get_args
+
+import torch
+from torch import Tensor, nn
+
+from flowguard.ood import recording
+from flowguard.ood.embeddings import (
+    Selector,
+    contexts,
+    device_of,
+    evaluating,
+    to_levels,
+    with_levels,
+)
+from flowguard.ood.errors import OODContextError, OODContextWarning
+from flowguard.ood.fingerprint import fingerprint, versions
+from flowguard.ood.gaussian import Shrinkage
+from flowguard.ood.levels import LevelSet, Statistic
+from flowguard.ood.pull import pull
+from flowguard.ood.report import OODReport
+
+__all__ = ["OODConditioner", "Policy"]
+
+F = TypeVar("F")
+
+if TYPE_CHECKING:
+    # torch leaves `torch.compiler.disable` untyped.
+    def _eager(function: F) -> F: ...
+
+else:
+    _eager = torch.compiler.disable
+
+Policy = Literal["warn", "report", "raise", "shrink"]
+
+
+class OODConditioner(nn.Module):
+    r"""Creates an encoder that tells how far a context is from the training set.
+
+    It wraps any module from a context to an embedding, returns what the module returns, and
+    scores each level of the embedding against the Gaussian of the training contexts, calibrated
+    on held-out ones. Then it acts by its policy:
+
+    - ``"warn"``: one :class:`OODContextWarning` per call that has flagged contexts. Nothing is
+      dropped or changed.
+    - ``"report"``: nothing but :attr:`report`.
+    - ``"raise"``: an :class:`OODContextError` that names the flagged contexts.
+    - ``"shrink"``: every embedding vector (every pixel of a map) beyond the calibrated boundary
+      is moved along its Mahalanobis radius onto it, differentiably, so that the flow stays on
+      ground it knows; a warning tells of flagged contexts. Vectors within are left bit for bit,
+      vectors with NaN or inf become the mean.
+
+    Life of a conditioner:
+
+    1. *Not calibrated yet, in training mode*: an ordinary encoder, at no cost. Train the flow
+       with it.
+    2. *Not calibrated yet, in evaluation mode*: a call raises :class:`NotFittedError`, because a
+       guard that does not guard should not go unnoticed. To validate a model before its fit, set
+       ``conditioner.policy = "report"``, under which the call passes through and :attr:`report`
+       refuses.
+    3. :meth:`fit` on training contexts, :meth:`calibrate` on contexts that were held out. From
+       then on every call is scored, whether or not :meth:`eval` was called.
+    4. :meth:`train` (also of a model around it) switches scoring and policy off, so that training
+       goes on undisturbed, :meth:`eval` switches them on. If the encoder's weights have changed
+       since the fit, scoring raises a :class:`RuntimeError`; fit and calibrate again.
+
+    Statistics and calibration are part of the ``state_dict``, as tensors. A fresh conditioner,
+    fitted or not, takes on the state that it loads, and guards if it is calibrated.
+
+    Inside ``torch.compile`` the encoder is compiled and the score runs as it is, after a graph
+    break; ``fullgraph=True`` and ``torch.export`` need the bare ``conditioner.encoder``.
+
+    Warning:
+        The p-values hold for contexts exchangeable with the calibration contexts. Calibrating on
+        the training set itself makes them too small, that is, raises false alarms, all the more
+        as the encoder overfits.
+
+    Arguments:
+        encoder: The encoder; its output is a tensor, or a list, tuple or dictionary of tensors,
+            one per level and finest first, with shapes :math:`(N, C)` or :math:`(N, C, H, W)`.
+            If :py:`None`, the context itself is the embedding.
+        policy: What to do with contexts out of distribution.
+        levels: The names of the levels; for a dictionary, the keys to score. By default
+            ``"level1"``, ``"level2"`` and so on, or the keys.
+        alpha: The share of in-distribution images that may be flagged. It needs at least
+            ``levels / alpha - 1`` calibration images; with fewer, images beyond all of these are
+            flagged, and :meth:`calibrate` warns of it. It also sets the boundary of ``"shrink"``:
+            the :math:`1 - \alpha` quantile of the calibration pixels.
+        shrinkage: How the covariance is shrunk, ``"oas"``, ``"ledoit_wolf"`` or a number.
+        normalize: Whether embeddings are scaled to unit length first (``"l2"``) or not.
+        statistic: What an image is judged by: the ``"mean"`` of its pixel scores, their
+            ``"max"``, or the ``"share"`` of pixels above about the 0.99 quantile. The maximum
+            grows with the number of pixels: it suits images of the size of the calibration's.
+
+    Example:
+        >>> import torch
+        >>> conditioner = OODConditioner(nn.Linear(3, 2), policy="report", alpha=0.01)
+        >>> conditioner = conditioner.fit(torch.randn(4096, 3), progress=False)
+        >>> conditioner = conditioner.calibrate(torch.randn(1024, 3), progress=False)
+        >>> conditioner(torch.tensor([[0.1, 0.2, -0.3], [100.0, 0.0, 0.0]])).shape
+        torch.Size([2, 2])
+        >>> conditioner.report.flagged
+        tensor([False,  True])
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module | None = None,
+        policy: Policy = "warn",
+        *,
+        levels: Sequence[str] | None = None,
+        alpha: float = 0.001,
+        shrinkage: Shrinkage = "oas",
+        normalize: Literal["l2"] | None = None,
+        statistic: Statistic = "mean",
+    ) -> None:
+        super().__init__()
+        if encoder is not None and not isinstance(encoder, nn.Module):
+            raise TypeError(
+                f"The encoder must be a torch.nn.Module or None. Got {type(encoder).__name__}; "
+                "wrap it in a module."
+            )
+        if not 0 < alpha < 1:
+            raise ValueError(f"alpha must lie between 0 and 1. Got {alpha}.")
+        if levels is not None and (isinstance(levels, str) or len(set(levels)) < len(levels)):
+            raise ValueError(f"levels must be a list of different names. Got {levels!r}.")
+        self.encoder = encoder
+        self.guard = LevelSet(shrinkage, normalize, statistic)
+        self.level_names = None if levels is None else list(levels)
+        self.alpha = alpha
+        self.policy = policy
+        self._off = False
+        self._last = recording.PerThread()
+        self._checked: tuple[tuple[tuple[int, int], ...], str] | None = None
+
+    # -- properties --------------------------------------------------------------------------
+
+    @property
+    def policy(self) -> Policy:
+        r"""What is done with contexts out of distribution."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        if policy not in get_args(Policy):
+            raise ValueError(f"policy must be one of {get_args(Policy)}. Got {policy!r}.")
+        if policy == "shrink" and self.guard.normalize is not None:
+            raise ValueError(
+                "policy='shrink' needs normalize=None: a vector scaled to unit length has lost "
+                "the length that would have to shrink."
+            )
+        self._policy: Policy = policy
+
+    @property
+    def fitted(self) -> bool:
+        r"""Whether :meth:`fit` was called."""
+        return self.guard.fitted
+
+    @property
+    def calibrated(self) -> bool:
+        r"""Whether :meth:`calibrate` was called."""
+        return self.guard.calibrated
+
+    @property
+    def report(self) -> OODReport | None:
+        r"""The report of the last scored call in this thread, :py:`None` before any."""
+        self.guard.require(calibrated=True, owner="conditioner")
+        return self._last.value
+
+    def extra_repr(self) -> str:
+        return f"policy={self.policy!r}, alpha={self.alpha:g}"
+
+    def train(self, mode: bool = True) -> Self:
+        self._off = mode
+        return super().train(mode)
+
+    # -- fit ---------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        batches: Iterable[Any],
+        progress: bool = True,
+        *,
+        context: Selector = None,
+        distributed: bool = False,
+    ) -> Self:
+        r"""Fits one Gaussian per level to training contexts, in one pass.
+
+        The encoder runs in evaluation mode without gradients, and gets its mode back. An earlier
+        fit is replaced, once the new one has succeeded.
+
+        Arguments:
+            batches: The batches, a DataLoader or any iterable of contexts; a tensor is cut
+                into batches along its first dimension.
+            progress: Whether to show a progress bar.
+            context: Which part of a batch is the context, if it is a tuple or a dictionary:
+                an index, a key, or a function of the batch.
+            distributed: Whether all ranks of the default process group fit together, each on
+                its own share of the batches.
+        """
+        guard = self.guard.fresh()
+        with evaluating(self.encoder):
+            for y in contexts(batches, context, device_of(self.encoder), progress, "fit"):
+                guard.update(self._embed(y)[1])
+        guard.finalize(fingerprint(self.encoder), distributed)
+        self.guard, self._checked, self._last.value = guard, None, None
+        return self
+
+    def calibrate(
+        self,
+        batches: Iterable[Any],
+        progress: bool = True,
+        *,
+        context: Selector = None,
+        distributed: bool = False,
+    ) -> Self:
+        r"""Calibrates the scores on contexts that neither the fit nor the training has seen.
+
+        Each context (each image) counts as one; a warning tells if they are too few for
+        :math:`\alpha`. See :meth:`fit` for the arguments. Scoring is switched on.
+        """
+        self.guard.require(calibrated=False, owner="conditioner")
+        self._check_encoder()
+        calibrators = self.guard.calibrators()
+        with evaluating(self.encoder):
+            for y in contexts(batches, context, device_of(self.encoder), progress, "calibrate"):
+                self.guard.add(calibrators, self._embed(y)[1])
+        self.guard.set_calibration(calibrators, self.alpha, distributed)
+        self._off, self._last.value = False, None
+        return self
+
+    # -- use ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def score(self, y: Any) -> OODReport:
+        r"""Returns the report on contexts, whatever the policy, and touches nothing.
+
+        The encoder runs in evaluation mode.
+
+        Raises:
+            NotFittedError: The conditioner is not fitted, or not calibrated.
+            RuntimeError: The encoder's weights changed since the fit.
+            ValueError: The levels or their sizes differ from those of the fit.
+        """
+        self.guard.require(calibrated=True, owner="conditioner")
+        with evaluating(self.encoder):
+            _, levels = self._embed(y)
+        return self._score(y, levels)
+
+    def forward(self, y: Any) -> Any:
+        output = y if self.encoder is None else self.encoder(y)
+        if self._off:
+            return self._overheard(y, output) if recording.listening() else output
+        if not self.calibrated:
+            if self.training or self.policy == "report":
+                return output
+            self.guard.require(calibrated=True, owner="conditioner")
+        return self._guarded(y, output)
+
+    @_eager
+    def _guarded(self, y: Any, output: Any) -> Any:
+        levels = to_levels(output, self.level_names)
+        report = self._score(y, levels)
+        self._last.value = report
+        for recorder in recording.active():
+            recorder.record(self, report)
+        return self._act(output, levels, report)
+
+    @_eager
+    def _overheard(self, y: Any, output: Any) -> Any:
+        """In training mode a monitor may still ask; the policy stays off."""
+        if recording.active() and self.calibrated:
+            report = self._score(y, to_levels(output, self.level_names))
+            for recorder in recording.active():
+                recorder.record(self, report)
+        return output
+
+    def _act(self, output: Any, levels: dict[str, Tensor], report: OODReport) -> Any:
+        if self.policy == "report":
+            return output
+        flagged = bool(report.flagged.any())
+        if flagged and self.policy == "raise":
+            raise OODContextError(f"{report.summary()} Nothing was computed.", report)
+        if flagged:
+            end = "Nothing was dropped or changed."
+            if self.policy == "shrink":
+                end = "Embeddings beyond the calibrated boundary were moved onto it."
+            warnings.warn(f"{report.summary()} {end}", OODContextWarning, stacklevel=_caller())
+        return self._shrink(output, levels, report) if self.policy == "shrink" else output
+
+    def _shrink(self, output: Any, levels: dict[str, Tensor], report: OODReport) -> Any:
+        moved = {}
+        for name, level in self.guard.items():
+            told, features = report.levels[name], levels[name]
+            scores = told.score if told.map is None else told.map
+            moved[name] = pull(features, scores, level.gaussian, told.boundary)
+        unchanged = all(moved[name] is levels[name] for name in moved)
+        return output if unchanged else with_levels(output, moved)
+
+    def _embed(self, y: Any) -> tuple[Any, dict[str, Tensor]]:
+        output = y if self.encoder is None else self.encoder(y)
+        return output, to_levels(output, self.level_names)
+
+    @torch.no_grad()
+    def _score(self, y: Any, levels: dict[str, Tensor]) -> OODReport:
+        self._check_encoder()
+        count = len(next(iter(levels.values())))
+        wrong = None
+        if self.encoder is not None and isinstance(y, Tensor) and (len(y) == count or count == 1):
+            wrong = ~y.isfinite().reshape(count, -1).all(dim=1)
+        levels = {name: value.detach() for name, value in levels.items()}
+        return self.guard.score(levels, self.alpha, wrong)
+
+    def _check_encoder(self) -> None:
+        now = (versions(self.encoder), self.guard.fingerprint)
+        if now == self._checked and all(version >= 0 for _, version in now[0]):
+            return
+        if fingerprint(self.encoder) != self.guard.fingerprint:
+            raise RuntimeError(
+                "The encoder's weights are not those of the fit (trained on, cast to another "
+                "precision, or another encoder), so that its statistics do not hold; call "
+                "`fit(batches)` and `calibrate(batches)` again."
+            )
+        self._checked = now
+
+
+def _caller() -> int:
+    """The `stacklevel` of the first frame outside torch and this package."""
+    inside = tuple(os.path.dirname(path) + os.sep for path in (torch.__file__, __file__))
+    frame: FrameType | None = sys._getframe(1)
+    level = 1
+    while frame is not None and frame.f_code.co_filename.startswith(inside):
+        frame, level = frame.f_back, level + 1
+    return level

@@ -1,0 +1,127 @@
+r"""From whatever users have, batches and encoder outputs, to named levels and back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+__all__ = ["Selector", "contexts", "device_of", "evaluating", "to_levels", "with_levels"]
+
+Selector = int | str | Callable[[Any], Tensor] | None
+
+
+def to_levels(output: Any, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+    r"""Returns the embeddings of an encoder's output by name, finest first.
+
+    Arguments:
+        output: A tensor, or a list, tuple or dictionary of tensors, each with shape
+            :math:`(N, C)` or :math:`(N, C, H, W)`; a lone vector :math:`(C)` counts as one.
+        names: What to call the levels; for a dictionary, the keys to take.
+    """
+    if isinstance(output, Mapping):
+        names = [str(key) for key in output] if names is None else names
+        if missing := [name for name in names if name not in output]:
+            raise ValueError(
+                f"The encoder's output has no level {missing[0]!r}; it has {list(output)}."
+            )
+        values = [output[name] for name in names]
+    else:
+        values = [output] if isinstance(output, Tensor) or output is None else list(output)
+        if names is not None and len(names) != len(values):
+            raise ValueError(
+                f"The encoder gives {len(values)} levels, and {len(names)} names were given: "
+                f"{list(names)}."
+            )
+        names = names or [f"level{i + 1}" for i in range(len(values))]
+    for name, value in zip(names, values, strict=True):
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            what = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value)
+            raise TypeError(
+                f"Level {name!r} must be a floating point tensor. Got {what}; choose the outputs "
+                "to watch with `levels=[...]` on a dictionary, or wrap the encoder."
+            )
+    return {n: v[None] if v.ndim == 1 else v for n, v in zip(names, values, strict=True)}
+
+
+def with_levels(output: Any, levels: Mapping[str, Tensor]) -> Any:
+    r"""Returns the output with its levels replaced, in the type that it has."""
+    if isinstance(output, Tensor):
+        (value,) = levels.values()
+        return value.reshape(output.shape)
+    if isinstance(output, Mapping):
+        replaced: Any = copy.copy(output)
+        for name, value in levels.items():
+            replaced[name] = value.reshape(output[name].shape)
+        return replaced
+    values = [v.reshape(o.shape) for v, o in zip(levels.values(), output, strict=True)]
+    return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
+
+
+def contexts(
+    batches: Iterable[Any],
+    select: Selector,
+    device: torch.device | None,
+    progress: bool,
+    name: str,
+) -> Iterator[Any]:
+    r"""Yields the contexts of batches, on the encoder's device, under a progress bar."""
+    if isinstance(batches, Tensor):
+        batches = batches.split(64)
+    elif not isinstance(batches, Iterable):
+        raise TypeError(
+            f"`{name}` needs an iterable of batches, like a DataLoader or a list of tensors. "
+            f"Got {type(batches).__name__}."
+        )
+    empty = True
+    for batch in tqdm(batches, desc=name, unit="batch", disable=not progress, leave=False):
+        empty = False
+        y = _select(batch, select)
+        yield y.to(device) if device is not None and isinstance(y, Tensor) else y
+    if empty:
+        raise ValueError(
+            f"`{name}` got no batch. An iterator is spent after one pass: give a list, a "
+            "DataLoader, or a fresh iterator."
+        )
+
+
+def _select(batch: Any, select: Selector) -> Any:
+    if callable(select):
+        return select(batch)
+    if select is not None:
+        return batch[select]
+    if isinstance(batch, list | tuple) and len(batch) == 1:
+        return batch[0]
+    if isinstance(batch, list | tuple | dict):
+        keys = list(batch) if isinstance(batch, dict) else f"0 to {len(batch) - 1}"
+        raise ValueError(
+            f"The batches are a {type(batch).__name__} of {len(batch)}; say which part is the "
+            f"context with `context=`, a key ({keys}) or a function of the batch."
+        )
+    return batch
+
+
+def device_of(module: nn.Module | None) -> torch.device | None:
+    r"""Returns the device of a module's first tensor, :py:`None` where it has none."""
+    if module is None:
+        return None
+    return next((t.device for t in (*module.parameters(), *module.buffers())), None)
+
+
+@contextmanager
+def evaluating(module: nn.Module | None) -> Iterator[None]:
+    r"""Evaluation mode and no gradients within, every module's own mode back afterwards."""
+    modules = [m for m in module.modules() if m.training] if module is not None else []
+    try:
+        for m in modules:
+            m.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for m in modules:
+            m.training = True

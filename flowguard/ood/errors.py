@@ -1,0 +1,47 @@
+r"""What the OOD package raises and warns with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flowguard.ood.report import OODReport
+
+__all__ = ["NotFittedError", "OODContextError", "OODContextWarning"]
+
+
+class NotFittedError(RuntimeError):
+    r"""Raised when a score is asked of something that is not fitted, or not calibrated, yet."""
+
+
+class OODContextWarning(UserWarning):
+    r"""Warns that contexts are out of distribution, or not finite. Nothing was dropped."""
+
+
+class OODContextError(ValueError):
+    r"""Raised under the policy ``"raise"`` when a context is out of distribution.
+
+    Arguments:
+        message: What is wrong, for people.
+        report: The report of the refused call.
+    """
+
+    def __init__(self, message: str, report: OODReport) -> None:
+        super().__init__(message)
+        self.report = report
+        self.indices: list[int] = report.flagged.nonzero().flatten().tolist()
+        """The places of the refused contexts in their batch."""
+        self.levels: list[list[str]] = [
+            [name for name, level in report.levels.items() if bool(level.flagged[i])]
+            for i in self.indices
+        ]
+        """For each of them, the names of the levels that flagged it."""
+        self.scores: dict[str, list[float]] = {
+            name: level.score[self.indices].tolist() for name, level in report.levels.items()
+        }
+        """For each level, their scores."""
+        self.p_values: list[float] = report.p_value[self.indices].tolist()
+        """Their p-values over all levels."""
+
+    def __reduce__(self) -> tuple[type[OODContextError], tuple[str, OODReport]]:
+        return type(self), (str(self), self.report)

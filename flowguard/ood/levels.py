@@ -1,0 +1,317 @@
+r"""The fitted and calibrated levels of an encoder: what conditioner and monitor share."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from flowguard._version import __version__
+from flowguard.ood.calibration import STATISTICS, Calibration, Calibrator, image_statistics
+from flowguard.ood.distributed import gather
+from flowguard.ood.errors import NotFittedError
+from flowguard.ood.gaussian import Shrinkage, StreamingGaussian
+from flowguard.ood.report import LevelReport, OODReport
+
+__all__ = ["Level", "LevelSet", "Statistic"]
+
+Statistic = Literal["mean", "max", "share"]
+
+
+class Level(nn.Module):
+    r"""Creates one level: a Gaussian and its calibration."""
+
+    def __init__(self, normalize: Literal["l2"] | None) -> None:
+        super().__init__()
+        self.gaussian = StreamingGaussian(normalize=normalize)
+        self.calibration = Calibration()
+
+
+class LevelSet(nn.Module):
+    r"""Creates the levels of an encoder, empty until they are fitted.
+
+    The levels are made when the first batch, or a saved state, tells their names and sizes. The
+    names, the fingerprint of the encoder and the version travel as bytes in a tensor, so that
+    ``torch.load(weights_only=True)`` and safetensors can hold the state.
+
+    Arguments:
+        shrinkage: See :meth:`StreamingGaussian.finalize`.
+        normalize: See :class:`StreamingGaussian`.
+        statistic: What an image is judged by.
+    """
+
+    levels: nn.ModuleList
+
+    def __init__(
+        self,
+        shrinkage: Shrinkage = "oas",
+        normalize: Literal["l2"] | None = None,
+        statistic: Statistic = "mean",
+    ) -> None:
+        super().__init__()
+        if statistic not in STATISTICS:
+            raise ValueError(f"statistic must be one of {STATISTICS}. Got {statistic!r}.")
+        if isinstance(shrinkage, str) and shrinkage not in ("oas", "ledoit_wolf"):
+            raise ValueError(
+                f"shrinkage must be 'oas', 'ledoit_wolf' or a number in [0, 1]. Got {shrinkage!r}."
+            )
+        StreamingGaussian(normalize=normalize)  # checks it now, and not at the first fit
+        self.shrinkage = shrinkage
+        self.normalize = normalize
+        self.statistic = statistic
+        self.levels = nn.ModuleList()
+        self.names: list[str] = []
+        self.kinds: list[str] = []
+        self.fingerprint = ""
+
+    def fresh(self) -> LevelSet:
+        r"""Returns an empty set with the same options."""
+        return LevelSet(self.shrinkage, self.normalize, self.statistic)
+
+    def extra_repr(self) -> str:
+        return f"names={self.names}, fitted={self.fitted}, calibrated={self.calibrated}"
+
+    @property
+    def fitted(self) -> bool:
+        r"""Whether every level has its Gaussian."""
+        return bool(self.names) and all(level.gaussian.fitted for level in self._levels())
+
+    @property
+    def calibrated(self) -> bool:
+        r"""Whether every level has its calibration."""
+        return self.fitted and all(level.calibration.calibrated for level in self._levels())
+
+    def _levels(self) -> list[Level]:
+        return list(self.levels)  # type: ignore[arg-type]
+
+    def items(self) -> list[tuple[str, Level]]:
+        r"""Returns the levels by name."""
+        return list(zip(self.names, self._levels(), strict=True))
+
+    def require(self, calibrated: bool, owner: str) -> None:
+        r"""Refuses to go on unfitted (or uncalibrated), naming the method to call."""
+        if not self.fitted:
+            raise NotFittedError(
+                f"The {owner} is not fitted; call `fit(batches)` on training contexts and then "
+                "`calibrate(batches)` on held-out ones."
+            )
+        if calibrated and not self.calibrated:
+            raise NotFittedError(
+                f"The {owner} is fitted but not calibrated; call `calibrate(batches)` on "
+                "held-out contexts."
+            )
+
+    # -- fit ---------------------------------------------------------------------------------
+
+    def update(self, embeddings: Mapping[str, Tensor]) -> None:
+        r"""Adds a batch of embeddings to the moments."""
+        if not self.names:
+            self.names = list(embeddings)
+            self.kinds = [_kind(value) for value in embeddings.values()]
+            self.levels.extend(Level(self.normalize) for _ in self.names)
+        self._check(embeddings)
+        for name, level in self.items():
+            try:
+                level.gaussian.update(embeddings[name])
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"Level {name!r}: {error}") from error
+
+    def finalize(self, fingerprint: str, distributed: bool = False) -> None:
+        r"""Ends the fit."""
+        for _, level in self.items():
+            if distributed:
+                level.gaussian.merge_ranks()
+            level.gaussian.finalize(self.shrinkage)
+        self.fingerprint = fingerprint
+
+    # -- calibrate ---------------------------------------------------------------------------
+
+    def calibrators(self) -> dict[str, Calibrator]:
+        r"""Returns one empty calibrator per level."""
+        return {name: Calibrator(level.gaussian.features or 1) for name, level in self.items()}
+
+    def add(self, calibrators: Mapping[str, Calibrator], embeddings: Mapping[str, Tensor]) -> None:
+        r"""Adds a batch of embeddings to the calibrators."""
+        self._check(embeddings)
+        for name, level in self.items():
+            try:
+                calibrators[name].add(level.gaussian.mahalanobis(embeddings[name]))
+            except ValueError as error:
+                raise ValueError(f"Level {name!r}: {error}") from error
+
+    def set_calibration(
+        self, calibrators: Mapping[str, Calibrator], alpha: float, distributed: bool = False
+    ) -> None:
+        r"""Ends the calibration, and warns where it is too small for alpha."""
+        for name, level in self.items():
+            calibrator = calibrators[name]
+            if distributed:
+                merged = Calibrator(level.gaussian.features or 1)
+                for state in gather(calibrator.state()):
+                    merged.extend(*state)
+                calibrator = merged
+            calibration = calibrator.build()
+            if not calibration.calibrated:
+                raise ValueError("The calibration batches hold no context.")
+            level.calibration = calibration.to(level.gaussian.mean.device)
+        least, wanted = self.least_alpha, -(-len(self.names) // alpha) - 1
+        if least > alpha:
+            count = len(self._levels()[0].calibration.scores)
+            warnings.warn(
+                f"Calibrated on {count} images, too few for alpha = {alpha:g} with "
+                f"{len(self.names)} level(s): the least p-value that they can give is {least:.2g}. "
+                "Contexts beyond the largest calibration score are flagged instead, with up to "
+                f"{100 * least:.2g} % of false alarms. Calibrate on {wanted:.0f} images or more, "
+                "or choose a larger alpha.",
+                stacklevel=3,
+            )
+
+    @property
+    def least_alpha(self) -> float:
+        r"""The least share of false alarms that the calibration can promise."""
+        count = min(len(level.calibration.scores) for level in self._levels())
+        return min(1.0, len(self.names) / (count + 1))
+
+    # -- score -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def score(
+        self,
+        embeddings: Mapping[str, Tensor],
+        alpha: float,
+        wrong: Tensor | None = None,
+        partial: bool = False,
+    ) -> OODReport:
+        r"""Scores the embeddings.
+
+        Arguments:
+            embeddings: The embeddings by name.
+            alpha: The share of false alarms.
+            wrong: Contexts known not to be finite, whatever the encoder made of them.
+            partial: Whether levels may be missing, as they come one by one from hooks.
+        """
+        self._check(embeddings, partial)
+        fitted = [(name, level) for name, level in self.items() if name in embeddings]
+        scores = {n: level.gaussian.mahalanobis(embeddings[n]) for n, level in fitted}
+        peaks = [s.flatten(1).amax(dim=1) if s.ndim > 1 else s for s in scores.values()]
+        non_finite = torch.stack([peak.isinf() for peak in peaks]).any(dim=0)
+        if wrong is not None:
+            non_finite = non_finite | wrong
+        share = alpha / len(self.names)
+        levels = {
+            name: self._report(name, level, scores[name], share, alpha, non_finite)
+            for name, level in fitted
+        }
+        return OODReport(levels, non_finite, alpha, max(alpha, self.least_alpha))
+
+    def _report(
+        self,
+        name: str,
+        level: Level,
+        scores: Tensor,
+        share: float,
+        alpha: float,
+        non_finite: Tensor,
+    ) -> LevelReport:
+        is_map, calibration = scores.ndim > 1, level.calibration
+        statistics = image_statistics(scores, float(calibration.edge))
+        statistics = statistics.masked_fill(non_finite[:, None], torch.inf)
+        p_values = calibration.p_values(statistics)
+        boundary = calibration.boundary(alpha)
+        statistic = self.statistic if is_map else "max"
+        return LevelReport(
+            name=name,
+            statistic=statistic,
+            statistics=dict(zip(STATISTICS, statistics.unbind(dim=1), strict=True)),
+            p_values=dict(zip(STATISTICS, p_values.unbind(dim=1), strict=True)),
+            map=scores if is_map else None,
+            above=image_statistics(scores, boundary)[:, STATISTICS.index("share")],
+            boundary=boundary,
+            threshold=calibration.threshold(statistic, share),
+            calibration=calibration,
+        )
+
+    def _check(self, embeddings: Mapping[str, Tensor], partial: bool = False) -> None:
+        if not (set(embeddings) <= set(self.names) if partial else list(embeddings) == self.names):
+            raise ValueError(
+                f"The encoder gives the levels {list(embeddings)}, the fit was on {self.names}; "
+                "use the encoder of the fit, or call `fit(batches)` again."
+            )
+        sizes = {name: len(value) for name, value in embeddings.items()}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"All levels must have the same batch size. Got {sizes}.")
+        for (name, level), kind in zip(self.items(), self.kinds, strict=True):
+            value = embeddings.get(name)
+            if value is None:
+                continue
+            if _kind(value) != kind:
+                raise ValueError(
+                    f"Level {name!r} was fitted on {kind}. Got shape {tuple(value.shape)}."
+                )
+            known = level.gaussian.features
+            if known is not None and value.shape[1] != known:
+                raise ValueError(
+                    f"Level {name!r} has {value.shape[1]} channels, it was fitted on {known}; use "
+                    "the encoder of the fit, or call `fit(batches)` again."
+                )
+
+    # -- state -------------------------------------------------------------------------------
+
+    def get_extra_state(self) -> Tensor:
+        state = {
+            "format": 1,
+            "flowguard": __version__,
+            "names": self.names,
+            "kinds": self.kinds,
+            "normalize": self.normalize,
+            "fingerprint": self.fingerprint,
+        }
+        return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Read in `_load_from_state_dict`, before the levels are loaded."""
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        extra = state_dict.get(f"{prefix}_extra_state")
+        if extra is not None:
+            state = json.loads(bytes(extra.cpu().tolist()))
+            if state["format"] != 1:
+                error_msgs.append(
+                    f"The OOD state has format {state['format']}, written by flowguard "
+                    f"{state['flowguard']}; this is flowguard {__version__}, which reads format 1."
+                )
+                return
+            if state["normalize"] != self.normalize:
+                error_msgs.append(
+                    f"The OOD state was fitted with normalize={state['normalize']!r}, this one "
+                    f"has {self.normalize!r}; construct it with the same."
+                )
+                return
+            self.names, self.kinds = state["names"], state["kinds"]
+            self.fingerprint = state["fingerprint"]
+            # The parent loads its children after itself: those made here are loaded too.
+            self.levels = nn.ModuleList(Level(self.normalize) for _ in self.names)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+def _kind(value: Tensor) -> str:
+    if value.ndim not in (2, 4):
+        raise ValueError(
+            f"An embedding must have shape (N, C) or (N, C, H, W). Got shape {tuple(value.shape)}."
+        )
+    return "vectors (N, C)" if value.ndim == 2 else "maps (N, C, H, W)"
