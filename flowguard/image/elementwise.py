@@ -1,0 +1,178 @@
+r"""The univariate maps of a coupling, with their parameters laid out as channels of an image."""
+
+__all__ = [
+    "Affine",
+    "CubicBSpline",
+    "Elementwise",
+    "ReparametrizedAffine",
+    "Robust",
+    "elementwise",
+]
+
+import torch
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from torch import Tensor
+from typing import Protocol
+
+from flowguard import transforms
+
+
+class Elementwise(Protocol):
+    r"""A univariate map with `parameters` numbers for each transformed channel.
+
+    `transform` takes them with shape :math:`(B, C, n, H, W)` and returns the transform of tensors
+    with shape :math:`(B, C, H, W)`. All-zero parameters give the map at the start of training.
+    """
+
+    @property
+    def parameters(self) -> int: ...
+
+    def transform(self, phi: Tensor) -> transforms.Univariate: ...
+
+
+@dataclass(frozen=True)
+class Robust:
+    r"""Creates the robust rational-quadratic spline; see :class:`flowguard.RobustSpline`.
+
+    Arguments:
+        bins: The number of bins :math:`K`.
+        bound: The bound :math:`B` of the box.
+        shift_bound: The bound of the shift.
+        slope: The least slope.
+    """
+
+    bins: int = 2
+    bound: float = 3.0
+    shift_bound: float | None = 1.0
+    slope: float | None = 1e-3
+
+    @property
+    def parameters(self) -> int:
+        return 3 * (self.bins - 1) + 1
+
+    def transform(self, phi: Tensor) -> transforms.Univariate:
+        # Published order of the channels: widths, heights, derivatives, shift.
+        n = self.bins - 1
+        *knots, shift = phi.split((n, n, n, 1), dim=2)
+        widths, heights, derivatives = (p.movedim(2, -1) for p in knots)
+        return transforms.RobustSpline(
+            widths,
+            heights,
+            derivatives,
+            shift.squeeze(2),
+            bound=self.bound,
+            shift_bound=self.shift_bound,
+            slope=self.slope,
+        )
+
+
+@dataclass(frozen=True)
+class Affine:
+    r"""Creates the conditional affine map of SRFlow; see :func:`flowguard.functional.affine`.
+
+    Arguments:
+        eps: The least scale.
+    """
+
+    eps: float = 1e-4
+
+    @property
+    def parameters(self) -> int:
+        return 2
+
+    def transform(self, phi: Tensor) -> transforms.Univariate:
+        shift, scale = phi.unbind(2)
+        return transforms.AffineTransform(shift, scale, eps=self.eps)
+
+
+@dataclass(frozen=True)
+class ReparametrizedAffine:
+    r"""Creates the affine map whose inverse hardly expands; see
+    :func:`flowguard.functional.reparametrized_affine`.
+
+    Arguments:
+        eps: The least inverse scale.
+    """
+
+    eps: float = 1e-4
+
+    @property
+    def parameters(self) -> int:
+        return 2
+
+    def transform(self, phi: Tensor) -> transforms.Univariate:
+        shift, scale = phi.unbind(2)
+        return transforms.ReparametrizedAffineTransform(shift, scale, eps=self.eps)
+
+
+@dataclass(frozen=True)
+class CubicBSpline:
+    r"""Creates the cubic B-spline of the paper; see :class:`flowguard.transforms.CubicBSpline`.
+
+    Arguments:
+        bound: The bound :math:`B` of the box.
+        shift_bound: The bound of the shift.
+    """
+
+    bound: float = 3.0
+    shift_bound: float | None = 1.0
+
+    @property
+    def parameters(self) -> int:
+        return 11
+
+    def transform(self, phi: Tensor) -> transforms.Univariate:
+        gaps, controls, shift = phi.split((4, 6, 1), dim=2)
+        return transforms.CubicBSpline(
+            gaps.movedim(2, -1),
+            controls.movedim(2, -1),
+            shift.squeeze(2),
+            bound=self.bound,
+            shift_bound=self.shift_bound,
+        )
+
+
+NAMED: dict[str, Callable[[], Elementwise]] = {
+    "affine": Affine,
+    "bspline": CubicBSpline,
+    "reparametrized": ReparametrizedAffine,
+    "robust": Robust,
+}
+
+
+def elementwise(coupling: str | Elementwise) -> Elementwise:
+    r"""Returns the map of that name, or the given one.
+
+    Arguments:
+        coupling: ``"affine"``, ``"bspline"``, ``"reparametrized"``, ``"robust"`` (with their
+            defaults for images), or an object such as ``Robust(bins=8)``.
+
+    Raises:
+        ValueError: If there is no map of that name.
+        TypeError: If the object is no elementwise map.
+
+    Example:
+        >>> elementwise("robust")
+        Robust(bins=2, bound=3.0, shift_bound=1.0, slope=0.001)
+    """
+    if isinstance(coupling, str):
+        if coupling not in NAMED:
+            raise ValueError(f"coupling must be one of {', '.join(NAMED)}; got {coupling!r}")
+        return NAMED[coupling]()
+    if not (hasattr(coupling, "parameters") and hasattr(coupling, "transform")):
+        raise TypeError(
+            "coupling must be a name or an object with `parameters` and `transform`;"
+            f" got {type(coupling).__name__}"
+        )
+    return coupling
+
+
+def apply(family: Elementwise, x: Tensor, raw: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
+    r"""Transforms `x`, with shape :math:`(B, C, H, W)`, by raw network outputs with shape
+    :math:`(B, C n, H, W)`; returns the output and `ladj` with shape :math:`(B)`."""
+    f = family.transform(raw.unflatten(1, (x.shape[1], family.parameters)))
+    y, ladj = f.inverse_and_ladj(x) if inverse else f.call_and_ladj(x)
+    # The log-determinant of an image is a sum of 10^5 numbers and more.
+    return y, ladj.flatten(1).sum(1, dtype=torch.promote_types(ladj.dtype, torch.float32))

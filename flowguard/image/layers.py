@@ -1,0 +1,175 @@
+r"""The context-free layers of an image flow."""
+
+__all__ = ["ActNorm", "InvertibleConv1x1", "Squeeze", "ZeroConv2d"]
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from torch import Tensor
+from typing import Any
+
+
+class ZeroConv2d(nn.Conv2d):
+    r"""Creates a 3×3 convolution that starts at zero, with a learned gain for each channel.
+
+    .. math:: y = (W * x + b) \, e^{3 g}
+
+    References:
+        | Glow: Generative Flow with Invertible 1x1 Convolutions (Kingma & Dhariwal, 2018)
+        | https://arxiv.org/abs/1807.03039
+
+    Arguments:
+        in_channels: The number of input channels.
+        out_channels: The number of output channels.
+
+    Example:
+        >>> ZeroConv2d(2, 3)(torch.randn(1, 2, 4, 4)).abs().max()
+        tensor(0., grad_fn=<MaxBackward1>)
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+        self.logs = nn.Parameter(torch.zeros(out_channels, 1, 1))
+        nn.init.zeros_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The gain goes into the small weights rather than onto the large output.
+        gain = torch.exp(3 * self.logs)
+        bias = None if self.bias is None else self.bias * gain.flatten()
+        return self._conv_forward(x, self.weight * gain.unsqueeze(1), bias)
+
+
+class Squeeze(nn.Module):
+    r"""Creates a squeeze, which trades resolution for channels: (C, H, W) to (4C, H/2, W/2).
+
+    Arguments:
+        factor: The factor in each direction.
+
+    Example:
+        >>> Squeeze()(torch.randn(1, 3, 4, 6))[0].shape
+        torch.Size([1, 12, 2, 3])
+    """
+
+    def __init__(self, factor: int = 2) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def extra_repr(self) -> str:
+        return f"factor={self.factor}"
+
+    def forward(self, x: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+        if x.shape[-2] % self.factor or x.shape[-1] % self.factor:
+            raise ValueError(
+                f"height and width must be multiples of {self.factor};"
+                f" got {x.shape[-2]} and {x.shape[-1]}: pad the image first"
+            )
+        return F.pixel_unshuffle(x, self.factor), x.new_zeros(x.shape[0])
+
+    def inverse(self, z: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+        return F.pixel_shuffle(z, self.factor), z.new_zeros(z.shape[0])
+
+
+class ActNorm(nn.Module):
+    r"""Creates an activation normalisation, initialised by the first batch seen in training.
+
+    .. math:: y = (x + b) \, e^{s}
+
+    In evaluation mode an uninitialised layer is the identity and stays so. Whether it is
+    initialised is part of the state.
+
+    References:
+        | Glow: Generative Flow with Invertible 1x1 Convolutions (Kingma & Dhariwal, 2018)
+        | https://arxiv.org/abs/1807.03039
+
+    Arguments:
+        channels: The number of channels.
+
+    Example:
+        >>> layer = ActNorm(3)
+        >>> z, ladj = layer(5 * torch.randn(4, 3, 8, 8) + 2)
+        >>> bool(z.mean().abs() < 1e-5), bool((z.std() - 1).abs() < 0.01)
+        (True, True)
+    """
+
+    initialized: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(1, channels, 1, 1))
+        self.logs = nn.Parameter(torch.zeros(1, channels, 1, 1))
+        self.register_buffer("initialized", torch.tensor(False))
+        self._ready = False  # the buffer, known to the host without a synchronisation
+
+    def extra_repr(self) -> str:
+        return f"channels={self.bias.shape[1]}"
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._ready = bool(self.initialized)
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        r"""Sets shift and scale such that this batch gets mean zero and variance one.
+
+        Arguments:
+            x: A batch, with shape :math:`(B, C, H, W)`.
+        """
+        std, mean = torch.std_mean(x, dim=(0, 2, 3), correction=0, keepdim=True)
+        self.bias.copy_(-mean)
+        self.logs.copy_(-torch.log(std + 1e-6))
+        self.initialized.fill_(True)
+        self._ready = True
+
+    def _ladj(self, x: Tensor) -> Tensor:
+        return (self.logs.sum() * (x.shape[-2] * x.shape[-1])).expand(x.shape[0])
+
+    def forward(self, x: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+        if self.training and not self._ready and x.numel() > 0:
+            self.initialize(x)
+        return (x + self.bias) * torch.exp(self.logs), self._ladj(x)
+
+    def inverse(self, z: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+        return z * torch.exp(-self.logs) - self.bias, -self._ladj(z)
+
+
+class InvertibleConv1x1(nn.Module):
+    r"""Creates an invertible 1×1 convolution, :math:`y = W x` at each pixel.
+
+    It starts as a random rotation. The inverse and the determinant are computed in float64,
+    whatever the dtype of the image.
+
+    References:
+        | Glow: Generative Flow with Invertible 1x1 Convolutions (Kingma & Dhariwal, 2018)
+        | https://arxiv.org/abs/1807.03039
+
+    Arguments:
+        channels: The number of channels.
+
+    Example:
+        >>> layer = InvertibleConv1x1(3)
+        >>> x = torch.randn(2, 3, 4, 4)
+        >>> torch.allclose(layer.inverse(layer(x)[0])[0], x, atol=1e-5)
+        True
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        q, _ = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))
+        self.weight = nn.Parameter(q.to(torch.get_default_dtype()))
+
+    def extra_repr(self) -> str:
+        return f"channels={self.weight.shape[0]}"
+
+    def _ladj(self, x: Tensor) -> Tensor:
+        ladj = torch.linalg.slogdet(self.weight.double()).logabsdet
+        return (ladj * (x.shape[-2] * x.shape[-1])).to(x.dtype).expand(x.shape[0])
+
+    def forward(self, x: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+        return F.conv2d(x, self.weight[:, :, None, None]), self._ladj(x)
+
+    def inverse(self, z: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+        weight = torch.linalg.inv(self.weight.double()).to(z.dtype)
+        return F.conv2d(z, weight[:, :, None, None]), -self._ladj(z)
