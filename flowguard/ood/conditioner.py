@@ -312,10 +312,7 @@ class OODConditioner(nn.Module):
     @torch.no_grad()
     def _score(self, y: Any, levels: dict[str, Tensor]) -> OODReport:
         self._check_encoder()
-        count = len(next(iter(levels.values())))
-        wrong = None
-        if self.encoder is not None and isinstance(y, Tensor) and (len(y) == count or count == 1):
-            wrong = ~y.isfinite().reshape(count, -1).all(dim=1)
+        wrong = None if self.encoder is None else _not_finite(y, levels)
         levels = {name: value.detach() for name, value in levels.items()}
         return self.guard.score(levels, self.alpha, wrong)
 
@@ -330,6 +327,16 @@ class OODConditioner(nn.Module):
                 "`fit(batches)` and `calibrate(batches)` again."
             )
         self._checked = now
+
+
+def _not_finite(y: Any, levels: dict[str, Tensor]) -> Tensor | None:
+    """Which contexts are not finite; an encoder can hide it (a maximum drops -inf, say)."""
+    count = len(next(iter(levels.values())))
+    if not isinstance(y, Tensor) or not y.ndim:
+        return None
+    if len(y) == count:
+        return ~(y.isfinite().flatten(1).all(dim=1) if y.ndim > 1 else y.isfinite())
+    return ~y.isfinite().all()[None] if count == 1 else None
 
 
 def _caller() -> int:

@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 from flowguard.ood.distributed import gather
 from flowguard.ood.errors import NotFittedError
 from flowguard.ood.moments import Moments, ledoit_wolf, merge, moments, oas
-from flowguard.ood.state import PinnedState, supports_float64
+from flowguard.ood.state import PinnedState, supports_float64, without_autocast
 
 __all__ = ["Shrinkage", "StreamingGaussian", "saturation"]
 
@@ -145,7 +145,8 @@ class StreamingGaussian(PinnedState):
                     "The features of the fit must be finite. Got NaN or inf; find the contexts "
                     "that cause them (`torch.isfinite`) and leave them out."
                 )
-            more = moments(_unit(columns, 0) if self.normalize else columns)
+            with without_autocast(columns):
+                more = moments(_unit(columns, 0) if self.normalize else columns)
             total = merge(total, Moments(*(value.to(total.mean) for value in more)))
         self._set(total)
 
@@ -241,7 +242,8 @@ class StreamingGaussian(PinnedState):
             if self.normalize:
                 v = _unit(v, 1)
             # W (f - μ), and not W f - W μ: the difference is exact where the mean is large.
-            score = (whitening @ (v - mean[:, None])).square().sum(dim=1)
+            with without_autocast(v):
+                score = (whitening @ (v - mean[:, None])).square().sum(dim=1)
             target = out[part[:1] + part[2:]]
             target.copy_(score.reshape(target.shape))
         overflow = not bool(out.isfinite().all())
@@ -259,7 +261,9 @@ class StreamingGaussian(PinnedState):
         matrix product, which on a CPU is three to seven times faster than solving for each pixel.
         """
         self._require_fit()
-        key = (device, dtype)
+        # TensorFloat-32 keeps 10 bits, too few for features with a mean far from zero.
+        coarse = device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+        key = (device, torch.float64 if coarse else dtype)
         if key in self._kernels:
             return self._kernels[key]
         # Made outside inference mode: autograd may need the constants later.
@@ -268,7 +272,7 @@ class StreamingGaussian(PinnedState):
             inverse = torch.linalg.solve_triangular(self.cholesky, eye, upper=False)
             # Rounding in float32 moves a whitened feature by about this much.
             blur = EPS * (self.mean.abs().amax() + self.cholesky.norm()) * inverse.norm()
-            if blur > 1e-2 and supports_float64(device):
+            if coarse or (blur > 1e-2 and supports_float64(device)):
                 dtype = torch.float64
             self._kernels[key] = (self.mean.to(device, dtype), inverse.to(device, dtype))
             return self._kernels[key]

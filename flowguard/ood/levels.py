@@ -147,6 +147,7 @@ class LevelSet(nn.Module):
         self, calibrators: Mapping[str, Calibrator], alpha: float, distributed: bool = False
     ) -> None:
         r"""Ends the calibration, and warns where it is too small for alpha."""
+        built = []
         for name, level in self.items():
             calibrator = calibrators[name]
             if distributed:
@@ -154,10 +155,11 @@ class LevelSet(nn.Module):
                 for state in gather(calibrator.state()):
                     merged.extend(*state)
                 calibrator = merged
-            calibration = calibrator.build()
-            if not calibration.calibrated:
-                raise ValueError("The calibration batches hold no context.")
-            level.calibration = calibration.to(level.gaussian.mean.device)
+            built.append(calibrator.build().to(level.gaussian.mean.device))
+        if not all(calibration.calibrated for calibration in built):
+            raise ValueError("The calibration batches hold no context.")
+        for level, calibration in zip(self._levels(), built, strict=True):
+            level.calibration = calibration
         least, wanted = self.least_alpha, -(-len(self.names) // alpha) - 1
         if least > alpha:
             count = len(self._levels()[0].calibration.scores)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from flowguard.ood.gaussian import StreamingGaussian
+from flowguard.ood.state import without_autocast
 
 __all__ = ["pull"]
 
@@ -50,6 +51,7 @@ def _onto(vectors: Tensor, gaussian: StreamingGaussian, boundary: float) -> Tens
     unit = torch.maximum(vectors.detach().abs().amax(dim=1, keepdim=True), mean.abs().amax())
     unit = unit.clamp_min(torch.finfo(mean.dtype).tiny)
     delta = vectors / unit - mean / unit
-    radius = (delta @ whitening.T).norm(dim=1, keepdim=True)
+    with without_autocast(delta):
+        radius = (delta @ whitening.T).norm(dim=1, keepdim=True)
     moved = mean + delta * (boundary**0.5 / radius)
     return torch.where(finite, moved, mean)

@@ -8,12 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["PinnedState", "supports_float64"]
+__all__ = ["PinnedState", "supports_float64", "without_autocast"]
 
 
 def supports_float64(device: torch.device) -> bool:
     r"""Whether tensors on the device can be float64 (Apple's MPS cannot)."""
     return device.type != "mps"
+
+
+def without_autocast(tensor: Tensor) -> torch.autocast:
+    r"""Whitening in half precision would drown the directions of least variance."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 class PinnedState(nn.Module):
