@@ -1,7 +1,8 @@
 r"""Conditional multiscale flows over images, for any image size."""
 
 from flowguard.image.coupling import Condition, ConditionalCoupling
-from flowguard.image.elementwise import (
+from flowguard.image.layers import ActNorm, InvertibleConv1x1, Squeeze, ZeroConv2d
+from flowguard.image.maps import (
     Affine,
     CubicBSpline,
     Elementwise,
@@ -9,7 +10,6 @@ from flowguard.image.elementwise import (
     Robust,
     elementwise,
 )
-from flowguard.image.layers import ActNorm, InvertibleConv1x1, Squeeze, ZeroConv2d
 from flowguard.image.multiscale import ConditionalMultiscaleFlow, FlowStep, Split
 
 __all__ = [

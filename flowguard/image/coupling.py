@@ -2,15 +2,14 @@ r"""The conditional coupling of image flows."""
 
 __all__ = ["Condition", "ConditionalCoupling"]
 
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
-
-from torch import Tensor
 from typing import NamedTuple
 
-from flowguard.image.elementwise import Elementwise, apply, elementwise
+import torch
+import torch.nn as nn
+from torch import Tensor
+
 from flowguard.image.layers import ZeroConv2d
+from flowguard.image.maps import Elementwise, apply, elementwise
 
 
 class Condition(NamedTuple):

@@ -2,12 +2,12 @@ r"""The context-free layers of an image flow."""
 
 __all__ = ["ActNorm", "InvertibleConv1x1", "Squeeze", "ZeroConv2d"]
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
 from torch import Tensor
-from typing import Any
 
 
 class ZeroConv2d(nn.Conv2d):

@@ -3,16 +3,16 @@ r"""The conditional multiscale flow."""
 __all__ = ["ConditionalMultiscaleFlow", "FlowStep", "Split"]
 
 import math
+from collections.abc import Sequence
+
 import torch
 import torch.nn as nn
-
-from collections.abc import Sequence
 from torch import Tensor
 
 from flowguard.functional import bounded
 from flowguard.image.coupling import Condition, ConditionalCoupling, repeat_rows
-from flowguard.image.elementwise import Elementwise
 from flowguard.image.layers import ActNorm, InvertibleConv1x1, Squeeze, ZeroConv2d
+from flowguard.image.maps import Elementwise
 
 
 class FlowStep(nn.Module):

@@ -9,12 +9,12 @@ __all__ = [
     "elementwise",
 ]
 
-import torch
-
 from collections.abc import Callable
 from dataclasses import dataclass
-from torch import Tensor
 from typing import Protocol
+
+import torch
+from torch import Tensor
 
 from flowguard import transforms
 

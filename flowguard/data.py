@@ -1,0 +1,235 @@
+r"""Photographs to learn from, and conditions that no model has learned from."""
+
+__all__ = [
+    "CALIBRATION_PHOTOGRAPHS",
+    "HELD_OUT_PHOTOGRAPH",
+    "OTHER_WORLDS",
+    "TRAINING_PHOTOGRAPHS",
+    "Corruption",
+    "PairedCrops",
+    "corruptions",
+    "downsample",
+    "photograph",
+    "read_image",
+]
+
+import importlib.resources
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+#: Colour photographs that scikit-image ships, by file name.
+TRAINING_PHOTOGRAPHS = ("astronaut.png", "coffee.png", "rocket.jpg", "motorcycle_left.png")
+CALIBRATION_PHOTOGRAPHS = ("motorcycle_right.png",)
+HELD_OUT_PHOTOGRAPH = "chelsea.png"
+#: Pictures from other worlds: medicine, astronomy, print, a test pattern.
+OTHER_WORLDS = {
+    "retina": "retina.jpg",
+    "immunohistochemistry": "ihc.png",
+    "hubble": "hubble_deep_field.jpg",
+    "page of text": "page.png",
+    "checkerboard": "chessboard_GRAY.png",
+}
+
+
+def read_image(path: Any) -> Tensor:
+    r"""Reads an image file as RGB.
+
+    Arguments:
+        path: The path of the file, or an open binary file.
+
+    Returns:
+        The image in :math:`[0, 1]`, with shape :math:`(3, H, W)`, float32.
+
+    Raises:
+        ImportError: If Pillow is not installed.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError(
+            'reading images needs Pillow: pip install "flowguard-nf[demo]"'
+        ) from error
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def photograph(name: str) -> Tensor:
+    r"""Returns a picture that scikit-image ships, with shape :math:`(3, H, W)`.
+
+    Arguments:
+        name: The name of the file, such as ``"chelsea.png"``.
+
+    Raises:
+        ImportError: If scikit-image is not installed.
+        FileNotFoundError: If it ships no such file.
+
+    Example:
+        >>> photograph("chelsea.png").shape
+        torch.Size([3, 300, 451])
+    """
+    try:
+        folder = importlib.resources.files("skimage") / "data"
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            'the photographs come with scikit-image: pip install "flowguard-nf[demo]"'
+        ) from error
+    file = folder / name
+    if not file.is_file():
+        raise FileNotFoundError(f"this version of scikit-image ships no {name!r}")
+    with file.open("rb") as stream:
+        return read_image(stream)
+
+
+def downsample(hr: Tensor, scale: int) -> Tensor:
+    r"""Shrinks images by bicubic interpolation with antialiasing, onto :math:`[0, 1]`.
+
+    Arguments:
+        hr: The images, with shape :math:`(B, 3, sH, sW)`.
+        scale: The factor :math:`s`.
+    """
+    if hr.shape[-2] % scale or hr.shape[-1] % scale:
+        raise ValueError(
+            f"height and width must be multiples of {scale}; got {tuple(hr.shape[-2:])}"
+        )
+    size = (hr.shape[-2] // scale, hr.shape[-1] // scale)
+    return F.interpolate(hr, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+
+
+def crop_to_multiple(image: Tensor, multiple: int) -> Tensor:
+    r"""Cuts rows and columns at the bottom and on the right until the size is a multiple."""
+    h, w = (n - n % multiple for n in image.shape[-2:])
+    return image[..., :h, :w]
+
+
+class PairedCrops:
+    r"""Creates an endless stream of aligned random crops of HR images and their LR images.
+
+    The LR image is made of the whole photograph, so that its crops know what lies beyond their
+    border. Crops are flipped and turned at random.
+
+    Arguments:
+        images: HR images, with shape :math:`(3, H, W)` each.
+        scale: The downsampling factor.
+        size: The height and width of an HR crop, a multiple of `scale`.
+        batch: The number of crops in a batch.
+        seed: The seed of the stream: the same seed gives the same crops.
+
+    Example:
+        >>> crops = PairedCrops([torch.rand(3, 64, 64)], scale=4, size=32, batch=8, seed=0)
+        >>> hr, lr = next(iter(crops))
+        >>> hr.shape, lr.shape
+        (torch.Size([8, 3, 32, 32]), torch.Size([8, 3, 8, 8]))
+    """
+
+    def __init__(
+        self, images: Sequence[Tensor], *, scale: int, size: int, batch: int, seed: int
+    ) -> None:
+        if size % scale:
+            raise ValueError(f"size must be a multiple of the scale {scale}; got {size}")
+        self.pairs = []
+        for image in images:
+            hr = crop_to_multiple(image, scale)
+            if min(hr.shape[-2:]) < size:
+                raise ValueError(
+                    f"images must have at least {size} rows and columns;"
+                    f" got {tuple(image.shape[-2:])}"
+                )
+            self.pairs.append((hr, downsample(hr[None], scale)[0]))
+        self.scale = scale
+        self.size = size
+        self.batch = batch
+        self.seed = seed
+
+    def _crop(self, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        areas = np.array([lr.shape[-1] * lr.shape[-2] for _, lr in self.pairs], dtype=float)
+        hr, lr = self.pairs[rng.choice(len(self.pairs), p=areas / areas.sum())]
+        n = self.size // self.scale
+        i, j = (int(rng.integers(0, m - n + 1)) for m in lr.shape[-2:])
+        s = self.scale
+        pair = [
+            hr[:, s * i : s * i + self.size, s * j : s * j + self.size],
+            lr[:, i : i + n, j : j + n],
+        ]
+        if rng.integers(2):
+            pair = [p.flip(-1) for p in pair]
+        turns = int(rng.integers(4))
+        first, second = (torch.rot90(p, turns, (-2, -1)) for p in pair)
+        return first, second
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        rng = np.random.default_rng(self.seed)
+        while True:
+            pairs = [self._crop(rng) for _ in range(self.batch)]
+            yield torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs])
+
+
+@dataclass(frozen=True)
+class Corruption:
+    r"""A way to spoil a condition, at several strengths.
+
+    Arguments:
+        name: The name, with the symbol of the strength.
+        strengths: The strengths, weakest first.
+        function: From an image and a strength to the spoilt image; nothing is clamped.
+    """
+
+    name: str
+    strengths: tuple[float, ...]
+    function: Callable[[Tensor, float], Tensor]
+
+    def __call__(self, y: Tensor, strength: float) -> Tensor:
+        return self.function(y, strength)
+
+
+def corruptions(seed: int) -> list[Corruption]:
+    r"""Returns corruptions of a condition, within and beyond :math:`[0, 1]`.
+
+    Arguments:
+        seed: The seed of the noise.
+    """
+
+    def noise(y: Tensor, sigma: float) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return y + sigma * torch.randn(y.shape, generator=generator).to(y)
+
+    def saturate(y: Tensor, factor: float) -> Tensor:
+        grey = y.mean(dim=-3, keepdim=True)
+        return (grey + factor * (y - grey)).clamp(0, 1)
+
+    return [
+        Corruption("noise σ", (0.1, 0.3, 1.0), noise),
+        Corruption("clamped noise σ", (0.3, 1.0), lambda y, s: noise(y, s).clamp(0, 1)),
+        Corruption("gain", (2.0, 5.0, 20.0), lambda y, s: s * y),
+        Corruption("inversion", (1.0, 3.0), lambda y, s: 1 - s * y),
+        Corruption("negative", (1.0, 5.0), lambda y, s: -s * y),
+        Corruption("saturation", (3.0, 20.0), saturate),
+    ]
+
+
+def save_image(image: Tensor, path: Path) -> None:
+    r"""Writes an image in :math:`[0, 1]` as PNG; values beyond are cut, NaN is black.
+
+    Arguments:
+        image: The image, with shape :math:`(3, H, W)`.
+        path: The file.
+    """
+    from PIL import Image
+
+    from flowguard.files import atomic
+
+    with atomic(path) as temporary:
+        Image.fromarray(to_uint8(image)).save(temporary, format="PNG")
+
+
+def to_uint8(image: Tensor) -> np.ndarray[Any, Any]:
+    r"""Returns an image in :math:`[0, 1]` as an array of bytes with shape :math:`(H, W, 3)`."""
+    clean = torch.nan_to_num(image.detach().float().cpu(), nan=0.0).clamp(0, 1)
+    return (clean * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
