@@ -66,7 +66,11 @@ def plot_report(
     drawn: Any = None
     for axis, (name, level) in zip(axes[len(axes) - len(maps) :], maps.items(), strict=True):
         drawn = axis.imshow(
-            nines(level)[index].cpu(), cmap="inferno", vmin=0, vmax=NINES, interpolation="nearest"
+            nines(level)[index].cpu().numpy(),
+            cmap="inferno",
+            vmin=0,
+            vmax=NINES,
+            interpolation="nearest",
         )
         score, p = float(level.score[index]), float(level.p_value[index])
         axis.set_title(f"{name}: score {score:.3g}, p = {p:.2g}", fontsize=9)
@@ -82,5 +86,5 @@ def plot_report(
 def _draw_image(axis: Any, image: Tensor, index: int) -> None:
     picture = image.detach().float().cpu().clamp(0, 1).nan_to_num().movedim(0, -1)
     gray = picture.shape[-1] != 3
-    axis.imshow(picture.mean(dim=-1) if gray else picture, cmap="gray", vmin=0, vmax=1)
+    axis.imshow((picture.mean(dim=-1) if gray else picture).numpy(), cmap="gray", vmin=0, vmax=1)
     axis.set_title(f"context {index}", fontsize=9)

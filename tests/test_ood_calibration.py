@@ -1,0 +1,175 @@
+"""Calibration: what the p-values, thresholds and quantiles promise, on data nobody fitted."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chi2
+from torch import nn
+
+from flowguard.ood import OODConditioner
+from flowguard.ood.calibration import Calibrator, image_statistics
+
+ALPHAS = (0.001, 0.01, 0.05)
+
+
+def calibrated(scores, features=4):
+    calibrator = Calibrator(features)
+    for batch in scores.split(7):
+        calibrator.add(batch)
+    return calibrator.build()
+
+
+@given(
+    reference=st.lists(st.integers(0, 20), min_size=1, max_size=30),
+    scores=st.lists(st.integers(0, 21), min_size=1, max_size=10),
+    alpha=st.floats(0.01, 0.9),
+)
+@settings(max_examples=60, deadline=None)
+def test_p_values_and_thresholds_count(reference, scores, alpha):
+    calibration = calibrated(torch.tensor(reference).double())
+    wanted = [(1 + sum(r >= s for r in reference)) / (len(reference) + 1) for s in scores]
+    values = torch.tensor(scores).double()
+    p = calibration.p_values(image_statistics(values, torch.inf))[:, 1]
+    torch.testing.assert_close(p, torch.tensor(wanted, dtype=torch.float64))
+    flagged = values > calibration.threshold("max", alpha)
+    if alpha * (len(reference) + 1) >= 1:
+        assert flagged.tolist() == [w <= alpha + 1e-12 for w in wanted]
+    else:
+        assert flagged.tolist() == [s > max(reference) for s in scores]
+
+
+def test_statistics_of_the_calibration_are_those_of_the_score():
+    maps = torch.randn(30, 9, 8).square() * 9
+    calibration = calibrated(maps)
+    again = image_statistics(maps, float(calibration.edge)).double().sort(dim=0).values
+    torch.testing.assert_close(calibration.scores, again)
+    share = float((maps > float(calibration.edge)).float().mean())
+    assert 0.005 < share <= 0.01
+    flat = maps.flatten(1)
+    torch.testing.assert_close(again[:, 0], flat.mean(dim=1).double().sort().values)
+    torch.testing.assert_close(again[:, 1], flat.amax(dim=1).double().sort().values)
+
+
+def test_pixel_quantiles_are_exact_to_the_width_of_a_bin():
+    maps = torch.randn(50, 100, 100).square() * 3
+    calibration = calibrated(maps)
+    order = maps.flatten().sort().values
+    for q in (0.1, 0.5, 0.9, 0.99, 0.999, 0.9999):
+        exact = order[int(q * len(order))]
+        assert float(calibration.quantile(exact[None])) == pytest.approx(
+            q, abs=0.003 * (1 - q) + 2e-6
+        )
+    assert calibration.quantile(order[-1:] * 1.01).tolist() == [1.0]
+    assert calibration.quantile(torch.zeros(1)).tolist() == [0.0]
+    assert (calibration.quantile(order).diff() >= 0).all()
+    above = (maps > calibration.boundary(0.001)).double().mean()
+    assert 0.0008 < float(above) <= 0.001
+
+
+def test_order_and_batches_of_calibration_images_do_not_matter():
+    maps = torch.rand(20, 6, 6)
+    a, b = calibrated(maps), calibrated(maps.flip(0))
+    for name, value in a.state_dict().items():
+        torch.testing.assert_close(value, b.state_dict()[name])
+
+
+def test_the_share_of_false_alarms_is_alpha_where_chi2_is_far_off():
+    """Skewed and heavy-tailed vectors; 100 000 of them, never used for fit or calibration."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(n):
+        rows = torch.randn(n, 8, generator=generator)
+        scale = torch.randn(n, 1, generator=generator).mul(0.5).exp()
+        return torch.cat([rows[:, :4].exp(), rows[:, 4:] * scale], dim=1)
+
+    conditioner = OODConditioner(policy="report")
+    conditioner.fit(draw(20_000), progress=False).calibrate(draw(20_000), progress=False)
+    fresh = draw(100_000)
+    score = conditioner.score(fresh).levels["level1"].score
+    for alpha in ALPHAS:
+        conditioner.alpha = alpha
+        ours = float(conditioner.score(fresh).flagged.double().mean())
+        theirs = float((score > chi2.ppf(1 - alpha, 8)).double().mean())
+        assert alpha / 2 <= ours <= 2 * alpha
+        assert theirs > 2 * alpha or alpha == 0.05
+    assert float((score > chi2.ppf(0.999, 8)).double().mean()) > 0.02
+
+
+@pytest.fixture(scope="module")
+def crops():
+    data = pytest.importorskip("skimage.data")
+    left, _, _ = data.stereo_motorcycle()
+    photographs = [data.astronaut(), data.coffee(), data.rocket(), data.chelsea(), left]
+    return [
+        torch.from_numpy(photograph.copy())
+        .permute(2, 0, 1)
+        .unfold(1, 16, 16)
+        .unfold(2, 16, 16)
+        .permute(1, 2, 0, 3, 4)
+        .reshape(-1, 3, 16, 16)
+        .div(255)
+        for photograph in photographs
+    ]
+
+
+def encoder():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1)
+    )
+
+
+@pytest.mark.parametrize("statistic", ["mean", "max", "share"])
+def test_the_share_of_false_alarms_on_crops_of_photographs_is_alpha(crops, statistic):
+    """Calibration and test crops exchangeable; the mean of ten splits."""
+    pool = torch.cat(crops)
+    pool = pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(0))]
+    third = len(pool) // 3
+    conditioner = OODConditioner(encoder(), "report", statistic=statistic, alpha=0.01)
+    conditioner.fit(pool[:third], progress=False)
+    rates = {alpha: 0.0 for alpha in ALPHAS}
+    for split in range(10):
+        order = torch.randperm(2 * third, generator=torch.Generator().manual_seed(split)) + third
+        conditioner.calibrate(pool[order[:third]], progress=False)
+        for alpha in ALPHAS:
+            conditioner.alpha = alpha
+            flagged = conditioner.score(pool[order[third:]]).flagged
+            rates[alpha] += float(flagged.double().mean()) / 10
+    for alpha, rate in rates.items():
+        assert rate <= 2 * alpha
+        assert rate >= alpha / 4
+    scores = conditioner.score(pool[order[third:]]).levels["level1"].map
+    assert float((scores > chi2.ppf(0.999, 16)).double().mean()) > 0.005  # χ² is off by 5
+
+
+def test_on_photographs_never_seen_the_mean_share_of_false_alarms_holds(crops):
+    """Crops of a new photograph are not exchangeable with the others': single ones may exceed."""
+    rates = {alpha: [] for alpha in (0.01, 0.05)}
+    for i in range(len(crops)):
+        others = torch.cat(crops[:i] + crops[i + 1 :])
+        others = others[torch.randperm(len(others), generator=torch.Generator().manual_seed(i))]
+        conditioner = OODConditioner(encoder(), "report", alpha=0.01)
+        half = len(others) // 2
+        conditioner.fit(others[:half], progress=False)
+        conditioner.calibrate(others[half:], progress=False)
+        for alpha, found in rates.items():
+            conditioner.alpha = alpha
+            found.append(float(conditioner.score(crops[i]).flagged.double().mean()))
+    for alpha, found in rates.items():
+        assert sum(found) / len(found) <= 2 * alpha
+        assert max(found) <= 4 * alpha
+
+
+def test_bonferroni_over_levels_keeps_the_share_of_false_alarms():
+    class Levels(nn.Module):
+        def forward(self, y):
+            return [y[:, :2], y[:, 2:4], y[:, 1:3].exp()]
+
+    generator = torch.Generator().manual_seed(1)
+    conditioner = OODConditioner(Levels(), "report", alpha=0.05)
+    conditioner.fit(torch.randn(5000, 4, generator=generator), progress=False)
+    conditioner.calibrate(torch.randn(5000, 4, generator=generator), progress=False)
+    report = conditioner.score(torch.randn(20_000, 4, generator=generator))
+    assert 0.02 < float(report.flagged.double().mean()) <= 0.06
+    assert torch.equal(report.flagged, report.p_value <= 0.05)
