@@ -63,8 +63,8 @@ def test_pixel_quantiles_are_exact_to_the_width_of_a_bin():
     assert calibration.quantile(order[-1:] * 1.01).tolist() == [1.0]
     assert calibration.quantile(torch.zeros(1)).tolist() == [0.0]
     assert (calibration.quantile(order).diff() >= 0).all()
-    above = (maps > calibration.boundary(0.001)).double().mean()
-    assert 0.0008 < float(above) <= 0.001
+    above = (maps > calibration.boundary(0.999)).double().mean()
+    assert 0.0009 < float(above) <= 0.00101
 
 
 def test_order_and_batches_of_calibration_images_do_not_matter():

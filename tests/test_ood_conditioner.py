@@ -316,7 +316,7 @@ def test_shrink_of_maps_gives_the_same_with_and_without_gradients():
 
 
 def test_shrink_in_distribution_returns_the_very_tensor():
-    conditioner = guarded(policy="shrink", alpha=0.0001, data=images)
+    conditioner = guarded(policy="shrink", boundary=1.0)
     y = images(2, seed=20)  # of the calibration set, hence within the boundary
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -454,6 +454,11 @@ def _different_batches(conditioner):
         (lambda c: OODConditioner(policy="drop"), ValueError, "policy must be one of.*Got 'drop'"),
         (lambda c: setattr(c, "policy", "off"), ValueError, "policy must be one of.*Got 'off'"),
         (lambda c: OODConditioner(alpha=0.0), ValueError, "alpha must lie between 0 and 1. Got 0"),
+        (
+            lambda c: OODConditioner(boundary=0),
+            ValueError,
+            r"boundary must lie in \(0, 1\]. Got 0",
+        ),
         (lambda c: OODConditioner(levels="fine"), ValueError, "levels must be a list"),
         (lambda c: OODConditioner(levels=["a", "a"]), ValueError, "different names"),
         (lambda c: OODConditioner(shrinkage="lw"), ValueError, "shrinkage must be .*'lw'"),
@@ -572,6 +577,18 @@ def test_an_unfitted_state_loads_too():
     fitted.load_state_dict(unfitted.state_dict())
     assert not fitted.fitted
     assert not unfitted.fitted
+
+
+def test_weights_that_are_replaced_are_seen():
+    conditioner = guarded(Pyramid())
+    conditioner.score(images())
+    weight = conditioner.encoder.fine.weight
+    for change in (1e-3, 1e-2):
+        conditioner.encoder.fine.weight = nn.Parameter(weight.detach() + change)
+        with pytest.raises(RuntimeError, match="not those of the fit"):
+            conditioner.score(images())
+    conditioner.encoder.fine.weight = nn.Parameter(weight.detach().clone())
+    conditioner.score(images())
 
 
 def test_the_state_of_another_encoder_is_refused():

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.covariance import OAS, EmpiricalCovariance, LedoitWolf
 
-from flowguard.ood import NotFittedError, StreamingGaussian
+from flowguard.ood import NotFittedError, OODConditioner, StreamingGaussian
 from flowguard.ood.moments import ledoit_wolf
 
 
@@ -74,6 +74,10 @@ def test_merge_is_the_fit_of_the_union_and_empty_is_neutral():
         torch.testing.assert_close(m, w, rtol=1e-11, atol=1e-9)
 
 
+def images_of_levels():
+    return torch.rand(25, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+
+
 def _rank(rank, world, path, queue):
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
@@ -83,7 +87,13 @@ def _rank(rank, world, path, queue):
     gaussian = StreamingGaussian()
     gaussian.update(rows[:300] if rank == 0 else rows[300:])
     gaussian.merge_ranks().finalize("ledoit_wolf")
-    queue.put((rank, gaussian.mean.numpy(), gaussian.cholesky.numpy()))
+    maps = images_of_levels()
+    mine = slice(0, 9) if rank == 0 else slice(9, None)
+    conditioner = OODConditioner(policy="report", alpha=0.1)
+    conditioner.fit(maps[mine], progress=False, distributed=True)
+    conditioner.calibrate(maps[mine] + 0.1, progress=False, distributed=True)
+    p_values = conditioner.score(maps + 0.2).p_value
+    queue.put((rank, gaussian.mean.numpy(), gaussian.cholesky.numpy(), p_values.numpy()))
     torch.distributed.destroy_process_group()
 
 
@@ -99,9 +109,14 @@ def test_two_processes_give_the_result_of_one(tmp_path):
     for process in ranks:
         process.join()
     single = fitted(correlated(1000, 6), "ledoit_wolf")
-    for mean, cholesky in results.values():
+    maps = images_of_levels()
+    conditioner = OODConditioner(policy="report", alpha=0.1)
+    conditioner.fit(maps, progress=False).calibrate(maps + 0.1, progress=False)
+    expected = conditioner.score(maps + 0.2).p_value
+    for mean, cholesky, p_values in results.values():
         assert relative(torch.from_numpy(mean), single.mean) <= 1e-12
         assert relative(torch.from_numpy(cholesky), single.cholesky) <= 1e-12
+        assert torch.equal(torch.from_numpy(p_values), expected)
 
 
 def test_merging_ranks_without_a_process_group_says_so():

@@ -100,15 +100,15 @@ class Calibration(PinnedState):
         rank = max(1, math.floor(alpha * (len(column) + 1) + 1e-9))
         return float(column[max(0, len(column) - rank)])
 
-    def boundary(self, alpha: float) -> float:
-        r"""Returns the pixel score that a share :math:`\alpha` of calibration pixels exceeds.
+    def boundary(self, quantile: float) -> float:
+        r"""Returns the score that all but a share ``1 - quantile`` of calibration pixels keep to.
 
         For vectors this is the threshold.
         """
         if not len(self.grid):
-            return self.threshold("max", alpha)
-        position = torch.searchsorted(_quantile_levels(), 1 - alpha)
-        # The next level up: the boundary errs on the side of changing nothing.
+            return self.threshold("max", 1 - quantile)
+        # The next level up, but for rounding: the boundary errs on the side of changing nothing.
+        position = torch.searchsorted(_quantile_levels(), quantile - 1e-12)
         return float(self.grid[min(int(position), len(self.grid) - 1)])
 
     def quantile(self, scores: Tensor) -> Tensor:

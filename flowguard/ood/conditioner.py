@@ -22,7 +22,7 @@ from flowguard.ood.embeddings import (
     with_levels,
 )
 from flowguard.ood.errors import OODContextError, OODContextWarning
-from flowguard.ood.fingerprint import fingerprint, versions
+from flowguard.ood.fingerprint import Seal, fingerprint
 from flowguard.ood.gaussian import Shrinkage
 from flowguard.ood.levels import LevelSet, Statistic
 from flowguard.ood.pull import pull
@@ -79,9 +79,9 @@ class OODConditioner(nn.Module):
     break; ``fullgraph=True`` and ``torch.export`` need the bare ``conditioner.encoder``.
 
     Warning:
-        The p-values hold for contexts exchangeable with the calibration contexts. Calibrating on
-        the training set itself makes them too small, that is, raises false alarms, all the more
-        as the encoder overfits.
+        The p-values hold for contexts exchangeable with the calibration contexts: crops of other
+        photographs are not quite, and copies of training contexts are not at all. Under autocast
+        or in another precision the features differ; fit and calibrate as you will sample.
 
     Arguments:
         encoder: The encoder; its output is a tensor, or a list, tuple or dictionary of tensors,
@@ -92,8 +92,10 @@ class OODConditioner(nn.Module):
             ``"level1"``, ``"level2"`` and so on, or the keys.
         alpha: The share of in-distribution images that may be flagged. It needs at least
             ``levels / alpha - 1`` calibration images; with fewer, images beyond all of these are
-            flagged, and :meth:`calibrate` warns of it. It also sets the boundary of ``"shrink"``:
-            the :math:`1 - \alpha` quantile of the calibration pixels.
+            flagged, and :meth:`calibrate` warns of it.
+        boundary: The quantile of the calibration pixels (or vectors) beyond which ``"shrink"``
+            moves an embedding back. It is apart from `alpha`: an image can be in distribution
+            and have a pixel that is not.
         shrinkage: How the covariance is shrunk, ``"oas"``, ``"ledoit_wolf"`` or a number.
         normalize: Whether embeddings are scaled to unit length first (``"l2"``) or not.
         statistic: What an image is judged by: the ``"mean"`` of its pixel scores, their
@@ -118,6 +120,7 @@ class OODConditioner(nn.Module):
         *,
         levels: Sequence[str] | None = None,
         alpha: float = 0.001,
+        boundary: float = 0.999,
         shrinkage: Shrinkage = "oas",
         normalize: Literal["l2"] | None = None,
         statistic: Statistic = "mean",
@@ -130,16 +133,19 @@ class OODConditioner(nn.Module):
             )
         if not 0 < alpha < 1:
             raise ValueError(f"alpha must lie between 0 and 1. Got {alpha}.")
+        if not 0 < boundary <= 1:
+            raise ValueError(f"boundary must lie in (0, 1]. Got {boundary}.")
         if levels is not None and (isinstance(levels, str) or len(set(levels)) < len(levels)):
             raise ValueError(f"levels must be a list of different names. Got {levels!r}.")
         self.encoder = encoder
         self.guard = LevelSet(shrinkage, normalize, statistic)
         self.level_names = None if levels is None else list(levels)
         self.alpha = alpha
+        self.boundary = boundary
         self.policy = policy
         self._off = False
         self._last = recording.PerThread()
-        self._checked: tuple[tuple[tuple[int, int], ...], str] | None = None
+        self._seal = Seal("encoder")
 
     # -- properties --------------------------------------------------------------------------
 
@@ -211,7 +217,7 @@ class OODConditioner(nn.Module):
             for y in contexts(batches, context, device_of(self.encoder), progress, "fit"):
                 guard.update(self._embed(y)[1])
         guard.finalize(fingerprint(self.encoder), distributed)
-        self.guard, self._checked, self._last.value = guard, None, None
+        self.guard, self._last.value = guard, None
         return self
 
     def calibrate(
@@ -228,7 +234,7 @@ class OODConditioner(nn.Module):
         :math:`\alpha`. See :meth:`fit` for the arguments. Scoring is switched on.
         """
         self.guard.require(calibrated=False, owner="conditioner")
-        self._check_encoder()
+        self._seal.check(self.encoder, self.guard.fingerprint)
         calibrators = self.guard.calibrators()
         with evaluating(self.encoder):
             for y in contexts(batches, context, device_of(self.encoder), progress, "calibrate"):
@@ -311,22 +317,10 @@ class OODConditioner(nn.Module):
 
     @torch.no_grad()
     def _score(self, y: Any, levels: dict[str, Tensor]) -> OODReport:
-        self._check_encoder()
+        self._seal.check(self.encoder, self.guard.fingerprint)
         wrong = None if self.encoder is None else _not_finite(y, levels)
         levels = {name: value.detach() for name, value in levels.items()}
-        return self.guard.score(levels, self.alpha, wrong)
-
-    def _check_encoder(self) -> None:
-        now = (versions(self.encoder), self.guard.fingerprint)
-        if now == self._checked and all(version >= 0 for _, version in now[0]):
-            return
-        if fingerprint(self.encoder) != self.guard.fingerprint:
-            raise RuntimeError(
-                "The encoder's weights are not those of the fit (trained on, cast to another "
-                "precision, or another encoder), so that its statistics do not hold; call "
-                "`fit(batches)` and `calibrate(batches)` again."
-            )
-        self._checked = now
+        return self.guard.score(levels, self.alpha, self.boundary, wrong)
 
 
 def _not_finite(y: Any, levels: dict[str, Tensor]) -> Tensor | None:

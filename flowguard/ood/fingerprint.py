@@ -3,12 +3,13 @@ r"""A fingerprint of an encoder's weights: statistics hold for the encoder that 
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["fingerprint", "versions"]
+__all__ = ["Seal", "fingerprint"]
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -35,10 +36,44 @@ def fingerprint(module: nn.Module | None) -> str:
     return "" if empty else digest.hexdigest()
 
 
-def versions(module: nn.Module | None) -> tuple[tuple[int, int], ...]:
-    r"""Returns what changes when weights change in place or are replaced; cheap to compare.
+class Seal:
+    r"""Creates a memory of a module having passed the check; asking again costs no hashing.
 
-    Writing through ``parameter.data`` goes unseen, as everywhere in autograd.
+    Writing through ``parameter.data`` goes unseen, as everywhere in autograd. Copies and pickles
+    start unchecked.
+
+    Arguments:
+        what: What the module is, for the error.
     """
-    tensors = () if module is None else (*module.parameters(), *module.buffers())
-    return tuple((t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors)
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self._passed: str | None = None
+        self._seen: list[tuple[weakref.ref[Tensor], int, int]] = []
+
+    def __reduce__(self) -> tuple[type[Seal], tuple[str]]:
+        return Seal, (self.what,)
+
+    def check(self, module: nn.Module | None, expected: str) -> None:
+        r"""Raises a :class:`RuntimeError` unless the module has the expected fingerprint."""
+        tensors = () if module is None else (*module.parameters(), *module.buffers())
+        if self._passed == expected and len(self._seen) == len(tensors):
+            pairs = zip(tensors, self._seen, strict=True)
+            if all(
+                ref() is tensor and (pointer, version) == _version(tensor) and version >= 0
+                for tensor, (ref, pointer, version) in pairs
+            ):
+                return
+        if fingerprint(module) != expected:
+            raise RuntimeError(
+                f"The {self.what}'s weights are not those of the fit (trained on, cast to another "
+                f"precision, or another {self.what}), so that its statistics do not hold; call "
+                "`fit(batches)` and `calibrate(batches)` again."
+            )
+        self._seen = [(weakref.ref(tensor), *_version(tensor)) for tensor in tensors]
+        self._passed = expected
+
+
+def _version(tensor: Tensor) -> tuple[int, int]:
+    """What changes with an in-place change; inference tensors do not count theirs."""
+    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version

@@ -185,6 +185,7 @@ class LevelSet(nn.Module):
         self,
         embeddings: Mapping[str, Tensor],
         alpha: float,
+        boundary: float = 0.999,
         wrong: Tensor | None = None,
         partial: bool = False,
     ) -> OODReport:
@@ -193,6 +194,7 @@ class LevelSet(nn.Module):
         Arguments:
             embeddings: The embeddings by name.
             alpha: The share of false alarms.
+            boundary: The quantile of the boundary.
             wrong: Contexts known not to be finite, whatever the encoder made of them.
             partial: Whether levels may be missing, as they come one by one from hooks.
         """
@@ -205,7 +207,7 @@ class LevelSet(nn.Module):
             non_finite = non_finite | wrong
         share = alpha / len(self.names)
         levels = {
-            name: self._report(name, level, scores[name], share, alpha, non_finite)
+            name: self._report(name, level, scores[name], share, boundary, non_finite)
             for name, level in fitted
         }
         return OODReport(levels, non_finite, alpha, max(alpha, self.least_alpha))
@@ -216,14 +218,14 @@ class LevelSet(nn.Module):
         level: Level,
         scores: Tensor,
         share: float,
-        alpha: float,
+        quantile: float,
         non_finite: Tensor,
     ) -> LevelReport:
         is_map, calibration = scores.ndim > 1, level.calibration
         statistics = image_statistics(scores, float(calibration.edge))
         statistics = statistics.masked_fill(non_finite[:, None], torch.inf)
         p_values = calibration.p_values(statistics)
-        boundary = calibration.boundary(alpha)
+        boundary = calibration.boundary(quantile)
         statistic = self.statistic if is_map else "max"
         return LevelReport(
             name=name,

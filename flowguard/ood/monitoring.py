@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from flowguard.ood import recording
 from flowguard.ood.conditioner import OODConditioner
 from flowguard.ood.embeddings import Selector, contexts, device_of, evaluating, to_levels
-from flowguard.ood.fingerprint import fingerprint, versions
+from flowguard.ood.fingerprint import Seal, fingerprint
 from flowguard.ood.gaussian import Shrinkage
 from flowguard.ood.levels import LevelSet, Statistic
 from flowguard.ood.report import OODReport
@@ -99,7 +99,7 @@ class Monitor(nn.Module):
         self._hooked, self._wanted = _resolve(model, self._sources, levels)
         self._handles: list[RemovableHandle] = []
         self._complete = True
-        self._checked: tuple[tuple[tuple[int, int], ...], str] | None = None
+        self._seal = Seal("model")
         self.reports: deque[OODReport] = deque(maxlen=100)
 
     # -- fit ---------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ class Monitor(nn.Module):
         for levels in self._embeddings(batches, run, context, progress, "fit"):
             guard.update(levels)
         guard.finalize(fingerprint(self._model[0]), distributed)
-        self.guard, self._checked = guard, None
+        self.guard = guard
         return self
 
     def calibrate(
@@ -144,7 +144,7 @@ class Monitor(nn.Module):
         r"""Calibrates the hooked levels on held-out contexts; see :meth:`fit`."""
         self._require_hooks("calibrate")
         self.guard.require(calibrated=False, owner="monitor")
-        self._check_model()
+        self._seal.check(self._model[0], self.guard.fingerprint)
         calibrators = self.guard.calibrators()
         for levels in self._embeddings(batches, run, context, progress, "calibrate"):
             self.guard.add(calibrators, levels)
@@ -251,7 +251,7 @@ class Monitor(nn.Module):
 
     def _hear(self, path: str, output: Any) -> None:
         if self in recording.active():
-            self._check_model()
+            self._seal.check(self._model[0], self.guard.fingerprint)
             levels = {k: v.detach() for k, v in _named(path, output).items()}
             self._add(self.guard.score(levels, self.alpha, partial=True))
 
@@ -270,19 +270,6 @@ class Monitor(nn.Module):
             last.alpha + share * new.alpha,
             min(1.0, last.attained_alpha + share * new.attained_alpha),
         )
-
-    def _check_model(self) -> None:
-        model = self._model[0]
-        now = (versions(model), self.guard.fingerprint)
-        if now == self._checked and all(version >= 0 for _, version in now[0]):
-            return
-        if fingerprint(model) != self.guard.fingerprint:
-            raise RuntimeError(
-                "The model's weights are not those of the fit (trained on, cast to another "
-                "precision, or another model), so that its statistics do not hold; call "
-                "`fit(batches)` and `calibrate(batches)` again."
-            )
-        self._checked = now
 
 
 def _conditioners(model: nn.Module) -> dict[str, OODConditioner]:
