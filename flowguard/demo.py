@@ -238,12 +238,9 @@ def psnr(image: Tensor, target: Tensor) -> float:
 
 def _train(name: str, coupling: str, photographs: list[Tensor], o: DemoOptions) -> Trained:
     torch.manual_seed(o.seed)
-    size = {"steps": 1, "hidden": 16, "features": 16} if o.quick else {}
+    steps, hidden, features = (1, 16, 16) if o.quick else (4, 48, 32)
     model = SuperResolutionFlow(
-        scale=SCALE,
-        levels=2,
-        coupling=coupling,
-        **{"steps": 4, "hidden": 48, "features": 32, **size},
+        scale=SCALE, levels=2, steps=steps, hidden=hidden, features=features, coupling=coupling
     ).to(o.device)
     parts = [_split(image) for image in photographs]
     crops = data.PairedCrops(

@@ -161,7 +161,9 @@ def headline(result: Result) -> bytes:
     y = condition.image[0]
     names = list(by_model)
     level, r = next(reversed(by_model[names[-1]].report.levels.items()))
-    pictures = [(_shown(y, y), f"condition: {condition.name}", {"interpolation": "nearest"})]
+    pictures: list[tuple[Any, str, dict[str, Any]]] = [
+        (_shown(y, y), f"condition: {condition.name}", {"interpolation": "nearest"})
+    ]
     pictures += [
         (
             _shown(by_model[name].sample[0], y),
@@ -252,15 +254,15 @@ def write(result: Result) -> list[Path]:
     files = [out / "report.html", out / "metrics.json", out / "headline.png"]
     write_text(files[0], page(result, panels))
     write_text(files[1], json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n")
-    pictures = [("headline", headline(result))]
-    pictures += [
+    panels_by_name = [("headline", headline(result))]
+    panels_by_name += [
         (f"panel-{i:02d}-{_slug(c.name)}", png)
         for i, (c, png) in enumerate(zip(result.conditions, panels, strict=True))
     ]
-    for name, png in pictures:
+    for name, png in panels_by_name:
         with atomic(out / f"{name}.png") as temporary:
             temporary.write_bytes(png)
-    files += [out / f"{name}.png" for name, _ in pictures[1:]]
+    files += [out / f"{name}.png" for name, _ in panels_by_name[1:]]
     for name, trained in result.models.items():
         weights = {k: v.detach().cpu().contiguous() for k, v in trained.model.state_dict().items()}
         file = out / f"{name}.safetensors"

@@ -57,13 +57,14 @@ def train(
             return (step + 1) / warmup
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     losses: list[float] = []
     skipped = 0
     start = time.perf_counter()
     stream = iter(batches)
     with tqdm(range(steps), desc=name, unit="step", disable=not progress) as bar:
-        for _ in bar:
+        for step in bar:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * factor(step)
             hr, condition = (t.to(device) for t in next(stream))
             optimizer.zero_grad(set_to_none=True)
             loss = model.nll(hr, condition).mean()
@@ -73,7 +74,6 @@ def train(
                 optimizer.step()
             else:
                 skipped += 1
-            schedule.step()
             losses.append(loss.item())
             bar.set_postfix_str(f"{sum(losses[-20:]) / len(losses[-20:]):.3f} bits/dim")
     model.eval()

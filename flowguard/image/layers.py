@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 
@@ -66,10 +67,12 @@ class Squeeze(nn.Module):
                 f"height and width must be multiples of {self.factor};"
                 f" got {x.shape[-2]} and {x.shape[-1]}: pad the image first"
             )
-        return F.pixel_unshuffle(x, self.factor), x.new_zeros(x.shape[0])
+        z = rearrange(x, "b c (h i) (w j) -> b (c i j) h w", i=self.factor, j=self.factor)
+        return z, x.new_zeros(x.shape[0])
 
     def inverse(self, z: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
-        return F.pixel_shuffle(z, self.factor), z.new_zeros(z.shape[0])
+        x = rearrange(z, "b (c i j) h w -> b c (h i) (w j)", i=self.factor, j=self.factor)
+        return x, z.new_zeros(z.shape[0])
 
 
 class ActNorm(nn.Module):

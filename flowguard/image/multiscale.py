@@ -3,7 +3,8 @@ r"""The conditional multiscale flow."""
 __all__ = ["ConditionalMultiscaleFlow", "FlowStep", "Split"]
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 import torch.nn as nn
@@ -13,6 +14,10 @@ from flowguard.functional import bounded
 from flowguard.image.coupling import Condition, ConditionalCoupling, repeat_rows
 from flowguard.image.layers import ActNorm, InvertibleConv1x1, Squeeze, ZeroConv2d
 from flowguard.image.maps import Elementwise
+
+#: For each level its context map, and what each of its steps made of it.
+Conditions = list[tuple[Tensor, list[Condition]]]
+Context = Sequence[Tensor] | Conditions
 
 
 class FlowStep(nn.Module):
@@ -187,6 +192,13 @@ class ConditionalMultiscaleFlow(nn.Module):
                 self.splits.append(split)
                 c = split.kept
 
+    def _level(self, level: int) -> list[FlowStep]:
+        steps = self.steps[level]
+        return list(cast(Iterable[FlowStep], steps))
+
+    def _split(self, level: int) -> Split:
+        return cast(Split, self.splits[level])
+
     @property
     def multiple(self) -> int:
         r"""What height and width of an image must be a multiple of."""
@@ -213,7 +225,7 @@ class ConditionalMultiscaleFlow(nn.Module):
                 shapes.append((c, height, width))
         return shapes
 
-    def condition(self, context: Sequence[Tensor]) -> list[tuple[Tensor, list[Condition]]]:
+    def condition(self, context: Sequence[Tensor]) -> Conditions:
         r"""Computes all that depends on the context alone, to be shared by many calls.
 
         Arguments:
@@ -232,25 +244,23 @@ class ConditionalMultiscaleFlow(nn.Module):
                 f" got {len(context)}"
             )
         return [
-            (c, [step.coupling.condition(c) for step in steps])  # type: ignore[union-attr]
-            for c, steps in zip(context, self.steps, strict=True)
+            (c, [step.coupling.condition(c) for step in self._level(level)])
+            for level, c in enumerate(context)
         ]
 
-    def _conditions(
-        self, context: Sequence[Tensor] | list[tuple[Tensor, list[Condition]]] | None
-    ) -> list[tuple[Tensor, list[Condition]]]:
+    def _conditions(self, context: Context | None) -> Conditions:
         if context is None:
             raise ValueError("a conditional flow needs a context; got None")
         if isinstance(context, Tensor):
             raise TypeError("the context must be a list with one map for each level; got a tensor")
         if len(context) > 0 and not isinstance(context[0], Tensor):
-            return list(context)  # type: ignore[arg-type]
-        return self.condition(context)  # type: ignore[arg-type]
+            return cast(Conditions, context)
+        return self.condition(cast(Sequence[Tensor], context))
 
     def forward(
         self,
         x: Tensor,
-        context: Sequence[Tensor] | list[tuple[Tensor, list[Condition]]] | None = None,
+        context: Context | None = None,
     ) -> tuple[list[Tensor], Tensor]:
         r"""Takes images to latents.
 
@@ -267,11 +277,11 @@ class ConditionalMultiscaleFlow(nn.Module):
         total = x.new_zeros(x.shape[0])
         for level, (features, per_step) in enumerate(conditions):
             x, _ = self.squeeze(x)
-            for step, condition in zip(self.steps[level], per_step, strict=True):  # type: ignore
+            for step, condition in zip(self._level(level), per_step, strict=True):
                 x, ladj = step(x, condition)
                 total = total + ladj
             if level < self.levels - 1:
-                x, latent, ladj = self.splits[level](x, features)
+                x, latent, ladj = self._split(level)(x, features)
                 total = total + ladj
                 latents.append(latent)
         return [*latents, x], total
@@ -279,7 +289,7 @@ class ConditionalMultiscaleFlow(nn.Module):
     def inverse(
         self,
         z: Sequence[Tensor],
-        context: Sequence[Tensor] | list[tuple[Tensor, list[Condition]]] | None = None,
+        context: Context | None = None,
     ) -> tuple[Tensor, Tensor]:
         r"""Takes latents to images.
 
@@ -300,13 +310,10 @@ class ConditionalMultiscaleFlow(nn.Module):
         for level in reversed(range(self.levels)):
             features, per_step = conditions[level]
             if level < self.levels - 1:
-                x, ladj = self.splits[level].inverse(x, z[level], features)  # type: ignore
+                x, ladj = self._split(level).inverse(x, z[level], features)
                 total = total + ladj
-            for step, condition in zip(
-                reversed(self.steps[level]),  # type: ignore[call-overload]
-                reversed(per_step),
-                strict=True,
-            ):
+            steps = list(zip(self._level(level), per_step, strict=True))
+            for step, condition in reversed(steps):
                 x, ladj = step.inverse(x, condition)
                 total = total + ladj
             x, _ = self.squeeze.inverse(x)
@@ -315,7 +322,7 @@ class ConditionalMultiscaleFlow(nn.Module):
     def log_prob(
         self,
         x: Tensor,
-        context: Sequence[Tensor] | list[tuple[Tensor, list[Condition]]] | None = None,
+        context: Context | None = None,
     ) -> Tensor:
         r"""Returns the log-density :math:`\log p(x | y)` in nats, with shape :math:`(B)`.
 

@@ -1,0 +1,17 @@
+r"""What all tests share: a seed for each, and nothing of torch's global state left changed."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _global_state_is_left_alone():
+    before = (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads())
+    yield
+    after = (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads())
+    assert before == after, "a test left torch's global state changed"

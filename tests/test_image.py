@@ -1,0 +1,349 @@
+r"""Laws of the image layers and of the multiscale flow."""
+
+import io
+
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from flowguard.image import (
+    ActNorm,
+    ConditionalCoupling,
+    ConditionalMultiscaleFlow,
+    FlowStep,
+    InvertibleConv1x1,
+    Robust,
+    Split,
+    Squeeze,
+    ZeroConv2d,
+    elementwise,
+)
+
+COUPLINGS = {
+    "affine": "affine",
+    "reparametrized": "reparametrized",
+    "bspline": "bspline",
+    "robust": "robust",
+    "robust, 5 bins": Robust(bins=5, bound=2.0, shift_bound=0.5),
+    "robust, published": Robust(bound=0.5, shift_bound=None, slope=None),
+}
+
+LAYERS = {
+    "Squeeze": lambda c: Squeeze(),
+    "ActNorm": lambda c: ActNorm(12),
+    "InvertibleConv1x1": lambda c: InvertibleConv1x1(12),
+    **{
+        f"ConditionalCoupling ({name})": lambda c, value=value: ConditionalCoupling(
+            12, 5, hidden=8, coupling=value
+        )
+        for name, value in COUPLINGS.items()
+    },
+    "ConditionalCoupling (odd channels)": lambda c: ConditionalCoupling(7, 5, hidden=8),
+    "FlowStep": lambda c: FlowStep(12, 5, hidden=8),
+}
+# A chain of convolutions in float32 loses a few digits; in float64 next to none.
+TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-10}
+DTYPES = (torch.float32, torch.float64)
+
+
+def shaken(module, x, context=None, scale=0.1):
+    """The module initialised on x, then away from its special start."""
+    module.train()
+    module(x, context) if context is not None else module(x)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(scale * torch.randn_like(p))
+    return module.eval()
+
+
+def layer_and_input(name, dtype, batch=3):
+    layer = LAYERS[name](None).to(dtype)
+    channels = 7 if "odd" in name else 12
+    x = torch.randn(batch, channels, 4, 6, dtype=dtype)
+    context = torch.randn(batch, 5, 4, 6, dtype=dtype)
+    return shaken(layer, x, context), x, context
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_invert_and_their_ladj_cancel(name, dtype):
+    layer, x, context = layer_and_input(name, dtype)
+    z, ladj = layer(x, context)
+    back, inverse_ladj = layer.inverse(z, context)
+    assert z.dtype == ladj.dtype == dtype
+    assert ladj.shape == (3,)
+    assert (back - x).abs().max() < TOLERANCE[dtype]
+    assert (ladj + inverse_ladj).abs().max() < 100 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_ladj_of_layers_is_that_of_the_jacobian(name):
+    layer, x, context = layer_and_input(name, torch.float64, batch=1)
+    for direction in (layer.forward, layer.inverse):
+        jacobian = torch.autograd.functional.jacobian(lambda v, f=direction: f(v, context)[0], x)
+        jacobian = jacobian.reshape(x.numel(), x.numel())
+        expected = torch.linalg.slogdet(jacobian).logabsdet
+        assert torch.allclose(direction(x, context)[1], expected, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_take_an_empty_batch(name):
+    layer, x, context = layer_and_input(name, torch.float32)
+    z, ladj = layer(x[:0], context[:0])
+    assert z.shape[0] == 0
+    assert ladj.shape == (0,)
+    back, _ = layer.inverse(z, context[:0])
+    assert back.shape == x[:0].shape
+
+
+@pytest.mark.parametrize("coupling", COUPLINGS.values(), ids=COUPLINGS)
+def test_couplings_start_as_they_should(coupling):
+    x, context = torch.randn(2, 6, 4, 4), torch.randn(2, 3, 4, 4)
+    z, ladj = ConditionalCoupling(6, 3, hidden=8, coupling=coupling)(x, context)
+    if isinstance(coupling, Robust) or coupling == "robust":
+        assert torch.allclose(z, x, atol=1e-6)
+        assert torch.allclose(ladj, torch.zeros(2), atol=1e-4)
+    else:
+        assert torch.isfinite(z).all()
+
+
+def test_the_self_conditional_half_reads_the_first_half_and_the_context():
+    layer, x, context = layer_and_input("ConditionalCoupling (robust)", torch.float64)
+    z, _ = layer(x, context)
+    other, _ = layer(x, context + 1)
+    assert (z[:, :6] - other[:, :6]).abs().max() > 1e-3  # feature-conditional half
+    moved = x.clone()
+    moved[:, 0] += 1
+    changed = layer(moved, context)[0] - z
+    assert changed[:, 6:].abs().max() > 1e-4
+    assert changed[:, 1:6].abs().max() == 0  # channels of the first half do not see each other
+
+
+def test_squeeze_is_its_own_definition():
+    x = torch.arange(16.0).reshape(1, 1, 4, 4)
+    z, _ = Squeeze()(x)
+    assert torch.equal(z[0, :, 0, 0], torch.tensor([0.0, 1.0, 4.0, 5.0]))
+
+
+class TestActNorm:
+    def test_first_training_batch_gets_mean_zero_and_variance_one(self):
+        x = 3 * torch.randn(8, 5, 6, 6) + torch.arange(5.0).reshape(1, 5, 1, 1)
+        z, _ = ActNorm(5)(x)
+        assert torch.allclose(z.mean((0, 2, 3)), torch.zeros(5), atol=1e-5)
+        assert torch.allclose(z.std((0, 2, 3), correction=0), torch.ones(5), atol=1e-4)
+
+    def test_a_second_batch_changes_nothing(self):
+        layer = ActNorm(2)
+        layer(torch.randn(4, 2, 3, 3))
+        bias = layer.bias.clone()
+        layer(torch.randn(4, 2, 3, 3) + 10)
+        assert torch.equal(layer.bias, bias)
+
+    def test_evaluation_does_not_initialise(self):
+        layer = ActNorm(2).eval()
+        x = torch.randn(4, 2, 3, 3) + 5
+        assert torch.equal(layer(x)[0], x)
+        assert not layer.initialized
+
+    def test_being_initialised_is_saved_and_loaded(self):
+        layer = ActNorm(2)
+        layer(torch.randn(4, 2, 3, 3) + 5)
+        fresh = ActNorm(2)
+        fresh.load_state_dict(load(save(layer.state_dict())))
+        x = torch.randn(4, 2, 3, 3) - 7
+        assert torch.equal(fresh(x)[0], layer(x)[0])  # in training mode
+
+    def test_a_constant_channel_stays_finite(self):
+        z, ladj = ActNorm(1)(torch.ones(2, 1, 4, 4))
+        assert torch.isfinite(z).all()
+        assert torch.isfinite(ladj).all()
+
+
+def test_the_1x1_convolution_starts_as_a_rotation():
+    layer = InvertibleConv1x1(16).double()
+    w = layer.weight
+    assert torch.allclose(w @ w.T, torch.eye(16, dtype=torch.float64), atol=1e-6)
+
+
+def test_zero_conv_gain_scales_the_output():
+    layer = ZeroConv2d(3, 2)
+    torch.nn.init.normal_(layer.weight)
+    torch.nn.init.normal_(layer.bias)
+    x = torch.randn(1, 3, 4, 4)
+    before = layer(x)
+    torch.nn.init.constant_(layer.logs, 0.5)
+    assert torch.allclose(layer(x), before * torch.exp(torch.tensor(1.5)), rtol=1e-4)
+
+
+class TestSplit:
+    def split(self):
+        split = Split(12, 5).double()
+        x = torch.randn(2, 12, 4, 6, dtype=torch.float64)
+        context = torch.randn(2, 5, 4, 6, dtype=torch.float64)
+        with torch.no_grad():
+            for p in split.parameters():
+                p.normal_(0, 0.3)
+        return split, x, context
+
+    def test_inverts(self):
+        split, x, context = self.split()
+        kept, latent, ladj = split(x, context)
+        back, inverse_ladj = split.inverse(kept, latent, context)
+        assert torch.allclose(back, x)
+        assert torch.allclose(ladj, -inverse_ladj)
+
+    def test_ladj_is_that_of_the_latent_given_the_rest(self):
+        split, x, context = self.split()
+        x, context = x[:1], context[:1]
+        kept, dropped = x[:, :6], x[:, 6:]
+
+        def latent(d):
+            return split(torch.cat((kept, d), 1), context)[1]
+
+        jacobian = torch.autograd.functional.jacobian(latent, dropped)
+        expected = torch.linalg.slogdet(jacobian.reshape(dropped.numel(), -1)).logabsdet
+        assert torch.allclose(split(x, context)[2], expected)
+
+    @pytest.mark.parametrize("size", [1e3, 1e30])
+    def test_the_inverse_is_bounded_for_every_context(self, size):
+        split = Split(12, 5)
+        with torch.no_grad():
+            split.net.weight.normal_(0, 1)
+        kept, latent = torch.randn(2, 6, 4, 4), torch.randn(2, 6, 4, 4)
+        x, _ = split.inverse(kept, latent, size * torch.randn(2, 5, 4, 4))
+        bound = split.mean_bound + latent.abs().max() * torch.e**split.scale_bound
+        assert x[:, 6:].abs().max() <= bound * (1 + 1e-6)
+
+
+def flow_and_input(coupling, dtype=torch.float64, size=(8, 12), batch=3, levels=2):
+    flow = ConditionalMultiscaleFlow(3, 5, levels=levels, steps=2, hidden=8, coupling=coupling)
+    flow = flow.to(dtype)
+    x = torch.randn(batch, 3, *size, dtype=dtype)
+    context = [
+        torch.randn(batch, 5, size[0] >> k, size[1] >> k, dtype=dtype)
+        for k in range(1, levels + 1)
+    ]
+    return shaken(flow, x, context, 0.1), x, context
+
+
+class TestMultiscaleFlow:
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("size", [(8, 8), (4, 20), (16, 12)], ids=str)
+    @pytest.mark.parametrize("coupling", COUPLINGS.values(), ids=COUPLINGS)
+    def test_inverts_at_any_size(self, coupling, size, dtype):
+        flow, x, context = flow_and_input(coupling, dtype, size)
+        latents, ladj = flow(x, context)
+        back, inverse_ladj = flow.inverse(latents, context)
+        assert [tuple(z.shape[1:]) for z in latents] == flow.latent_shapes(*size)
+        assert (back - x).abs().max() < 10 * TOLERANCE[dtype]
+        assert (ladj + inverse_ladj).abs().max() < 1000 * TOLERANCE[dtype]
+
+    @pytest.mark.parametrize("coupling", COUPLINGS.values(), ids=COUPLINGS)
+    def test_ladj_is_that_of_the_jacobian(self, coupling):
+        flow, x, context = flow_and_input(coupling, size=(4, 8), batch=1)
+
+        def flat(v):
+            return torch.cat([z.flatten() for z in flow(v, context)[0]])
+
+        jacobian = torch.autograd.functional.jacobian(flat, x).reshape(x.numel(), x.numel())
+        expected = torch.linalg.slogdet(jacobian).logabsdet
+        assert torch.allclose(flow(x, context)[1], expected, atol=1e-8)
+
+    def test_dimensions_are_kept(self):
+        flow, x, context = flow_and_input("robust", levels=3, size=(16, 24))
+        assert sum(z.numel() for z in flow(x, context)[0]) == x.numel()
+
+    def test_log_prob_is_a_density(self):
+        """Importance sampling: the mean of p(x) / q(x) over draws from q is 1."""
+        flow = ConditionalMultiscaleFlow(1, 2, levels=1, steps=1, hidden=4).double()
+        context = [torch.randn(1, 2, 1, 1, dtype=torch.float64)]
+        shaken(flow, torch.randn(8, 1, 2, 2).double(), context, 0.3)
+        q = torch.distributions.Normal(0.0, 3.0)
+        x = q.sample((60000, 1, 2, 2)).double()
+        with torch.no_grad():
+            log_p = flow.log_prob(x, context)
+        mass = torch.exp(log_p - q.log_prob(x).sum((1, 2, 3))).mean()
+        assert abs(mass - 1) < 0.05
+
+    def test_shared_condition_agrees_with_the_plain_path(self):
+        flow, x, context = flow_and_input("robust")
+        one = [c[:1] for c in context]
+        latents = flow(x, context)[0]
+        condition = flow.condition(one)
+        several = flow.inverse(latents, condition)[0]
+        single = torch.cat(
+            [flow.inverse([z[i : i + 1] for z in latents], one)[0] for i in range(3)]
+        )
+        assert torch.allclose(several, single, atol=1e-12)
+
+    def test_every_parameter_gets_a_finite_gradient(self):
+        flow, x, context = flow_and_input("robust", torch.float32)
+        flow.log_prob(x, context).sum().backward()
+        for name, p in flow.named_parameters():
+            assert p.grad is not None, name
+            assert torch.isfinite(p.grad).all(), name
+
+    def test_reloads(self):
+        flow, x, context = flow_and_input("robust", torch.float32)
+        stream = io.BytesIO()
+        torch.save(flow.state_dict(), stream)
+        stream.seek(0)
+        fresh = ConditionalMultiscaleFlow(3, 5, levels=2, steps=2, hidden=8)
+        fresh.load_state_dict(torch.load(stream, weights_only=True))
+        assert torch.equal(fresh.log_prob(x, context), flow.log_prob(x, context))
+
+    def test_the_robust_flow_stays_finite_where_the_affine_one_explodes(self):
+        """Weights such as training may leave them, contexts far away."""
+        largest = {}
+        for coupling in ("affine", "robust"):
+            torch.manual_seed(1)
+            flow, x, context = flow_and_input(coupling, torch.float32)
+            with torch.no_grad():
+                latents = flow(x, context)[0]
+                far = flow.inverse(latents, [1e4 * c for c in context])[0]
+            largest[coupling] = far.abs().nan_to_num(torch.inf).max()
+        assert largest["affine"] > 1e6
+        assert largest["robust"] < 1e3
+
+    def test_contiguity_does_not_matter(self):
+        flow, x, context = flow_and_input("robust")
+        strided = x.to(memory_format=torch.channels_last)
+        assert torch.allclose(flow(strided, context)[1], flow(x, context)[1])
+
+
+FLOW = ConditionalMultiscaleFlow(3, 5, levels=2, steps=1, hidden=4)
+CONTEXT = [torch.zeros(1, 5, 4, 4), torch.zeros(1, 5, 2, 2)]
+IMAGE = torch.zeros(1, 3, 8, 8)
+ERRORS = {
+    "size": (lambda: FLOW(torch.zeros(1, 3, 6, 8), CONTEXT), ValueError, "multiples of 4"),
+    "no context": (lambda: FLOW(IMAGE), ValueError, "needs a context"),
+    "context is a tensor": (lambda: FLOW(IMAGE, CONTEXT[0]), TypeError, "one map for each level"),
+    "levels": (lambda: FLOW(IMAGE, CONTEXT[:1]), ValueError, "each of the 2 levels; got 1"),
+    "context channels": (
+        lambda: FLOW(IMAGE, [c[:, :4] for c in CONTEXT]),
+        ValueError,
+        r"\(B, 5, H, W\)",
+    ),
+    "context size": (
+        lambda: FLOW(IMAGE, [CONTEXT[0], CONTEXT[0]]),
+        ValueError,
+        "size .2, 2. of the image at this level",
+    ),
+    "rows": (
+        lambda: FLOW(IMAGE.expand(3, -1, -1, -1), [c.expand(2, -1, -1, -1) for c in CONTEXT]),
+        ValueError,
+        "multiple of the contexts",
+    ),
+    "latents": (lambda: FLOW.inverse([IMAGE], CONTEXT), ValueError, "one latent for each"),
+    "coupling name": (lambda: elementwise("afine"), ValueError, "affine, bspline"),
+    "coupling type": (lambda: elementwise(3), TypeError, "name or an object"),
+    "channels": (lambda: ConditionalCoupling(1, 5), ValueError, "at least 2 channels"),
+    "odd size": (lambda: Squeeze()(torch.zeros(1, 3, 3, 4)), ValueError, "multiples of 2"),
+    "no levels": (lambda: ConditionalMultiscaleFlow(3, 5, levels=0), ValueError, "positive"),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "match"), ERRORS.values(), ids=ERRORS)
+def test_mistakes_are_told(call, error, match):
+    with pytest.raises(error, match=match):
+        call()
