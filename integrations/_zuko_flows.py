@@ -111,17 +111,17 @@ class RobustCouplingFlow(NICE):
         kwargs: Keyword arguments passed to :class:`zuko.flows.NICE`.
 
     Example:
-        >>> flow = RobustCouplingFlow(3, 4, transforms=2, randmask=True)
+        >>> flow = RobustCouplingFlow(3, 4, transforms=2)
         >>> flow.transform.transforms[0]
         GeneralCouplingTransform(
           (base): RobustSpline(bins=8)
-          (mask): [0, 1, 0]
+          (mask): [1, 0, 1]
           (hyper): MLP(
-            (0): Linear(in_features=5, out_features=64, bias=True)
+            (0): Linear(in_features=6, out_features=64, bias=True)
             (1): ReLU()
             (2): Linear(in_features=64, out_features=64, bias=True)
             (3): ReLU()
-            (4): Linear(in_features=64, out_features=44, bias=True)
+            (4): Linear(in_features=64, out_features=22, bias=True)
           )
         )
         >>> c = torch.randn(5, 4)

@@ -16,10 +16,26 @@ except ImportError as error:
     raise missing("zuko") from error
 
 from ._zuko_flows import GuardedFlow, RobustCouplingFlow, RobustNSF
+from ._zuko_image import ConditionalMultiscaleTransform, MultiscaleFlow, MultiscaleTransform
 
-__all__ = ["EXPORTS", "GuardedFlow", "RobustCouplingFlow", "RobustNSF", "RobustSpline"]
+__all__ = [
+    "EXPORTS",
+    "ConditionalMultiscaleTransform",
+    "GuardedFlow",
+    "MultiscaleFlow",
+    "MultiscaleTransform",
+    "RobustCouplingFlow",
+    "RobustNSF",
+    "RobustSpline",
+]
 
 EXPORTS = {
-    "zuko.transforms": ("RobustSpline",),
-    "zuko.flows": ("GuardedFlow", "RobustCouplingFlow", "RobustNSF"),
+    "zuko.transforms": ("MultiscaleTransform", "RobustSpline"),
+    "zuko.flows": (
+        "ConditionalMultiscaleTransform",
+        "GuardedFlow",
+        "MultiscaleFlow",
+        "RobustCouplingFlow",
+        "RobustNSF",
+    ),
 }
