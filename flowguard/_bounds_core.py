@@ -1,0 +1,180 @@
+r"""The rules of the core's own layers."""
+
+__all__: list[str] = []
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from flowguard import transforms
+from flowguard.bounds import (
+    Envelope,
+    Join,
+    Linear,
+    Noise,
+    Refused,
+    Remark,
+    Scale,
+    Step,
+    Univariate,
+    Unsqueeze,
+    envelope,
+    envelope_rule,
+    rule,
+    within,
+)
+from flowguard.image import (
+    ActNorm,
+    ConditionalCoupling,
+    ConditionalMultiscaleFlow,
+    FlowStep,
+    InvertibleConv1x1,
+    Split,
+    Squeeze,
+)
+from flowguard.models import SuperResolutionFlow
+
+FREE = "its shift is free; give a shift_bound"
+
+
+def conditional(
+    g: Envelope, name: str = "", kind: str = "", mask: Tensor | None = None
+) -> Univariate | Refused:
+    r"""The step of a univariate map with conditional parameters, refused where it has no bound."""
+    if g.reason:
+        gain = g.gain if math.isfinite(g.gain) else None
+        return Refused(name=name, kind=kind, reason=g.reason, gain=gain)
+    return Univariate(name=name, kind=kind, depends=g.depends, envelope=g, mask=mask)
+
+
+@envelope_rule(transforms.RobustSpline, transforms.CubicBSpline)
+def _spline(f: transforms.RobustSpline | transforms.CubicBSpline, inverse: bool) -> Envelope:
+    shift = 0.0 if f.shift is None else f.shift_bound
+    if shift is None:
+        return Envelope(1.0, math.inf, reason=FREE)
+    # Sampling subtracts the shift before the box, where the forward direction adds it after.
+    return Envelope(
+        gain=1.0,
+        offset=shift,
+        floor=max(f.bound - shift, 0.0) if inverse else f.bound,
+        displacement=2 * f.bound + shift,
+        depends=f"within a box of {f.bound:g} and a shift of {shift:g}",
+    )
+
+
+@envelope_rule(transforms.AdditiveTransform)
+def _additive(f: transforms.AdditiveTransform, inverse: bool) -> Envelope:
+    if f.shift_bound is None:
+        return Envelope(1.0, math.inf, reason=FREE)
+    shift = f.shift_bound
+    return Envelope(1.0, shift, displacement=shift, depends=f"within a shift of {shift:g}")
+
+
+@envelope_rule(transforms.AffineTransform)
+def _affine(f: transforms.AffineTransform, inverse: bool) -> Envelope:
+    return Envelope(
+        1 / f.eps if inverse else 1 + f.eps,
+        math.inf,
+        reason=f"its shift is free, and its slope may fall to {f.eps:g}",
+    )
+
+
+@envelope_rule(transforms.ReparametrizedAffineTransform)
+def _reparametrized(f: transforms.ReparametrizedAffineTransform, inverse: bool) -> Envelope:
+    gain = 1 + f.eps if inverse else 1 / f.eps
+    return Envelope(gain, math.inf, reason="its shift is free")
+
+
+@rule(transforms.Univariate)
+def _univariate(f: transforms.Univariate, inverse: bool) -> Iterator[Step]:
+    yield conditional(envelope(f, inverse))
+
+
+@rule(Squeeze)
+def _squeeze(layer: Squeeze, inverse: bool) -> Iterator[Step]:
+    if inverse:
+        yield Unsqueeze(factor=layer.factor)
+    else:
+        yield Refused(reason="a squeeze is bounded in its inverse direction only")
+
+
+@rule(ActNorm)
+def _actnorm(layer: ActNorm, inverse: bool) -> Iterator[Step]:
+    logs, bias = layer.logs.detach().double(), layer.bias.detach().double()
+    if inverse:
+        yield Scale(factor=torch.exp(-logs), offset=-bias)
+    else:
+        yield Scale(factor=torch.exp(logs), offset=bias * torch.exp(logs))
+
+
+@rule(InvertibleConv1x1)
+def _conv1x1(layer: InvertibleConv1x1, inverse: bool) -> Iterator[Step]:
+    matrix = layer.weight.detach().double()
+    if inverse:
+        matrix, info = torch.linalg.inv_ex(matrix)
+        if info.item():
+            yield Refused(reason="its matrix is singular", depends="not at all")
+            return
+    yield Linear(matrix=matrix)
+
+
+@rule(ConditionalCoupling)
+def _coupling(layer: ConditionalCoupling, inverse: bool) -> Iterator[Step]:
+    some_weight = layer.first_context.weight
+    phi = some_weight.new_zeros(1, 1, layer.map.parameters, 1, 1)
+    f = layer.map.transform(phi)
+    g, kind = envelope(f, inverse), f"{type(layer).__name__}[{type(f).__name__}]"
+    changed = torch.arange(layer.kept + layer.changed) >= layer.kept
+    parts = [
+        conditional(g, "rest", kind, mask=changed),
+        conditional(g, "injector", kind, mask=torch.ones_like(changed)),
+    ]
+    yield from parts if inverse else reversed(parts)
+
+
+@rule(FlowStep)
+def _step(layer: FlowStep, inverse: bool) -> Iterator[Step]:
+    order = ("coupling", "mix", "actnorm") if inverse else ("actnorm", "mix", "coupling")
+    for name in order:
+        yield from within(name, getattr(layer, name), inverse)
+
+
+@rule(Split)
+def _split(layer: Split, inverse: bool) -> Iterator[Step]:
+    if not inverse:
+        yield Refused(reason="a split is bounded in its inverse direction only")
+    elif layer.mean_bound is None or layer.scale_bound is None:
+        yield Refused(reason="its prior is free; give mean_bound and scale_bound")
+    else:
+        mean, scale = layer.mean_bound, layer.scale_bound
+        yield Join(
+            joined=layer.dropped,
+            mean_bound=mean,
+            scale_bound=scale,
+            depends=f"within a mean of {mean:g} and a scale of exp({scale:g})",
+        )
+
+
+@rule(ConditionalMultiscaleFlow)
+def _multiscale(flow: ConditionalMultiscaleFlow, inverse: bool) -> Iterator[Step]:
+    if not inverse:
+        yield Refused(reason="a multiscale flow is bounded in its inverse direction only")
+        return
+    # Split by split, the channels of the last level; any even size gives the same.
+    size = 2**flow.levels
+    yield Noise(name="noise", size=flow.latent_shapes(size, size)[-1][0])
+    for level in reversed(range(flow.levels)):
+        if level < flow.levels - 1:
+            yield from within(f"splits.{level}", flow.splits[level])
+        stack = flow.get_submodule(f"steps.{level}")
+        for name, step in reversed(list(stack.named_children())):
+            yield from within(f"steps.{level}.{name}", step)
+        yield from within("squeeze", flow.squeeze)
+
+
+@rule(SuperResolutionFlow)
+def _super_resolution(model: SuperResolutionFlow, inverse: bool) -> Iterator[Step]:
+    yield from within("flow", model.flow, inverse)
+    yield Remark(name="upsample", depends="adds the upsampled condition, which is left out")

@@ -1,0 +1,213 @@
+r"""Sets that hold all samples of a flow, and what its layers make of them.
+
+A :class:`Region` over-approximates, by three descriptions that all hold at once, the values that
+the channels of one position can take:
+
+.. math::
+    |x_i| \leq \mathrm{box}_i, \quad \lVert x \rVert_2 \leq \mathrm{ball}, \quad
+    x = c + G \xi + \mathrm{diag}(e) \eta, \; |\xi|_\infty, |\eta|_\infty \leq 1
+
+None replaces another. The box is exact for couplings without mixing; the ball does not grow under
+rotations; and the third, a zonotope, composes all linear maps of the flow, so that a rotation and
+its inverse, or a scale and its inverse, do not add up even with splines in between.
+
+All is computed in float64 on the CPU. `roundoff` is the relative error of one operation of the
+*model*, whose effect each method adds to the region (Higham, Accuracy and Stability of Numerical
+Algorithms, 2002, chapter 3).
+"""
+
+__all__ = ["Envelope", "Region"]
+
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+#: From this size on, a zonotope is replaced by its box.
+LIMIT = 2**24
+
+
+class Envelope(NamedTuple):
+    r"""What is known of a univariate map :math:`g` from noise to data, whatever its parameters are.
+
+    .. math::
+        |g(z)| \leq \mathrm{offset} + \max(\mathrm{floor}, \mathrm{gain} \, |z|), \quad
+        |g(z) - z| \leq \mathrm{displacement}
+
+    Arguments:
+        gain: By how much :math:`|z|` may be multiplied.
+        offset: What may be added, :math:`\infty` if there is no bound.
+        floor: What :math:`|g(z)| - \mathrm{offset}` may be for small :math:`|z|`.
+        displacement: The largest distance from the identity, :math:`\infty` if there is none.
+        depends: How the map depends on its parameters, in words.
+        reason: Why there is no bound, in words. Not empty means that the map is *not certified*.
+        roundings: The number of operations whose rounding the bound has to allow for.
+    """
+
+    gain: float
+    offset: float
+    floor: float = 0.0
+    displacement: float = math.inf
+    depends: str = ""
+    reason: str = ""
+    roundings: int = 2
+
+
+@dataclass(frozen=True)
+class Region:
+    r"""What the :math:`C` channels of each of :math:`P` kinds of positions can be.
+
+    Arguments:
+        box: The largest absolute values, with shape :math:`(P, C)`.
+        ball: The largest Euclidean norms, with shape :math:`(P)`.
+        center: The center of the zonotope, with shape :math:`(P, C)`.
+        spread: The generators :math:`G` of the zonotope, with shape :math:`(P, C, M)`.
+        own: The generators :math:`e` that move one channel alone, with shape :math:`(P, C)`.
+    """
+
+    box: Tensor
+    ball: Tensor
+    center: Tensor
+    spread: Tensor
+    own: Tensor
+
+    @classmethod
+    def cube(cls, box: Tensor) -> "Region":
+        r"""Returns the region that is known by its box alone.
+
+        Arguments:
+            box: The largest absolute values, with shape :math:`(P, C)`.
+        """
+        center = torch.zeros_like(box)
+        return cls(box, box.norm(dim=1), center, center.new_zeros(*box.shape, 0), box)
+
+    @property
+    def largest(self) -> float:
+        r"""The largest absolute value, :math:`\infty` rather than NaN."""
+        return self.box.max().nan_to_num(math.inf).item() if self.box.numel() else 0.0
+
+    def _meet(self) -> "Region":
+        r"""Lets each description tighten the others."""
+        hull = self.center.abs() + self.spread.abs().sum(-1) + self.own
+        box = torch.minimum(torch.minimum(self.box, hull), self.ball.unsqueeze(1))
+        out = replace(self, box=box, ball=torch.minimum(self.ball, box.norm(dim=1)))
+        if out.spread.numel() <= LIMIT:
+            return out
+        return replace(Region.cube(box), ball=out.ball)
+
+    def linear(self, matrix: Tensor, offset: Tensor, roundoff: float) -> "Region":
+        r"""The region after :math:`x \mapsto W x + b`.
+
+        Arguments:
+            matrix: The matrix :math:`W`, with shape :math:`(C, C)`.
+            offset: The vector :math:`b`, with shape :math:`(C)`.
+            roundoff: The relative error of one operation.
+        """
+        weight = matrix.abs()
+        box = self.box @ weight.T + offset.abs()
+        slack = _gamma(matrix.shape[1] + 3, roundoff) * box
+        ball = torch.linalg.matrix_norm(matrix, 2) * self.ball + offset.norm()
+        rows = matrix.norm(dim=1) * self.ball.unsqueeze(1) + offset.abs()
+        return Region(
+            box=torch.minimum(box, rows) + slack,
+            ball=ball + slack.norm(dim=1),
+            center=self.center @ matrix.T + offset,
+            spread=matrix @ torch.cat((self.spread, torch.diag_embed(self.own)), dim=-1),
+            own=slack,
+        )._meet()
+
+    def scale(self, factor: Tensor, offset: Tensor, roundoff: float) -> "Region":
+        r"""The region after :math:`x_i \mapsto s_i x_i + b_i`.
+
+        Arguments:
+            factor: The factors :math:`s`, with shape :math:`(C)`.
+            offset: The vector :math:`b`, with shape :math:`(C)`.
+            roundoff: The relative error of one operation.
+        """
+        box = self.box * factor.abs() + offset.abs()
+        slack = _gamma(6, roundoff) * box
+        ball = factor.abs().max() * self.ball + offset.norm()
+        return Region(
+            box=box + slack,
+            ball=ball + slack.norm(dim=1),
+            center=self.center * factor + offset,
+            spread=self.spread * factor.unsqueeze(-1),
+            own=self.own * factor.abs() + slack,
+        )._meet()
+
+    def permute(self, order: Tensor) -> "Region":
+        r"""The region after channel `i` is read from channel `order[i]`.
+
+        Arguments:
+            order: The indices, with shape :math:`(C)`.
+        """
+        return replace(
+            self,
+            box=self.box[:, order],
+            center=self.center[:, order],
+            spread=self.spread[:, order],
+            own=self.own[:, order],
+        )
+
+    def elementwise(self, g: Envelope, mask: Tensor, roundoff: float) -> "Region":
+        r"""The region after a univariate map of the channels in `mask`.
+
+        Arguments:
+            g: What is known of the map.
+            mask: The channels that are transformed, with shape :math:`(C)`.
+            roundoff: The relative error of one operation.
+        """
+        inflation = _gamma(g.roundings, roundoff)
+        grown = g.offset + (g.gain * self.box).clamp(min=g.floor)
+        slack = mask * inflation * grown
+        box = torch.where(mask, grown, self.box) + slack
+        # As vectors, |x| <= offset + max(floor, gain |z|); the second is at most the root of the
+        # sum of both squares.
+        n = mask.sum()
+        ball = n.sqrt() * g.offset + ((max(g.gain, 1) * self.ball) ** 2 + n * g.floor**2).sqrt()
+        ball = ball + slack.norm(dim=1)
+        if math.isinf(g.displacement):
+            return replace(Region.cube(box), ball=ball)._meet()
+        own = self.own + mask * g.displacement + slack
+        return replace(self, box=box, ball=ball, own=own)._meet()
+
+    def join(self, features: int, radius: float) -> "Region":
+        r"""The region with further channels of at most `radius`, that depend on anything.
+
+        Arguments:
+            features: The number of channels.
+            radius: Their largest absolute value.
+        """
+        shape = (self.box.shape[0], features)
+        more = Region.cube(self.box.new_full(shape, radius))
+        return Region(
+            box=torch.cat((self.box, more.box), dim=1),
+            ball=torch.hypot(self.ball, more.ball),
+            center=torch.cat((self.center, more.center), dim=1),
+            spread=torch.nn.functional.pad(self.spread, (0, 0, 0, features)),
+            own=torch.cat((self.own, more.own), dim=1),
+        )
+
+    def unsqueeze(self, factor: int) -> "Region":
+        r"""The region after channels are laid out as `factor` × `factor` positions each.
+
+        Arguments:
+            factor: The factor in each direction.
+        """
+        def rearrange(t: Tensor) -> Tensor:
+            return t.unflatten(1, (-1, factor**2)).transpose(1, 2).flatten(0, 1)
+
+        return Region(
+            box=rearrange(self.box),
+            ball=self.ball.repeat_interleave(factor**2),
+            center=rearrange(self.center),
+            spread=rearrange(self.spread),
+            own=rearrange(self.own),
+        )._meet()
+
+
+def _gamma(operations: int, roundoff: float) -> float:
+    r"""The relative error of that many operations after one another."""
+    return operations * roundoff / (1 - operations * roundoff)
