@@ -238,12 +238,12 @@ class StreamingGaussian(PinnedState):
         out = torch.empty(shape, dtype=dtype, device=features.device)
         mean, whitening = self.kernel(features.device, dtype)
         for part in _parts(features.shape, features.device):
-            v = features[part].to(mean).unsqueeze(-1).flatten(2)
+            columns = features[part].movedim(1, 0).flatten(1).to(mean)
             if self.normalize:
-                v = _unit(v, 1)
+                columns = _unit(columns, 0)
             # W (f - μ), and not W f - W μ: the difference is exact where the mean is large.
-            with without_autocast(v):
-                score = (whitening @ (v - mean[:, None])).square().sum(dim=1)
+            with without_autocast(columns):
+                score = (whitening @ (columns - mean[:, None])).square().sum(dim=0)
             target = out[part[:1] + part[2:]]
             target.copy_(score.reshape(target.shape))
         overflow = not bool(out.isfinite().all())

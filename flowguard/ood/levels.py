@@ -3,6 +3,7 @@ r"""The fitted and calibrated levels of an encoder: what conditioner and monitor
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -160,14 +161,14 @@ class LevelSet(nn.Module):
             raise ValueError("The calibration batches hold no context.")
         for level, calibration in zip(self._levels(), built, strict=True):
             level.calibration = calibration
-        least, wanted = self.least_alpha, -(-len(self.names) // alpha) - 1
+        least, wanted = self.least_alpha, math.ceil(len(self.names) / alpha - 1e-9) - 1
         if least > alpha:
             count = len(self._levels()[0].calibration.scores)
             warnings.warn(
                 f"Calibrated on {count} images, too few for alpha = {alpha:g} with "
                 f"{len(self.names)} level(s): the least p-value that they can give is {least:.2g}. "
                 "Contexts beyond the largest calibration score are flagged instead, with up to "
-                f"{100 * least:.2g} % of false alarms. Calibrate on {wanted:.0f} images or more, "
+                f"{100 * least:.2g} % of false alarms. Calibrate on {wanted} images or more, "
                 "or choose a larger alpha.",
                 stacklevel=3,
             )
