@@ -87,7 +87,14 @@ def _reparametrized(f: transforms.ReparametrizedAffineTransform, inverse: bool) 
     return Envelope(gain, math.inf, reason="its shift is free")
 
 
-@rule(transforms.Univariate)
+@rule(
+    transforms.AdditiveTransform,
+    transforms.AffineTransform,
+    transforms.CubicBSpline,
+    transforms.ReparametrizedAffineTransform,
+    transforms.RobustSpline,
+    transforms.Univariate,
+)
 def _univariate(f: transforms.Univariate, inverse: bool) -> Iterator[Step]:
     yield conditional(envelope(f, inverse))
 

@@ -19,6 +19,7 @@ Algorithms, 2002, chapter 3).
 __all__ = ["Envelope", "Region"]
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -44,15 +45,18 @@ class Envelope(NamedTuple):
         depends: How the map depends on its parameters, in words.
         reason: Why there is no bound, in words. Not empty means that the map is *not certified*.
         roundings: The number of operations whose rounding the bound has to allow for.
+        limit: In place of `gain`, `offset` and `floor`, a function that gives for the largest
+            :math:`|z|` the largest :math:`|g(z)|`.
     """
 
-    gain: float
-    offset: float
+    gain: float = math.inf
+    offset: float = math.inf
     floor: float = 0.0
     displacement: float = math.inf
     depends: str = ""
     reason: str = ""
     roundings: int = 2
+    limit: Callable[[float], float] | None = None
 
 
 @dataclass(frozen=True)
@@ -160,6 +164,11 @@ class Region:
             roundoff: The relative error of one operation.
         """
         inflation = _gamma(g.roundings, roundoff)
+        if g.limit is not None:
+            limits = [g.limit(r) for r in self.box.flatten().tolist()]
+            grown = self.box.new_tensor(limits).reshape(self.box.shape)
+            box = torch.where(mask, grown * (1 + inflation), self.box)
+            return Region.cube(box)
         grown = g.offset + (g.gain * self.box).clamp(min=g.floor)
         slack = mask * inflation * grown
         box = torch.where(mask, grown, self.box) + slack
@@ -196,6 +205,7 @@ class Region:
         Arguments:
             factor: The factor in each direction.
         """
+
         def rearrange(t: Tensor) -> Tensor:
             return t.unflatten(1, (-1, factor**2)).transpose(1, 2).flatten(0, 1)
 

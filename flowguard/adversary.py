@@ -153,14 +153,14 @@ def attack(
                 with torch.enable_grad():
                     x = draw(_like(latents, z), _like(context, y))
                     values = x.abs().flatten(1).amax(1)
-                finite = values.isfinite()
+                finite, reached = values.isfinite(), values.detach()
                 # NaN counts as infinite: no finite number was left to be found.
-                trace.append(torch.where(finite, values, math.inf).detach().max())
-                row = int(torch.where(finite, values, -1.0).argmax())
-                if finite[row] and float(values[row]) > best.value:
+                trace.append(torch.where(finite, reached, math.inf).max())
+                row = int(torch.where(finite, reached, -1.0).argmax())
+                if finite[row] and reached[row].item() > best.value:
                     worst_y, worst_z = ([t[row : row + 1].detach() for t in ts] for ts in (y, z))
                     best = Attack(
-                        float(values[row]),
+                        reached[row].item(),
                         _like(context, worst_y),
                         _like(latents, worst_z),
                         x[row : row + 1].detach(),
@@ -175,9 +175,9 @@ def attack(
                         for t, g in zip(z, slopes[len(y) :], strict=True)
                     ]
             traces.append(torch.stack(trace))
-    trace = torch.stack(traces).cpu()
-    value = best.value if bool(trace.isfinite().all()) else math.inf
-    return replace(best, value=value, trace=trace)
+    history = torch.stack(traces).cpu()
+    value = best.value if bool(history.isfinite().all()) else math.inf
+    return replace(best, value=value, trace=history)
 
 
 @dataclass(frozen=True)
@@ -227,9 +227,7 @@ def _slopes(values: Tensor, finite: Tensor, inputs: list[Tensor]) -> list[Tensor
     total = torch.where(finite, values, 0.0).sum()
     grads = torch.autograd.grad(total, inputs, allow_unused=True)
     return [
-        torch.zeros_like(t)
-        if g is None
-        else torch.where(_rows(finite, g), g.nan_to_num(0.0), 0.0)
+        torch.zeros_like(t) if g is None else torch.where(_rows(finite, g), g.nan_to_num(0.0), 0.0)
         for t, g in zip(inputs, grads, strict=True)
     ]
 

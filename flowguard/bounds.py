@@ -10,6 +10,7 @@ are imported when the first of its layers is met.
 
 __all__ = [
     "Envelope",
+    "Flatten",
     "Join",
     "Linear",
     "Noise",
@@ -30,6 +31,7 @@ __all__ = [
 
 import importlib
 import importlib.util
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -197,6 +199,14 @@ class Unsqueeze(Step):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Flatten(Step):
+    r"""The end of a layer after which features are no longer told apart, as those of an image."""
+
+    def through(self, region: Region, radius: float, roundoff: float) -> Region:
+        return Region.cube(region.box.new_full((1, 1), region.largest))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Remark(Step):
     r"""A row in the table for what the bound leaves out, such as an image that is added last."""
 
@@ -296,9 +306,14 @@ def envelope(transform: Any, inverse: bool = True) -> Envelope:
         inverse: Whether sampling runs it in its inverse direction.
     """
     found = _lookup(_ENVELOPES, transform)
-    if isinstance(found, str):
-        return Envelope(torch.inf, torch.inf, reason=found)
-    return found(transform, inverse)
+    if not isinstance(found, str):
+        return found(transform, inverse)
+    # A class that states its own bound, as `Univariate` invites it to, is taken at its word.
+    if inverse and "inverse_bound" in vars(type(transform)):
+        if math.isfinite(transform.inverse_bound(1.0)):
+            return Envelope(limit=transform.inverse_bound, depends="within its inverse_bound")
+        found = "its inverse_bound is infinite"
+    return Envelope(reason=found)
 
 
 def within(name: str, layer: Any, inverse: bool = True) -> list[Step]:
@@ -309,9 +324,7 @@ def within(name: str, layer: Any, inverse: bool = True) -> list[Step]:
         layer: The part.
         inverse: Whether sampling runs it in its inverse direction.
     """
-    return [
-        replace(s, name=f"{name}.{s.name}" if s.name else name) for s in steps(layer, inverse)
-    ]
+    return [replace(s, name=f"{name}.{s.name}" if s.name else name) for s in steps(layer, inverse)]
 
 
 def constant(t: Tensor) -> Tensor:
@@ -339,7 +352,9 @@ def _lookup(rules: dict[type, Any], layer: Any) -> Any:
     for cls in mro[: mro.index(base)]:
         for name in vars(cls):
             if hasattr(base, name) and name not in _HARMLESS and not _is_dunder(name):
-                return f"{_full(cls)} overrides {name} of {base.__name__}, which the rule relies on"
+                return (
+                    f"{_full(cls)} overrides {name} of {base.__name__}, which the rule relies on"
+                )
     return rules[base]
 
 

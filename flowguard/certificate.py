@@ -175,6 +175,11 @@ class Certificate:
             if isinstance(step, Refused):
                 region, reason, gain = None, step.reason, step.gain
             elif region is not None:
+                if step.features not in (None, region.box.shape[1]):
+                    box = region.box.new_full((1, step.features), region.largest)
+                    region = Region.cube(box)
+                if isinstance(step, Noise):
+                    radius = region.largest
                 region = step.through(region, radius, self.roundoff)
             after = math.inf if region is None else region.largest
             rows.append(Row(step.name, step.kind, before, after, step.depends, reason, gain))
