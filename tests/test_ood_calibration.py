@@ -57,9 +57,9 @@ def test_pixel_quantiles_are_exact_to_the_width_of_a_bin():
     order = maps.flatten().sort().values
     for q in (0.1, 0.5, 0.9, 0.99, 0.999, 0.9999):
         exact = order[int(q * len(order))]
-        assert float(calibration.quantile(exact[None])) == pytest.approx(
-            q, abs=0.003 * (1 - q) + 2e-6
-        )
+        # A bin is 0.27 % of a score; at 15, that is 2 % of what lies beyond it.
+        tolerance = 0.02 * (1 - q) + 1 / len(order)
+        assert float(calibration.quantile(exact[None])) == pytest.approx(q, abs=tolerance)
     assert calibration.quantile(order[-1:] * 1.01).tolist() == [1.0]
     assert calibration.quantile(torch.zeros(1)).tolist() == [0.0]
     assert (calibration.quantile(order).diff() >= 0).all()

@@ -147,19 +147,23 @@ class Calibrator:
                 "The features of the calibration must be finite. Got NaN or inf; find the "
                 "contexts that cause them (`torch.isfinite`) and leave them out."
             )
-        for image in scores if scores.ndim == 3 else ():
-            position = torch.bucketize(image.flatten().cpu().double(), self.edges[1:-1])
-            counts = torch.bincount(position, minlength=len(self.pixels))
-            self.pixels += counts
+        for images in scores.split(32) if scores.ndim == 3 else ():
+            position = torch.bucketize(images.flatten(1).cpu().double(), self.edges[1:-1])
+            row = torch.arange(len(images))[:, None] * len(self.pixels)
+            size = len(images) * len(self.pixels)
+            counts = torch.bincount((position + row).flatten(), minlength=size)
+            counts = counts.reshape(len(images), -1)
+            self.pixels = self.pixels + counts.sum(dim=0)
             # Shares above the coarse edges: which of them is wanted is known at the end only.
-            above = counts.reshape(-1, COARSE).sum(dim=1).flip(0).cumsum(0).flip(0)
-            self.shares.append(above.double() / position.numel())
+            coarse = counts.reshape(len(images), -1, COARSE).sum(dim=2)
+            above = coarse.flip(1).cumsum(1).flip(1)
+            self.shares.append(above.double() / position.shape[1])
         self.statistics.append(image_statistics(scores, torch.inf).cpu().double())
 
     def state(self) -> tuple[Tensor, Tensor, Tensor]:
         r"""Returns pixel counts, statistics and shares, to be gathered across ranks."""
         columns = OCTAVES * PER_OCTAVE // COARSE
-        shares = torch.stack(self.shares) if self.shares else torch.empty(0, columns).double()
+        shares = torch.cat([torch.empty(0, columns).double(), *self.shares])
         statistics = [torch.empty(0, len(STATISTICS)).double(), *self.statistics]
         return self.pixels, torch.cat(statistics), shares
 
@@ -167,7 +171,7 @@ class Calibrator:
         r"""Adds what another calibrator has seen."""
         self.pixels = self.pixels + pixels
         self.statistics.append(statistics)
-        self.shares.extend(shares)
+        self.shares.append(shares)
 
     def build(self) -> Calibration:
         r"""Returns the calibration."""
