@@ -31,6 +31,7 @@ from flowguard.image import (
     ConditionalMultiscaleFlow,
     FlowStep,
     InvertibleConv1x1,
+    OrthogonalConv1x1,
     Split,
     Squeeze,
 )
@@ -125,6 +126,12 @@ def _conv1x1(layer: InvertibleConv1x1, inverse: bool) -> Iterator[Step]:
             yield Refused(reason="its matrix is singular", depends="not at all")
             return
     yield Linear(matrix=matrix)
+
+
+@rule(OrthogonalConv1x1)
+def _orthogonal(layer: OrthogonalConv1x1, inverse: bool) -> Iterator[Step]:
+    matrix = layer.weight.detach()
+    yield Linear(matrix=matrix.T if inverse else matrix)
 
 
 @rule(ConditionalCoupling)

@@ -1,7 +1,13 @@
 r"""Conditional multiscale flows over images, for any image size."""
 
 from flowguard.image.coupling import Condition, ConditionalCoupling
-from flowguard.image.layers import ActNorm, InvertibleConv1x1, Squeeze, ZeroConv2d
+from flowguard.image.layers import (
+    ActNorm,
+    InvertibleConv1x1,
+    OrthogonalConv1x1,
+    Squeeze,
+    ZeroConv2d,
+)
 from flowguard.image.maps import (
     Affine,
     CubicBSpline,
@@ -22,6 +28,7 @@ __all__ = [
     "Elementwise",
     "FlowStep",
     "InvertibleConv1x1",
+    "OrthogonalConv1x1",
     "ReparametrizedAffine",
     "Robust",
     "Split",

@@ -1,6 +1,6 @@
 r"""The context-free layers of an image flow."""
 
-__all__ = ["ActNorm", "InvertibleConv1x1", "Squeeze", "ZeroConv2d"]
+__all__ = ["ActNorm", "InvertibleConv1x1", "OrthogonalConv1x1", "Squeeze", "ZeroConv2d"]
 
 from typing import Any
 
@@ -176,3 +176,54 @@ class InvertibleConv1x1(nn.Module):
     def inverse(self, z: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
         weight = torch.linalg.inv(self.weight.double()).to(z.dtype)
         return F.conv2d(z, weight[:, :, None, None]), -self._ladj(z)
+
+
+class OrthogonalConv1x1(nn.Module):
+    r"""Creates a 1×1 convolution by a rotation, :math:`y = W x` at each pixel.
+
+    .. math:: W = (I + S)^{-1} (I - S) \, Q, \quad S = (A - A^T) / 2
+
+    with a fixed random rotation :math:`Q`, which it starts as, and a free matrix :math:`A`. As
+    :math:`W` is orthogonal whatever :math:`A` is, the layer and its inverse keep the Euclidean
+    norm of every pixel, and with it all bounds.
+
+    References:
+        | Trivializations for Gradient-Based Optimization on Manifolds (Lezcano-Casado, 2019)
+        | https://arxiv.org/abs/1909.09501
+
+    Arguments:
+        channels: The number of channels.
+
+    Example:
+        >>> layer = OrthogonalConv1x1(3)
+        >>> x = torch.randn(2, 3, 4, 4)
+        >>> torch.allclose(layer(x)[0].norm(dim=1), x.norm(dim=1), atol=1e-5)
+        True
+    """
+
+    rotation: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        q, _ = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))
+        self.register_buffer("rotation", q.to(torch.get_default_dtype()))
+        self.raw = nn.Parameter(torch.zeros(channels, channels))
+
+    def extra_repr(self) -> str:
+        return f"channels={self.raw.shape[0]}"
+
+    @property
+    def weight(self) -> Tensor:
+        r"""The rotation :math:`W`, with shape :math:`(C, C)`."""
+        raw = self.raw.double()
+        skew = (raw - raw.T) / 2
+        eye = torch.eye(len(raw), dtype=raw.dtype, device=raw.device)
+        # I + S is never singular, for the eigenvalues of S are imaginary.
+        cayley = torch.linalg.solve(eye + skew, eye - skew)
+        return (cayley @ self.rotation.double()).to(self.raw.dtype)
+
+    def forward(self, x: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+        return F.conv2d(x, self.weight.to(x.dtype)[:, :, None, None]), x.new_zeros(x.shape[0])
+
+    def inverse(self, z: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+        return F.conv2d(z, self.weight.T.to(z.dtype)[:, :, None, None]), z.new_zeros(z.shape[0])

@@ -12,12 +12,20 @@ from torch import Tensor
 
 from flowguard.functional import bounded
 from flowguard.image.coupling import Condition, ConditionalCoupling, repeat_rows
-from flowguard.image.layers import ActNorm, InvertibleConv1x1, Squeeze, ZeroConv2d
+from flowguard.image.layers import (
+    ActNorm,
+    InvertibleConv1x1,
+    OrthogonalConv1x1,
+    Squeeze,
+    ZeroConv2d,
+)
 from flowguard.image.maps import Elementwise
 
 #: For each level its context map, and what each of its steps made of it.
 Conditions = list[tuple[Tensor, list[Condition]]]
 Context = Sequence[Tensor] | Conditions
+
+MIXES = {"free": InvertibleConv1x1, "orthogonal": OrthogonalConv1x1}
 
 
 class FlowStep(nn.Module):
@@ -28,6 +36,7 @@ class FlowStep(nn.Module):
         context_channels: The number of channels of the context.
         hidden: The number of channels of the hidden layers.
         coupling: The elementwise map; see :func:`flowguard.image.elementwise`.
+        mix: The 1×1 convolution: ``"free"``, as in Glow, or ``"orthogonal"``.
 
     Example:
         >>> step = FlowStep(12, 8, hidden=16)
@@ -43,10 +52,13 @@ class FlowStep(nn.Module):
         *,
         hidden: int = 64,
         coupling: str | Elementwise = "robust",
+        mix: str = "free",
     ) -> None:
         super().__init__()
+        if mix not in MIXES:
+            raise ValueError(f"mix must be one of {', '.join(MIXES)}; got {mix!r}")
         self.actnorm = ActNorm(channels)
-        self.mix = InvertibleConv1x1(channels)
+        self.mix = MIXES[mix](channels)
         self.coupling = ConditionalCoupling(
             channels, context_channels, hidden=hidden, coupling=coupling
         )
@@ -143,6 +155,8 @@ class ConditionalMultiscaleFlow(nn.Module):
         steps: The number of steps :math:`K` at each level.
         hidden: The number of channels of the hidden layers of the couplings.
         coupling: The elementwise map of the couplings; see :func:`flowguard.image.elementwise`.
+        mix: The 1×1 convolutions: ``"free"``, as in Glow, or ``"orthogonal"``, rotations that
+            keep the bound of the samples small; see :func:`flowguard.certify`.
 
     The context is a list with one map for each level: the map of level :math:`l` has shape
     :math:`(B, context\_channels, H / 2^l, W / 2^l)`; or it is what :meth:`condition` made of it.
@@ -169,6 +183,7 @@ class ConditionalMultiscaleFlow(nn.Module):
         steps: int = 8,
         hidden: int = 64,
         coupling: str | Elementwise = "robust",
+        mix: str = "free",
     ) -> None:
         super().__init__()
         if levels < 1 or steps < 1:
@@ -183,7 +198,7 @@ class ConditionalMultiscaleFlow(nn.Module):
             c = 4 * c
             self.steps.append(
                 nn.ModuleList(
-                    FlowStep(c, context_channels, hidden=hidden, coupling=coupling)
+                    FlowStep(c, context_channels, hidden=hidden, coupling=coupling, mix=mix)
                     for _ in range(steps)
                 )
             )
