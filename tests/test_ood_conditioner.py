@@ -482,6 +482,7 @@ def _different_batches(conditioner):
         (lambda c: c.double().half()(images().half()), RuntimeError, "cast to another precision"),
         (lambda c: _other_levels(c)(images()), ValueError, "'level3'.* the fit was on"),
         (lambda c: _vectors_now(c)(images()), ValueError, r"fitted on maps .*Got shape \(8, 4\)"),
+        (lambda c: OODConditioner().fit([{}], context=lambda b: b), ValueError, "gives no level"),
         (lambda c: _different_batches(c)(images()), ValueError, "same batch size.*'level2': 1"),
         (lambda c: c.fit(iter(())), ValueError, "`fit` got no batch. An iterator is spent"),
         (lambda c: c.fit(3), TypeError, "`fit` needs an iterable of batches.*Got int"),

@@ -173,6 +173,16 @@ def test_fit_and_monitor_leave_nothing_behind_also_after_errors():
     with pytest.raises(RuntimeError):
         watch.fit([torch.ones(1, 7)], progress=False)
     assert hooks(model) == 0
+    broken = vectors(4)
+    broken[1] = torch.nan
+    for method in (watch.fit, watch.calibrate):
+        with pytest.raises(ValueError, match="finite") as caught:
+            method([vectors(4), broken], progress=False)
+        # Also while the error is still held, and with it the frames it came through.
+        assert hooks(model) == 0
+        assert torch.is_grad_enabled()
+        assert model.training
+        del caught
     with watch:  # and it still works
         model(FAR)
     assert watch.report.flagged.tolist() == [True]

@@ -39,6 +39,8 @@ def to_levels(output: Any, names: Sequence[str] | None = None) -> dict[str, Tens
                 f"{list(names)}."
             )
         names = names or [f"level{i + 1}" for i in range(len(values))]
+    if not values:
+        raise ValueError("The encoder gives no level; its output is empty.")
     for name, value in zip(names, values, strict=True):
         if not isinstance(value, Tensor) or not value.is_floating_point():
             what = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value)

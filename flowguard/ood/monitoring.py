@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -126,8 +127,7 @@ class Monitor(nn.Module):
         """
         self._require_hooks("fit")
         guard = self.guard.fresh()
-        for levels in self._embeddings(batches, run, context, progress, "fit"):
-            guard.update(levels)
+        self._each(guard.update, batches, run, context, progress, "fit")
         guard.finalize(fingerprint(self._model[0]), distributed)
         self.guard = guard
         return self
@@ -146,8 +146,8 @@ class Monitor(nn.Module):
         self.guard.require(calibrated=False, owner="monitor")
         self._seal.check(self._model[0], self.guard.fingerprint)
         calibrators = self.guard.calibrators()
-        for levels in self._embeddings(batches, run, context, progress, "calibrate"):
-            self.guard.add(calibrators, levels)
+        add = partial(self.guard.add, calibrators)
+        self._each(add, batches, run, context, progress, "calibrate")
         self.guard.set_calibration(calibrators, self.alpha, distributed)
         return self
 
@@ -159,14 +159,16 @@ class Monitor(nn.Module):
             )
         _refuse_compiled(self._model[0], self._hooked)
 
-    def _embeddings(
+    def _each(
         self,
+        use: Callable[[dict[str, Tensor]], None],
         batches: Iterable[Any],
         run: Callable[[Any], Any] | None,
         select: Selector,
         progress: bool,
         name: str,
-    ) -> Iterator[dict[str, Tensor]]:
+    ) -> None:
+        """Runs the model on each batch and hands on what the hooked submodules return."""
         model = self._model[0]
         run = model if run is None else run
         seen: dict[str, Tensor] = {}
@@ -194,7 +196,7 @@ class Monitor(nn.Module):
                             f"{path!r} did not run; say with `run=` how a context reaches it."
                         )
                 # In the order that was asked for, not in that of the calls.
-                yield {k: v for path in self._hooked for k, v in seen.items() if _of(k, path)}
+                use({k: v for path in self._hooked for k, v in seen.items() if _of(k, path)})
 
     # -- record ------------------------------------------------------------------------------
 
