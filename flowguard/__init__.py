@@ -1,20 +1,28 @@
 r"""Robust conditional normalizing flows, and a warning where the condition is unknown."""
 
 from flowguard import functional, image, models, ood, transforms
+from flowguard._register import register, unregister
 from flowguard._version import __version__
+from flowguard.adversary import attack
+from flowguard.certificate import Certificate, certify
 from flowguard.ood import OODConditioner, OODContextError, OODContextWarning, monitor
 from flowguard.transforms import RobustSpline
 
 __all__ = [
+    "Certificate",
     "OODConditioner",
     "OODContextError",
     "OODContextWarning",
     "RobustSpline",
     "__version__",
+    "attack",
+    "certify",
     "functional",
     "image",
     "models",
     "monitor",
     "ood",
+    "register",
     "transforms",
+    "unregister",
 ]

@@ -1,6 +1,6 @@
 r"""The demo: two super-resolution flows on real photographs, within their world and without."""
 
-__all__ = ["DemoOptions", "Result", "run"]
+__all__ = ["DemoOptions", "Result", "artefact_mask", "build", "conditions", "run"]
 
 import dataclasses
 import math
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from flowguard import data
+from flowguard.adversary import attack
+from flowguard.certificate import certify
 from flowguard.models import SuperResolutionFlow
 from flowguard.ood import OODReport
 from flowguard.training import TrainingResult, train
@@ -23,6 +25,7 @@ CROP = 32  # HR rows and columns of a training crop
 BATCH = 16
 TEMPERATURE = 0.8
 CALIBRATION_CROPS = 400
+NOISE = 4.0  # the largest noise that certificate and attack allow
 QUANTILE = 0.99  # the calibrated quantile that flags a condition, at each level
 
 
@@ -77,6 +80,8 @@ class Trained:
     model: SuperResolutionFlow
     training: TrainingResult
     held_out: dict[str, float]
+    certified: float  # no residual exceeds this for noise up to NOISE; infinite if not certified
+    attacked: float  # the largest residual that an attack reached
     sampling_seconds: float
 
 
@@ -110,6 +115,8 @@ class Result:
                     + sum(p.numel() for p in t.model.conditioner.parameters()),
                     "final_train_bits_per_dim": _tail(t.training.losses),
                     "skipped_steps": t.training.skipped,
+                    "certified_residual": _finite(t.certified),
+                    "attacked_residual": _finite(t.attacked),
                     **t.held_out,
                 }
                 for name, t in self.models.items()
@@ -236,12 +243,22 @@ def psnr(image: Tensor, target: Tensor) -> float:
     return float(-10 * torch.log10(error))
 
 
+def build(coupling: str, quick: bool = False) -> SuperResolutionFlow:
+    r"""Returns the untrained model of the demo, into which its weights load.
+
+    Arguments:
+        coupling: The name of the coupling.
+        quick: Whether the model is that of ``--quick``.
+    """
+    steps, hidden, features = (1, 16, 16) if quick else (4, 48, 32)
+    return SuperResolutionFlow(
+        scale=SCALE, levels=2, steps=steps, hidden=hidden, features=features, coupling=coupling
+    )
+
+
 def _train(name: str, coupling: str, photographs: list[Tensor], o: DemoOptions) -> Trained:
     torch.manual_seed(o.seed)
-    steps, hidden, features = (1, 16, 16) if o.quick else (4, 48, 32)
-    model = SuperResolutionFlow(
-        scale=SCALE, levels=2, steps=steps, hidden=hidden, features=features, coupling=coupling
-    ).to(o.device)
+    model = build(coupling, o.quick).to(o.device)
     parts = [_split(image) for image in photographs]
     crops = data.PairedCrops(
         [part for part, _ in parts], scale=SCALE, size=CROP, batch=BATCH, seed=o.seed
@@ -266,7 +283,31 @@ def _train(name: str, coupling: str, photographs: list[Tensor], o: DemoOptions) 
     quality = _quality(model, hr, lr, o.seed)
     start = time.perf_counter()
     model.sample(lr, 1, TEMPERATURE)
-    return Trained(model, training, quality, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    certified = certify(model).bound(NOISE)
+    reached = _attack(model, lr, o.seed, steps=5 if o.quick else 25)
+    return Trained(model, training, quality, certified, reached, seconds)
+
+
+def _attack(model: SuperResolutionFlow, lr: Tensor, seed: int, steps: int) -> float:
+    """The largest residual for any condition within 1 of a crop of the held-out photograph."""
+    y = lr[..., 24:40, 40:56]
+    latents = [y.new_zeros(1, *shape) for shape in model.latent_shapes(y)]
+
+    def residual(z: list[Tensor], y: Tensor) -> Tensor:
+        return model.decode(z, y) - model.upsample(y)
+
+    generator = torch.Generator(device=y.device).manual_seed(seed)
+    return attack(
+        residual,
+        y,
+        radius=1.0,
+        noise=NOISE,
+        steps=steps,
+        restarts=2,
+        latents=latents,
+        generator=generator,
+    ).value
 
 
 def run(options: DemoOptions) -> Result:

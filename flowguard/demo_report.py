@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from flowguard import data
 from flowguard._version import __version__
-from flowguard.demo import QUANTILE, TEMPERATURE, Condition, Result, Sampled
+from flowguard.demo import NOISE, QUANTILE, TEMPERATURE, Condition, Result, Sampled
 from flowguard.files import atomic, write_text
 from flowguard.ood.plot import NINES, nines
 
@@ -66,6 +67,21 @@ def _condition_rows(result: Result) -> list[list[str]]:
     return rows
 
 
+def _guarantees(result: Result) -> str:
+    lines = [f"The residual |x - bicubic(y)| for noise up to {NOISE:g}:"]
+    for name, t in result.models.items():
+        known = (
+            f"at most {t.certified:.1f} for every condition (certificate)"
+            if math.isfinite(t.certified)
+            else "no bound for every condition (not certified)"
+        )
+        lines.append(
+            f"  {name}: {known}; an attack on the condition, within 1, reached"
+            f" {_number(t.attacked)}"
+        )
+    return "\n".join(lines)
+
+
 def _legend(result: Result) -> str:
     guarded = list(result.models)[-1]
     return (
@@ -96,7 +112,12 @@ def table(result: Result) -> str:
         result: What the demo found out.
     """
     return "\n\n".join(
-        (_aligned(_held_out_rows(result)), _aligned(_condition_rows(result)), _legend(result))
+        (
+            _aligned(_held_out_rows(result)),
+            _aligned(_condition_rows(result)),
+            _legend(result),
+            _guarantees(result),
+        )
     )
 
 
@@ -119,7 +140,7 @@ def panel(condition: Condition, by_model: dict[str, Sampled]) -> bytes:
     names = list(by_model)
     guard = by_model[names[-1]].report
     figure = Figure(
-        figsize=(3.0 * (2 + len(names) + len(guard.levels)), 2.9), layout="constrained"
+        figsize=(3.0 * (2 + len(names) + len(guard.levels)), 2.6), layout="constrained"
     )
     axes = list(figure.subplots(1, 2 + len(names) + len(guard.levels)))
     for axis in axes:
@@ -179,7 +200,7 @@ def headline(result: Result) -> bytes:
             {"cmap": "inferno", "vmin": 0, "vmax": NINES},
         )
     )
-    figure = Figure(figsize=(3.4 * len(pictures), 2.9), layout="constrained")
+    figure = Figure(figsize=(3.4 * len(pictures), 2.6), layout="constrained")
     for axis, (picture, title, options) in zip(
         figure.subplots(1, len(pictures)), pictures, strict=True
     ):
@@ -229,7 +250,7 @@ def page(result: Result, panels: list[bytes]) -> str:
         f"{_html_table(_held_out_rows(result))}{_html_table(_condition_rows(result))}"
         f"<p>{html.escape(_legend(result))} In the panels, black to white spans the range of"
         " [0, 1] and the condition; values beyond are cut, NaN is black.</p>"
-        f"{figures}</html>\n"
+        f"<pre>{html.escape(_guarantees(result))}</pre>{figures}</html>\n"
     )
 
 

@@ -1,0 +1,114 @@
+r"""Do the OOD maps tell where the affine flow explodes, and does ``shrink`` prevent it?
+
+Reads the weights that ``flowguard demo --out DIR`` wrote:
+
+    python benchmarks/demo_ood.py DIR [--figure docs/images/ood-and-artefacts.png]
+"""
+
+import argparse
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from flowguard import data, demo
+from flowguard.ood import OODReport, metrics
+
+
+def draw(curves: dict[str, metrics.DecileCurve], aurocs: dict[str, float], file: Path) -> None:
+    r"""Draws the share of artefact pixels in each score decile."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    axis = figure.subplots()
+    for name, curve in curves.items():
+        label = f"{name}: AUROC {aurocs[name]:.3f}, Spearman {curve.spearman:.3f}"
+        axis.plot(range(1, 11), [100 * r for r in curve.rates], "o-", label=label)
+    axis.set_xlabel("decile of the Mahalanobis score, over all pixels")
+    axis.set_ylabel("artefact pixels of the affine flow, %")
+    axis.set_xticks(range(1, 11))
+    axis.legend(fontsize=8)
+    figure.savefig(file, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--figure", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    model = demo.build("affine").eval()
+    model.load_state_dict(load_file(args.folder / "affine.safetensors"))
+    hr = data.crop_to_multiple(data.photograph(data.HELD_OUT_PHOTOGRAPH), demo.SCALE)[None]
+    lr = data.downsample(hr, demo.SCALE)
+    held, *strange = demo.conditions(lr, args.seed, quick=False)
+
+    def sample(y: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(args.seed)
+        return model.sample(y, 1, demo.TEMPERATURE, generator)[0]
+
+    reports: list[OODReport] = []
+    masks: list[Tensor] = []
+    maps: dict[str, list[Tensor]] = {}
+    for condition in strange:
+        mask = demo.artefact_mask(sample(condition.image), condition.image)
+        report = model.conditioner.score(condition.image)
+        reports.append(report)
+        masks.append(mask)
+        for name, m in metrics.level_maps(report, (mask.shape[-2], mask.shape[-1])).items():
+            maps.setdefault(name, []).append(m)
+    found = metrics.evaluate(reports, masks)
+    print(f"{len(strange)} conditions, {sum(m.numel() for m in masks)} pixels")
+    for name, numbers in found.items():
+        print(f"{name:10s}", "  ".join(f"{k} {v:.3f}" for k, v in numbers.items()))
+    curves = {name: metrics.decile_curve(m, masks) for name, m in maps.items()}
+    for name, curve in curves.items():
+        print(f"{name:10s} artefact rate by decile", [round(r, 4) for r in curve.rates])
+    if args.figure:
+        draw(curves, {k: v["auroc"] for k, v in found.items()}, args.figure)
+
+    print("\npolicy 'shrink' on the unchanged affine model")
+    plain = demo.psnr(sample(lr), hr)
+    model.conditioner.policy = "shrink"
+    warnings.simplefilter("ignore")
+    worst, bad = 0.0, 0
+    for condition in (held, *strange):
+        x = sample(condition.image)
+        share = float(demo.artefact_mask(x, condition.image).float().mean())
+        worst, bad = max(worst, share), bad + int((~torch.isfinite(x)).sum())
+        print(f"  {condition.name:24s} artefacts {100 * share:6.3f} %  max|x| {x.abs().max():.3g}")
+    print(
+        f"non-finite values {bad}, worst share {100 * worst:.3f} %; held-out PSNR {plain:.3f} dB"
+        f" without, {demo.psnr(sample(lr), hr):.3f} dB with"
+    )
+
+    model.conditioner.policy = "report"
+    y = torch.rand(1, 3, 64, 64)
+    encoder = model.conditioner.encoder
+    assert encoder is not None
+    functions = {
+        "sampling, scored": lambda: model.sample(y),
+        "encoder and score": lambda: model.conditioner.score(y),
+        "encoder": torch.no_grad()(lambda: encoder(y)),
+    }
+    print("\n256x256, one image, median of 15 turns")
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(17):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if turn > 1:
+                times[name].append(time.perf_counter() - start)
+    medians = {name: 1e3 * sorted(t)[len(t) // 2] for name, t in times.items()}
+    score = medians["encoder and score"] - medians["encoder"]
+    rest = medians["sampling, scored"] - score
+    print("  ".join(f"{k} {v:.1f} ms" for k, v in medians.items()))
+    print(f"scoring adds {100 * score / rest:.1f} % to sampling")
+
+
+if __name__ == "__main__":
+    main()
