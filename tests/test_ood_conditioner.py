@@ -648,3 +648,16 @@ def test_training_compiles_to_one_graph():
     )
     y = vectors(4)
     torch.testing.assert_close(model(y), model._orig_mod(y))
+
+
+@pytest.mark.filterwarnings("ignore::flowguard.ood.OODContextWarning")
+def test_what_was_fitted_in_inference_mode_serves_autograd():
+    conditioner = OODConditioner(nn.Linear(3, 3), "shrink", alpha=0.05)
+    with torch.inference_mode():
+        conditioner.fit(vectors(), progress=False).calibrate(vectors(seed=1), progress=False)
+        conditioner(vectors() * 100)
+    y = (vectors(5) * 100).requires_grad_()
+    conditioner(y).sum().backward()
+    assert y.grad.isfinite().all()
+    conditioner.load_state_dict(copy.deepcopy(conditioner.state_dict()))
+    assert conditioner.score(vectors() * 100).flagged.all()
