@@ -20,6 +20,7 @@ from flowguard.bounds import (
     Step,
     Univariate,
     Unsqueeze,
+    constant,
     envelope,
     envelope_rule,
     rule,
@@ -110,7 +111,7 @@ def _squeeze(layer: Squeeze, inverse: bool) -> Iterator[Step]:
 
 @rule(ActNorm)
 def _actnorm(layer: ActNorm, inverse: bool) -> Iterator[Step]:
-    logs, bias = layer.logs.detach().double(), layer.bias.detach().double()
+    logs, bias = constant(layer.logs), constant(layer.bias)
     if inverse:
         yield Scale(factor=torch.exp(-logs), offset=-bias)
     else:
@@ -119,7 +120,7 @@ def _actnorm(layer: ActNorm, inverse: bool) -> Iterator[Step]:
 
 @rule(InvertibleConv1x1)
 def _conv1x1(layer: InvertibleConv1x1, inverse: bool) -> Iterator[Step]:
-    matrix = layer.weight.detach().double()
+    matrix = constant(layer.weight)
     if inverse:
         matrix, info = torch.linalg.inv_ex(matrix)
         if info.item():

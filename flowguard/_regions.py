@@ -101,23 +101,20 @@ class Region:
             return out
         return replace(Region.cube(box), ball=out.ball)
 
-    def linear(self, matrix: Tensor, offset: Tensor, roundoff: float) -> "Region":
-        r"""The region after :math:`x \mapsto W x + b`.
+    def linear(self, matrix: Tensor, error: Tensor, roundoff: float) -> "Region":
+        r"""The region after :math:`x \mapsto W x`.
 
         Arguments:
             matrix: The matrix :math:`W`, with shape :math:`(C, C)`.
-            offset: The vector :math:`b`, with shape :math:`(C)`.
+            error: What the rounding error is relative to, :math:`|W|` for a product.
             roundoff: The relative error of one operation.
         """
-        weight = matrix.abs()
-        box = self.box @ weight.T + offset.abs()
-        slack = _gamma(matrix.shape[1] + 3, roundoff) * box
-        ball = torch.linalg.matrix_norm(matrix, 2) * self.ball + offset.norm()
-        rows = matrix.norm(dim=1) * self.ball.unsqueeze(1) + offset.abs()
+        slack = _gamma(matrix.shape[1] + 3, roundoff) * (self.box @ error.T)
+        rows = matrix.norm(dim=1) * self.ball.unsqueeze(1)
         return Region(
-            box=torch.minimum(box, rows) + slack,
-            ball=ball + slack.norm(dim=1),
-            center=self.center @ matrix.T + offset,
+            box=torch.minimum(self.box @ matrix.abs().T, rows) + slack,
+            ball=torch.linalg.matrix_norm(matrix, 2) * self.ball + slack.norm(dim=1),
+            center=self.center @ matrix.T,
             spread=matrix @ torch.cat((self.spread, torch.diag_embed(self.own)), dim=-1),
             own=slack,
         )._meet()

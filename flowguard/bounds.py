@@ -21,6 +21,7 @@ __all__ = [
     "Step",
     "Univariate",
     "Unsqueeze",
+    "constant",
     "envelope",
     "envelope_rule",
     "load_rules",
@@ -98,10 +99,17 @@ class Noise(Step):
 
 @dataclass(frozen=True, kw_only=True)
 class Linear(Step):
-    r"""A constant linear map :math:`x \mapsto W x + b` of the features of a position."""
+    r"""A constant linear map :math:`x \mapsto W x` of the features of a position.
+
+    Arguments:
+        matrix: The matrix :math:`W`, with shape :math:`(C, C)`.
+        error: A matrix :math:`E \geq 0` such that the rounding error of the layer is at most
+            :math:`C u E |x|`, with `u` that of one operation. If :py:`None`, use :math:`|W|`, which
+            holds for products.
+    """
 
     matrix: Tensor
-    offset: Tensor | None = None
+    error: Tensor | None = None
 
     @property
     def features(self) -> int:
@@ -109,8 +117,8 @@ class Linear(Step):
 
     def through(self, region: Region, radius: float, roundoff: float) -> Region:
         matrix = constant(self.matrix)
-        offset = matrix.new_zeros(len(matrix)) if self.offset is None else constant(self.offset)
-        return region.linear(matrix, offset, roundoff)
+        error = matrix.abs() if self.error is None else constant(self.error)
+        return region.linear(matrix, error, roundoff)
 
 
 @dataclass(frozen=True, kw_only=True)

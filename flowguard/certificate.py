@@ -3,7 +3,7 @@ r"""The certificate: a number that no sample can exceed, whatever the condition 
 __all__ = ["Certificate", "Row", "Table", "certify"]
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -68,11 +68,13 @@ class Certificate:
         model: The class of the model.
         steps: What the layers do, in sampling order.
         roundoff: The relative error of one operation of the model.
+        largest: The largest number that the model can hold.
     """
 
     model: str
     steps: tuple[Step, ...]
     roundoff: float
+    largest: float = math.inf
 
     @property
     def certified(self) -> bool:
@@ -95,7 +97,8 @@ class Certificate:
 
         Far out, this is the only factor by which noise can be amplified.
         """
-        return self._table(FAR)[-1].bound_out / FAR if self.steps else 1.0
+        rows = replace(self, largest=math.inf)._table(FAR)
+        return rows[-1].bound_out / FAR if rows else 1.0
 
     def bound(
         self,
@@ -181,6 +184,7 @@ class Certificate:
                 if isinstance(step, Noise):
                     radius = region.largest
                 region = step.through(region, radius, self.roundoff)
+                region = region if region.largest <= self.largest else None
             after = math.inf if region is None else region.largest
             rows.append(Row(step.name, step.kind, before, after, step.depends, reason, gain))
             before = after
@@ -244,8 +248,10 @@ def certify(model: Any, *, roundoff: float | None = None) -> Certificate:
         layer  type          bound in  bound out  depends on the condition
                RobustSpline  4         9          within a box of 5 and a shift of 5
     """
+    dtypes = _dtypes(model)
     if roundoff is None:
-        roundoff = _roundoff(model)
+        # The certificate itself is computed in float64, whose own rounding shall not count.
+        roundoff = max(2.0**-50, *(torch.finfo(d).eps / 2 for d in dtypes))
     if not 0 <= roundoff < 0.01:
         raise ValueError(f"roundoff must lie between 0 and 0.01; got {roundoff}")
     walk = steps(model)
@@ -254,16 +260,12 @@ def certify(model: Any, *, roundoff: float | None = None) -> Certificate:
             Refused(name=name, kind="Parameter", reason="it holds numbers that are not finite")
         )
     kind = type(getattr(model, "_orig_mod", model)).__name__
-    return Certificate(kind, tuple(walk), roundoff)
+    return Certificate(kind, tuple(walk), roundoff, min(torch.finfo(d).max for d in dtypes))
 
 
-def _roundoff(model: Any) -> float:
-    dtypes = {torch.get_default_dtype()}
-    if isinstance(model, nn.Module):
-        tensors = [*model.parameters(), *model.buffers()]
-        dtypes = {t.dtype for t in tensors if t.is_floating_point()} or dtypes
-    # The certificate itself is computed in float64, whose own rounding shall not count.
-    return max(2.0**-50, *(torch.finfo(d).eps / 2 for d in dtypes))
+def _dtypes(model: Any) -> set[torch.dtype]:
+    tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
+    return {t.dtype for t in tensors if t.is_floating_point()} or {torch.get_default_dtype()}
 
 
 def _broken(model: Any) -> list[str]:

@@ -29,6 +29,7 @@ from flowguard.bounds import (
     Refused,
     Scale,
     Step,
+    constant,
     envelope,
     envelope_rule,
     rule,
@@ -157,17 +158,17 @@ def _affine(factor: Tensor, shift: Tensor, inverse: bool) -> Step:
 
 @rule(torch_transforms.AffineTransform)
 def _torch_affine(f: Any, inverse: bool) -> Iterator[Step]:
-    yield _affine(torch.as_tensor(f.scale).double(), torch.as_tensor(f.loc).double(), inverse)
+    yield _affine(constant(torch.as_tensor(f.scale)), constant(torch.as_tensor(f.loc)), inverse)
 
 
 @rule(T.MonotonicAffineTransform)
 def _monotonic_affine(f: Any, inverse: bool) -> Iterator[Step]:
-    yield _affine(f.scale.double(), f.shift.double(), inverse)
+    yield _affine(constant(f.scale), constant(f.shift), inverse)
 
 
 @rule(T.AdditiveTransform)
 def _additive(f: Any, inverse: bool) -> Iterator[Step]:
-    yield _affine(torch.ones_like(f.shift).double(), f.shift.double(), inverse)
+    yield _affine(constant(torch.ones_like(f.shift)), constant(f.shift), inverse)
 
 
 @rule(T.PermutationTransform)
@@ -182,13 +183,20 @@ def _rotation(f: Any, inverse: bool) -> Iterator[Step]:
 
 @rule(T.LULinearTransform)
 def _lu(f: Any, inverse: bool) -> Iterator[Step]:
-    matrix = f.L.double() @ f.U.double()
-    if inverse:
-        matrix, info = torch.linalg.inv_ex(matrix)
-        if info.any():
-            yield Refused(reason="its matrix is singular", depends="not at all")
-            return
-    yield _linear(matrix)
+    if f.L.dim() != 2:
+        yield _linear(f.L)
+        return
+    factors = [("L", constant(f.L)), ("U", constant(f.U))]
+    if not inverse:
+        yield from (Linear(name=name, matrix=t) for name, t in reversed(factors))
+        return
+    for name, t in factors:
+        matrix, info = torch.linalg.inv_ex(t)
+        if info.item():
+            yield Refused(name=name, reason="its matrix is singular", depends="not at all")
+        # Substitution is not a product with the inverse (Higham, 2002, theorem 8.5).
+        error = matrix.abs() @ t.abs() @ matrix.abs()
+        yield Linear(name=name, matrix=matrix, error=error)
 
 
 def _linear(matrix: Tensor) -> Step:

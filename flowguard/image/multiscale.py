@@ -25,6 +25,9 @@ from flowguard.image.maps import Elementwise
 Conditions = list[tuple[Tensor, list[Condition]]]
 Context = Sequence[Tensor] | Conditions
 
+#: What contexts are cut at: infinite ones would become NaN (∞ - ∞) in the convolutions.
+FARTHEST = 1e20
+
 MIXES = {"free": InvertibleConv1x1, "orthogonal": OrthogonalConv1x1}
 
 
@@ -243,6 +246,9 @@ class ConditionalMultiscaleFlow(nn.Module):
     def condition(self, context: Sequence[Tensor]) -> Conditions:
         r"""Computes all that depends on the context alone, to be shared by many calls.
 
+        Contexts are cut at :math:`\pm 10^{20}`, so that infinite ones give finite images. NaN
+        stays NaN.
+
         Arguments:
             context: One map for each level.
 
@@ -260,7 +266,7 @@ class ConditionalMultiscaleFlow(nn.Module):
             )
         return [
             (c, [step.coupling.condition(c) for step in self._level(level)])
-            for level, c in enumerate(context)
+            for level, c in enumerate(_cut(c) for c in context)
         ]
 
     def _conditions(self, context: Context | None) -> Conditions:
@@ -349,3 +355,8 @@ class ConditionalMultiscaleFlow(nn.Module):
         return ladj + sum(
             (-0.5 * (z.square() + math.log(2 * math.pi))).flatten(1).sum(1) for z in latents
         )
+
+
+def _cut(context: Tensor) -> Tensor:
+    farthest = min(FARTHEST, torch.finfo(context.dtype).max)
+    return context.clamp(-farthest, farthest)
