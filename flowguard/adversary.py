@@ -224,7 +224,8 @@ class Ball:
 
 def _slopes(values: Tensor, finite: Tensor, inputs: list[Tensor]) -> list[Tensor]:
     r"""The gradient of each row's value, zero where there is none or the value is not finite."""
-    total = torch.where(finite, values, 0.0).sum()
+    with torch.enable_grad():
+        total = torch.where(finite, values, 0.0).sum()
     grads = torch.autograd.grad(total, inputs, allow_unused=True)
     return [
         torch.zeros_like(t) if g is None else torch.where(_rows(finite, g), g.nan_to_num(0.0), 0.0)

@@ -1,0 +1,287 @@
+r"""Certificates beside what attacks reach, and what being certified costs in likelihood.
+
+    python benchmarks/certificate.py violations   # random flows, contexts up to 1e30 and infinite
+    python benchmarks/certificate.py toy          # trained flows: attack, tightness, likelihood
+    python benchmarks/certificate.py float32      # what rounding adds to the bounds
+    python benchmarks/certificate.py photographs --variant free   # one model for super-resolution
+
+Each part takes a few minutes on one core. The toy is that of ``benchmarks/zuko_toy.py``.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import zuko
+from torch import Tensor
+from zuko_toy import moons, train
+
+from flowguard import data
+from flowguard.adversary import attack, sampler
+from flowguard.certificate import certify
+from flowguard.image import ConditionalMultiscaleFlow, Robust
+from flowguard.integrations.zuko import RobustCouplingFlow, RobustNSF
+from flowguard.models import SuperResolutionFlow
+from flowguard.training import train as train_images
+
+RADIUS = 4.0
+Build = Callable[[], Any]
+
+
+def scaled(flow: torch.nn.Module, factor: float) -> torch.nn.Module:
+    r"""Adds noise to all weights, and multiplies those of the conditioning networks."""
+    with torch.no_grad():
+        for name, p in flow.named_parameters():
+            image = isinstance(flow, ConditionalMultiscaleFlow)
+            if not image:
+                p.mul_(factor)
+            elif "coupling" in name or "net" in name:
+                p.add_(0.02 * factor * torch.randn_like(p))
+            else:
+                p.add_(0.1 * torch.randn_like(p))
+    return flow
+
+
+def random_zuko() -> tuple[torch.nn.Module, Tensor]:
+    features, context, transforms = (
+        int(torch.randint(a, b, ())) for a, b in ((2, 7), (1, 5), (1, 6))
+    )
+    options = {
+        "transforms": transforms,
+        "bins": int(torch.randint(2, 9, ())),
+        "bound": float(1 + 5 * torch.rand(())),
+        "shift_bound": float(6 * torch.rand(()) + 0.1),
+        "hidden_features": [32, 32],
+    }
+    kind = int(torch.randint(3, ()))
+    flow = (
+        RobustNSF(features, context, randperm=True, **options)
+        if kind == 0
+        else RobustNSF(features, context, passes=2, **options)
+        if kind == 1
+        else RobustCouplingFlow(features, context, randmask=True, **options)
+    )
+    return scaled(flow, float(10 ** (1.5 * torch.rand(())))), torch.randn(16, context)
+
+
+def random_image(size: int) -> tuple[torch.nn.Module, list[Tensor]]:
+    levels = int(torch.randint(1, 4, ()))
+    robust = Robust(bins=int(torch.randint(2, 5, ())), shift_bound=float(torch.rand(()) + 0.1))
+    mix = ("free", "orthogonal")[int(torch.randint(2, ()))]
+    flow = ConditionalMultiscaleFlow(
+        3, 4, levels=levels, steps=int(torch.randint(1, 4, ())), hidden=8, coupling=robust, mix=mix
+    )
+    maps = [torch.randn(2, 4, size >> (i + 1), size >> (i + 1)) for i in range(levels)]
+    return scaled(flow, float(10 ** torch.rand(()))), maps
+
+
+def far(y: Any, infinite: bool) -> Any:
+    r"""Contexts of any size up to 1e30; some of their elements infinite, if asked."""
+    tensors = [y] if isinstance(y, Tensor) else y
+    out = []
+    for t in tensors:
+        t = torch.randn_like(t) * 10 ** (30 * torch.rand(t.shape[0], *(1,) * (t.dim() - 1)))
+        if infinite:
+            t = torch.where(torch.rand_like(t) < 0.5, t, t.sign() * torch.inf)
+        out.append(t)
+    return out[0] if isinstance(y, Tensor) else out
+
+
+@torch.no_grad()
+def shoot(flow: Any, y: Any, bound: float, infinite: bool) -> tuple[int, int, int, float]:
+    r"""Numbers of elements sampled, above the bound and NaN, and the largest finite one, for
+    noise within the cube and on its corners."""
+    flow.eval()
+    y = far(y, infinite)
+    draw, z = sampler(flow, y)
+    listed = [z] if isinstance(z, Tensor) else z
+    counts, worst = [0, 0, 0], 0.0
+    for corners in (False, True):
+        noise = [RADIUS * (2 * torch.rand_like(t) - 1) for t in listed]
+        noise = [RADIUS * t.sign() for t in noise] if corners else noise
+        x = draw(noise[0] if isinstance(z, Tensor) else noise, y)
+        counts[0] += x.numel()
+        counts[1] += int((x.abs() > bound).sum())
+        counts[2] += int(x.isnan().sum())
+        worst = max(worst, float(x.abs().nan_to_num(0.0, 0.0, 0.0).max()))
+    return counts[0], counts[1], counts[2], worst
+
+
+def violations(flows: int, steps: int) -> None:
+    r"""Random flows against random contexts and the attack."""
+    groups: dict[str, Callable[[], tuple[Any, Any]]] = {
+        "zuko": random_zuko,
+        "image 16x16": partial(random_image, 16),
+        "image 32x32": partial(random_image, 32),
+    }
+    for group, build in groups.items():
+        n = flows if group == "zuko" else flows // 8
+        start, total, above, nan, nan_finite, tight = time.perf_counter(), 0, 0, 0, 0, []
+        for _ in range(n):
+            flow, y = build()
+            certificate = certify(flow)
+            if not certificate.certified:
+                raise RuntimeError(f"not certified:\n{certificate}")
+            bound = certificate.bound(RADIUS)
+            worst = 0.0
+            for infinite in (False, True):
+                elements, over, nans, reached = shoot(flow, y, bound, infinite)
+                total, above, nan = total + elements, above + over, nan + nans
+                nan_finite += 0 if infinite else nans
+                worst = max(worst, reached)
+            result = attack(flow, y, steps=steps, restarts=1, noise=RADIUS)
+            above += int(result.value > bound)
+            tight.append(max(worst, result.value) / bound)
+        print(
+            f"{group:12} {n} flows, {total} elements, {n * steps} attack steps:"
+            f" {above} above the bound; NaN {nan}, of which {nan_finite} with finite contexts;"
+            f" reached / bound: median {statistics.median(tight):.3f}, largest {max(tight):.4f};"
+            f" {time.perf_counter() - start:.0f} s",
+            flush=True,
+        )
+
+
+def toy(steps: int) -> None:
+    r"""Trained flows: likelihood, certificate, attack within ‖y‖ <= 10 and without limit."""
+    free = partial(RobustCouplingFlow, 2, 2, transforms=8, shift_bound=None, slope=None)
+    builds: dict[str, Build] = {
+        "RobustCouplingFlow": partial(RobustCouplingFlow, 2, 2, transforms=8),
+        "the same, unbounded": free,
+        "RobustNSF": partial(RobustNSF, 2, 2, transforms=4),
+        "the same, unbounded ": partial(
+            RobustNSF, 2, 2, transforms=4, shift_bound=None, slope=None
+        ),
+        "zuko RealNVP": partial(zuko.flows.RealNVP, 2, 2, transforms=8),
+        "zuko MAF": partial(zuko.flows.MAF, 2, 2, transforms=8),
+        "zuko NSF": partial(zuko.flows.NSF, 2, 2, transforms=4),
+    }
+    torch.manual_seed(1)
+    x, c = moons(20000)
+    for name, build in builds.items():
+        torch.manual_seed(0)
+        flow = build()
+        train(flow, steps)
+        flow.eval()
+        with torch.no_grad():
+            nll = -flow(c).log_prob(x).mean().item() / 2
+        bound = certify(flow).bound(RADIUS)
+        start = torch.zeros(32, 2)
+        near = attack(flow, start, radius=10.0, norm="l2", noise=RADIUS, steps=100, restarts=4)
+        anywhere = attack(flow, start, noise=RADIUS, steps=100, restarts=4)
+        print(
+            f"{name:20} NLL {nll:.4f} nats/dim, bound {bound:.6g}, reached within 10:"
+            f" {near.value:.6g}, anywhere: {anywhere.value:.6g}"
+            f" (ratio {max(near.value, anywhere.value) / bound:.3f})",
+            flush=True,
+        )
+
+
+def float32(flows: int) -> None:
+    r"""How far float32 goes beyond the bound of exact arithmetic, and what the margin allows."""
+    beyond, margin, distance = 0.0, 0.0, 0.0
+    for i in range(flows):
+        flow, y = random_zuko() if i % 2 else random_image(16)
+        flow.eval()
+        exact, allowed = certify(flow, roundoff=0.0).bound(RADIUS), certify(flow).bound(RADIUS)
+        margin = max(margin, allowed / exact - 1)
+        draw, z = sampler(flow, y)
+        listed = [z] if isinstance(z, Tensor) else z
+        noise = [RADIUS * (2 * torch.rand_like(t) - 1).sign() for t in listed]
+        noise = noise[0] if isinstance(z, Tensor) else noise
+        with torch.no_grad():
+            single = draw(noise, y)
+            double = _double(flow, noise, y)
+        beyond = max(beyond, float(single.abs().max()) / exact - 1)
+        distance = max(distance, float((single - double).abs().max()) / exact)
+    print(
+        f"{flows} flows: the margin for float32 is at most {margin:.2e} of the bound; samples in"
+        f" float32 are at most {beyond:+.2e} beyond the exact bound and differ from float64 by at"
+        f" most {distance:.2e} of it"
+    )
+
+
+def _double(flow: Any, z: Any, y: Any) -> Tensor:
+    def cast(t: Any) -> Any:
+        return t.double() if isinstance(t, Tensor) else [s.double() for s in t]
+
+    flow.double()
+    draw, _ = sampler(flow, cast(y))
+    out = draw(cast(z), cast(y))
+    flow.float()
+    return out
+
+
+#: The parts of being certified, one by one; the last has none of them.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "free": {},
+    "orthogonal": {"mix": "orthogonal"},
+    "unbounded": {"coupling": Robust(shift_bound=None, slope=None)},
+    "affine": {"coupling": "affine"},
+}
+
+
+def photographs(variant: str, steps: int, seed: int) -> None:
+    r"""A small super-resolution model: bits per dimension, certificate and attack."""
+    torch.manual_seed(seed)
+    model = SuperResolutionFlow(scale=4, levels=2, steps=3, hidden=32, features=24)
+    torch.manual_seed(seed)
+    model.flow = ConditionalMultiscaleFlow(
+        3, 24, levels=2, steps=3, hidden=32, **VARIANTS[variant]
+    )
+    if variant in ("unbounded", "affine"):
+        for split in model.flow.splits:
+            split.mean_bound = split.scale_bound = None
+    images = [data.photograph(name) for name in data.TRAINING_PHOTOGRAPHS]
+    crops = partial(data.PairedCrops, scale=4, size=32)
+    trained = train_images(model, crops(images, batch=16, seed=seed), steps=steps, progress=False)
+    held_out = [data.photograph(data.HELD_OUT_PHOTOGRAPH)]
+    scores = [
+        _bits(model, crops(source, batch=64, seed=seed + 1)) for source in (images, held_out)
+    ]
+    certificate = certify(model)
+    maps = model.conditioner(torch.rand(4, 3, 8, 8))
+    reached = attack(
+        model.flow, [m.detach() for m in maps], radius=10.0, steps=50, restarts=2, noise=RADIUS
+    )
+    print(
+        f"{variant:11} seed {seed}: {scores[0]:.4f} bits/dim on crops of the training photographs,"
+        f" {scores[1]:.4f} on a held-out one; bound {certificate.bound(RADIUS):.4g}, growth"
+        f" {certificate.growth:.4g}, reached with features within 10: {reached.value:.4g};"
+        f" {trained.seconds:.0f} s",
+        flush=True,
+    )
+
+
+@torch.no_grad()
+def _bits(model: SuperResolutionFlow, crops: Any) -> float:
+    torch.manual_seed(0)
+    return statistics.mean(
+        model.nll(hr, lr).mean().item() for _, (hr, lr) in zip(range(6), crops, strict=False)
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", choices=("violations", "toy", "float32", "photographs"))
+    parser.add_argument("--flows", type=int, default=160)
+    parser.add_argument("--steps", type=int, default=None)
+    parser.add_argument("--variant", choices=tuple(VARIANTS), default="free")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    if args.part == "violations":
+        violations(args.flows, args.steps or 50)
+    elif args.part == "toy":
+        toy(args.steps or 1500)
+    elif args.part == "float32":
+        float32(args.flows)
+    else:
+        photographs(args.variant, args.steps or 300, args.seed)
+
+
+if __name__ == "__main__":
+    main()
