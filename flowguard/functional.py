@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Size, Tensor
 
-from flowguard._rqs import RationalQuadratic
+from flowguard import _rqs
 
 
 def rational_quadratic_spline(
@@ -82,10 +82,8 @@ def rational_quadratic_spline(
     shape = broadcast_shape(x, widths, heights, derivatives)
     # Half precision has too few digits for knots; autocast must not touch the maths either.
     work = dtype if dtype in (torch.float32, torch.float64) else torch.float32
-    params = (
-        p.to(work).expand(*shape, bins - 1).movedim(-1, 0) for p in (widths, heights, derivatives)
-    )
-    y, ladj = RationalQuadratic.apply(x.to(work).expand(shape), *params, bound, slope, inverse)
+    params = (p.expand(*shape, bins - 1).movedim(-1, 0) for p in (widths, heights, derivatives))
+    y, ladj = _rqs.apply(x.expand(shape), *params, work, bound, slope, inverse)
     return y.to(dtype), ladj.to(dtype)
 
 
