@@ -1,0 +1,227 @@
+r"""Robust splines that imitate other univariate maps."""
+
+__all__ = ["Rescaled", "RescaledSpline", "Taught", "compare", "imitate", "units"]
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from flowguard.transforms import SHIFT_BOUND, RobustSpline, Univariate
+
+AnyTransform = Any  # hosts give their transforms `call_and_ladj`, torch does not
+
+SMALLEST = 1e-6  # the least scale of a feature; a feature that never varies has none of its own
+ROWS = 512  # rows that a step of the fit looks at
+
+
+class Rescaled(Univariate):
+    r"""Creates a univariate map in other units, :math:`f(x) = m + s \, g((x - \mu) / \sigma)`.
+
+    Arguments:
+        base: The map :math:`g`.
+        loc_in: The origin :math:`\mu` of the input.
+        scale_in: The unit :math:`\sigma` of the input.
+        loc_out: The origin :math:`m` of the output.
+        scale_out: The unit :math:`s` of the output.
+    """
+
+    def __init__(
+        self,
+        base: Univariate,
+        loc_in: Tensor,
+        scale_in: Tensor,
+        loc_out: Tensor,
+        scale_out: Tensor,
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.loc_in, self.scale_in = loc_in, scale_in
+        self.loc_out, self.scale_out = loc_out, scale_out
+
+    def __repr__(self) -> str:
+        return f"{self.__class__.__name__}({self.base})"
+
+    def _gain(self, ladj: Tensor) -> Tensor:
+        return (self.scale_out / self.scale_in).log().to(ladj.dtype)
+
+    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, ladj = self.base._forward((x - self.loc_in) / self.scale_in)
+        return y * self.scale_out + self.loc_out, ladj + self._gain(ladj)
+
+    def _backward(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        x, ladj = self.base._backward((y - self.loc_out) / self.scale_out)
+        return x * self.scale_in + self.loc_in, ladj - self._gain(ladj)
+
+    def inverse_bound(self, radius: float) -> float:
+        bounds = zip(
+            *(
+                t.detach().double().flatten().tolist()
+                for t in (self.loc_in, self.scale_in, self.loc_out, self.scale_out)
+            ),
+            strict=True,
+        )
+        return max(
+            abs(loc_in) + scale_in * self.base.inverse_bound((radius + abs(loc_out)) / scale_out)
+            for loc_in, scale_in, loc_out, scale_out in bounds
+        )
+
+
+class RescaledSpline(nn.Module):
+    r"""Creates a constructor of robust splines in the units of each feature.
+
+    The units do not depend on the condition: what it can do to a sample stays bounded. Zero
+    parameters give the affine map from the units of the input to those of the output.
+
+    Arguments:
+        loc_in: The origin of the input, with shape :math:`(D)`.
+        scale_in: The unit of the input, with shape :math:`(D)`.
+        loc_out: The origin of the output, with shape :math:`(D)`.
+        scale_out: The unit of the output, with shape :math:`(D)`.
+        bins: The number of bins :math:`K`.
+        bound: The bound :math:`B` of the box, in these units.
+        shift_bound: The bound of the shift, in these units.
+        slope: The least slope, in these units.
+
+    Example:
+        >>> spline = RescaledSpline(*torch.tensor([[0.0], [2.0], [1.0], [4.0]]))
+        >>> f = spline(*(torch.zeros(1, *shape) for shape in spline.shapes))
+        >>> f(torch.tensor([3.0]))
+        tensor([7.])
+    """
+
+    loc_in: Tensor
+    scale_in: Tensor
+    loc_out: Tensor
+    scale_out: Tensor
+
+    def __init__(
+        self,
+        loc_in: Tensor,
+        scale_in: Tensor,
+        loc_out: Tensor,
+        scale_out: Tensor,
+        *,
+        bins: int = 8,
+        bound: float = 5.0,
+        shift_bound: float | None = SHIFT_BOUND,
+        slope: float | None = 1e-3,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("loc_in", loc_in)
+        self.register_buffer("scale_in", scale_in)
+        self.register_buffer("loc_out", loc_out)
+        self.register_buffer("scale_out", scale_out)
+        self.shapes = RobustSpline.shapes(bins)
+        self.bins = bins
+        self.bound = bound
+        self.shift_bound = shift_bound
+        self.slope = slope
+
+    def extra_repr(self) -> str:
+        return f"bins={self.bins}, bound={self.bound}, shift_bound={self.shift_bound}"
+
+    def forward(self, *phi: Tensor) -> Rescaled:
+        r"""Returns the spline with these parameters.
+
+        Arguments:
+            phi: The unconstrained widths, heights, derivatives and shift.
+        """
+        widths, heights, derivatives, shift = phi
+        spline = RobustSpline(
+            widths,
+            heights,
+            derivatives,
+            shift,
+            bound=self.bound,
+            shift_bound=self.shift_bound,
+            slope=self.slope,
+        )
+        return Rescaled(spline, self.loc_in, self.scale_in, self.loc_out, self.scale_out)
+
+
+class Taught(NamedTuple):
+    r"""How well a map imitates another.
+
+    Arguments:
+        error: The root mean square error, in standard deviations of the output.
+        ladj_error: The mean absolute error of the logarithm of the slope.
+    """
+
+    error: float
+    ladj_error: float
+
+
+def units(x: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Returns origin and unit of each feature of a batch."""
+    std, mean = torch.std_mean(x, dim=0, correction=0)
+    return mean, std.clamp_min(SMALLEST)
+
+
+def imitate(
+    old: Callable[[Tensor], AnyTransform],
+    new: Callable[[Tensor], Rescaled],
+    parameters: Iterable[nn.Parameter],
+    x: Tensor,
+    *,
+    steps: int = 200,
+    lr: float = 1e-2,
+) -> None:
+    r"""Fits a spline to another univariate map, where data and samples are.
+
+    Each step looks at data and, for the same conditions, at what the old map makes of noise: the
+    first is what a density needs, the second what samples need.
+
+    Arguments:
+        old: The old map of some rows of the batch.
+        new: The new map of some rows of the batch.
+        parameters: What the new map is learned by.
+        x: The inputs of the map, with shape :math:`(N, D)`.
+        steps: The number of steps of Adam.
+        lr: The first learning rate; it falls to zero.
+    """
+    parameters = list(parameters)
+    optimizer = torch.optim.Adam(parameters, lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
+    for _ in range(steps):
+        rows = torch.randint(len(x), (min(ROWS, len(x)),), device=x.device)
+        with torch.no_grad():
+            teacher = old(rows)
+            like = new(rows)
+            noise = like.loc_out + like.scale_out * torch.randn_like(x[rows])
+            points = torch.stack((x[rows], teacher.inv(noise)))
+            goal, goal_ladj = teacher.call_and_ladj(points)
+            inside = _inside(like, points, goal)
+        optimizer.zero_grad()
+        pupil = new(rows)
+        y, ladj = pupil.call_and_ladj(points)
+        loss = ((y - goal) / pupil.scale_out).square() + 0.5 * (ladj - goal_ladj).square()
+        torch.where(inside, loss, 0.0).mean().backward()
+        optimizer.step()
+        schedule.step()
+
+
+@torch.no_grad()
+def compare(old: AnyTransform, new: AnyTransform, x: Tensor) -> Taught:
+    r"""Tells how well a map imitates another.
+
+    Arguments:
+        old: The old map.
+        new: The new map.
+        x: The inputs, with shape :math:`(N, D)`.
+    """
+    (goal, goal_ladj), (y, ladj) = old.call_and_ladj(x), new.call_and_ladj(x)
+    _, scale = units(goal)
+    return Taught(
+        ((y - goal) / scale).square().mean().sqrt().item(),
+        (ladj - goal_ladj).abs().mean().item(),
+    )
+
+
+def _inside(like: Rescaled, x: Tensor, y: Tensor) -> Tensor:
+    r"""Where the old map runs within the box; elsewhere no spline can follow it."""
+    box = like.base.bound  # type: ignore[attr-defined]
+    u, v = (x - like.loc_in) / like.scale_in, (y - like.loc_out) / like.scale_out
+    return (u.abs() < box) & (v.abs() < box)

@@ -1,0 +1,53 @@
+r"""From the knots of a spline back to the parameters that give them."""
+
+__all__ = ["unconstrain"]
+
+import torch
+from torch import Tensor
+
+from flowguard._rqs import MIN_DERIVATIVE, _floor, _slope_weights, mixing
+
+LEAST = 1e-6  # the least share of a bin that has a finite logit
+MARGIN = 1e-4  # how near to its limits, relatively, a slope has a finite logit
+
+
+def unconstrain(
+    widths: Tensor, heights: Tensor, slopes: Tensor, *, slope: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Returns the unconstrained parameters of the spline with these knots.
+
+    It inverts the parameterisation of :func:`flowguard.functional.rational_quadratic_spline`.
+    Where a bin is smaller than it allows, or a slope out of its bounds, the result is the nearest
+    that it can do.
+
+    Arguments:
+        widths: The widths of all bins as shares of the box, with shape :math:`(*, K)`.
+        heights: The heights of all bins as shares of the box, with shape :math:`(*, K)`.
+        slopes: The slopes at the inner knots, with shape :math:`(*, K - 1)`.
+        slope: The least slope of the spline; :py:`None` for the published parameterisation.
+
+    Returns:
+        The unconstrained widths, heights and derivatives, each with shape :math:`(*, K - 1)`.
+    """
+    bins = widths.shape[-1]
+    floor, share = _floor(bins), 0.0 if slope is None else mixing(slope)
+    # Without the floor the sizes are w = (u + λ v) / (1 + λ) and h = (v + λ u) / (1 + λ).
+    w, h = ((size - floor) / (1 - bins * floor) for size in (widths, heights))
+    u, v = _shares((w - share * h) / (1 - share)), _shares((h - share * w) / (1 - share))
+    raw_w, raw_h = (p[..., :-1].log() - p[..., -1:].log() for p in (u, v))
+    if slope is None:
+        rest = (slopes - MIN_DERIVATIVE).clamp_min(MIN_DERIVATIVE * MARGIN)
+        return raw_w, raw_h, torch.log(rest / (1 - MIN_DERIVATIVE))
+    scale = (1 - bins * floor) / (1 + share)
+    secants = ((v + share * u) * scale + floor) / ((u + share * v) * scale + floor)
+    s0, s1 = secants[..., :-1], secants[..., 1:]
+    _, _, _, gap_high, gap_low, _, high, lo = _slope_weights(torch.zeros_like(s0), s0, s1, slope)
+    # The slope is (lo a + high b) / (a + b), a = (high - g) (1 - p) and b = (g - lo) p.
+    d = torch.minimum(slopes.clamp_min(lo * (1 + MARGIN)), high * (1 - MARGIN))
+    up, down = gap_high.clamp_min(LEAST) * (d - lo), gap_low * (high - d)
+    return raw_w, raw_h, torch.log(up / down)
+
+
+def _shares(p: Tensor) -> Tensor:
+    p = p.clamp_min(LEAST)
+    return p / p.sum(dim=-1, keepdim=True)
