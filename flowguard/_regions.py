@@ -58,6 +58,12 @@ class Envelope(NamedTuple):
     roundings: int = 2
     limit: Callable[[float], float] | None = None
 
+    def reach(self, radius: float) -> float:
+        r"""The largest :math:`|g(z)|` for :math:`|z|` up to `radius`."""
+        if self.limit is not None:
+            return self.limit(radius)
+        return self.offset + max(self.floor, self.gain * radius)
+
 
 @dataclass(frozen=True)
 class Region:
@@ -162,7 +168,7 @@ class Region:
         """
         inflation = _gamma(g.roundings, roundoff)
         if g.limit is not None:
-            limits = [g.limit(r) for r in self.box.flatten().tolist()]
+            limits = [g.reach(r) for r in self.box.flatten().tolist()]
             grown = self.box.new_tensor(limits).reshape(self.box.shape)
             box = torch.where(mask, grown * (1 + inflation), self.box)
             return Region.cube(box)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn as nn
 
-from flowguard import _bounds_core  # noqa: F401  # the rules of the core's layers
+from flowguard import _bounds_core, _bounds_torch  # noqa: F401  # the rules of the core's layers
 from flowguard._regions import Region
 from flowguard.bounds import Noise, Refused, Step, steps
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import zuko
 from torch import Tensor
-from torch.distributions import transforms as torch_transforms
 
 from flowguard._bounds_core import conditional
+from flowguard._bounds_torch import affine, after
 from flowguard.adversary import Sampler, Tensors, sampler
 from flowguard.bounds import (
     Envelope,
@@ -27,7 +27,6 @@ from flowguard.bounds import (
     Noise,
     Permute,
     Refused,
-    Scale,
     Step,
     constant,
     envelope,
@@ -130,45 +129,14 @@ def _dependent(f: Any, inverse: bool) -> Iterator[Step]:
     yield from steps(f.base, inverse)
 
 
-@rule(torch_transforms.ComposeTransform)
-def _compose(f: Any, inverse: bool) -> Iterator[Step]:
-    parts = list(enumerate(f.parts))
-    for i, part in reversed(parts) if inverse else parts:
-        yield from within(f"parts.{i}", part, inverse)
-
-
-@rule(torch_transforms._InverseTransform)
-def _inverse(f: Any, inverse: bool) -> Iterator[Step]:
-    yield from steps(f._inv, not inverse)
-
-
-@rule(torch_transforms.IndependentTransform)
-def _independent(f: Any, inverse: bool) -> Iterator[Step]:
-    yield from steps(f.base_transform, inverse)
-
-
-def _affine(factor: Tensor, shift: Tensor, inverse: bool) -> Step:
-    r"""The step of x -> factor x + shift with constants."""
-    if max(factor.dim(), shift.dim()) > 1:
-        return Refused(reason="its constants differ from one row of a batch to another")
-    if inverse:
-        return Scale(factor=1 / factor, offset=-shift / factor)
-    return Scale(factor=factor, offset=shift)
-
-
-@rule(torch_transforms.AffineTransform)
-def _torch_affine(f: Any, inverse: bool) -> Iterator[Step]:
-    yield _affine(constant(torch.as_tensor(f.scale)), constant(torch.as_tensor(f.loc)), inverse)
-
-
 @rule(T.MonotonicAffineTransform)
 def _monotonic_affine(f: Any, inverse: bool) -> Iterator[Step]:
-    yield _affine(constant(f.scale), constant(f.shift), inverse)
+    yield affine(constant(f.scale), constant(f.shift), inverse)
 
 
 @rule(T.AdditiveTransform)
 def _additive(f: Any, inverse: bool) -> Iterator[Step]:
-    yield _affine(constant(torch.ones_like(f.shift)), constant(f.shift), inverse)
+    yield affine(constant(torch.ones_like(f.shift)), constant(f.shift), inverse)
 
 
 @rule(T.PermutationTransform)
@@ -232,25 +200,7 @@ def _whatever(f: Any, inverse: bool) -> Iterator[Step]:
 @envelope_rule(T.ComposedTransform)
 def _composed_envelope(f: Any, inverse: bool) -> Envelope:
     parts = [envelope(part, inverse) for part in f.transforms]
-    return reduce(_after, reversed(parts) if inverse else parts)
-
-
-def _after(first: Envelope, second: Envelope) -> Envelope:
-    if first.reason or second.reason:
-        return first if first.reason else second
-    return Envelope(
-        gain=second.gain * first.gain,
-        offset=second.offset + second.gain * first.offset,
-        floor=max(second.floor - second.gain * first.offset, second.gain * first.floor),
-        displacement=first.displacement + second.displacement,
-        depends=f"{first.depends}, then {second.depends}",
-        roundings=first.roundings + second.roundings,
-    )
-
-
-@envelope_rule(torch_transforms._InverseTransform)
-def _inverse_envelope(f: Any, inverse: bool) -> Envelope:
-    return envelope(f._inv, not inverse)
+    return reduce(after, reversed(parts) if inverse else parts)
 
 
 @envelope_rule(T.IdentityTransform)

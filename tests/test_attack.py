@@ -124,7 +124,7 @@ def test_a_sample_that_does_not_depend_on_anything_is_returned():
 def test_the_model_is_left_as_it_was():
     flow, y = flow_and_maps()
     flow.train()
-    flow.steps[0].eval()  # type: ignore[union-attr]
+    flow.steps[0].eval()
     modes = [m.training for m in flow.modules()]
     y[0].requires_grad_()
     attack(flow, y, radius=1.0, steps=3, restarts=1)

@@ -117,7 +117,7 @@ def test_robust_image_flows_are_certified(mix, coupling):
 def test_one_affine_step_is_found_among_robust_ones():
     flow = image_flow(2, 2)
     step = FlowStep(12, 4, hidden=8, coupling="affine")
-    flow.steps[0][1] = step  # type: ignore[index]
+    flow.steps[0][1] = step
     certificate = certify(flow)
     assert [s.name for s in certificate.refused] == [
         "steps.0.1.coupling.rest",
@@ -193,6 +193,9 @@ def test_a_transform_is_taken_at_the_word_of_its_own_inverse_bound():
         yield bounds.Univariate(envelope=bounds.envelope(f, inverse))
 
     assert certify(Stated(), roundoff=0.0).bound(2.0) == 6.0
+    both = torch.distributions.ComposeTransform([Stated(), spline(torch.tensor(1.0))])
+    g = bounds.envelope(both)
+    assert [g.reach(r) for r in (0.0, 2.0)] == [15.0, 21.0]
     assert not certify(Univariate()).certified
 
 
@@ -316,7 +319,7 @@ def test_the_bound_of_a_coupling_is_reached():
     layer = ConditionalCoupling(2, 1, hidden=4, coupling=Robust(bound=1.0, shift_bound=0.5))
     with torch.no_grad():
         for net in (layer.injector, layer.rest):
-            net[-1].bias.view(-1, 4)[:, 3] = -1e30  # type: ignore[union-attr]
+            net[-1].bias.view(-1, 4)[:, 3] = -1e30
     x, _ = layer.inverse(torch.full((1, 2, 2, 2), RADIUS), torch.zeros(1, 1, 2, 2))
     assert x[:, 1].max().item() == pytest.approx(certify(layer, roundoff=0.0).bound(RADIUS))
     assert x[:, 0].max().item() == pytest.approx(RADIUS + 0.5)
