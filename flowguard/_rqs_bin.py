@@ -24,6 +24,7 @@ __all__ = [
     "inside_mask",
     "mixing",
     "pull_back",
+    "slope_limits",
     "slope_pullback",
     "solve",
 ]
@@ -176,6 +177,13 @@ def pull_back(
     return Pull(grad, to_z, grad_y, to_log_s, to_a, to_b, t, r, theta, rest)
 
 
+def slope_limits(s0: Tensor, s1: Tensor, slope: float) -> tuple[Tensor, float, Tensor]:
+    r"""The slope for a raw zero at the knot between two secants, the least and the largest."""
+    low = 1.001 * slope
+    least = torch.minimum(s0, s1)
+    return (s0 * s1).sqrt(), low, (least * least * (0.5 / low)).clamp(max=1 / low)
+
+
 def inner_slope(
     raw: Tensor, s0: Tensor, s1: Tensor, slope: float | None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -202,11 +210,8 @@ def inner_slope(
         grown = raw.clamp(max=max_logit(raw.dtype)).exp() * (1 - MIN_DERIVATIVE)
         return grown + MIN_DERIVATIVE, (grown,)
 
-    low = 1.001 * slope
+    mean, low, high = slope_limits(s0, s1, slope)
     p = raw.sigmoid()
-    mean = (s0 * s1).sqrt()
-    least = torch.minimum(s0, s1)
-    high = (least * least * (0.5 / low)).clamp(max=1 / low)
     # Of two weights one is always away from zero, as there is always some room.
     room = (high - mean).clamp(min=ROOM)
     up = (mean - low) * p

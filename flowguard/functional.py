@@ -70,8 +70,8 @@ def rational_quadratic_spline(
         >>> x = torch.tensor([-9.0, 0.5, 9.0])
         >>> widths, heights, derivatives = torch.randn(3, 3, 7).unbind(0)
         >>> y, ladj = rational_quadratic_spline(x, widths, heights, derivatives, bound=5.0)
-        >>> ladj
-        tensor([0.0000, ..., 0.0000])
+        >>> ladj[[0, 2]]
+        tensor([0., 0.])
         >>> rational_quadratic_spline(
         ...     y, widths, heights, derivatives, bound=5.0, inverse=True
         ... )[0]
