@@ -9,8 +9,10 @@ __all__ = [
     "Univariate",
 ]
 
+import copy
 import math
 import weakref
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -33,6 +35,9 @@ class Univariate(Transform):
     codomain = constraints.real
     bijective = True
     sign = +1
+
+    # Two objects that held each other would wait for the garbage collector, with their tensors.
+    _mirror: weakref.ref[Transform] | None = None
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
@@ -71,18 +76,45 @@ class Univariate(Transform):
     @property
     def inv(self) -> Transform:
         r"""The inverse transform."""
-        inverse = None if self._inv is None else self._inv()
+        inverse = None if self._mirror is None else self._mirror()
         if inverse is None:
             inverse = _Inverse(self)
-            self._inv = weakref.ref(inverse)
+            self._mirror = weakref.ref(inverse)
         return inverse
+
+    def with_cache(self, cache_size: int = 1) -> Self:
+        r"""Returns the same transform with another cache: of the last value if 1, none if 0."""
+        if cache_size not in (0, 1):
+            raise ValueError(f"cache_size must be 0 or 1; got {cache_size}")
+        if cache_size == self._cache_size:
+            return self
+        other = copy.copy(self)
+        other._cache_size = cache_size
+        other._cached_x_y = None, None
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        state.pop("_mirror", None)  # a copy has an inverse of its own
+        return state
 
 
 class _Inverse(torch.distributions.transforms._InverseTransform):
     r"""The inverse of a univariate transform, which knows its slope without a second pass."""
 
+    def __init__(self, transform: Univariate) -> None:
+        super().__init__(transform)
+        self._transform = transform
+
     def call_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        return self._inv._backward(y)
+        return self._transform._backward(y)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__.copy()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._transform._mirror = weakref.ref(self)
 
 
 class RobustSpline(Univariate):
