@@ -5,7 +5,8 @@ __all__ = ["unconstrain"]
 import torch
 from torch import Tensor
 
-from flowguard._rqs import MIN_DERIVATIVE, _floor, _slope_weights, mixing
+from flowguard._rqs import least_share
+from flowguard._rqs_bin import MIN_DERIVATIVE, ROOM, mixing, slope_limits
 
 LEAST = 1e-6  # the least share of a bin that has a finite logit
 MARGIN = 1e-4  # how near to its limits, relatively, a slope has a finite logit
@@ -30,7 +31,7 @@ def unconstrain(
         The unconstrained widths, heights and derivatives, each with shape :math:`(*, K - 1)`.
     """
     bins = widths.shape[-1]
-    floor, share = _floor(bins), 0.0 if slope is None else mixing(slope)
+    floor, share = least_share(bins), mixing(slope)
     # Without the floor the sizes are w = (u + λ v) / (1 + λ) and h = (v + λ u) / (1 + λ).
     w, h = ((size - floor) / (1 - bins * floor) for size in (widths, heights))
     u, v = _shares((w - share * h) / (1 - share)), _shares((h - share * w) / (1 - share))
@@ -41,10 +42,10 @@ def unconstrain(
     scale = (1 - bins * floor) / (1 + share)
     secants = ((v + share * u) * scale + floor) / ((u + share * v) * scale + floor)
     s0, s1 = secants[..., :-1], secants[..., 1:]
-    _, _, _, gap_high, gap_low, _, high, lo = _slope_weights(torch.zeros_like(s0), s0, s1, slope)
-    # The slope is (lo a + high b) / (a + b), a = (high - g) (1 - p) and b = (g - lo) p.
-    d = torch.minimum(slopes.clamp_min(lo * (1 + MARGIN)), high * (1 - MARGIN))
-    up, down = gap_high.clamp_min(LEAST) * (d - lo), gap_low * (high - d)
+    mean, low, high = slope_limits(s0, s1, slope)
+    # The slope is (a low + b high) / (a + b) with a = (high - mean) (1 - p), b = (mean - low) p.
+    d = torch.minimum(slopes.clamp_min(low * (1 + MARGIN)), high * (1 - MARGIN))
+    up, down = (high - mean).clamp_min(ROOM) * (d - low), (mean - low) * (high - d)
     return raw_w, raw_h, torch.log(up / down)
 
 
