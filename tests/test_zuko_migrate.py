@@ -106,8 +106,8 @@ def test_the_swap_keeps_hidden_layers_and_imitates(trained):
                 assert torch.equal(p, q)
     # Nearer to the old flow than splines of zero parameters, which know nothing of the context.
     _, untaught = migrate(flow, x, c, fit_steps=0)
-    assert report.nll_swapped - report.nll_before < 0.2
-    assert report.nll_swapped < untaught.nll_swapped - 1
+    taught_gap, untaught_gap = (r.nll_swapped - r.nll_before for r in (report, untaught))
+    assert taught_gap < 0.3 * untaught_gap
     for r, u in zip(report.replaced, untaught.replaced, strict=True):
         assert r.error < u.error
     z = torch.randn(4096, 2)
