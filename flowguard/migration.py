@@ -226,6 +226,12 @@ def migrate(
     Raises:
         TypeError: If no adapter knows the model.
         ValueError: If there are no calibration pairs, or not as many contexts as data.
+
+    Example:
+        >>> flow = zuko.flows.MAF(2, 3)  # doctest: +SKIP
+        >>> robust, report = flowguard.migrate(flow, x, context, steps=200)  # doctest: +SKIP
+        >>> report.certificate_after.certified  # doctest: +SKIP
+        True
     """
     _check(x, context, steps, batch_size)
     result = copy.deepcopy(model)

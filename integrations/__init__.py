@@ -34,12 +34,12 @@ def register(host: str | None = None) -> None:
         RuntimeError: If the host has something else under one of the names.
 
     Example:
-        >>> import zuko
-        >>> register("zuko")
-        >>> zuko.transforms.RobustSpline
+        >>> import zuko  # doctest: +SKIP
+        >>> register("zuko")  # doctest: +SKIP
+        >>> zuko.transforms.RobustSpline  # doctest: +SKIP
         <class 'flowguard.transforms.RobustSpline'>
-        >>> unregister("zuko")
-        >>> hasattr(zuko.transforms, "RobustSpline")
+        >>> unregister("zuko")  # doctest: +SKIP
+        >>> hasattr(zuko.transforms, "RobustSpline")  # doctest: +SKIP
         False
     """
     hosts = [h for h in HOSTS if _available(h)] if host is None else [_known(host)]

@@ -1,6 +1,6 @@
 r"""Tests for the worked example of guarded inference."""
 
-import importlib.util
+import runpy
 from pathlib import Path
 
 import pytest
@@ -13,11 +13,9 @@ SCRIPT = Path(__file__).parents[1] / "examples" / "sbi_guarded.py"
 
 
 def test_it_warns_of_the_observation_that_no_parameters_explain(tmp_path, capsys):
-    spec = importlib.util.spec_from_file_location("sbi_guarded", SCRIPT)
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
+    main = runpy.run_path(str(SCRIPT))["main"]
     with torch.random.fork_rng():
-        result = example.main(["--steps", "200", "--output", str(tmp_path / "sbi.png")])
+        result = main(["--steps", "200", "--output", str(tmp_path / "sbi.png")])
     assert (tmp_path / "sbi.png").stat().st_size > 10_000
     assert result.watch.report.flagged.tolist() == [False, True]
     assert len(result.warned) == 1
