@@ -251,9 +251,9 @@ def rule(*classes: type) -> Callable[[Decorated], Decorated]:
         classes: The classes, each with its subclasses that override nothing.
 
     Example:
-        >>> class Twice(nn.Module):
+        >>> class Twice(torch.nn.Module):
         ...     def forward(self, x, context=None):
-        ...         return 2 * x, x.new_full(x.shape[:1], math.log(2) * x[0].numel())
+        ...         return 2 * x, x[0].numel() * torch.full(x.shape[:1], 2.0).log()
         ...
         ...     def inverse(self, z, context=None):
         ...         return z / 2, -self(z)[1]
