@@ -1,0 +1,376 @@
+r"""The spline as a function: bounds by construction, finite for everything, exact in its tails."""
+
+import itertools
+import math
+import warnings
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from flowguard import _rqs
+from flowguard.functional import (
+    affine,
+    bounded,
+    rational_quadratic_spline,
+    reparametrized_affine,
+)
+
+BOUND = 5.0
+SCALES = [1.0, 10.0, 100.0, 1e4, math.inf]
+HALF = (torch.float16, torch.bfloat16)
+BINS = pytest.mark.parametrize("bins", [2, 3, 8])
+ALL = pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+spline = partial(rational_quadratic_spline, bound=BOUND)
+
+
+def draw(n, bins, dtype, scale, generator=None):
+    r"""Parameters of any size; for an infinite scale one third is finite."""
+    out = []
+    for _ in range(3):
+        p = torch.randn(n, bins - 1, dtype=torch.float64, generator=generator)
+        p = torch.where(p.abs() < 0.4, p, p.sign() * math.inf) if math.isinf(scale) else p * scale
+        out.append(p.to(dtype))
+    return out
+
+
+def points(n, dtype, generator=None):
+    r"""Normal numbers, and all that are special, each many times."""
+    x = 3 * torch.randn(n, dtype=torch.float64, generator=generator)
+    x = x.to(dtype)
+    end, zero = torch.tensor(BOUND, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    big = torch.finfo(dtype).max
+    special: list[Any] = [
+        end,
+        end.nextafter(zero),
+        end.nextafter(2 * end),
+        zero,
+        torch.tensor(1e-40),
+        big,
+    ]
+    values = torch.tensor([*(float(v) for v in special), math.inf], dtype=torch.float64).to(dtype)
+    values = torch.cat([values, -values])
+    x[::2] = values.repeat(n)[: len(x[::2])]
+    return x
+
+
+def knots(widths, slope, bound=BOUND):
+    r"""The inner knots, found by their definition alone."""
+    full = [torch.cat([p, torch.zeros_like(p[..., :1])], dim=-1) for p in widths]
+    bins = full[0].shape[-1]
+    u, v = ((1 - bins * 1e-3) * p.softmax(-1) + 1e-3 for p in full)
+    share = 0.0 if slope is None else math.sqrt(2 * 1.001 * slope)
+    return 2 * bound * ((u + share * v) / (1 + share)).cumsum(-1)[..., :-1] - bound
+
+
+def check_finite(x, params, dtype, slope):
+    args = [a.requires_grad_() for a in (x, *params)]
+    for inverse in (False, True):
+        y, ladj = spline(*args, slope=slope, inverse=inverse)
+        assert y.dtype == ladj.dtype == dtype
+        assert torch.equal(y.isfinite(), x.isfinite())
+        assert torch.equal(y[x.isinf()], x[x.isinf()])
+        assert ladj.isfinite().all()
+        for grad in torch.autograd.grad((y, ladj), args, (torch.ones_like(y),) * 2):
+            assert grad.isfinite().all()
+
+
+@ALL
+@BINS
+@pytest.mark.parametrize("slope", [1e-3, 0.49, None])
+@pytest.mark.parametrize("scale", SCALES)
+def test_finite_for_everything(scale, slope, bins, dtype):
+    check_finite(points(2000, dtype), draw(2000, bins, dtype, scale), dtype, slope)
+
+
+@given(
+    arrays(np.float32, (4, 7), elements=st.floats(width=32, allow_nan=False)),
+    st.floats(width=32, allow_nan=False),
+    st.sampled_from([1e-3, 0.1, None]),
+)
+@settings(deadline=None, max_examples=200)
+def test_finite_for_any_float(raw, x, slope):
+    widths, heights, derivatives, _ = torch.from_numpy(raw).unsqueeze(1)
+    check_finite(torch.tensor([x]), [widths, heights, derivatives], torch.float32, slope)
+    two = [p[:, :1].detach() for p in (widths, heights, derivatives)]
+    check_finite(torch.tensor([x]), two, torch.float32, slope)
+
+
+@BINS
+@pytest.mark.parametrize("slope", [1e-3, None])
+def test_on_and_beside_every_knot(slope, bins):
+    widths, heights, derivatives = draw(500, bins, torch.float64, 1.5)
+    kx, ky = knots((widths, heights), slope), knots((heights, widths), slope)
+    for k in range(bins - 1):
+        for step in (0.0, 1e-13, -1e-13):
+            x, y = kx[:, k] + step, ky[:, k] + step
+            out, ladj = spline(x, widths, heights, derivatives, slope=slope)
+            # both sides meet: the value within the rounding of the knot times the slope
+            torch.testing.assert_close(out, ky[:, k], rtol=0, atol=1e-9)
+            back, ladj_back = spline(y, widths, heights, derivatives, slope=slope, inverse=True)
+            torch.testing.assert_close(back, kx[:, k], rtol=0, atol=1e-9)
+            # published slopes have no bound, nor does how fast they change
+            atol = 1e-6 if slope else 1e-4
+            torch.testing.assert_close(ladj, -ladj_back, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@BINS
+@pytest.mark.parametrize("scale", SCALES)
+def test_round_trip_at_every_scale(scale, bins, dtype):
+    x, params = points(20000, dtype), draw(20000, bins, dtype, scale)
+    inside = x.abs() <= 2 * BOUND
+    # One ulp of the box grows by 1 / slope at most, and a few of them add up.
+    atol = 20 * BOUND * torch.finfo(dtype).eps / 1e-3
+    for inverse in (False, True):
+        y, _ = spline(x, *params, inverse=inverse)
+        z, _ = spline(y, *params, inverse=not inverse)
+        torch.testing.assert_close(z[inside], x[inside], rtol=0, atol=atol)
+        assert torch.equal(y[~inside], x[~inside])
+        assert (y[inside].abs() <= 2 * BOUND).all()
+
+
+@BINS
+@pytest.mark.parametrize("scale", [1.0, 20.0])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_single_precision_against_double(inverse, scale, bins):
+    x, params = 3 * torch.randn(20000), draw(20000, bins, torch.float32, scale)
+    y, ladj = spline(x, *params, slope=0.1, inverse=inverse)
+    exact, exact_ladj = spline(
+        x.double(), *(p.double() for p in params), slope=0.1, inverse=inverse
+    )
+    # The knots are rounded to an ulp of the box, which slopes up to 10 grow. At large scales bins
+    # are down to a thousandth of the box: of two bins, the smaller is a difference, with as much
+    # of a relative error in its secant, hence in the slope at the knot.
+    ulp = BOUND * torch.finfo(torch.float32).eps
+    ulps = 40 if scale == 1.0 else 200 if bins > 2 else 2000
+    torch.testing.assert_close(y.double(), exact, rtol=0, atol=ulps * ulp)
+    torch.testing.assert_close(ladj.double(), exact_ladj, rtol=0, atol=1e-3 * scale)
+
+
+@pytest.mark.parametrize("slope", [1e-3, 0.03, 0.49])
+@BINS
+@pytest.mark.parametrize("scale", [1.0, 5.0, 20.0, math.inf])
+def test_slope_is_bounded_on_the_whole_line(scale, bins, slope):
+    params = draw(400, bins, torch.float64, scale)
+    x = torch.linspace(-BOUND - 0.1, BOUND + 0.1, 4001, dtype=torch.float64)
+    _, ladj = spline(x, *(p.unsqueeze(1) for p in params), slope=slope)
+    assert ladj.abs().max() <= -math.log(slope)
+
+
+@given(
+    arrays(np.float64, (3, 3), elements=st.floats(-60, 60)),
+    st.floats(-BOUND, BOUND),
+    st.sampled_from([1e-3, 0.1, 0.49]),
+    st.sampled_from([1, 3]),
+)
+@settings(deadline=None, max_examples=500)
+def test_no_counterexample_to_the_bound(raw, x, slope, free):
+    params = torch.from_numpy(raw)[:, :free]
+    # also where the slope is least: near the knots and at many points between
+    x = torch.cat([torch.tensor([x]), torch.linspace(-BOUND, BOUND, 501)]).double()
+    for inverse in (False, True):
+        _, ladj = spline(x, *params, slope=slope, inverse=inverse)
+        assert ladj.abs().max() <= -math.log(slope)
+
+
+def test_climbing_does_not_break_the_bound():
+    slope = 1e-2
+    for bins, sign in itertools.product((2, 4), (1.0, -1.0)):
+        x = torch.empty(2000, dtype=torch.float64).uniform_(-BOUND, BOUND)
+        args = [a.requires_grad_() for a in (x, *draw(2000, bins, torch.float64, 3.0))]
+        optimizer = torch.optim.Adam(args, lr=0.2)
+        for _ in range(120):
+            _, ladj = spline(*args, slope=slope)
+            optimizer.zero_grad()
+            (sign * ladj).sum().backward()
+            optimizer.step()
+        extreme = spline(*args, slope=slope)[1].abs().max()
+        # the bound holds, and is not loose
+        assert 0.5 * -math.log(slope) <= extreme <= -math.log(slope)
+
+
+@ALL
+@BINS
+def test_nan_makes_its_own_element_nan(bins, dtype):
+    x = torch.tensor([0.3, 0.3, 0.3, 0.3, 0.3, 9.0, 9.0, 9.0], dtype=dtype)
+    params = [torch.zeros(8, bins - 1, dtype=dtype) for _ in range(3)]
+    x[0] = math.nan
+    for k, p in enumerate(params):
+        p[k + 1, -1] = math.nan
+        p[k + 5, 0] = math.nan
+    expected = torch.tensor([True, True, True, True, False, True, True, True])
+    args = [a.requires_grad_() for a in (x, *params)]
+    for inverse in (False, True):
+        y, ladj = spline(*args, inverse=inverse)
+        assert torch.equal(y.isnan(), expected)
+        assert torch.equal(ladj.isnan(), expected)
+        grads = torch.autograd.grad((y, ladj), args, (torch.ones_like(y),) * 2)
+        assert all(g[4].isfinite().all() for g in grads)
+        assert grads[0][expected].isnan().all()
+
+
+@BINS
+def test_identity_outside_to_the_last_bit(bins):
+    x = torch.tensor([BOUND, 5.3, 1e4, 3e38, math.inf])
+    x = torch.cat([x, -x])
+    for inverse in (False, True):
+        y, ladj = spline(x, *draw(10, bins, torch.float32, 3.0), inverse=inverse)
+        assert torch.equal(y, x)
+        assert torch.equal(ladj, torch.zeros(10))
+        assert not ladj.signbit().any()
+
+
+@BINS
+def test_exchanging_axes_inverts(bins):
+    x, (w, h, d) = points(500, torch.float64), draw(500, bins, torch.float64, 2.0)
+    x = x[x.abs() < 10]
+    w, h, d = (p[: len(x)] for p in (w, h, d))
+    forward, _ = spline(x, w, h, d.zero_())
+    inverse, _ = spline(x, h, w, d, inverse=True)
+    torch.testing.assert_close(forward[x.abs() >= BOUND], inverse[x.abs() >= BOUND])
+    # With raw zeros the slope at a knot is the mean of the secants in either direction.
+    torch.testing.assert_close(spline(inverse, h, w, d)[0], x, rtol=0, atol=1e-10)
+
+
+@BINS
+def test_half_precision_is_computed_in_single(bins):
+    for dtype in HALF:
+        x, params = points(500, dtype), draw(500, bins, dtype, 2.0)
+        for inverse in (False, True):
+            half = spline(x, *params, inverse=inverse)
+            single = spline(x.float(), *(p.float() for p in params), inverse=inverse)
+            assert all(torch.equal(a, b.to(dtype)) for a, b in zip(half, single, strict=True))
+
+
+def test_dtypes_are_promoted():
+    x, (w, h, d) = torch.zeros(3, dtype=torch.bfloat16), draw(3, 4, torch.float32, 1.0)
+    assert spline(x, w, h, d)[0].dtype == torch.float32
+    assert spline(x, w, h, d.double())[0].dtype == torch.float64
+    x.requires_grad_()
+    spline(x, w, h, d)[0].sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == torch.bfloat16
+
+
+@BINS
+@pytest.mark.parametrize("shape", [(50, 7), (3, 2, 61), (2, 5, 8, 9), (1, 6, 40, 40)])
+def test_pieces_change_nothing(shape, bins, monkeypatch):
+    x = 3 * torch.randn(shape, dtype=torch.float64)
+    stacked = torch.randn(shape[0], 3 * (bins - 1), *shape[1:], dtype=torch.float64)
+    params = [p.movedim(1, -1) for p in stacked.chunk(3, dim=1)]
+
+    def run():
+        args = [a.detach().requires_grad_() for a in (x, *params)]
+        out = spline(*args)
+        return *out, *torch.autograd.grad(out, args, (x, x))
+
+    whole = run()
+    monkeypatch.setattr(_rqs, "CHUNK", 64 // torch.get_num_threads())
+    for one, other in zip(run(), whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
+
+
+def test_keeps_nothing_but_its_inputs():
+    x = torch.randn(1000).requires_grad_()
+    params = [p.requires_grad_() for p in draw(1000, 8, torch.float32, 1.0)]
+    held = []
+
+    def pack(t):
+        held.append(t.untyped_storage().data_ptr())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y, _ = spline(x, *params)
+    assert set(held) <= {t.untyped_storage().data_ptr() for t in (x, y, *params)}
+
+
+@BINS
+def test_vmap_is_not_slow_in_silence(bins):
+    x, params = torch.randn(5), draw(5, bins, torch.float32, 1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.vmap(torch.func.grad(lambda *args: spline(*args)[0]))(x, *params)
+
+
+@pytest.mark.slow
+def test_compiled_by_the_default_backend():
+    for bins, inverse in itertools.product((2, 8), (False, True)):
+        torch._dynamo.reset()
+        f = torch.compile(partial(spline, inverse=inverse), fullgraph=True)
+        for n in (100, 200, 300):
+            args = [a.requires_grad_() for a in (torch.randn(n), *draw(n, bins, torch.float32, 1))]
+            out, expected = f(*args), spline(*args, inverse=inverse)
+            grads = [torch.autograd.grad(o, args, (torch.ones(n),) * 2) for o in (out, expected)]
+            for a, b in zip((*out, *grads[0]), (*expected, *grads[1]), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+@ALL
+@pytest.mark.parametrize("scale", SCALES)
+def test_torture(scale, dtype):
+    r"""Ten million elements each; round trips in single and double precision."""
+    generator = torch.Generator().manual_seed(1)
+    worst, n = 0.0, 500_000
+    for bins in (2, 8):
+        for _ in range(10):
+            x, params = points(n, dtype, generator), draw(n, bins, dtype, scale, generator)
+            check_finite(x, params, dtype, 1e-3)
+            if dtype not in HALF:
+                with torch.no_grad():
+                    y, _ = spline(spline(x, *params)[0], *params, inverse=True)
+                    worst = max(worst, (y - x)[x.abs() < 2 * BOUND].abs().max().item())
+    print(f"{dtype}, {scale}: round trip within {worst / BOUND:.1e} of the bound")
+    assert worst <= 1e-3 * BOUND
+
+
+@pytest.mark.parametrize("function", [affine, reparametrized_affine])
+def test_affine_gain(function):
+    shift, scale = torch.zeros(3), torch.tensor([-1e4, 0.0, 1e4])
+    y, ladj = function(torch.ones(3), shift, scale)
+    gain = torch.sigmoid(scale + 2) + 1e-4
+    torch.testing.assert_close(y, gain if function is affine else 1 / gain)
+    torch.testing.assert_close(ladj, y.log())
+
+
+@ALL
+def test_bounded(dtype):
+    big = torch.finfo(dtype).max
+    x = torch.tensor([0.0, 0.1, 1.0, 10.0, 1e3, big, math.inf], dtype=dtype)
+    x = torch.cat([-x.flip(0), x]).requires_grad_()
+    y = bounded(x, 2.0)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert (y.abs() <= 2).all()
+    assert (y.diff() >= 0).all()
+    torch.testing.assert_close(y[-1].item(), 2.0, rtol=torch.finfo(dtype).eps, atol=0)
+    assert y[7] == 0
+    assert grad.isfinite().all()
+    assert (grad[x.abs() <= 10] > 0).all()
+    assert bounded(x, None) is x
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"x": torch.zeros(3, dtype=torch.int64)}, TypeError, "floating point"),
+        ({"x": torch.zeros(4)}, ValueError, "broadcast"),
+        ({"widths": torch.zeros(3, 6)}, ValueError, "got 6, 7 and 7"),
+        ({"bound": 0.0}, ValueError, "bound"),
+        ({"bound": math.inf}, ValueError, "bound"),
+        ({"slope": 0.5}, ValueError, "slope"),
+        ({"slope": 0.0}, ValueError, "slope"),
+    ],
+)
+def test_errors(change, error, match):
+    zeros = torch.zeros(3, 7)
+    args = {"x": torch.zeros(3), "widths": zeros, "heights": zeros, "derivatives": zeros}
+    with pytest.raises(error, match=match):
+        rational_quadratic_spline(**{**args, "bound": BOUND, **change})
