@@ -71,6 +71,7 @@ class Univariate(Transform):
         Arguments:
             radius: The largest :math:`|y|`, not negative.
         """
+        _check_radius(radius)
         return math.inf
 
     @property
@@ -115,6 +116,11 @@ class _Inverse(torch.distributions.transforms._InverseTransform):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._transform._mirror = weakref.ref(self)
+
+
+def _check_radius(radius: float) -> None:
+    if not radius >= 0:
+        raise ValueError(f"radius must not be negative; got {radius}")
 
 
 class RobustSpline(Univariate):
@@ -222,8 +228,7 @@ class RobustSpline(Univariate):
         return self._spline(y if self.shift is None else y - self.shift, inverse=True)
 
     def inverse_bound(self, radius: float) -> float:
-        if radius < 0:
-            raise ValueError(f"radius must not be negative; got {radius}")
+        _check_radius(radius)
         shift = 0.0 if self.shift is None else self.shift_bound
         return math.inf if shift is None else max(self.bound, radius + shift)
 
@@ -306,6 +311,7 @@ class AdditiveTransform(Univariate):
         return F.additive(y, self.shift, inverse=True)
 
     def inverse_bound(self, radius: float) -> float:
+        _check_radius(radius)
         return math.inf if self.shift_bound is None else radius + self.shift_bound
 
 
@@ -362,5 +368,6 @@ class CubicBSpline(Univariate):
         return cubic_b_spline(y, self.gaps, self.controls, bound=self.bound, inverse=True)
 
     def inverse_bound(self, radius: float) -> float:
+        _check_radius(radius)
         shift = 0.0 if self.shift is None else self.shift_bound
         return math.inf if shift is None else max(self.bound, radius + shift)
