@@ -5,11 +5,13 @@ from flowguard._register import register, unregister
 from flowguard._version import __version__
 from flowguard.adversary import attack
 from flowguard.certificate import Certificate, certify
+from flowguard.migration import Migration, migrate
 from flowguard.ood import OODConditioner, OODContextError, OODContextWarning, monitor
 from flowguard.transforms import RobustSpline
 
 __all__ = [
     "Certificate",
+    "Migration",
     "OODConditioner",
     "OODContextError",
     "OODContextWarning",
@@ -19,6 +21,7 @@ __all__ = [
     "certify",
     "functional",
     "image",
+    "migrate",
     "models",
     "monitor",
     "ood",

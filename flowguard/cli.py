@@ -49,21 +49,35 @@ def _parser() -> Parser:
             " and ask both for conditions within and without their world. Writes report.html,"
             " metrics.json, the panels as PNG and both weights as safetensors."
         ),
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    demo.add_argument("--steps", type=positive, metavar="N", help="training steps of each model")
-    demo.add_argument("--seed", type=int, default=0, metavar="N", help="seed of all randomness")
     demo.add_argument(
-        "--out", type=Path, default=Path("flowguard-demo"), metavar="DIR", help="folder to write"
+        "--steps",
+        type=positive,
+        metavar="N",
+        help="training steps of each model (default: 500; 30 with --quick)",
     )
-    demo.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, mps, …")
+    demo.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of all randomness (default: 0)"
+    )
+    demo.add_argument(
+        "--out",
+        type=Path,
+        default=Path("flowguard-demo"),
+        metavar="DIR",
+        help="folder to write (default: flowguard-demo)",
+    )
+    demo.add_argument(
+        "--device", default="cpu", metavar="NAME", help="cpu (default), cuda, cuda:1, mps, …"
+    )
     demo.add_argument(
         "--coupling",
         default="robust",
         choices=("robust", "reparametrized", "bspline"),
-        help="coupling of the second model; the first is affine",
+        help="coupling of the second model (default: robust); the first is affine",
     )
-    demo.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
+    demo.add_argument(
+        "--threads", type=positive, metavar="N", help="CPU threads (default: all cores)"
+    )
     demo.add_argument(
         "--quick", action="store_true", help="tiny models and 30 steps, to see that all works"
     )
@@ -103,8 +117,7 @@ def _demo(args: argparse.Namespace) -> int:
 
     from flowguard import demo, demo_report
 
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    threads = torch.get_num_threads()
     _check_device(args.device)
     steps = args.steps or (30 if args.quick else demo.DemoOptions.steps)
     options = demo.DemoOptions(
@@ -115,7 +128,11 @@ def _demo(args: argparse.Namespace) -> int:
         coupling=args.coupling,
         quick=args.quick,
     )
-    result = demo.run(options)
+    try:
+        torch.set_num_threads(args.threads or threads)
+        result = demo.run(options)
+    finally:
+        torch.set_num_threads(threads)
     files = demo_report.write(result)
     print(demo_report.table(result))
     print(f"\nOpen {files[0]} for the pictures; {len(files)} files are in {args.out}.")

@@ -28,7 +28,10 @@ Context = Sequence[Tensor] | Conditions
 #: What contexts are cut at: infinite ones would become NaN (∞ - ∞) in the convolutions.
 FARTHEST = 1e20
 
-MIXES = {"free": InvertibleConv1x1, "orthogonal": OrthogonalConv1x1}
+MIXES: dict[str, type[InvertibleConv1x1 | OrthogonalConv1x1]] = {
+    "free": InvertibleConv1x1,
+    "orthogonal": OrthogonalConv1x1,
+}
 
 
 class FlowStep(nn.Module):
@@ -61,7 +64,7 @@ class FlowStep(nn.Module):
         if mix not in MIXES:
             raise ValueError(f"mix must be one of {', '.join(MIXES)}; got {mix!r}")
         self.actnorm = ActNorm(channels)
-        self.mix = MIXES[mix](channels)
+        self.mix: InvertibleConv1x1 | OrthogonalConv1x1 = MIXES[mix](channels)
         self.coupling = ConditionalCoupling(
             channels, context_channels, hidden=hidden, coupling=coupling
         )
