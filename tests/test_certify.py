@@ -330,6 +330,15 @@ def test_the_bound_of_a_coupling_is_reached():
     assert x[:, 0].max().item() == pytest.approx(RADIUS + 0.5)
 
 
+def test_the_bound_of_a_split_is_reached():
+    layer = Split(2, 1, mean_bound=3.0, scale_bound=0.5)
+    with torch.no_grad():
+        layer.net.bias.fill_(1e30)
+    x, _ = layer.inverse(*torch.full((2, 1, 1, 2, 2), RADIUS), torch.zeros(1, 1, 2, 2))
+    assert x[:, 1].max().item() == pytest.approx(certify(layer, roundoff=0.0).bound(RADIUS))
+    assert certify(layer).bound(0.0) == pytest.approx(3.0)
+
+
 def test_a_rotation_and_its_inverse_do_not_add_up():
     region = Region.cube(torch.ones(1, 8, dtype=torch.float64))
     w = OrthogonalConv1x1(8).weight.detach().double()
