@@ -81,8 +81,11 @@ def _parts(t: Tensor, r: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def evaluate(z: Tensor, w: Tensor, s: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    r"""The rise above the corner at the distance `z` from it, and the slope."""
-    t = (z / w).clamp(0.0, 1.0)  # a rounding error beyond would be multiplied by a and b
+    r"""The rise above the corner at the distance `z` from it, and the slope.
+
+    Here and below, `z` must not lie outside of the bin by a rounding error: a and b grow it.
+    """
+    t = z / w
     r = 1 - t
     p, q, den, num = _parts(t, r, a, b)
     inv = den.reciprocal()
@@ -100,7 +103,7 @@ def solve(
     # discriminant δ² + 4 θ (1 - θ), which is not negative for θ in [0, 1]. Of their solutions
     #     t = 2 θ / (1 - β + √) and r = 2 (1 - θ) / (1 + β + √)
     # the one is taken in which no two numbers cancel.
-    theta = (z / h).clamp(0.0, 1.0)
+    theta = z / h
     rest = 1 - theta
     skew = rest - theta
     delta = torch.addcmul(a * rest, b, theta, value=-1)
@@ -151,7 +154,7 @@ def pull_back(
     gives them for the cotangents (-g / f', -grad_l) with g = grad_x - grad_l ∂ log f' / ∂x, and y
     receives g / f'.
     """
-    t = (z / w).clamp(0.0, 1.0)
+    t = z / w
     r = 1 - t
     p, q, den, num = _parts(t, r, a, b)
     inv_den, inv_num = den.reciprocal(), num.reciprocal()

@@ -175,6 +175,10 @@ def _prepare(
     return State(u, v, found, x0, y0, inv_s, d0 * inv_s, d1 * inv_s, [left, right])
 
 
+def _within(z: Tensor, size: Tensor) -> Tensor:
+    return torch.minimum(z, size).clamp(min=0.0)
+
+
 def evaluate(
     v: Tensor,
     widths: Rows,
@@ -190,9 +194,9 @@ def evaluate(
     state = _prepare(inside, widths, heights, derivatives, bound, slope, least, inverse)
     w, h, s = state.bin.w[0], state.bin.h[0], state.bin.s[0]
     if inverse:
-        rise, steep = rq.solve(inside - state.y0, w, h, state.inv_s, state.a, state.b)
+        rise, steep = rq.solve(_within(inside - state.y0, h), w, h, state.inv_s, state.a, state.b)
         return rq.finish(v, state.x0 + rise, steep, bound)
-    rise, steep = rq.evaluate(inside - state.x0, w, s, state.a, state.b)
+    rise, steep = rq.evaluate(_within(inside - state.x0, w), w, s, state.a, state.b)
     return rq.finish(v, state.y0 + rise, steep, bound)
 
 
@@ -215,7 +219,7 @@ def pull_back(
     own, passed, w, h, s = found.own, found.passed, found.w, found.h, found.s
 
     inside = rq.inside_mask(x, bound)
-    z = inner - state.x0
+    z = _within(inner - state.x0, w[0])
     pull = rq.pull_back(z, w[0], h[0], s[0], a, b, grad_y * inside, grad_l * inside, inverse)
     grad_x = torch.addcmul(pull.grad * inside, grad_y, 1 - inside)
 

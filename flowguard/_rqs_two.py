@@ -3,7 +3,8 @@ r"""The two-bin spline, seen from its only inner knot.
 Both bins have that knot as their corner and the end :math:`e = \pm B` of the box on the side of the
 element as their other corner: their sizes, :math:`e - k_x` and :math:`e - k_y`, are positive on the
 right and negative on the left, and so is the distance of the element. So no bin has to be picked:
-the rational quadratic only sees ratios. The notation is that of :mod:`flowguard._rqs_bin`.
+the rational quadratic only sees ratios. Distances are differences of the same knot as sizes are,
+hence never the greater, as rounding is monotone. The notation is that of :mod:`flowguard._rqs_bin`.
 """
 
 __all__ = ["evaluate", "pull_back"]
