@@ -1,6 +1,6 @@
 r"""Robust conditional normalizing flows, and a warning where the condition is unknown."""
 
-from flowguard import functional, image, models, ood, transforms
+from flowguard import bounds, functional, image, models, ood, transforms
 from flowguard._register import register, unregister
 from flowguard._version import __version__
 from flowguard.adversary import attack
@@ -18,6 +18,7 @@ __all__ = [
     "RobustSpline",
     "__version__",
     "attack",
+    "bounds",
     "certify",
     "functional",
     "image",

@@ -42,6 +42,10 @@ from ._zuko_image import ConditionalMultiscaleTransform, MultiscaleFlow
 __all__: list[str] = []
 
 T = zuko.transforms
+# zuko has its additive transform from 1.5 on; before, there is nothing to bound.
+ADDITIVE: tuple[type, ...] = tuple(
+    getattr(T, name) for name in ("AdditiveTransform",) if hasattr(T, name)
+)
 
 
 @rule(zuko.lazy.Flow)
@@ -134,7 +138,7 @@ def _monotonic_affine(f: Any, inverse: bool) -> Iterator[Step]:
     yield affine(constant(f.scale), constant(f.shift), inverse)
 
 
-@rule(T.AdditiveTransform)
+@rule(*ADDITIVE)
 def _additive(f: Any, inverse: bool) -> Iterator[Step]:
     yield affine(constant(torch.ones_like(f.shift)), constant(f.shift), inverse)
 
@@ -221,9 +225,9 @@ def _softclip(f: Any, inverse: bool) -> Envelope:
     return Envelope(0.0, 0.0, floor=f.bound, depends="not at all", roundings=4)
 
 
-@envelope_rule(T.AdditiveTransform, T.MonotonicAffineTransform)
+@envelope_rule(*ADDITIVE, T.MonotonicAffineTransform)
 def _free(f: Any, inverse: bool) -> Envelope:
-    gain = 1.0 if isinstance(f, T.AdditiveTransform) else math.inf
+    gain = 1.0 if isinstance(f, ADDITIVE) else math.inf
     return Envelope(gain, math.inf, reason="its shift is free")
 
 
