@@ -54,7 +54,7 @@ def _parser() -> Parser:
         "--steps",
         type=positive,
         metavar="N",
-        help="training steps of each model (default: 500; 30 with --quick)",
+        help="training steps of each model (default: 400; 30 with --quick)",
     )
     demo.add_argument(
         "--seed", type=int, default=0, metavar="N", help="seed of all randomness (default: 0)"

@@ -34,7 +34,7 @@ class DemoOptions:
     r"""What the demo is asked for."""
 
     out: Path
-    steps: int = 500
+    steps: int = 400
     seed: int = 0
     device: str = "cpu"
     coupling: str = "robust"
@@ -250,7 +250,7 @@ def build(coupling: str, quick: bool = False) -> SuperResolutionFlow:
         coupling: The name of the coupling.
         quick: Whether the model is that of ``--quick``.
     """
-    steps, hidden, features = (1, 16, 16) if quick else (4, 48, 32)
+    steps, hidden, features = (1, 16, 16) if quick else (4, 64, 64)
     return SuperResolutionFlow(
         scale=SCALE, levels=2, steps=steps, hidden=hidden, features=features, coupling=coupling
     )
