@@ -250,10 +250,13 @@ def build(coupling: str, quick: bool = False) -> SuperResolutionFlow:
         coupling: The name of the coupling.
         quick: Whether the model is that of ``--quick``.
     """
-    steps, hidden, features = (1, 16, 16) if quick else (4, 64, 64)
-    return SuperResolutionFlow(
+    steps, hidden, features = (1, 16, 16) if quick else (3, 64, 128)
+    model = SuperResolutionFlow(
         scale=SCALE, levels=2, steps=steps, hidden=hidden, features=features, coupling=coupling
     )
+    model.conditioner.alpha = (1 - QUANTILE) * model.flow.levels  # shared among the levels
+    model.conditioner.boundary = QUANTILE
+    return model
 
 
 def _train(name: str, coupling: str, photographs: list[Tensor], o: DemoOptions) -> Trained:
@@ -265,7 +268,6 @@ def _train(name: str, coupling: str, photographs: list[Tensor], o: DemoOptions) 
     )
     training = train(model, crops, steps=o.steps, name=f"{name:>8}", progress=o.progress)
 
-    model.conditioner.alpha = (1 - QUANTILE) * model.flow.levels
     model.conditioner.fit(
         [data.downsample(data.crop_to_multiple(part, 8)[None], SCALE) for part, _ in parts],
         progress=False,

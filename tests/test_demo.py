@@ -14,9 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flowguard import cli
+from flowguard import cli, demo
 from flowguard.files import atomic
-from flowguard.models import SuperResolutionFlow
 
 
 def flowguard(*arguments, cwd):
@@ -79,7 +78,7 @@ def test_a_rerun_gives_the_same_numbers(quick):
 @pytest.mark.parametrize("name", ["affine", "robust"])
 def test_the_weights_load_into_the_model(quick, name):
     _, out = quick[0]
-    model = SuperResolutionFlow(levels=2, steps=1, hidden=16, features=16, coupling=name)
+    model = demo.build(name, quick=True)
     model.load_state_dict(load_file(out / f"{name}.safetensors"))
     model.eval()
     assert model.conditioner.calibrated
