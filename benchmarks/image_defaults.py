@@ -36,7 +36,7 @@ def measure(coupling: str | Elementwise, steps: int, seed: int) -> list[str]:
     r"""Trains a model and returns its row of the table."""
     torch.manual_seed(seed)
     model = SuperResolutionFlow(
-        scale=demo.SCALE, levels=2, steps=3, hidden=64, features=128, coupling=coupling
+        scale=demo.SCALE, levels=2, steps=4, hidden=64, features=64, coupling=coupling
     )
     photographs = [data.photograph(name) for name in data.TRAINING_PHOTOGRAPHS]
     crops = data.PairedCrops(

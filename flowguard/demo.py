@@ -250,7 +250,7 @@ def build(coupling: str, quick: bool = False) -> SuperResolutionFlow:
         coupling: The name of the coupling.
         quick: Whether the model is that of ``--quick``.
     """
-    steps, hidden, features = (1, 16, 16) if quick else (3, 64, 128)
+    steps, hidden, features = (1, 16, 16) if quick else (4, 64, 64)
     model = SuperResolutionFlow(
         scale=SCALE, levels=2, steps=steps, hidden=hidden, features=features, coupling=coupling
     )
