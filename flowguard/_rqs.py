@@ -14,7 +14,6 @@ from torch import Tensor
 
 from flowguard import _rqs_many as many
 from flowguard import _rqs_two as two
-from flowguard._rqs_bin import MIN_DERIVATIVE, ROOM, mixing, slope_limits  # noqa: F401
 
 MIN_FRACTION = 1e-3  # the least width and height of a bin, as a share of the box (published: 1e-3)
 CHUNK = 2**15  # elements per thread worked on at a time in eager mode: temporaries stay in cache
@@ -23,19 +22,6 @@ CHUNK = 2**15  # elements per thread worked on at a time in eager mode: temporar
 def least_share(bins: int) -> float:
     r"""The least width and height of a bin, as a share of the box."""
     return min(MIN_FRACTION, 0.5 / bins)
-
-
-_floor = least_share
-
-
-def _slope_weights(
-    raw: Tensor, s0: Tensor, s1: Tensor, slope: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float]:
-    # Kept while flowguard._unconstrain asks for it: `slope_limits` says the same.
-    mean, low, high = slope_limits(s0, s1, slope)
-    p = raw.sigmoid()
-    up, down = (high - mean).clamp(min=ROOM), mean - low
-    return up * (1 - p), down * p, p, up, down, mean, high, low
 
 
 def _rows(*params: Tensor) -> Sequence[many.Rows]:
