@@ -3,6 +3,10 @@ r"""What all tests share: a seed for each, and nothing of torch's global state l
 import pytest
 import torch
 
+# The tensors of the tests are small: a second thread costs more than it brings, and the processes
+# that share the tests need the cores.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _seeded():
