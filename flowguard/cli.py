@@ -3,13 +3,13 @@ r"""The command line: ``flowguard demo``."""
 __all__ = ["main"]
 
 import argparse
-import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from flowguard._version import __version__
+from flowguard.files import atomic
 
 
 class UserError(Exception):
@@ -23,15 +23,28 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-def positive(text: str) -> int:
-    r"""Reads a positive integer."""
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a whole number; got {text!r}") from None
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1; got {value}")
-    return value
+def whole(least: int, most: int) -> Callable[[str], int]:
+    r"""Returns a reader of whole numbers within bounds."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number; got {text!r}") from None
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(
+                f"must be at least {least} and at most {most}; got {value}"
+            )
+        return value
+
+    return read
+
+
+def folder(text: str) -> Path:
+    r"""Reads the name of a folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must name a folder; got nothing")
+    return Path(text)
 
 
 def _parser() -> Parser:
@@ -52,16 +65,20 @@ def _parser() -> Parser:
     )
     demo.add_argument(
         "--steps",
-        type=positive,
+        type=whole(1, 10**9),
         metavar="N",
         help="training steps of each model (default: 400; 30 with --quick)",
     )
     demo.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="seed of all randomness (default: 0)"
+        "--seed",
+        type=whole(0, 2**63 - 1),
+        default=0,
+        metavar="N",
+        help="seed of all randomness (default: 0)",
     )
     demo.add_argument(
         "--out",
-        type=Path,
+        type=folder,
         default=Path("flowguard-demo"),
         metavar="DIR",
         help="folder to write (default: flowguard-demo)",
@@ -76,7 +93,7 @@ def _parser() -> Parser:
         help="coupling of the second model (default: robust); the first is affine",
     )
     demo.add_argument(
-        "--threads", type=positive, metavar="N", help="CPU threads (default: all cores)"
+        "--threads", type=whole(1, 1024), metavar="N", help="CPU threads (default: all cores)"
     )
     demo.add_argument(
         "--quick", action="store_true", help="tiny models and 30 steps, to see that all works"
@@ -92,8 +109,15 @@ def _folder(path: Path) -> Path:
         raise UserError(f"--out must be a folder; {path} is, or lies below, a file") from None
     except OSError as error:
         raise UserError(f"--out: cannot make the folder {path}: {error.strerror}") from None
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise UserError(f"--out: the folder {path} is not writable")
+    try:
+        with atomic(path / "probe"):
+            pass
+        (path / "probe").unlink()
+    except OSError as error:
+        raise UserError(f"--out: cannot write to the folder {path}: {error.strerror}") from None
+    for name in ("report.html", "metrics.json", "headline.png"):
+        if (path / name).is_dir():
+            raise UserError(f"--out: {path / name} is a folder, and shall become a file")
     return path
 
 
@@ -101,8 +125,8 @@ def _check_device(name: str) -> None:
     import torch
 
     try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.ones(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         reason = str(error).splitlines()[0].split(". ")[0]
         raise UserError(f"--device: {name!r} cannot be used here: {reason}") from None
 
@@ -133,8 +157,11 @@ def _demo(args: argparse.Namespace) -> int:
         result = demo.run(options)
     finally:
         torch.set_num_threads(threads)
-    files = demo_report.write(result)
     print(demo_report.table(result))
+    try:
+        files = demo_report.write(result)
+    except OSError as error:
+        raise UserError(f"--out: cannot write to {args.out}: {error.strerror}") from None
     print(f"\nOpen {files[0]} for the pictures; {len(files)} files are in {args.out}.")
     return 0
 

@@ -49,15 +49,21 @@ def read_image(path: Any) -> Tensor:
 
     Raises:
         ImportError: If Pillow is not installed.
+        ValueError: If the image has more than 8 bits per channel.
     """
     try:
-        from PIL import Image
+        from PIL import Image, ImageOps
     except ImportError as error:
         raise ImportError(
             'reading images needs Pillow: pip install "flowguard-nf[demo]"'
         ) from error
     with Image.open(path) as image:
-        pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+        if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
+            raise ValueError(
+                f"only images of 8 bits per channel can be read; got one of mode {image.mode!r}"
+            )
+        upright = ImageOps.exif_transpose(image)
+        pixels = np.asarray(upright.convert("RGB"), dtype=np.float32) / 255
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
@@ -95,7 +101,7 @@ def downsample(hr: Tensor, scale: int) -> Tensor:
         hr: The images, with shape :math:`(B, 3, sH, sW)`.
         scale: The factor :math:`s`.
     """
-    if hr.shape[-2] % scale or hr.shape[-1] % scale:
+    if scale < 1 or hr.shape[-2] % scale or hr.shape[-1] % scale:
         raise ValueError(
             f"height and width must be multiples of {scale}; got {tuple(hr.shape[-2:])}"
         )
@@ -132,8 +138,10 @@ class PairedCrops:
     def __init__(
         self, images: Sequence[Tensor], *, scale: int, size: int, batch: int, seed: int
     ) -> None:
-        if size % scale:
+        if size < 1 or size % scale:
             raise ValueError(f"size must be a multiple of the scale {scale}; got {size}")
+        if not images:
+            raise ValueError("there must be at least one image; got none")
         self.pairs = []
         for image in images:
             hr = crop_to_multiple(image, scale)

@@ -98,7 +98,7 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         r"""Returns plain numbers. All but those under ``"timing"`` repeat with the seed."""
         guarded = list(self.models)[-1]
-        return {
+        numbers = {
             "options": {
                 k: v
                 for k, v in dataclasses.asdict(self.options).items()
@@ -115,8 +115,8 @@ class Result:
                     + sum(p.numel() for p in t.model.conditioner.parameters()),
                     "final_train_bits_per_dim": _tail(t.training.losses),
                     "skipped_steps": t.training.skipped,
-                    "certified_residual": _finite(t.certified),
-                    "attacked_residual": _finite(t.attacked),
+                    "certified_residual": t.certified,
+                    "attacked_residual": t.attacked,
                     **t.held_out,
                 }
                 for name, t in self.models.items()
@@ -129,11 +129,11 @@ class Result:
                     "models": {
                         name: {
                             "artefact_share": s.share,
-                            "max_abs": s.largest if math.isfinite(s.largest) else "inf",
+                            "max_abs": s.largest,
                             "non_finite": s.non_finite,
                             "ood": {
                                 level: {
-                                    "score": _finite(float(r.score[0])),
+                                    "score": float(r.score[0]),
                                     "threshold": r.threshold,
                                     "p_value": float(r.p_value[0]),
                                 }
@@ -154,15 +154,22 @@ class Result:
                 for name, t in self.models.items()
             },
         }
+        plain: dict[str, Any] = _strict(numbers)
+        return plain
 
 
-def _finite(value: float) -> float | str:
-    return value if math.isfinite(value) else "inf"  # JSON has no infinity
+def _strict(value: Any) -> Any:
+    """JSON has neither infinity nor NaN: they become the words."""
+    if isinstance(value, dict):
+        return {k: _strict(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_strict(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _tail(losses: list[float]) -> float:
-    tail = losses[-50:]
-    return sum(tail) / len(tail)
+    tail = [loss for loss in losses if math.isfinite(loss)][-50:]
+    return sum(tail) / len(tail) if tail else math.nan
 
 
 def artefact_mask(sample: Tensor, condition: Tensor) -> Tensor:

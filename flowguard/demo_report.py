@@ -151,11 +151,11 @@ def panel(condition: Condition, by_model: dict[str, Sampled]) -> bytes:
         axis.imshow(_shown(by_model[name].sample[0], y))
         axis.set_title(f"{name}, max|x| = {_number(by_model[name].largest)}", fontsize=9)
     first = by_model[names[0]]
-    axes[1 + len(names)].imshow(first.mask[0], cmap="gray", vmin=0, vmax=1)
+    axes[1 + len(names)].imshow(first.mask[0].numpy(), cmap="gray", vmin=0, vmax=1)
     axes[1 + len(names)].set_title(f"{names[0]} artefacts: {100 * first.share:.1f} %", fontsize=9)
     drawn: Any = None
     for axis, (level, r) in zip(axes[2 + len(names) :], guard.levels.items(), strict=True):
-        drawn = axis.imshow(nines(r)[0].cpu(), cmap="inferno", vmin=0, vmax=NINES)
+        drawn = axis.imshow(nines(r)[0].cpu().numpy(), cmap="inferno", vmin=0, vmax=NINES)
         flagged = " (flagged)" if bool(r.flagged[0]) else ""
         axis.set_title(f"OOD {level}: p = {float(r.p_value[0]):.2g}{flagged}", fontsize=9)
     bar = figure.colorbar(drawn, ax=axes, shrink=0.9, extend="max")
@@ -195,7 +195,7 @@ def headline(result: Result) -> bytes:
     ]
     pictures.append(
         (
-            nines(r)[0].cpu(),
+            nines(r)[0].cpu().numpy(),
             f"how far the condition is\nfrom the training set ({level})",
             {"cmap": "inferno", "vmin": 0, "vmax": NINES},
         )
@@ -269,6 +269,13 @@ def write(result: Result) -> list[Path]:
         The files written, the report first.
     """
     out = result.options.out
+    saved = []  # the weights first: they took the longest to make
+    for name, trained in result.models.items():
+        weights = {k: v.detach().cpu().contiguous() for k, v in trained.model.state_dict().items()}
+        file = out / f"{name}.safetensors"
+        with atomic(file) as temporary:
+            save_file(weights, temporary, metadata={"flowguard": __version__, "coupling": name})
+        saved.append(file)
     panels = [
         panel(c, by_model) for c, by_model in zip(result.conditions, result.sampled, strict=True)
     ]
@@ -284,10 +291,4 @@ def write(result: Result) -> list[Path]:
         with atomic(out / f"{name}.png") as temporary:
             temporary.write_bytes(png)
     files += [out / f"{name}.png" for name, _ in panels_by_name[1:]]
-    for name, trained in result.models.items():
-        weights = {k: v.detach().cpu().contiguous() for k, v in trained.model.state_dict().items()}
-        file = out / f"{name}.safetensors"
-        with atomic(file) as temporary:
-            save_file(weights, temporary, metadata={"flowguard": __version__, "coupling": name})
-        files.append(file)
-    return files
+    return files + saved

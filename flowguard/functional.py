@@ -200,8 +200,10 @@ def bounded(x: Tensor, bound: float | None) -> Tensor:
     """
     if bound is None:
         return x
-    if not bound > 0:
-        raise ValueError(f"the bound must be positive; got {bound}")
+    if not 0 < bound < math.inf:
+        raise ValueError(
+            f"the bound must be positive and finite, or None for no bound; got {bound}"
+        )
     scale = 2 * bound / math.pi
     # Rounding may land an ulp outside, and certificates rely on the bound.
     return (scale * torch.atan(x / scale)).clamp(-bound, bound)

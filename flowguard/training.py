@@ -65,7 +65,13 @@ def train(
         for step in bar:
             for group in optimizer.param_groups:
                 group["lr"] = lr * factor(step)
-            hr, condition = (t.to(device) for t in next(stream))
+            pair = next(stream, None)
+            if pair is None:
+                model.eval()
+                raise ValueError(
+                    f"there must be a batch for each of the {steps} steps; got {step}"
+                )
+            hr, condition = (t.to(device) for t in pair)
             optimizer.zero_grad(set_to_none=True)
             loss = model.nll(hr, condition).mean()
             loss.backward()

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flowguard import cli, demo
+from flowguard import cli, demo, demo_report
 from flowguard.files import atomic
 
 
@@ -87,7 +87,7 @@ def test_the_weights_load_into_the_model(quick, name):
 
 
 MISTAKES = {
-    "no steps": (["--steps", "0"], "must be at least 1; got 0"),
+    "no steps": (["--steps", "0"], "must be at least 1 and at most 1000000000; got 0"),
     "steps in words": (["--steps", "many"], "must be a whole number; got 'many'"),
     "unknown device": (["--device", "abacus"], "--device: 'abacus' cannot be used here"),
     "absent device": (["--device", "cuda:99"], "--device: 'cuda:99' cannot be used here"),
@@ -96,6 +96,14 @@ MISTAKES = {
     "out without a value": (["--out"], "expected one argument"),
     "unknown coupling": (["--coupling", "cubic"], "invalid choice: 'cubic'"),
     "no threads": (["--threads", "0"], "must be at least 1"),
+    "too many threads": (["--threads", "999999999"], "at most 1024"),
+    "negative seed": (["--seed", "-1"], "must be at least 0"),
+    "huge seed": (["--seed", "9" * 23], "must be at least 0 and at most"),
+    "huge number of steps": (["--steps", "9" * 20], "must be at least 1 and at most"),
+    "device without numbers": (["--device", "meta"], "--device: 'meta' cannot be used here"),
+    "device without a build": (["--device", "hpu"], "--device: 'hpu' cannot be used here"),
+    "out is nothing": (["--out", ""], "must name a folder"),
+    "a report that is a folder": (["--out", "taken"], "is a folder, and shall become a file"),
     "mistyped option": (["--stepz", "3"], "unrecognized arguments: --stepz 3"),
 }
 
@@ -106,6 +114,8 @@ def test_a_mistake_gets_one_line_and_exit_code_2(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
+    (tmp_path / "taken" / "report.html").mkdir(parents=True)
+    monkeypatch.setattr(demo, "run", lambda options: pytest.fail("it ran"))
     try:
         code = cli.main(["demo", *arguments])
     except SystemExit as stop:
@@ -115,7 +125,8 @@ def test_a_mistake_gets_one_line_and_exit_code_2(
     assert told.out == ""
     assert message in told.err
     assert told.err.count("\n") == 1
-    assert sorted(p.name for p in tmp_path.iterdir()) in (["file"], ["file", "flowguard-demo"])
+    assert {p.name for p in tmp_path.iterdir()} <= {"file", "taken", "flowguard-demo"}
+    assert [p.name for p in (tmp_path / "taken").iterdir()] == ["report.html"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -124,7 +135,7 @@ def test_a_folder_that_is_not_writable(tmp_path):
     locked.mkdir(mode=0o500)
     done = flowguard("demo", "--quick", "--out", locked, cwd=tmp_path)
     assert done.returncode == 2
-    assert "is not writable" in done.stderr
+    assert "cannot write to the folder" in done.stderr
 
 
 def test_no_command_and_an_unknown_one(tmp_path):
@@ -149,6 +160,20 @@ def test_interrupting_the_training_leaves_no_half_written_file(tmp_path):
     assert b"interrupted" in rest
     assert b"Traceback" not in rest
     assert list(pathlib.Path(out).iterdir()) == []
+
+
+def test_numbers_that_are_not_finite_are_written_as_words(tmp_path, monkeypatch):
+    """A run that goes wrong must not lose what it made."""
+    monkeypatch.setattr(demo, "CALIBRATION_CROPS", 200)
+    options = demo.DemoOptions(out=tmp_path, steps=2, quick=True, progress=False)
+    result = demo.run(options)
+    for trained in result.models.values():
+        trained.training.losses[:] = [math.nan]
+        trained.held_out.update(psnr=math.inf, bits_per_dim=math.nan)
+    files = demo_report.write(result)
+    assert all(f.is_file() for f in files)
+    numbers = json.loads((tmp_path / "metrics.json").read_text())["models"]["robust"]
+    assert (numbers["psnr"], numbers["bits_per_dim"]) == ("inf", "nan")
 
 
 def test_a_file_is_whole_or_untouched(tmp_path):

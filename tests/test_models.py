@@ -57,6 +57,21 @@ def test_samples_belong_to_their_images():
     assert torch.allclose(together[2, 1], one[0], atol=1e-5)
 
 
+def test_an_empty_batch_has_empty_samples():
+    model = small()
+    lr = torch.rand(0, 3, 4, 4)
+    assert model.sample(lr, 5).shape == (5, 0, 3, 16, 16)
+    assert model.nll(torch.rand(0, 3, 16, 16), lr).shape == (0,)
+
+
+def test_images_of_more_than_8_bits_are_refused(tmp_path):
+    from PIL import Image
+
+    Image.new("I;16", (4, 4)).save(tmp_path / "deep.png")
+    with pytest.raises(ValueError, match="8 bits per channel"):
+        data.read_image(tmp_path / "deep.png")
+
+
 def test_temperature_zero_has_no_randomness():
     model = small()
     lr = torch.rand(1, 3, 6, 6)
@@ -169,6 +184,20 @@ ERRORS = {
     "empty image": (lambda: MODEL.sample(LR[..., :0]), ValueError, "got"),
     "hr size": (lambda: MODEL.nll(torch.rand(1, 3, 12, 16), LR), ValueError, r"\(1, 3, 16, 16\)"),
     "hr batch": (lambda: MODEL.nll(torch.rand(2, 3, 16, 16), LR), ValueError, "hr must"),
+    "hr dimensions": (lambda: MODEL.nll(torch.rand(16), LR), ValueError, "hr must"),
+    "bytes": (lambda: MODEL.sample((255 * LR).byte()), TypeError, "lr must have the dtype"),
+    "float64": (lambda: MODEL.nll(torch.rand(1, 3, 16, 16).double(), LR), TypeError, "hr must"),
+    "grey levels": (lambda: MODEL.nll(torch.rand(1, 3, 16, 16), LR, 1), ValueError, "grey levels"),
+    "no images": (
+        lambda: data.PairedCrops([], scale=4, size=32, batch=1, seed=0),
+        ValueError,
+        "at least one image",
+    ),
+    "too few batches": (
+        lambda: train(small(), [], steps=3, progress=False),
+        ValueError,
+        "a batch for each of the 3 steps; got 0",
+    ),
     "samples": (lambda: MODEL.sample(LR, 0), ValueError, "num_samples must be positive"),
     "temperature": (lambda: MODEL.sample(LR, 1, -1.0), ValueError, "temperature"),
     "nan temperature": (lambda: MODEL.sample(LR, 1, math.nan), ValueError, "temperature"),

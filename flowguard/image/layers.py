@@ -117,12 +117,18 @@ class ActNorm(nn.Module):
     def initialize(self, x: Tensor) -> None:
         r"""Sets shift and scale such that this batch gets mean zero and variance one.
 
+        A batch that is not finite changes nothing; a channel without variance is only shifted.
+
         Arguments:
             x: A batch, with shape :math:`(B, C, H, W)`.
         """
         std, mean = torch.std_mean(x, dim=(0, 2, 3), correction=0, keepdim=True)
+        if not bool((torch.isfinite(std) & torch.isfinite(mean)).all()):
+            return  # the next batch may be better
         self.bias.copy_(-mean)
-        self.logs.copy_(-torch.log(std + 1e-6))
+        # A channel that does not vary says nothing about its scale.
+        varies = std > 1e-6 * (1 + mean.abs())
+        self.logs.copy_(torch.where(varies, -torch.log(std + 1e-6), 0.0))
         self.initialized.fill_(True)
         self._ready = True
 
@@ -131,7 +137,10 @@ class ActNorm(nn.Module):
 
     def forward(self, x: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
         if self.training and not self._ready and x.numel() > 0:
-            self.initialize(x)
+            # The buffer may have been written by other means than `load_state_dict`.
+            self._ready = bool(self.initialized)
+            if not self._ready:
+                self.initialize(x)
         return (x + self.bias) * torch.exp(self.logs), self._ladj(x)
 
     def inverse(self, z: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
@@ -161,7 +170,7 @@ class InvertibleConv1x1(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         q, _ = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))
-        self.weight = nn.Parameter(q.to(torch.get_default_dtype()))
+        self.weight = nn.Parameter(q.to(torch.get_default_dtype()).contiguous())
 
     def extra_repr(self) -> str:
         return f"channels={self.weight.shape[0]}"
@@ -206,7 +215,7 @@ class OrthogonalConv1x1(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         q, _ = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))
-        self.register_buffer("rotation", q.to(torch.get_default_dtype()))
+        self.register_buffer("rotation", q.to(torch.get_default_dtype()).contiguous())
         self.raw = nn.Parameter(torch.zeros(channels, channels))
 
     def extra_repr(self) -> str:

@@ -10,6 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from flowguard.image.coupling import repeat_rows
 from flowguard.image.maps import Elementwise
 from flowguard.image.multiscale import ConditionalMultiscaleFlow
 from flowguard.models.encoders import PyramidEncoder
@@ -85,19 +86,27 @@ class SuperResolutionFlow(nn.Module):
     def _pad_lr(self, lr: Tensor) -> Tensor:
         if lr.dim() != 4 or lr.shape[1] != 3 or 0 in lr.shape[-2:]:
             raise ValueError(f"lr must have shape (B, 3, H, W); got {tuple(lr.shape)}")
+        self._check_dtype("lr", lr)
         return pad_to_multiple(lr, self.lr_multiple)
+
+    def _check_dtype(self, name: str, images: Tensor) -> None:
+        dtype = next(self.parameters()).dtype
+        if images.dtype != dtype and not torch.is_autocast_enabled(images.device.type):
+            raise TypeError(
+                f"{name} must have the dtype {dtype} of the model, with values in [0, 1];"
+                f" got {images.dtype}"
+            )
 
     def _check_hr(self, hr: Tensor, lr: Tensor) -> None:
         h, w = lr.shape[-2:]
-        fits = all(
-            math.ceil(n / self.scale) == m for n, m in zip(hr.shape[-2:], (h, w), strict=True)
-        )
-        if hr.dim() != 4 or hr.shape[:2] != lr.shape[:2] or not fits:
+        fits = hr.dim() == 4 and tuple(math.ceil(n / self.scale) for n in hr.shape[-2:]) == (h, w)
+        if not fits or hr.shape[:2] != lr.shape[:2]:
             raise ValueError(
                 f"hr must have shape {(lr.shape[0], 3, self.scale * h, self.scale * w)} for lr of"
                 f" shape {tuple(lr.shape)} (less than {self.scale} rows or columns may lack);"
                 f" got {tuple(hr.shape)}"
             )
+        self._check_dtype("hr", hr)
 
     def upsample(self, lr: Tensor) -> Tensor:
         r"""Returns the bicubic upsampling that the flow's residual is added to.
@@ -122,6 +131,10 @@ class SuperResolutionFlow(nn.Module):
         Returns:
             The bits per dimension of each image, with shape :math:`(B)`.
         """
+        if levels < 2:
+            raise ValueError(f"there must be at least 2 grey levels; got {levels}")
+        self._pad_lr(lr)
+        self._check_hr(hr, lr)
         noisy = hr + (torch.rand_like(hr) - 0.5) / (levels - 1)
         latents, ladj = self.encode(noisy, lr)
         log_prob = ladj + sum(
@@ -161,7 +174,7 @@ class SuperResolutionFlow(nn.Module):
         padded = self._pad_lr(lr)
         residual, _ = self.flow.inverse(latents, self.conditioner(padded))
         base = self.upsample(padded)
-        hr = (residual.unflatten(0, (-1, base.shape[0])) + base).flatten(0, 1)
+        hr = residual + repeat_rows(base, residual)
         return hr[..., : self.scale * lr.shape[-2], : self.scale * lr.shape[-1]]
 
     def latent_shapes(self, lr: Tensor) -> list[tuple[int, int, int]]:
