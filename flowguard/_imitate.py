@@ -1,8 +1,9 @@
 r"""Robust splines that imitate other univariate maps."""
 
-__all__ = ["Rescaled", "RescaledSpline", "Taught", "compare", "imitate", "units"]
+__all__ = ["Affine", "Rescaled", "RescaledSpline", "Taught", "compare", "imitate", "units"]
 
 from collections.abc import Callable, Iterable
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,25 @@ AnyTransform = Any  # hosts give their transforms `call_and_ladj`, torch does no
 
 SMALLEST = 1e-6  # the least scale of a feature; a feature that never varies has none of its own
 ROWS = 512  # rows that a step of the fit looks at
+
+
+class Affine(Univariate):
+    r"""Creates the affine map :math:`f(x) = e^s x + t` of a host, to be imitated.
+
+    Arguments:
+        log_scale: The logarithm :math:`s` of the slope.
+        shift: The value :math:`t` at zero.
+    """
+
+    def __init__(self, log_scale: Tensor, shift: Tensor) -> None:
+        super().__init__()
+        self.log_scale, self.shift = log_scale, shift
+
+    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x * self.log_scale.exp() + self.shift, self.log_scale.expand_as(x)
+
+    def _backward(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return (y - self.shift) * (-self.log_scale).exp(), -self.log_scale.expand_as(y)
 
 
 class Rescaled(Univariate):
@@ -123,6 +143,20 @@ class RescaledSpline(nn.Module):
     def extra_repr(self) -> str:
         return f"bins={self.bins}, bound={self.bound}, shift_bound={self.shift_bound}"
 
+    @property
+    def total(self) -> int:
+        r"""The number of parameters of one feature."""
+        return sum(prod(shape) for shape in self.shapes)
+
+    def unpack(self, phi: Tensor) -> Rescaled:
+        r"""Returns the spline with the parameters in one tensor.
+
+        Arguments:
+            phi: The unconstrained parameters, with shape :math:`(*, D, 3 (K - 1) + 1)`.
+        """
+        widths, heights, derivatives, shift = phi.split([prod(s) for s in self.shapes], dim=-1)
+        return self(widths, heights, derivatives, shift.squeeze(-1))
+
     def forward(self, *phi: Tensor) -> Rescaled:
         r"""Returns the spline with these parameters.
 
@@ -194,6 +228,9 @@ def imitate(
             points = torch.stack((x[rows], teacher.inv(noise)))
             goal, goal_ladj = teacher.call_and_ladj(points)
             inside = _inside(like, points, goal)
+            # What is not finite would make NaN of a gradient that does not count.
+            points = torch.where(inside, points, like.loc_in)
+            goal, goal_ladj = (torch.where(inside, t, 0.0) for t in (goal, goal_ladj))
         optimizer.zero_grad()
         pupil = new(rows)
         y, ladj = pupil.call_and_ladj(points)

@@ -29,6 +29,7 @@ from flowguard.transforms import SHIFT_BOUND
 Model = TypeVar("Model", bound=nn.Module)
 
 FIT_ROWS = 4096  # calibration pairs that the imitation is fitted on; fine-tuning takes all
+FIT_NUMBERS = 2**20  # numbers that these may have in all, so that images fit into the memory
 
 
 class Site(abc.ABC):
@@ -239,7 +240,7 @@ def migrate(
     sites, kept = operation.sites(), operation.others()
     before, certificate = _nll(operation, x, context), certify(model)
 
-    rows = torch.randperm(len(x), device=x.device)[:FIT_ROWS]
+    rows = torch.randperm(len(x), device=x.device)[: _at_once(x)]
     with ExitStack() as stack, evaluating(result):
         for site in sites:
             stack.enter_context(site.listen())
@@ -301,12 +302,18 @@ def _nll(operation: Surgeon, x: Tensor, context: Any) -> float:
     with evaluating(operation.model):
         total = sum(
             operation.log_prob(x[rows], _rows(context, rows)).double().sum().item()
-            for rows in torch.arange(len(x), device=x.device).split(FIT_ROWS)
+            for rows in torch.arange(len(x), device=x.device).split(_at_once(x))
         )
     return -total / len(x)
 
 
+def _at_once(x: Tensor) -> int:
+    return max(1, min(FIT_ROWS, FIT_NUMBERS // max(1, x[0].numel())))
+
+
 def _rows(context: Any, rows: Tensor) -> Any:
+    if isinstance(context, list | tuple):  # one for each level
+        return type(context)(_rows(c, rows) for c in context)
     return None if context is None else context[rows]
 
 
@@ -314,10 +321,11 @@ def _check(x: Tensor, context: Any, steps: int, batch_size: int) -> None:
     if not isinstance(x, Tensor) or x.dim() < 2 or len(x) < 2:
         given = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"x must be a tensor of calibration data, one row for each; got {given}")
-    if context is not None and len(context) != len(x):
-        raise ValueError(
-            f"there must be one context for each row of x; got {len(context)} and {len(x)}"
-        )
+    for c in context if isinstance(context, list | tuple) else (context,):
+        if c is not None and len(c) != len(x):
+            raise ValueError(
+                f"there must be one context for each row of x; got {len(c)} and {len(x)}"
+            )
     if steps < 0 or batch_size < 1:
         raise ValueError(
             f"steps must not be negative, batch_size positive; got {steps} and {batch_size}"
