@@ -189,8 +189,8 @@ class Taught(NamedTuple):
 
 
 def units(x: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Returns origin and unit of each feature of a batch."""
-    std, mean = torch.std_mean(x, dim=0, correction=0)
+    r"""Returns origin and unit of each feature of a batch, with shape :math:`(N, *, D)`."""
+    std, mean = torch.std_mean(x, dim=tuple(range(x.dim() - 1)), correction=0)
     return mean, std.clamp_min(SMALLEST)
 
 

@@ -1,28 +1,36 @@
 r"""The migration: an existing flow in, a robust flow out that starts where the old one was.
 
 The core knows no library. An adapter derives from :class:`Surgeon` what it takes to operate on the
-flows of its library, and registers it with :func:`surgeon`; it is looked for in
+flows of its library, and registers it with :func:`surgeon` or :func:`holder`; it is looked for in
 ``flowguard.integrations._<library>_migrate``.
 """
 
-__all__ = ["Migration", "Replacement", "Site", "Surgeon", "migrate", "surgeon"]
+__all__ = [
+    "Migration",
+    "Replacement",
+    "SampleError",
+    "Site",
+    "Surgeon",
+    "holder",
+    "migrate",
+    "surgeon",
+]
 
-import abc
 import copy
-import importlib
-import importlib.util
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
-from functools import singledispatch
-from typing import Any, TypeVar
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from flowguard._imitate import AnyTransform, RescaledSpline, compare, imitate, units
-from flowguard.certificate import Certificate, certify
+from flowguard._imitate import RescaledSpline, compare, imitate, units
+from flowguard._migration_report import Migration, Replacement, SampleError
+from flowguard._surgery import Site, Surgeon, holder, surgeon
+from flowguard.certificate import certify
 from flowguard.ood.embeddings import evaluating
 from flowguard.transforms import SHIFT_BOUND
 
@@ -30,160 +38,24 @@ Model = TypeVar("Model", bound=nn.Module)
 
 FIT_ROWS = 4096  # calibration pairs that the imitation is fitted on; fine-tuning takes all
 FIT_NUMBERS = 2**20  # numbers that these may have in all, so that images fit into the memory
+NEVER_ASKED = "the calibration pairs do not reach it"
+AS_ASKED = "additive, and left as asked"
+PLANNED = "a robust map"
+TRIED = 512  # samples that are made before and after
 
-
-class Site(abc.ABC):
-    r"""A layer whose univariate map is replaced.
-
-    Arguments:
-        name: The name of the layer within the model.
-        kind: What it is, in words.
-    """
-
-    def __init__(self, name: str, kind: str) -> None:
-        self.name = name
-        self.kind = kind
-
-    @abc.abstractmethod
-    def listen(self) -> AbstractContextManager[None]:
-        r"""Remembers, within the context, what the layer's map is asked in a pass of the model."""
-
-    @property
-    @abc.abstractmethod
-    def inputs(self) -> Tensor:
-        r"""The inputs of the univariate map that were heard, with shape :math:`(N, D)`."""
-
-    @abc.abstractmethod
-    def old(self, rows: Tensor | slice) -> AnyTransform:
-        r"""Returns the old map of these rows of the inputs, in the direction heard."""
-
-    def carry(self, slope: float | None) -> bool:
-        r"""Carries the old map over, knot by knot, if it is a spline; returns whether it was."""
-        return False
-
-    @abc.abstractmethod
-    def replace(self, spline: RescaledSpline) -> list[nn.Parameter]:
-        r"""Puts the spline into the layer, with all-zero parameters, and returns what computes
-        these: the hidden layers are kept."""
-
-    @abc.abstractmethod
-    def new(self, rows: Tensor | slice) -> AnyTransform:
-        r"""Returns the new map of these rows of the inputs."""
-
-
-class Surgeon(abc.ABC):
-    r"""What it takes to operate on a model; adapters derive one for their library.
-
-    Arguments:
-        model: The model, a copy that may be changed.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    @abc.abstractmethod
-    def log_prob(self, x: Tensor, context: Any) -> Tensor:
-        r"""Returns the log-density of each row."""
-
-    @abc.abstractmethod
-    def sites(self) -> list[Site]:
-        r"""Returns the layers to replace."""
-
-    @abc.abstractmethod
-    def others(self) -> list[str]:
-        r"""Names the layers that are kept as they are."""
-
-
-@singledispatch
-def surgeon(model: Any) -> Surgeon:
-    r"""Returns who operates on a model. Adapters register the flows of their library here.
-
-    Arguments:
-        model: The model.
-    """
-    before = len(surgeon.registry)
-    for library in {c.__module__.partition(".")[0] for c in type(model).__mro__}:
-        name = f"flowguard.integrations._{library}_migrate"
-        if library.isidentifier() and importlib.util.find_spec(name) is not None:
-            importlib.import_module(name)
-    if len(surgeon.registry) > before:
-        return surgeon(model)
-    raise TypeError(
-        f"flowguard does not know how to migrate {type(model).__name__}: give a flow of a library"
-        " that it has an adapter for"
-    )
-
-
-@dataclass(frozen=True)
-class Replacement:
-    r"""A layer that was replaced.
-
-    Arguments:
-        name: The name of the layer within the model.
-        before: What it was.
-        after: What it is.
-        error: The root mean square error of the imitation on the calibration batch, in standard
-            deviations of the layer's output.
-        ladj_error: The mean absolute error of the logarithm of its slope.
-    """
-
-    name: str
-    before: str
-    after: str
-    error: float
-    ladj_error: float
-
-
-@dataclass(frozen=True)
-class Migration:
-    r"""The report of a migration. It prints as a table.
-
-    Arguments:
-        replaced: The layers that were replaced.
-        kept: The names of the layers that were not.
-        nll_before: The negative log-likelihood of the given pairs before, in nats.
-        nll_swapped: The same after the layers were replaced.
-        nll_after: The same after fine-tuning; :py:`None` without.
-        certificate_before: The certificate before; see :func:`flowguard.certify`.
-        certificate_after: The certificate after.
-    """
-
-    replaced: tuple[Replacement, ...]
-    kept: tuple[str, ...]
-    nll_before: float
-    nll_swapped: float
-    nll_after: float | None
-    certificate_before: Certificate
-    certificate_after: Certificate
-
-    def __str__(self) -> str:
-        lines = [
-            f"{r.name}: {r.before} -> {r.after}, error {r.error:.3g} (log-slope {r.ladj_error:.3g})"
-            for r in self.replaced
-        ]
-        lines += [f"{name}: kept" for name in self.kept]
-        nll = f"NLL {self.nll_before:.4f} nats before, {self.nll_swapped:.4f} with the new layers"
-        if self.nll_after is not None:
-            nll += f", {self.nll_after:.4f} after fine-tuning"
-        lines.append(nll)
-        for when, certificate in (
-            ("before", self.certificate_before),
-            ("after", self.certificate_after),
-        ):
-            what = (
-                f"certified, |x| <= {certificate.bound(4.0):.4g} for noise up to 4"
-                if certificate.certified
-                else "not certified"
-            )
-            lines.append(f"{when}: {what}")
-        return "\n".join(lines)
+Density = Callable[[Tensor, Any], Tensor]
 
 
 def migrate(
     model: Model,
-    x: Tensor,
+    x: Tensor | None = None,
     context: Any = None,
     *,
+    calibration: Any = None,
+    state_dict: Mapping[str, Any] | None = None,
+    log_prob: Callable[[Any, Tensor, Any], Tensor] | None = None,
+    additive: Literal["bound", "keep"] = "bound",
+    dry_run: bool = False,
     steps: int = 0,
     lr: float = 1e-3,
     batch_size: int = 256,
@@ -196,11 +68,15 @@ def migrate(
     r"""Makes a trained flow robust.
 
     Every conditional affine map becomes a :class:`flowguard.RobustSpline`. The hidden layers of
-    the networks that compute its parameters are kept, their last layer is rebuilt, such that the
-    new flow *imitates* the old one: each feature is brought to the units that the calibration
-    pairs have there, a constant affine map, and the spline follows what the old map did beyond
-    that, on the pairs and on samples. Where the old map leaves the box of the spline, it cannot
-    follow, which is the point.
+    the networks that compute its parameters are kept, and the new flow *imitates* the old one:
+    each feature is brought to the units that the calibration pairs have there, a constant affine
+    map, and the spline follows what the old map did beyond that, on the pairs and on samples.
+    Where the old map leaves the box of the spline, it cannot follow, which is the point.
+
+    How the spline comes to follow depends on the library. With zuko and normflows the last layer
+    of each network is rebuilt for `bins` bins and fitted in `fit_steps` steps. With nflows the old
+    network is kept as a whole, and the affine map that it asks for is inscribed into the box of a
+    spline of three bins, exactly: `bins` and `fit_steps` have no say there.
 
     Every rational-quadratic spline of the host becomes one too, without a shift and with the same
     knots, as far as `slope` allows: exactly, up to rounding, in the ordinary case.
@@ -208,25 +84,36 @@ def migrate(
     The model itself is not changed. Its mode (training or evaluation) is that of the copy.
 
     Arguments:
-        model: The trained flow.
+        model: The trained flow, or any module that holds layers of one.
         x: Calibration data, best some thousand pairs that the flow was trained on, with shape
-            :math:`(N, D)`.
-        context: Their contexts, with :math:`N` rows, or :py:`None`.
+            :math:`(N, D)`, or :math:`(N, C, H, W)` for images.
+        context: Their contexts, with :math:`N` rows, or :py:`None`. If the model takes a list of
+            contexts, as for each level of an image, a list.
+        calibration: In place of both, the data, a pair :py:`(x, context)`, or batches of one of
+            these, such as a data loader, all of which are taken.
+        state_dict: The weights of the trained flow, if `model` only is its architecture.
+        log_prob: How to get the log-density of each row, called with the model, data and contexts.
+            By default, what the adapter knows of its library's flows.
+        additive: What to do with couplings that only shift, where the adapter knows them:
+            ``"bound"`` bounds the shift, ``"keep"`` leaves them.
+        dry_run: If :py:`True`, the model itself is returned, with the report of what would become
+            of it. Without calibration pairs the report tells the layers only.
         steps: The number of fine-tuning steps, with Adam on the calibration pairs.
         lr: The learning rate of these steps; it falls to zero.
         batch_size: The number of pairs for each of these steps.
-        bins: The number of bins :math:`K` of the splines that replace affine maps.
+        bins: The number of bins :math:`K` of the splines that are fitted to affine maps.
         bound: The bound :math:`B` of their box, in standard deviations of the features.
         shift_bound: The bound of their shift, in standard deviations of the features.
         slope: The least slope of all splines.
-        fit_steps: The number of steps of the imitation, for each layer.
+        fit_steps: The number of steps of the imitation, for each layer that is fitted.
 
     Returns:
         The robust copy and the report.
 
     Raises:
-        TypeError: If no adapter knows the model.
+        TypeError: If no adapter knows the model, or how to get its log-density.
         ValueError: If there are no calibration pairs, or not as many contexts as data.
+        RuntimeError: If `state_dict` does not fit the model.
 
     Example:
         >>> flow = zuko.flows.MAF(2, 3)  # doctest: +SKIP
@@ -234,29 +121,138 @@ def migrate(
         >>> report.certificate_after.certified  # doctest: +SKIP
         True
     """
-    _check(x, context, steps, batch_size)
+    if calibration is not None:
+        if x is not None or context is not None:
+            raise ValueError("give either x and context, or calibration; got both")
+        x, context = _gather(calibration)
+    if x is not None or not dry_run:
+        x = _check(x, context)
+    _check_options(steps, batch_size, additive)
     result = copy.deepcopy(model)
-    operation = surgeon(result)
-    sites, kept = operation.sites(), operation.others()
-    before, certificate = _nll(operation, x, context), certify(model)
+    if state_dict is not None:
+        result.load_state_dict(state_dict)
+    with ExitStack() as stack:
+        if dry_run:  # what is tried out shall not move the caller's random numbers
+            stack.enter_context(torch.random.fork_rng())
+        operation = surgeon(result)
+        density: Density = operation.log_prob
+        if log_prob is not None:
+            told = log_prob
+            density = lambda x, context: told(operation.model, x, context)  # noqa: E731
+        options = {"bins": bins, "bound": bound, "shift_bound": shift_bound, "slope": slope}
+        report = _operate(
+            operation, density, x, context, options, fit_steps, additive == "keep", dry_run
+        )
+        if steps > 0 and report.replaced and not dry_run:
+            with operation.tuning():
+                _finetune(operation.model, density, x, context, steps, lr, batch_size)
+            report = replace(
+                report,
+                nll_after=_nll(operation.model, density, x, context),
+                certificate_after=certify(operation.model),
+            )
+    return (model if dry_run else operation.model), report  # type: ignore[return-value]
 
+
+def _operate(
+    operation: Surgeon,
+    density: Density,
+    x: Tensor | None,
+    context: Any,
+    options: dict[str, Any],
+    fit_steps: int,
+    keep_additive: bool,
+    dry_run: bool,
+) -> Migration:
+    r"""Replaces the layers; without calibration pairs it only tells which."""
+    certificate = certify(operation.model)
+    kept, reasons = list(operation.others()), dict(operation.reasons())
+    sites = []
+
+    def keep(site: Site, why: str) -> None:
+        kept.append(f"{site.name} ({site.kind})")
+        reasons[kept[-1]] = why
+
+    for site in operation.sites():
+        if keep_additive and site.additive:
+            keep(site, AS_ASKED)
+        else:
+            sites.append(site)
+    if x is None:
+        planned = [Replacement(s.name, s.kind, PLANNED, math.nan, math.nan) for s in sites]
+        return Migration(
+            tuple(planned),
+            tuple(kept),
+            None,
+            None,
+            None,
+            certificate,
+            None,
+            reasons,
+            dry_run=dry_run,
+        )
+    before = _nll(operation.model, density, x, context)
+    trial = _Trial(operation, x, context)
     rows = torch.randperm(len(x), device=x.device)[: _at_once(x)]
-    with ExitStack() as stack, evaluating(result):
+    with ExitStack() as stack, evaluating(operation.model):
         for site in sites:
             stack.enter_context(site.listen())
-        operation.log_prob(x[rows], _rows(context, rows))
-    options = {"bins": bins, "bound": bound, "shift_bound": shift_bound, "slope": slope}
-    replaced = [_replace(site, options, fit_steps) for site in sites]
-
-    swapped = _nll(operation, x, context)
-    after = None
-    if steps > 0:
-        _finetune(operation, x, context, steps, lr, batch_size)
-        after = _nll(operation, x, context)
-    report = Migration(
-        tuple(replaced), tuple(kept), before, swapped, after, certificate, certify(result)
+        density(x[rows], _rows(context, rows))
+    replaced = []
+    for site in sites:
+        if site.heard:
+            replaced.append(_replace(site, options, fit_steps))
+        else:
+            keep(site, NEVER_ASKED)
+    return Migration(
+        tuple(replaced),
+        tuple(kept),
+        before,
+        _nll(operation.model, density, x, context) if replaced else before,
+        None,
+        certificate,
+        certify(operation.model) if replaced else certificate,
+        reasons,
+        trial.error(),
+        dry_run,
     )
-    return result, report
+
+
+class _Trial:
+    r"""Samples of the model as it is when this is made, to be made again later.
+
+    Arguments:
+        operation: Who knows how the model samples.
+        x: The calibration data.
+        context: Their contexts.
+    """
+
+    def __init__(self, operation: Surgeon, x: Tensor, context: Any) -> None:
+        rows = torch.arange(min(len(x), _at_once(x), TRIED), device=x.device)
+        self.operation = operation
+        self.context = _rows(context, rows)
+        with evaluating(operation.model):
+            z = operation.encode(x[rows], self.context)
+            self.z = None if z is None else z.roll(1, dims=0)  # noise meets another context
+            self.samples = self._sample()
+        dims = [d for d in range(x.dim()) if d != 1]
+        self.unit = x[rows].std(dim=dims, keepdim=True, correction=0)
+
+    def _sample(self) -> Tensor | None:
+        return None if self.z is None else self.operation.decode(self.z, self.context)
+
+    def error(self) -> SampleError | None:
+        r"""Tells how far the samples are from what they were."""
+        with evaluating(self.operation.model):
+            again = self._sample()
+        if again is None or self.samples is None:
+            return None
+        moved = ((again - self.samples).abs() / self.unit).double().flatten()
+        moved = moved[self.samples.flatten().isfinite()]
+        if not len(moved):
+            return SampleError(math.nan, math.nan)
+        median, q99 = moved.quantile(moved.new_tensor([0.5, 0.99])).tolist()
+        return SampleError(median, q99)
 
 
 def _replace(site: Site, options: dict[str, Any], fit_steps: int) -> Replacement:
@@ -265,21 +261,28 @@ def _replace(site: Site, options: dict[str, Any], fit_steps: int) -> Replacement
         with torch.no_grad():
             y = site.old(everything)(x)
         spline = RescaledSpline(*units(x), *units(y), **options)
-        imitate(site.old, site.new, site.replace(spline), x, steps=fit_steps)
+        if parameters := site.replace(spline):
+            imitate(site.old, site.new, parameters, x, steps=fit_steps)
     new = site.new(everything)
     taught = compare(site.old(everything), new, x)
     return Replacement(site.name, site.kind, repr(new), *taught)
 
 
 def _finetune(
-    operation: Surgeon, x: Tensor, context: Any, steps: int, lr: float, batch_size: int
+    model: nn.Module,
+    density: Density,
+    x: Any,
+    context: Any,
+    steps: int,
+    lr: float,
+    batch_size: int,
 ) -> None:
-    parameters = [p for p in operation.model.parameters() if p.requires_grad]
+    parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for rows in _batches(len(x), batch_size, steps, x.device):
         optimizer.zero_grad()
-        (-operation.log_prob(x[rows], _rows(context, rows)).mean()).backward()
+        (-density(x[rows], _rows(context, rows)).mean()).backward()
         nn.utils.clip_grad_norm_(parameters, 10.0)
         optimizer.step()
         schedule.step()
@@ -298,10 +301,10 @@ def _batches(n: int, size: int, steps: int, device: torch.device) -> Iterator[Te
 
 
 @torch.no_grad()
-def _nll(operation: Surgeon, x: Tensor, context: Any) -> float:
-    with evaluating(operation.model):
+def _nll(model: nn.Module, density: Density, x: Any, context: Any) -> float:
+    with evaluating(model):
         total = sum(
-            operation.log_prob(x[rows], _rows(context, rows)).double().sum().item()
+            density(x[rows], _rows(context, rows)).double().sum().item()
             for rows in torch.arange(len(x), device=x.device).split(_at_once(x))
         )
     return -total / len(x)
@@ -317,7 +320,41 @@ def _rows(context: Any, rows: Tensor) -> Any:
     return None if context is None else context[rows]
 
 
-def _check(x: Tensor, context: Any, steps: int, batch_size: int) -> None:
+def _gather(calibration: Any) -> tuple[Any, Any]:
+    r"""Returns data and contexts of a tensor, of a pair, or of batches."""
+    if isinstance(calibration, Tensor):
+        return calibration, None
+    if isinstance(calibration, tuple):
+        if len(calibration) not in (1, 2):
+            raise ValueError(f"calibration must be a pair (x, context); got {len(calibration)}")
+        return calibration[0], calibration[1] if len(calibration) == 2 else None
+    if not isinstance(calibration, Iterable) or isinstance(calibration, Mapping | str):
+        raise TypeError(
+            "calibration must be a tensor, a pair (x, context), or batches of one of these;"
+            f" got {type(calibration).__name__}"
+        )
+    pairs = [_gather(tuple(b) if isinstance(b, list) else b) for b in calibration]
+    if not pairs:
+        raise ValueError("calibration gave no batch; an iterator is spent after one pass")
+    x, contexts = zip(*pairs, strict=True)
+    try:
+        return torch.cat(x), _cat(contexts)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            "the batches of calibration do not fit together; for a single pair give a tuple"
+            f" (x, context): {error}"
+        ) from error
+
+
+def _cat(contexts: Any) -> Any:
+    if any(c is None for c in contexts):
+        return None
+    if isinstance(contexts[0], list | tuple):
+        return [_cat(level) for level in zip(*contexts, strict=True)]
+    return torch.cat(contexts)
+
+
+def _check(x: Any, context: Any) -> Tensor:
     if not isinstance(x, Tensor) or x.dim() < 2 or len(x) < 2:
         given = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"x must be a tensor of calibration data, one row for each; got {given}")
@@ -326,7 +363,13 @@ def _check(x: Tensor, context: Any, steps: int, batch_size: int) -> None:
             raise ValueError(
                 f"there must be one context for each row of x; got {len(c)} and {len(x)}"
             )
+    return x
+
+
+def _check_options(steps: int, batch_size: int, additive: str) -> None:
     if steps < 0 or batch_size < 1:
         raise ValueError(
             f"steps must not be negative, batch_size positive; got {steps} and {batch_size}"
         )
+    if additive not in ("bound", "keep"):
+        raise ValueError(f"additive must be 'bound' or 'keep'; got {additive!r}")
