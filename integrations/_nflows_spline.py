@@ -1,0 +1,161 @@
+r"""What the robust layers for nflows share: from the outputs of a network to splines."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from flowguard.image import Robust
+from flowguard.transforms import Univariate
+
+__all__ = ["FARTHEST", "SplineHead", "check_tails", "cut", "map_of", "run"]
+
+#: What contexts are cut at: infinite ones would become NaN (∞ - ∞) in any network.
+FARTHEST = 1e20
+
+
+def map_of(
+    num_bins: int, tail_bound: float, shift_bound: float | None, slope: float | None
+) -> Robust:
+    r"""Returns the family of splines with these options, after a look at them."""
+    if isinstance(num_bins, bool) or not isinstance(num_bins, int) or num_bins < 2:
+        raise ValueError(f"num_bins must be an integer of at least 2; got {num_bins!r}")
+    for name, value in (("tail_bound", tail_bound), ("shift_bound", shift_bound)):
+        if name == "shift_bound" and value is None:
+            continue
+        if not _is_number(value) or not 0 < value < math.inf:
+            raise ValueError(f"{name} must be a positive number; got {value!r}")
+    if slope is not None and not (_is_number(slope) and 0 < slope <= 0.49):
+        raise ValueError(
+            f"slope must lie in (0, 0.49], or be None for the published spline; got {slope!r}"
+        )
+    return Robust(num_bins, tail_bound, shift_bound, slope)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check_tails(tails: str | None) -> None:
+    r"""Refuses the tails that a robust spline does not have."""
+    if tails != "linear":
+        raise ValueError(
+            "a robust spline covers the whole line, and its tails are linear: leave `tails` out,"
+            f" or give tails='linear'; got tails={tails!r}"
+        )
+
+
+def cut(context: Any) -> Any:
+    r"""Cuts a context at :math:`\pm 10^{20}`, so that infinite ones are finite. NaN stays NaN."""
+    if not isinstance(context, Tensor) or not context.is_floating_point():
+        return context
+    farthest = min(FARTHEST, torch.finfo(context.dtype).max)
+    return context.clamp(-farthest, farthest)
+
+
+def run(f: Univariate, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    r"""Applies a univariate map; returns the output and `ladj` with shape :math:`(N)`."""
+    y, ladj = f.inverse_and_ladj(x) if inverse else f.call_and_ladj(x)
+    # The log-determinant of an image is a sum of 10^5 numbers and more.
+    return y, ladj.flatten(1).sum(1, dtype=torch.promote_types(ladj.dtype, torch.float32))
+
+
+class SplineHead(nn.Module):
+    r"""Creates what turns the outputs of a network into splines.
+
+    The logits of widths and heights are divided by :math:`\sqrt{h}`, as nflows does, but nothing
+    is written into what the network returned.
+
+    The splines start as the identity. nflows' own networks get a last layer of zeros; the outputs
+    of any other network, which is left as it is, are multiplied by a learned gain that starts at
+    zero, one for each output.
+
+    Arguments:
+        map: The family of splines.
+        features: The number of features :math:`C` that are transformed.
+        net: The network.
+        hidden: The width :math:`h` of the network. If :py:`None`, what the network tells.
+        identity_init: Whether to start as the identity. Otherwise the network is taken as it is.
+    """
+
+    scale: Tensor
+
+    def __init__(
+        self,
+        map: Robust,
+        features: int,
+        net: Any,
+        hidden: int | None = None,
+        identity_init: bool = True,
+    ) -> None:
+        super().__init__()
+        self.map = map
+        self.features = features
+        n = map.parameters
+        scale = torch.ones(n)
+        scale[: 2 * (map.bins - 1)] = 1 / math.sqrt(hidden or _width(net))
+        self.register_buffer("scale", scale, persistent=False)
+        self.gain: nn.Parameter | None = None
+        if identity_init and not _start_at_zero(net):
+            self.gain = nn.Parameter(torch.zeros(features, n))
+
+    def extra_repr(self) -> str:
+        return f"{self.map}, features={self.features}, gain={self.gain is not None}"
+
+    def phi(self, raw: Tensor) -> Tensor:
+        r"""Returns the parameters of the splines.
+
+        Arguments:
+            raw: The outputs of the network, with shape :math:`(N, C n)` or
+                :math:`(N, C n, H, W)`: for one feature after another its
+                :math:`n = 3 (K - 1) + 1` numbers, widths, heights, derivatives and shift.
+
+        Returns:
+            The parameters, with shape :math:`(N, C, n)` or :math:`(N, C, n, H, W)`.
+        """
+        n = self.map.parameters
+        if raw.shape[1] != self.features * n:
+            raise ValueError(
+                f"the network must return {n} numbers for each of {self.features} features,"
+                f" {self.features * n} in all; got {raw.shape[1]}"
+            )
+        phi = raw.unflatten(1, (self.features, n))
+        ones = (1,) * (phi.dim() - 3)
+        if self.gain is None:
+            return phi * self.scale.reshape(-1, *ones)
+        # An infinite output times a gain of zero would be NaN.
+        far = torch.finfo(phi.dtype).max
+        return phi.clamp(-far, far) * (self.gain * self.scale).reshape(*self.gain.shape, *ones)
+
+    def spline(self, raw: Tensor) -> Univariate:
+        r"""Returns the :class:`flowguard.RobustSpline` of these outputs of the network; for their
+        shape, see :meth:`phi`."""
+        return self.map.transform(self.phi(raw))
+
+    def forward(self, x: Tensor, raw: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
+        r"""Transforms `x`, with shape :math:`(N, C)` or :math:`(N, C, H, W)`."""
+        return run(self.spline(raw), x, inverse)
+
+
+def _start_at_zero(net: Any) -> bool:
+    r"""Sets the last layer of one of nflows' own networks to zero; tells whether it is one."""
+    last = getattr(net, "final_layer", None)
+    if not isinstance(last, nn.Linear | nn.Conv2d):
+        return False
+    nn.init.zeros_(last.weight)
+    if last.bias is not None:
+        nn.init.zeros_(last.bias)
+    return True
+
+
+def _width(net: Any) -> int:
+    r"""The width of the network, which those of nflows tell."""
+    for name in ("hidden_features", "hidden_channels"):
+        width = getattr(net, name, None)
+        if isinstance(width, int) and width > 0:
+            return width
+    return 1
