@@ -30,11 +30,13 @@ from flowguard.image import (
     ActNorm,
     ConditionalCoupling,
     ConditionalMultiscaleFlow,
+    FixedConv1x1,
     FlowStep,
     InvertibleConv1x1,
     OrthogonalConv1x1,
     Split,
     Squeeze,
+    TransitionStep,
 )
 from flowguard.models import SuperResolutionFlow
 
@@ -144,9 +146,21 @@ def _coupling(layer: ConditionalCoupling, inverse: bool) -> Iterator[Step]:
     changed = torch.arange(layer.kept + layer.changed) >= layer.kept
     parts = [
         conditional(g, "rest", kind, mask=changed),
+        *([] if layer.noise is None else [conditional(g, "noise", kind, mask=changed)]),
         conditional(g, "injector", kind, mask=torch.ones_like(changed)),
     ]
     yield from parts if inverse else reversed(parts)
+
+
+@rule(FixedConv1x1)
+def _fixed(layer: FixedConv1x1, inverse: bool) -> Iterator[Step]:
+    yield Linear(matrix=layer.transpose if inverse else layer.weight)
+
+
+@rule(TransitionStep)
+def _transition(layer: TransitionStep, inverse: bool) -> Iterator[Step]:
+    for name in ("mix", "actnorm") if inverse else ("actnorm", "mix"):
+        yield from within(name, getattr(layer, name), inverse)
 
 
 @rule(FlowStep)
@@ -181,11 +195,12 @@ def _multiscale(flow: ConditionalMultiscaleFlow, inverse: bool) -> Iterator[Step
     size = 2**flow.levels
     yield Noise(name="noise", size=flow.latent_shapes(size, size)[-1][0])
     for level in reversed(range(flow.levels)):
-        if level < flow.levels - 1:
+        if level < len(flow.splits):
             yield from within(f"splits.{level}", flow.splits[level])
-        stack = flow.get_submodule(f"steps.{level}")
-        for name, step in reversed(list(stack.named_children())):
-            yield from within(f"steps.{level}.{name}", step)
+        for kind in ("steps", "transitions"):
+            stack = flow.get_submodule(f"{kind}.{level}")
+            for name, step in reversed(list(stack.named_children())):
+                yield from within(f"{kind}.{level}.{name}", step)
         yield from within("squeeze", flow.squeeze)
 
 

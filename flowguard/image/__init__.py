@@ -3,7 +3,9 @@ r"""Conditional multiscale flows over images, for any image size."""
 from flowguard.image.coupling import Condition, ConditionalCoupling
 from flowguard.image.layers import (
     ActNorm,
+    FixedConv1x1,
     InvertibleConv1x1,
+    NormedConv2d,
     OrthogonalConv1x1,
     Squeeze,
     ZeroConv2d,
@@ -16,7 +18,9 @@ from flowguard.image.maps import (
     Robust,
     elementwise,
 )
-from flowguard.image.multiscale import ConditionalMultiscaleFlow, FlowStep, Split
+from flowguard.image.multiscale import ConditionalMultiscaleFlow, published_flow
+from flowguard.image.split import Split
+from flowguard.image.steps import FlowStep, TransitionStep
 
 __all__ = [
     "ActNorm",
@@ -26,13 +30,17 @@ __all__ = [
     "ConditionalMultiscaleFlow",
     "CubicBSpline",
     "Elementwise",
+    "FixedConv1x1",
     "FlowStep",
     "InvertibleConv1x1",
+    "NormedConv2d",
     "OrthogonalConv1x1",
     "ReparametrizedAffine",
     "Robust",
     "Split",
     "Squeeze",
+    "TransitionStep",
     "ZeroConv2d",
     "elementwise",
+    "published_flow",
 ]

@@ -2,13 +2,15 @@ r"""The conditional coupling of image flows."""
 
 __all__ = ["Condition", "ConditionalCoupling"]
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
-from flowguard.image.layers import ZeroConv2d
+from flowguard.image.layers import NormedConv2d, ZeroConv2d, folded
 from flowguard.image.maps import Elementwise, apply, elementwise
 
 
@@ -17,17 +19,22 @@ class Condition(NamedTuple):
 
     injected: Tensor  # parameters of the feature-conditional half
     hidden: Tensor  # the context's part of the first layer of the self-conditional half
+    noise: Tensor | None = None  # the noise map at the size of this level, where one is given
 
 
 class ConditionalCoupling(nn.Module):
     r"""Creates a conditional coupling with a feature-conditional and a self-conditional half.
 
     First all channels are transformed with parameters computed from the context, then the second
-    half of the channels with parameters computed from the first half and the context.
+    half of the channels with parameters computed from the first half and the context. In between,
+    a coupling that knows of noise transforms the second half with parameters computed from the
+    first half and a map of the noise.
 
     References:
         | SRFlow: Learning the Super-Resolution Space with Normalizing Flow (Lugmayr et al., 2020)
         | https://arxiv.org/abs/2006.14200
+        | SoftFlow: Probabilistic Framework for Normalizing Flow on Manifolds (Kim et al., 2020)
+        | https://arxiv.org/abs/2006.04604
 
     Arguments:
         channels: The number of channels :math:`C`, at least 2.
@@ -35,6 +42,10 @@ class ConditionalCoupling(nn.Module):
         hidden: The number of channels of the hidden layers.
         coupling: The elementwise map, by name or as an object; see
             :func:`flowguard.image.elementwise`.
+        normed: Whether the hidden layers have an activation normalisation in place of a bias, as
+            published; see :class:`flowguard.image.NormedConv2d`.
+        noise_channels: The number of channels of the noise map. If it is 0, the coupling knows
+            nothing of noise.
 
     The context has shape :math:`(B, context\_channels, H, W)`, or is what :meth:`condition` made
     of it. It may have fewer rows than `x`, where each stands for several samples: row :math:`i`
@@ -55,49 +66,92 @@ class ConditionalCoupling(nn.Module):
         *,
         hidden: int = 64,
         coupling: str | Elementwise = "robust",
+        normed: bool = False,
+        noise_channels: int = 0,
     ) -> None:
         super().__init__()
         if channels < 2:
             raise ValueError(f"a coupling needs at least 2 channels; got {channels}")
+        if noise_channels < 0:
+            raise ValueError(f"noise_channels must not be negative; got {noise_channels}")
         self.map = elementwise(coupling)
         self.kept = channels // 2
         self.changed = channels - self.kept
         n = self.map.parameters
+        conv: Callable[..., nn.Conv2d] = NormedConv2d if normed else _conv
         self.injector = nn.Sequential(
-            nn.Conv2d(context_channels, hidden, 3, padding=1),
+            conv(context_channels, hidden, 3),
             nn.ReLU(),
-            nn.Conv2d(hidden, hidden, 1),
+            conv(hidden, hidden, 1),
             nn.ReLU(),
             ZeroConv2d(hidden, channels * n),
         )
-        # One convolution over [x, context], split such that the context's share is reusable.
-        self.first_context = nn.Conv2d(context_channels, hidden, 3, padding=1)
+        # One convolution over [x, context], split such that the context's share is reusable. Its
+        # normalisation, if it has one, is that of the context's share.
+        self.first_context = conv(context_channels, hidden, 3)
         self.first_kept = nn.Conv2d(self.kept, hidden, 3, padding=1, bias=False)
         self.rest = nn.Sequential(
             nn.ReLU(),
-            nn.Conv2d(hidden, hidden, 1),
+            conv(hidden, hidden, 1),
             nn.ReLU(),
             ZeroConv2d(hidden, self.changed * n),
         )
+        self.noise_channels = noise_channels
+        self.noise: nn.Sequential | None = None
+        if normed:
+            nn.init.normal_(self.first_kept.weight, std=0.05)
+        if noise_channels:
+            self.noise = nn.Sequential(
+                conv(self.kept + noise_channels, hidden, 3),
+                nn.ReLU(),
+                conv(hidden, hidden, 1),
+                nn.ReLU(),
+                ZeroConv2d(hidden, self.changed * n),
+            )
 
     def extra_repr(self) -> str:
         return f"channels={self.kept + self.changed}, map={self.map}"
 
-    def condition(self, context: Tensor) -> Condition:
+    def condition(self, context: Tensor, noise: Tensor | None = None) -> Condition:
         r"""Computes all that depends on the context alone.
 
         Arguments:
             context: The context, with shape :math:`(B, context\_channels, H, W)`.
+            noise: The noise map; see :func:`fit_noise`. If :py:`None`, the part of the coupling
+                that knows of noise is left out, which is not the same as a noise of zero.
         """
+        self.check_context(context)
+        # Not by a call: the normalisation is not one of the context's share alone.
+        hidden = F.conv2d(context, *folded(self.first_context), padding=1)
+        return Condition(self.injector(context), hidden, self.fit_noise(noise, context))
+
+    def check_context(self, context: Tensor) -> None:
+        r"""Refuses a context of another shape than :math:`(B, context\_channels, H, W)`."""
         channels = self.first_context.in_channels
         if context.dim() != 4 or context.shape[1] != channels:
             raise ValueError(
                 f"the context must have shape (B, {channels}, H, W); got {tuple(context.shape)}"
             )
-        return Condition(self.injector(context), self.first_context(context))
+
+    def fit_noise(self, noise: Tensor | None, context: Tensor) -> Tensor | None:
+        r"""Returns the noise map at the size of the context, or None where none is wanted."""
+        if self.noise is None or noise is None:
+            return None
+        return fit_noise(noise, self.noise_channels, context)
 
     def _raw(self, kept: Tensor, hidden: Tensor) -> Tensor:
-        return self.rest(self.first_kept(kept) + hidden)
+        first = self.first_context
+        if not isinstance(first, NormedConv2d):
+            return self.rest(self.first_kept(kept) + hidden)
+        if not (kept.numel() > 0 and first.norm.pending):
+            gain = torch.exp(first.norm.logs).reshape(-1, 1, 1, 1)
+            return self.rest(F.conv2d(kept, self.first_kept.weight * gain, padding=1) + hidden)
+        # Until it is initialised, by this batch, the normalisation in `hidden` is the identity.
+        return self.rest(first.norm(self.first_kept(kept) + hidden)[0])
+
+    def _noise_raw(self, kept: Tensor, noise: Tensor) -> Tensor:
+        assert self.noise is not None  # else no condition holds a noise map
+        return self.noise(torch.cat((kept, noise.to(kept.dtype)), dim=1))
 
     def _match(self, x: Tensor, context: Tensor | Condition | None) -> Condition:
         if context is None:
@@ -109,25 +163,66 @@ class ConditionalCoupling(nn.Module):
                 f"the context must have the size {tuple(x.shape[-2:])} of the image at this level;"
                 f" got {tuple(context.hidden.shape[-2:])}"
             )
-        return Condition(repeat_rows(context.injected, x), repeat_rows(context.hidden, x))
+        noise = None if context.noise is None else repeat_rows(context.noise, x)
+        return Condition(repeat_rows(context.injected, x), repeat_rows(context.hidden, x), noise)
 
     def forward(
         self, x: Tensor, context: Tensor | Condition | None = None
     ) -> tuple[Tensor, Tensor]:
-        injected, hidden = self._match(x, context)
+        injected, hidden, noise = self._match(x, context)
         x, ladj = apply(self.map, x, injected, inverse=False)
         kept, changed = x.tensor_split((self.kept,), dim=1)
+        if noise is not None:
+            raw = self._noise_raw(kept, noise)
+            changed, more = apply(self.map, changed, raw, inverse=False)
+            ladj = ladj + more
         changed, more = apply(self.map, changed, self._raw(kept, hidden), inverse=False)
         return torch.cat((kept, changed), dim=1), ladj + more
 
     def inverse(
         self, z: Tensor, context: Tensor | Condition | None = None
     ) -> tuple[Tensor, Tensor]:
-        injected, hidden = self._match(z, context)
+        injected, hidden, noise = self._match(z, context)
         kept, changed = z.tensor_split((self.kept,), dim=1)
         changed, ladj = apply(self.map, changed, self._raw(kept, hidden), inverse=True)
+        if noise is not None:
+            raw = self._noise_raw(kept, noise)
+            changed, more = apply(self.map, changed, raw, inverse=True)
+            ladj = ladj + more
         x, more = apply(self.map, torch.cat((kept, changed), dim=1), injected, inverse=True)
         return x, ladj + more
+
+
+def _conv(in_channels: int, out_channels: int, kernel_size: int) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+
+
+def fit_noise(noise: Tensor, channels: int, context: Tensor) -> Tensor:
+    r"""Resizes a noise map to the size of a context, bicubically; one channel stands for all.
+
+    Arguments:
+        noise: The noise map, with shape :math:`(B, C, H, W)` or one that broadcasts to the batch
+            of the context: for a constant, :math:`(B, 1, 1, 1)`.
+        channels: The number of channels :math:`C`.
+        context: The context, with shape :math:`(B, *, H', W')`.
+    """
+    if noise.dim() != 4 or noise.shape[1] not in (1, channels):
+        raise ValueError(
+            f"the noise must have shape (B, {channels}, H, W), with one channel where all are the"
+            f" same; got {tuple(noise.shape)}"
+        )
+    size = context.shape[-2:]
+    if noise.shape[-2:] == (1, 1):
+        noise = noise.expand(-1, -1, *size)
+    elif noise.shape[-2:] != size:
+        noise = F.interpolate(noise, size=size, mode="bicubic", align_corners=False)
+    rows = context.shape[0] if noise.shape[0] == 1 else noise.shape[0]
+    if rows != context.shape[0]:
+        raise ValueError(
+            f"there must be one noise map for each of the {context.shape[0]} contexts;"
+            f" got {noise.shape[0]}"
+        )
+    return noise.expand(rows, channels, *size)
 
 
 def repeat_rows(t: Tensor, x: Tensor) -> Tensor:

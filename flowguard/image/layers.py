@@ -1,6 +1,15 @@
 r"""The context-free layers of an image flow."""
 
-__all__ = ["ActNorm", "InvertibleConv1x1", "OrthogonalConv1x1", "Squeeze", "ZeroConv2d"]
+__all__ = [
+    "ActNorm",
+    "FixedConv1x1",
+    "InvertibleConv1x1",
+    "NormedConv2d",
+    "OrthogonalConv1x1",
+    "Squeeze",
+    "ZeroConv2d",
+    "folded",
+]
 
 from typing import Any
 
@@ -36,11 +45,15 @@ class ZeroConv2d(nn.Conv2d):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        # The gain goes into the small weights rather than onto the large output.
+    def folded(self) -> tuple[Tensor, Tensor | None]:
+        r"""Returns weight and bias with the gain in them."""
         gain = torch.exp(3 * self.logs)
         bias = None if self.bias is None else self.bias * gain.flatten()
-        return self._conv_forward(x, self.weight * gain.unsqueeze(1), bias)
+        return self.weight * gain.unsqueeze(1), bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The gain goes into the small weights rather than onto the large output.
+        return self._conv_forward(x, *self.folded())
 
 
 class Squeeze(nn.Module):
@@ -135,16 +148,90 @@ class ActNorm(nn.Module):
     def _ladj(self, x: Tensor) -> Tensor:
         return (self.logs.sum() * (x.shape[-2] * x.shape[-1])).expand(x.shape[0])
 
-    def forward(self, x: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
-        if self.training and not self._ready and x.numel() > 0:
+    @property
+    def pending(self) -> bool:
+        r"""Whether the next batch in training mode initialises the layer."""
+        if not self._ready and self.training:
             # The buffer may have been written by other means than `load_state_dict`.
             self._ready = bool(self.initialized)
-            if not self._ready:
-                self.initialize(x)
+        return self.training and not self._ready
+
+    def forward(self, x: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+        if x.numel() > 0 and self.pending:
+            self.initialize(x)
         return (x + self.bias) * torch.exp(self.logs), self._ladj(x)
 
     def inverse(self, z: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
         return z * torch.exp(-self.logs) - self.bias, -self._ladj(z)
+
+
+class NormedConv2d(nn.Conv2d):
+    r"""Creates a convolution without bias, followed by an activation normalisation.
+
+    It keeps the size of the image. As the hidden layers of SRFlow's couplings, its weights start
+    with a standard deviation of 0.05.
+
+    References:
+        | SRFlow: Learning the Super-Resolution Space with Normalizing Flow (Lugmayr et al., 2020)
+        | https://arxiv.org/abs/2006.14200
+
+    Arguments:
+        in_channels: The number of input channels.
+        out_channels: The number of output channels.
+        kernel_size: The size of the kernel, odd.
+
+    Example:
+        >>> layer = NormedConv2d(3, 8)
+        >>> y = layer(torch.randn(4, 3, 8, 8) + 7)  # initialises
+        >>> bool(y.mean().abs() < 1e-4)
+        True
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False
+        )
+        nn.init.normal_(self.weight, std=0.05)
+        self.norm = ActNorm(out_channels)
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        r"""Returns weight and bias with the normalisation in them."""
+        gain = torch.exp(self.norm.logs).flatten()
+        return self.weight * gain[:, None, None, None], self.norm.bias.flatten() * gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() > 0 and self.norm.pending:
+            with torch.no_grad():
+                self.norm.initialize(self._conv_forward(x, self.weight, None))
+        return self._conv_forward(x, *self.folded())
+
+
+def folded(conv: nn.Module) -> tuple[Tensor, Tensor | None]:
+    r"""Returns weight and bias of the plain convolution that a convolution amounts to.
+
+    Arguments:
+        conv: A :class:`torch.nn.Conv2d`, :class:`NormedConv2d` or :class:`ZeroConv2d`.
+
+    Example:
+        >>> weight, bias = folded(ZeroConv2d(2, 3))
+        >>> weight.shape
+        torch.Size([3, 2, 3, 3])
+    """
+    if isinstance(conv, NormedConv2d | ZeroConv2d):
+        return conv.folded()
+    if type(conv) is nn.Conv2d:
+        return conv.weight, conv.bias
+    raise TypeError(f"only convolutions can be folded; got {type(conv).__name__}")
+
+
+def _mix(x: Tensor, weight: Tensor) -> Tensor:
+    r"""Multiplies every pixel by a matrix, never in a lower precision than that of `x`.
+
+    Autocast would round the matrix to half precision here and its inverse there, and the two
+    would no longer undo each other.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return F.conv2d(x, weight.to(x.dtype)[:, :, None, None])
 
 
 class InvertibleConv1x1(nn.Module):
@@ -180,11 +267,10 @@ class InvertibleConv1x1(nn.Module):
         return (ladj * (x.shape[-2] * x.shape[-1])).to(x.dtype).expand(x.shape[0])
 
     def forward(self, x: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
-        return F.conv2d(x, self.weight[:, :, None, None]), self._ladj(x)
+        return _mix(x, self.weight), self._ladj(x)
 
     def inverse(self, z: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
-        weight = torch.linalg.inv(self.weight.double()).to(z.dtype)
-        return F.conv2d(z, weight[:, :, None, None]), -self._ladj(z)
+        return _mix(z, torch.linalg.inv(self.weight.double())), -self._ladj(z)
 
 
 class OrthogonalConv1x1(nn.Module):
@@ -232,7 +318,47 @@ class OrthogonalConv1x1(nn.Module):
         return (cayley @ self.rotation.double()).to(self.raw.dtype)
 
     def forward(self, x: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
-        return F.conv2d(x, self.weight.to(x.dtype)[:, :, None, None]), x.new_zeros(x.shape[0])
+        return _mix(x, self.weight), x.new_zeros(x.shape[0])
 
     def inverse(self, z: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
-        return F.conv2d(z, self.weight.T.to(z.dtype)[:, :, None, None]), z.new_zeros(z.shape[0])
+        return _mix(z, self.weight.T), z.new_zeros(z.shape[0])
+
+
+class FixedConv1x1(nn.Module):
+    r"""Creates a 1×1 convolution by a random rotation that is not trained.
+
+    It holds the rotation and its transpose, and undoes the one by the other, as robustNF does:
+    where the stored matrices are rotations up to rounding only, so is the round trip.
+
+    References:
+        | On the Robustness of Normalizing Flows for Inverse Problems in Imaging (Hong et al., 2023)
+        | https://arxiv.org/abs/2212.04319
+
+    Arguments:
+        channels: The number of channels.
+
+    Example:
+        >>> layer = FixedConv1x1(3)
+        >>> x = torch.randn(2, 3, 4, 4)
+        >>> torch.allclose(layer.inverse(layer(x)[0])[0], x, atol=1e-5)
+        True
+    """
+
+    weight: Tensor
+    transpose: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        q, _ = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))
+        q = q.to(torch.get_default_dtype())
+        self.register_buffer("weight", q.contiguous())
+        self.register_buffer("transpose", q.T.contiguous())
+
+    def extra_repr(self) -> str:
+        return f"channels={self.weight.shape[0]}"
+
+    def forward(self, x: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+        return _mix(x, self.weight), x.new_zeros(x.shape[0])
+
+    def inverse(self, z: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+        return _mix(z, self.transpose), z.new_zeros(z.shape[0])

@@ -172,6 +172,8 @@ def elementwise(coupling: str | Elementwise) -> Elementwise:
 def apply(family: Elementwise, x: Tensor, raw: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
     r"""Transforms `x`, with shape :math:`(B, C, H, W)`, by raw network outputs with shape
     :math:`(B, C n, H, W)`; returns the output and `ladj` with shape :math:`(B)`."""
+    # Under autocast the networks compute in half precision, the maps do not.
+    raw = raw.to(torch.promote_types(raw.dtype, x.dtype))
     f = family.transform(raw.unflatten(1, (x.shape[1], family.parameters)))
     y, ladj = f.inverse_and_ladj(x) if inverse else f.call_and_ladj(x)
     # The log-determinant of an image is a sum of 10^5 numbers and more.

@@ -1,25 +1,21 @@
 r"""The conditional multiscale flow."""
 
-__all__ = ["ConditionalMultiscaleFlow", "FlowStep", "Split"]
+__all__ = ["ConditionalMultiscaleFlow", "published_flow"]
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from flowguard.functional import bounded
-from flowguard.image.coupling import Condition, ConditionalCoupling, repeat_rows
-from flowguard.image.layers import (
-    ActNorm,
-    InvertibleConv1x1,
-    OrthogonalConv1x1,
-    Squeeze,
-    ZeroConv2d,
-)
+from flowguard.image.conditioning import conditions
+from flowguard.image.coupling import Condition
+from flowguard.image.layers import Squeeze
 from flowguard.image.maps import Elementwise
+from flowguard.image.split import Split
+from flowguard.image.steps import FlowStep, TransitionStep
 
 #: For each level its context map, and what each of its steps made of it.
 Conditions = list[tuple[Tensor, list[Condition]]]
@@ -28,125 +24,13 @@ Context = Sequence[Tensor] | Conditions
 #: What contexts are cut at: infinite ones would become NaN (∞ - ∞) in the convolutions.
 FARTHEST = 1e20
 
-MIXES: dict[str, type[InvertibleConv1x1 | OrthogonalConv1x1]] = {
-    "free": InvertibleConv1x1,
-    "orthogonal": OrthogonalConv1x1,
-}
-
-
-class FlowStep(nn.Module):
-    r"""Creates a step: activation normalisation, 1×1 convolution, conditional coupling.
-
-    Arguments:
-        channels: The number of channels.
-        context_channels: The number of channels of the context.
-        hidden: The number of channels of the hidden layers.
-        coupling: The elementwise map; see :func:`flowguard.image.elementwise`.
-        mix: The 1×1 convolution: ``"free"``, as in Glow, or ``"orthogonal"``.
-
-    Example:
-        >>> step = FlowStep(12, 8, hidden=16)
-        >>> z, ladj = step(torch.randn(2, 12, 4, 4), torch.randn(2, 8, 4, 4))
-        >>> ladj.shape
-        torch.Size([2])
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        context_channels: int,
-        *,
-        hidden: int = 64,
-        coupling: str | Elementwise = "robust",
-        mix: str = "free",
-    ) -> None:
-        super().__init__()
-        if mix not in MIXES:
-            raise ValueError(f"mix must be one of {', '.join(MIXES)}; got {mix!r}")
-        self.actnorm = ActNorm(channels)
-        self.mix: InvertibleConv1x1 | OrthogonalConv1x1 = MIXES[mix](channels)
-        self.coupling = ConditionalCoupling(
-            channels, context_channels, hidden=hidden, coupling=coupling
-        )
-
-    def forward(
-        self, x: Tensor, context: Tensor | Condition | None = None
-    ) -> tuple[Tensor, Tensor]:
-        x, a = self.actnorm(x)
-        x, b = self.mix(x)
-        x, c = self.coupling(x, context)
-        return x, a + b + c
-
-    def inverse(
-        self, z: Tensor, context: Tensor | Condition | None = None
-    ) -> tuple[Tensor, Tensor]:
-        z, c = self.coupling.inverse(z, context)
-        z, b = self.mix.inverse(z)
-        z, a = self.actnorm.inverse(z)
-        return z, a + b + c
-
-
-class Split(nn.Module):
-    r"""Creates a split: half of the channels leave as a latent, given those that remain.
-
-    .. math:: \epsilon = (x_2 - \mu(x_1, y)) \, e^{-s(x_1, y)}
-
-    with :math:`|\mu| \leq` `mean_bound` and :math:`|s| \leq` `scale_bound`, so that the inverse
-    is bounded whatever remains and whatever the context is.
-
-    Arguments:
-        channels: The number of channels.
-        context_channels: The number of channels of the context.
-        mean_bound: The bound of the mean.
-        scale_bound: The bound of the log-scale.
-
-    Example:
-        >>> split = Split(12, 8)
-        >>> x, context = torch.randn(2, 12, 4, 4), torch.randn(2, 8, 4, 4)
-        >>> rest, latent, ladj = split(x, context)
-        >>> rest.shape, latent.shape
-        (torch.Size([2, 6, 4, 4]), torch.Size([2, 6, 4, 4]))
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        context_channels: int,
-        *,
-        mean_bound: float = 3.0,
-        scale_bound: float = 2.0,
-    ) -> None:
-        super().__init__()
-        self.kept = channels - channels // 2
-        self.dropped = channels // 2
-        self.mean_bound = mean_bound
-        self.scale_bound = scale_bound
-        self.net = ZeroConv2d(self.kept + context_channels, 2 * self.dropped)
-
-    def extra_repr(self) -> str:
-        return f"kept={self.kept}, dropped={self.dropped}"
-
-    def _prior(self, kept: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        raw = self.net(torch.cat((kept, repeat_rows(context, kept)), dim=1))
-        mean, logs = raw.chunk(2, dim=1)
-        return bounded(mean, self.mean_bound), bounded(logs, self.scale_bound)
-
-    def forward(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        kept, dropped = x.tensor_split((self.kept,), dim=1)
-        mean, logs = self._prior(kept, context)
-        return kept, (dropped - mean) * torch.exp(-logs), -logs.flatten(1).sum(1)
-
-    def inverse(self, kept: Tensor, latent: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        mean, logs = self._prior(kept, context)
-        dropped = latent * torch.exp(logs) + mean
-        return torch.cat((kept, dropped), dim=1), logs.flatten(1).sum(1)
-
 
 class ConditionalMultiscaleFlow(nn.Module):
     r"""Creates a conditional multiscale flow over images.
 
-    At each level the image is squeezed by two, passes `steps` conditional flow steps, and, but at
-    the last level, half of its channels leave as that level's latent. Level 1 is the finest.
+    At each level the image is squeezed by two, passes `transition_steps` steps without coupling
+    and `steps` conditional flow steps, and, but at the last level, half of its channels leave as
+    that level's latent. Level 1 is the finest.
 
     References:
         | Glow: Generative Flow with Invertible 1x1 Convolutions (Kingma & Dhariwal, 2018)
@@ -158,11 +42,21 @@ class ConditionalMultiscaleFlow(nn.Module):
         channels: The number of channels of the image.
         context_channels: The number of channels of the context map of each level.
         levels: The number of levels :math:`L`.
-        steps: The number of steps :math:`K` at each level.
+        steps: The number of steps :math:`K` at each level, or one number for each level.
         hidden: The number of channels of the hidden layers of the couplings.
         coupling: The elementwise map of the couplings; see :func:`flowguard.image.elementwise`.
-        mix: The 1×1 convolutions: ``"free"``, as in Glow, or ``"orthogonal"``, rotations that
-            keep the bound of the samples small; see :func:`flowguard.certify`.
+        mix: The 1×1 convolutions: ``"free"``, as in Glow; ``"orthogonal"``, learned rotations,
+            which keep the bound of the samples small, see :func:`flowguard.certify`; or
+            ``"fixed"``, rotations that are not trained.
+        transition_steps: The number of steps without coupling at the start of each level.
+        splits: The number of levels, from the finest, at whose end channels leave. If
+            :py:`None`, all but the last.
+        split: A callable that makes a split of the numbers of channels of image and context.
+        normed: Whether the hidden layers are normalised; see
+            :class:`flowguard.image.ConditionalCoupling`.
+        noise_channels: The number of channels of the noise map, if the couplings know of noise.
+        noise_steps: For each level, how many of its last steps are given the noise map. If
+            :py:`None`, all.
 
     The context is a list with one map for each level: the map of level :math:`l` has shape
     :math:`(B, context\_channels, H / 2^l, W / 2^l)`; or it is what :meth:`condition` made of it.
@@ -186,39 +80,76 @@ class ConditionalMultiscaleFlow(nn.Module):
         context_channels: int,
         *,
         levels: int = 3,
-        steps: int = 8,
+        steps: int | Sequence[int] = 8,
         hidden: int = 64,
         coupling: str | Elementwise = "robust",
         mix: str = "free",
+        transition_steps: int = 0,
+        splits: int | None = None,
+        split: Callable[[int, int], Split] = Split,
+        normed: bool = False,
+        noise_channels: int = 0,
+        noise_steps: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        if levels < 1 or steps < 1:
+        per_level = [steps] * levels if isinstance(steps, int) else list(steps)
+        if levels < 1 or min(per_level, default=0) < 1:
             raise ValueError(f"levels and steps must be positive; got {levels} and {steps}")
+        splits = levels - 1 if splits is None else splits
+        given = per_level if noise_steps is None else list(noise_steps)
+        if len(per_level) != levels or len(given) != levels:
+            raise ValueError(
+                f"there must be one number of steps for each of the {levels} levels;"
+                f" got {steps} steps and {noise_steps} with noise"
+            )
+        if not 0 <= splits <= levels or transition_steps < 0 or min(given) < 0:
+            raise ValueError(
+                "the numbers of splits, transition steps and steps with noise must not be"
+                f" negative, and there are {levels} levels to split at; got {splits},"
+                f" {transition_steps} and {noise_steps}"
+            )
         self.channels = channels
         self.levels = levels
+        self.noise_channels = noise_channels
+        self.noise_steps = tuple(given)
         self.squeeze = Squeeze()
+        self.transitions = nn.ModuleList()
         self.steps = nn.ModuleList()
         self.splits = nn.ModuleList()
         c = channels
         for level in range(levels):
             c = 4 * c
+            self.transitions.append(
+                nn.ModuleList(TransitionStep(c, mix=mix) for _ in range(transition_steps))
+            )
             self.steps.append(
                 nn.ModuleList(
-                    FlowStep(c, context_channels, hidden=hidden, coupling=coupling, mix=mix)
-                    for _ in range(steps)
+                    FlowStep(
+                        c,
+                        context_channels,
+                        hidden=hidden,
+                        coupling=coupling,
+                        mix=mix,
+                        normed=normed,
+                        noise_channels=noise_channels,
+                    )
+                    for _ in range(per_level[level])
                 )
             )
-            if level < levels - 1:
-                split = Split(c, context_channels)
-                self.splits.append(split)
-                c = split.kept
+            if level < splits:
+                last = split(c, context_channels)
+                self.splits.append(last)
+                c = last.kept
 
     def _level(self, level: int) -> list[FlowStep]:
         steps = self.steps[level]
         return list(cast(Iterable[FlowStep], steps))
 
-    def _split(self, level: int) -> Split:
-        return cast(Split, self.splits[level])
+    def _transitions(self, level: int) -> list[TransitionStep]:
+        return list(cast(Iterable[TransitionStep], self.transitions[level]))
+
+    def _split(self, level: int) -> Split | None:
+        return cast(Split, self.splits[level]) if level < len(self.splits) else None
 
     @property
     def multiple(self) -> int:
@@ -226,7 +157,9 @@ class ConditionalMultiscaleFlow(nn.Module):
         return 2**self.levels
 
     def latent_shapes(self, height: int, width: int) -> list[tuple[int, int, int]]:
-        r"""Returns the shape :math:`(C, H, W)` of each level's latent for an image of this size.
+        r"""Returns the shape :math:`(C, H, W)` of each latent for an image of this size.
+
+        There is one for each split, finest first, and one for what is left after the last level.
 
         Arguments:
             height: The height of the image, a multiple of :math:`2^L`.
@@ -239,21 +172,23 @@ class ConditionalMultiscaleFlow(nn.Module):
         shapes, c = [], self.channels
         for level in range(self.levels):
             height, width, c = height // 2, width // 2, 4 * c
-            if level < self.levels - 1:
-                shapes.append((c // 2, height, width))
-                c = c - c // 2
-            else:
-                shapes.append((c, height, width))
-        return shapes
+            split = self._split(level)
+            if split is not None:
+                shapes.append((split.dropped, height, width))
+                c = split.kept
+        return [*shapes, (c, height, width)]
 
-    def condition(self, context: Sequence[Tensor]) -> Conditions:
+    def condition(self, context: Sequence[Tensor], noise: Tensor | None = None) -> Conditions:
         r"""Computes all that depends on the context alone, to be shared by many calls.
 
         Contexts are cut at :math:`\pm 10^{20}`, so that infinite ones give finite images. NaN
-        stays NaN.
+        stays NaN. Without gradients, the steps of a level are computed together.
 
         Arguments:
             context: One map for each level.
+            noise: The noise map, with shape :math:`(B, noise\_channels, H', W')` of any size, one
+                channel for all or :math:`(B, 1, 1, 1)`. If :py:`None`, the parts of the couplings
+                that know of noise are left out, which is not the same as a noise of zero.
 
         Example:
             >>> flow = ConditionalMultiscaleFlow(3, 8, levels=1, steps=1, hidden=16)
@@ -267,10 +202,15 @@ class ConditionalMultiscaleFlow(nn.Module):
                 f"the context must hold one map for each of the {self.levels} levels;"
                 f" got {len(context)}"
             )
-        return [
-            (c, [step.coupling.condition(c) for step in self._level(level)])
-            for level, c in enumerate(_cut(c) for c in context)
-        ]
+        if noise is not None and not self.noise_channels:
+            raise ValueError("this flow knows of no noise: give noise_channels when making it")
+        made = []
+        for level, c in enumerate(_cut(c) for c in context):
+            couplings = [step.coupling for step in self._level(level)]
+            first = len(couplings) - self.noise_steps[level]
+            noises = [noise if k >= first else None for k in range(len(couplings))]
+            made.append((c, conditions(couplings, c, noises)))
+        return made
 
     def _conditions(self, context: Context | None) -> Conditions:
         if context is None:
@@ -293,19 +233,24 @@ class ConditionalMultiscaleFlow(nn.Module):
             context: The context maps, or what :meth:`condition` made of them.
 
         Returns:
-            One latent for each level and the log-determinant, with shape :math:`(B)`.
+            The latents, as :meth:`latent_shapes` lists them, and the log-determinant, with shape
+            :math:`(B)`.
         """
-        conditions = self._conditions(context)
+        ready = self._conditions(context)
         self.latent_shapes(*x.shape[-2:])  # refuses a size that does not fit, before the work
         latents = []
         total = x.new_zeros(x.shape[0])
-        for level, (features, per_step) in enumerate(conditions):
+        for level, (features, per_step) in enumerate(ready):
             x, _ = self.squeeze(x)
+            for transition in self._transitions(level):
+                x, ladj = transition(x)
+                total = total + ladj
             for step, condition in zip(self._level(level), per_step, strict=True):
                 x, ladj = step(x, condition)
                 total = total + ladj
-            if level < self.levels - 1:
-                x, latent, ladj = self._split(level)(x, features)
+            split = self._split(level)
+            if split is not None:
+                x, latent, ladj = split(x, features)
                 total = total + ladj
                 latents.append(latent)
         return [*latents, x], total
@@ -318,27 +263,32 @@ class ConditionalMultiscaleFlow(nn.Module):
         r"""Takes latents to images.
 
         Arguments:
-            z: One latent for each level.
+            z: The latents, as :meth:`latent_shapes` lists them.
             context: The context maps, or what :meth:`condition` made of them.
 
         Returns:
             The images, with shape :math:`(B, C, H, W)`, and the log-determinant.
         """
-        if len(z) != self.levels:
+        if len(z) != len(self.splits) + 1:
             raise ValueError(
-                f"there must be one latent for each of the {self.levels} levels; got {len(z)}"
+                f"there must be one latent for each of the {len(self.splits)} splits and one for"
+                f" the last level; got {len(z)}"
             )
-        conditions = self._conditions(context)
-        x = z[-1]
+        ready = self._conditions(context)
+        *latents, x = z
         total = x.new_zeros(x.shape[0])
         for level in reversed(range(self.levels)):
-            features, per_step = conditions[level]
-            if level < self.levels - 1:
-                x, ladj = self._split(level).inverse(x, z[level], features)
+            features, per_step = ready[level]
+            split = self._split(level)
+            if split is not None:
+                x, ladj = split.inverse(x, latents[level], features)
                 total = total + ladj
             steps = list(zip(self._level(level), per_step, strict=True))
             for step, condition in reversed(steps):
                 x, ladj = step.inverse(x, condition)
+                total = total + ladj
+            for transition in reversed(self._transitions(level)):
+                x, ladj = transition.inverse(x)
                 total = total + ladj
             x, _ = self.squeeze.inverse(x)
         return x, total
@@ -363,3 +313,67 @@ class ConditionalMultiscaleFlow(nn.Module):
 def _cut(context: Tensor) -> Tensor:
     farthest = min(FARTHEST, torch.finfo(context.dtype).max)
     return context.clamp(-farthest, farthest)
+
+
+def published_flow(
+    channels: int,
+    context_channels: int,
+    *,
+    levels: int = 3,
+    steps: int | Sequence[int] = 16,
+    hidden: int = 64,
+    coupling: str | Elementwise = "robust",
+    mix: str = "free",
+    transition_steps: int = 2,
+    splits: int | None = None,
+    noise_channels: int = 0,
+    noise_steps: Sequence[int] | None = None,
+) -> ConditionalMultiscaleFlow:
+    r"""Returns a flow of the published architecture, with any coupling.
+
+    The hidden layers are normalised, two steps without coupling start each level, and channels
+    leave at all levels but the last two, with a free prior that does not see the context.
+
+    References:
+        | SRFlow: Learning the Super-Resolution Space with Normalizing Flow (Lugmayr et al., 2020)
+        | https://arxiv.org/abs/2006.14200
+        | Noise Conditional Flow Model for Learning the Super-Resolution Space (Kim & Son, 2021)
+        | https://arxiv.org/abs/2106.04428
+
+    Arguments:
+        channels: The number of channels of the image.
+        context_channels: The number of channels of the context map of each level.
+        levels: The number of levels :math:`L`.
+        steps: The number of steps :math:`K` at each level, or one number for each level.
+        hidden: The number of channels of the hidden layers of the couplings.
+        coupling: The elementwise map of the couplings.
+        mix: The 1×1 convolutions.
+        transition_steps: The number of steps without coupling at the start of each level.
+        splits: The number of levels at whose end channels leave. If :py:`None`, all but two.
+        noise_channels: The number of channels of the noise map; 3 in NCSR.
+        noise_steps: For each level, how many of its last steps are given the noise map.
+
+    Example:
+        >>> flow = published_flow(3, 8, levels=3, steps=1, hidden=4)
+        >>> flow.latent_shapes(16, 24)
+        [(6, 8, 12), (96, 2, 3)]
+    """
+    return ConditionalMultiscaleFlow(
+        channels,
+        context_channels,
+        levels=levels,
+        steps=steps,
+        hidden=hidden,
+        coupling=coupling,
+        mix=mix,
+        transition_steps=transition_steps,
+        splits=max(levels - 2, 0) if splits is None else splits,
+        split=_published_split,
+        normed=True,
+        noise_channels=noise_channels,
+        noise_steps=noise_steps,
+    )
+
+
+def _published_split(channels: int, context_channels: int) -> Split:
+    return Split(channels, mean_bound=None, scale_bound=None)

@@ -1,0 +1,117 @@
+r"""The steps of an image flow."""
+
+__all__ = ["FlowStep", "Mix", "TransitionStep"]
+
+from typing import Any
+
+import torch.nn as nn
+from torch import Tensor
+
+from flowguard.image.coupling import Condition, ConditionalCoupling
+from flowguard.image.layers import (
+    ActNorm,
+    FixedConv1x1,
+    InvertibleConv1x1,
+    OrthogonalConv1x1,
+)
+from flowguard.image.maps import Elementwise
+
+Mix = FixedConv1x1 | InvertibleConv1x1 | OrthogonalConv1x1
+MIXES: dict[str, type[Mix]] = {
+    "fixed": FixedConv1x1,
+    "free": InvertibleConv1x1,
+    "orthogonal": OrthogonalConv1x1,
+}
+
+
+class TransitionStep(nn.Module):
+    r"""Creates a step without coupling: activation normalisation and 1×1 convolution.
+
+    Arguments:
+        channels: The number of channels.
+        mix: The 1×1 convolution; see :class:`FlowStep`.
+
+    Example:
+        >>> z, ladj = TransitionStep(12)(torch.randn(2, 12, 4, 4))
+        >>> ladj.shape
+        torch.Size([2])
+    """
+
+    def __init__(self, channels: int, *, mix: str = "free") -> None:
+        super().__init__()
+        if mix not in MIXES:
+            raise ValueError(f"mix must be one of {', '.join(MIXES)}; got {mix!r}")
+        self.actnorm = ActNorm(channels)
+        self.mix: Mix = MIXES[mix](channels)
+
+    def forward(self, x: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+        x, a = self.actnorm(x)
+        x, b = self.mix(x)
+        return x, a + b
+
+    def inverse(self, z: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+        z, b = self.mix.inverse(z)
+        z, a = self.actnorm.inverse(z)
+        return z, a + b
+
+
+class FlowStep(nn.Module):
+    r"""Creates a step: activation normalisation, 1×1 convolution, conditional coupling.
+
+    Arguments:
+        channels: The number of channels.
+        context_channels: The number of channels of the context.
+        hidden: The number of channels of the hidden layers.
+        coupling: The elementwise map; see :func:`flowguard.image.elementwise`.
+        mix: The 1×1 convolution: ``"free"``, as in Glow; ``"orthogonal"``, a learned rotation;
+            or ``"fixed"``, a rotation that is not trained.
+        normed: Whether the hidden layers are normalised; see :class:`ConditionalCoupling`.
+        noise_channels: The number of channels of the noise map, if the coupling knows of noise.
+
+    Example:
+        >>> step = FlowStep(12, 8, hidden=16)
+        >>> z, ladj = step(torch.randn(2, 12, 4, 4), torch.randn(2, 8, 4, 4))
+        >>> ladj.shape
+        torch.Size([2])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        context_channels: int,
+        *,
+        hidden: int = 64,
+        coupling: str | Elementwise = "robust",
+        mix: str = "free",
+        normed: bool = False,
+        noise_channels: int = 0,
+    ) -> None:
+        super().__init__()
+        if mix not in MIXES:
+            raise ValueError(f"mix must be one of {', '.join(MIXES)}; got {mix!r}")
+        self.actnorm = ActNorm(channels)
+        self.mix: Mix = MIXES[mix](channels)
+        self.coupling = ConditionalCoupling(
+            channels,
+            context_channels,
+            hidden=hidden,
+            coupling=coupling,
+            normed=normed,
+            noise_channels=noise_channels,
+        )
+
+    def forward(
+        self, x: Tensor, context: Tensor | Condition | None = None
+    ) -> tuple[Tensor, Tensor]:
+        x, a = self.actnorm(x)
+        x, b = self.mix(x)
+        x, c = self.coupling(x, context)
+        return x, a + b + c
+
+    def inverse(
+        self, z: Tensor, context: Tensor | Condition | None = None
+    ) -> tuple[Tensor, Tensor]:
+        z, c = self.coupling.inverse(z, context)
+        z, b = self.mix.inverse(z)
+        z, a = self.actnorm.inverse(z)
+        return z, a + b + c
