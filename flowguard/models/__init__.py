@@ -1,7 +1,15 @@
-r"""Image models: encoders, and flows for super-resolution."""
+r"""Image models: encoders, and flows for super-resolution and low-light enhancement."""
 
 from flowguard.models.encoders import PyramidEncoder
+from flowguard.models.lowlight import LowLightFlow
+from flowguard.models.lowlight_encoder import LowLightEncoder
 from flowguard.models.rrdb import RRDBEncoder
 from flowguard.models.superres import SuperResolutionFlow
 
-__all__ = ["PyramidEncoder", "RRDBEncoder", "SuperResolutionFlow"]
+__all__ = [
+    "LowLightEncoder",
+    "LowLightFlow",
+    "PyramidEncoder",
+    "RRDBEncoder",
+    "SuperResolutionFlow",
+]
