@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flowguard import _rqs_many as many
 from flowguard import _rqs_two as two
+from flowguard import _rqs_two_plain as two_plain
 
 MIN_FRACTION = 1e-3  # the least width and height of a bin, as a share of the box (published: 1e-3)
 CHUNK = 2**15  # elements per thread worked on at a time in eager mode: temporaries stay in cache
@@ -34,9 +35,9 @@ def _rows(*params: Tensor) -> Sequence[many.Rows]:
 
 
 def apply(*inputs: Any) -> tuple[Tensor, Tensor]:
-    r"""Applies :class:`RationalQuadratic`; in eager mode forward derivatives work too."""
-    # The compiler refuses functions that define `jvp`.
-    function = RationalQuadratic if torch.compiler.is_compiling() else _WithTangents
+    r"""Applies the spline as one operation; in eager mode forward derivatives work too."""
+    # The compiler refuses functions that define `jvp`, and fuses better what is not in place.
+    function = RationalQuadratic if torch.compiler.is_compiling() else _Eager
     return function.apply(*inputs)
 
 
@@ -68,6 +69,32 @@ def _pull_back(
     return to_x, *(g if isinstance(g, Tensor) else torch.stack(g) for g in pulled)
 
 
+def _plain_evaluate(
+    v: Tensor, w: Tensor, h: Tensor, d: Tensor, work: torch.dtype, *options: Any
+) -> tuple[Tensor, ...]:
+    v, w, h, d = v.to(work), w.to(work), h.to(work), d.to(work)
+    if len(w) == 1:
+        return two_plain.evaluate(v, w[0], h[0], d[0], *options)
+    return many.evaluate(v, w, h, d, *options)
+
+
+def _plain_pull_back(
+    x: Tensor,
+    w: Tensor,
+    h: Tensor,
+    d: Tensor,
+    gy: Tensor,
+    gl: Tensor,
+    work: torch.dtype,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    x, w, h, d = x.to(work), w.to(work), h.to(work), d.to(work)
+    if len(w) == 1:
+        to_x, *pulled = two_plain.pull_back(x, w[0], h[0], d[0], gy, gl, *options)
+        return to_x, *(g.unsqueeze(0) for g in pulled)
+    return many.pull_back(x, w, h, d, gy, gl, *options)
+
+
 def _narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
     r"""Rounds to a dtype, where what is too large becomes the largest number."""
     if x.dtype == dtype:
@@ -79,14 +106,16 @@ def _narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
 def _in_pieces(
     function: Callable[..., tuple[Tensor, ...]],
     tensors: tuple[Tensor, ...],
+    like: tuple[Tensor, ...],
     options: tuple[Any, ...],
 ) -> tuple[Tensor, ...]:
-    r"""Applies an element-wise function piece by piece, where that is faster."""
-    x = tensors[0]
-    if torch.compiler.is_compiling() or x.device.type != "cpu":
-        return function(*tensors, *options)
+    r"""Applies an element-wise function to plain tensors, piece by piece where that is faster.
+
+    `like` holds a tensor of the shape of each output.
+    """
+    x, work = tensors[0], options[0]
     chunk = CHUNK * torch.get_num_threads()
-    if x.numel() <= chunk:
+    if x.device.type != "cpu" or x.numel() <= chunk:
         return function(*tensors, *options)
 
     # The outermost dimension with small enough slices: what is contiguous stays so.
@@ -94,9 +123,28 @@ def _in_pieces(
     dim = next(fits, max(range(x.dim()), key=lambda i: x.shape[i]))
     step = max(1, chunk * x.shape[dim] // x.numel())
     dim -= x.dim()  # the parameters have one more dimension, in front
+    outs = tuple(
+        torch.empty_like(t, dtype=work, memory_format=torch.contiguous_format) for t in like
+    )
+    targets = zip(*(t.split(step, dim) for t in outs), strict=True)
     pieces = zip(*(t.split(step, dim) for t in tensors), strict=True)
-    outs = zip(*(function(*piece, *options) for piece in pieces), strict=True)
-    return tuple(torch.cat(out, dim) for out in outs)
+    for target, piece in zip(targets, pieces, strict=True):
+        for out, part in zip(target, function(*piece, *options), strict=True):
+            out.copy_(part)
+    return outs
+
+
+def _batch_first(
+    size: int, dims: Sequence[int | None], tensors: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    r"""Moves a batch dimension to the front of elements, and behind the bins of parameters."""
+    rank = max(t.dim() - (d is not None) for t, d in zip(tensors[:1], dims[:1], strict=True))
+    out = []
+    for t, d in zip(tensors, dims, strict=True):
+        to = t.dim() - (d is not None) - rank  # 1 for parameters
+        t = t.unsqueeze(to) if d is None else t.movedim(d, to)
+        out.append(t.expand(*t.shape[:to], size, *t.shape[to + 1 :]))
+    return tuple(out)
 
 
 class RationalQuadratic(torch.autograd.Function):
@@ -122,8 +170,7 @@ class RationalQuadratic(torch.autograd.Function):
         inverse: bool,
     ) -> tuple[Tensor, ...]:
         least = least_share(len(widths) + 1)
-        options = (work, bound, slope, least, inverse)
-        return _in_pieces(_evaluate, (v, widths, heights, derivatives), options)
+        return _evaluate(v, widths, heights, derivatives, work, bound, slope, least, inverse)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -136,13 +183,19 @@ class RationalQuadratic(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        out = _in_pieces(_pull_back, (*ctx.saved_tensors, *grads), ctx.options)
-        out = tuple(_narrow(g, dtype) for g, dtype in zip(out, ctx.dtypes, strict=True))
-        return (*out, None, None, None, None)
+        return _narrowed(ctx, _pull_back(*ctx.saved_tensors, *grads, *ctx.options))
 
 
-class _WithTangents(RationalQuadratic):
-    r"""The same, with forward derivatives."""
+class _Eager(RationalQuadratic):
+    r"""The same in place and piece by piece, with forward derivatives."""
+
+    generate_vmap_rule = False
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        *tensors, work, bound, slope, inverse = inputs
+        options = (work, bound, slope, least_share(len(tensors[1]) + 1), inverse)
+        return _in_pieces(_plain_evaluate, tuple(tensors), (tensors[0],) * 2, options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -151,13 +204,19 @@ class _WithTangents(RationalQuadratic):
         ctx.save_for_forward(output[0] if ctx.options[-1] else v, widths, heights, derivatives)
 
     @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():  # to be differentiated
+            return RationalQuadratic.backward(ctx, *grads)
+        return _narrowed(ctx, _PullBack.apply(*ctx.saved_tensors, *grads, *ctx.options))
+
+    @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
         # Every element has its own derivatives: those of the two outputs, one at a time.
         one = torch.ones_like(ctx.saved_tensors[0], dtype=ctx.options[0])
         zero = torch.zeros_like(one)
         outs = []
         for cotangents in ((one, zero), (zero, one)):
-            grads = _in_pieces(_pull_back, (*ctx.saved_tensors, *cotangents), ctx.options)
+            grads = _pull_back(*ctx.saved_tensors, *cotangents, *ctx.options)
             out = zero
             for grad, tangent in zip(grads, tangents, strict=False):
                 if tangent is not None:
@@ -165,3 +224,32 @@ class _WithTangents(RationalQuadratic):
                     out = out + (product if product.dim() == one.dim() else product.sum(0))
             outs.append(out)
         return tuple(outs)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+        # Nothing may be written in place under vmap: the batch becomes one more dimension.
+        tensors = _batch_first(info.batch_size, in_dims[:4], inputs[:4])
+        return _Eager.apply(*tensors, *inputs[4:]), (0, 0)
+
+
+class _PullBack(torch.autograd.Function):
+    r"""The backward of the spline where it is not to be differentiated itself."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        tensors = inputs[:6]
+        return _in_pieces(_plain_pull_back, tensors, tensors[:4], inputs[6:])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+        tensors = _batch_first(info.batch_size, in_dims[:6], inputs[:6])
+        return _PullBack.apply(*tensors, *inputs[6:]), (0, 1, 1, 1)
+
+
+def _narrowed(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    out = (_narrow(g, dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
+    return (*out, None, None, None, None)
