@@ -6,6 +6,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from flowguard.persistence import Recorded
+
 
 class ResidualBlock(nn.Module):
     r"""Creates a residual block of two 3×3 convolutions.
@@ -23,7 +25,7 @@ class ResidualBlock(nn.Module):
         return x + 0.2 * self.second(F.leaky_relu(self.first(x), 0.2))
 
 
-class PyramidEncoder(nn.Module):
+class PyramidEncoder(Recorded, nn.Module):
     r"""Creates a small convolutional encoder that gives one feature map for each level.
 
     The map of level :math:`l` (1 is the finest) has the size of the flow's image over

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flowguard.models._padding import pad_to_multiple
 from flowguard.models.rrdb import ResidualDenseTrunk, _conv, _leaky, stack_maps
+from flowguard.persistence import Recorded
 
 #: The least brightness: keeps the logarithm of black finite.
 BLACK = 1e-3
@@ -112,7 +113,7 @@ def noise_map(image: Tensor) -> Tensor:
     return 0.5 * torch.maximum(vertical.abs(), horizontal.abs())
 
 
-class LowLightEncoder(nn.Module):
+class LowLightEncoder(Recorded, nn.Module):
     r"""Creates the condition encoder of LLFlow.
 
     It sees the logarithm of the dark image, the image with an equalised histogram, the colour map

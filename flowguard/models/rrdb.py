@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowguard.models._padding import pad_to_multiple
+from flowguard.persistence import Recorded
 
 
 def _conv(in_channels: int, out_channels: int) -> nn.Conv2d:
@@ -113,7 +114,7 @@ def stack_maps(own: Tensor, others: Sequence[Tensor]) -> Tensor:
     return torch.cat((own, *resized), dim=1)
 
 
-class RRDBEncoder(nn.Module):
+class RRDBEncoder(Recorded, nn.Module):
     r"""Creates the encoder of SRFlow, NCSR and their kin: residual-in-residual dense blocks.
 
     The map of level :math:`l` (1 is the finest) has `scale` :math:`/ 2^l` times the size of the

@@ -15,9 +15,10 @@ from flowguard.image.maps import Elementwise
 from flowguard.image.multiscale import ConditionalMultiscaleFlow
 from flowguard.models.encoders import PyramidEncoder
 from flowguard.ood import OODConditioner
+from flowguard.persistence import Pretrained
 
 
-class SuperResolutionFlow(nn.Module):
+class SuperResolutionFlow(Pretrained, nn.Module):
     r"""Creates a conditional flow for super-resolution, :math:`p(\text{HR} | \text{LR})`.
 
     A conditional multiscale flow models the residual of the high-resolution image over the
