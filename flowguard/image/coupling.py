@@ -121,8 +121,13 @@ class ConditionalCoupling(nn.Module):
                 that knows of noise is left out, which is not the same as a noise of zero.
         """
         self.check_context(context)
-        # Not by a call: the normalisation is not one of the context's share alone.
-        hidden = F.conv2d(context, *folded(self.first_context), padding=1)
+        # Not by a call: the normalisation is not one of the context's share alone. One that the
+        # next pass initialises is still the identity, and must not be part of the graph.
+        first = self.first_context
+        pending = isinstance(first, NormedConv2d) and first.norm.pending
+        hidden = F.conv2d(
+            context, *((first.weight, None) if pending else folded(first)), padding=1
+        )
         return Condition(self.injector(context), hidden, self.fit_noise(noise, context))
 
     def check_context(self, context: Tensor) -> None:
