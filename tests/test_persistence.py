@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from flowguard import persistence
 from flowguard.image import maps
-from flowguard.models import PyramidEncoder, SuperResolutionFlow
+from flowguard.models import LowLightEncoder, LowLightFlow, PyramidEncoder, SuperResolutionFlow
 from flowguard.persistence import PretrainedError
 
 COUPLINGS = {
@@ -387,3 +387,16 @@ for call in (lambda: model.save_pretrained("m", push_to_hub=True),
     )
     assert done.returncode == 0, done.stderr
     assert {p.name for p in (tmp_path / "m").iterdir()} == {"config.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize("coupling", ["affine", "robust"])
+def test_a_low_light_model_comes_back(coupling, tmp_path):
+    torch.manual_seed(0)
+    encoder = LowLightEncoder(features=4, growth=4, blocks=1, stacked=(0,), levels=2)
+    model = LowLightFlow(levels=2, steps=(1, 2), hidden=4, encoder=encoder, coupling=coupling)
+    guarded(model).save_pretrained(tmp_path)
+    loaded = persistence.load(tmp_path)
+    assert type(loaded) is LowLightFlow
+    assert_same(model, loaded)
+    with pytest.raises(PretrainedError, match=r"LowLightFlow\.from_pretrained"):
+        SuperResolutionFlow.from_pretrained(tmp_path)

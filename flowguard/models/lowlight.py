@@ -18,6 +18,7 @@ from flowguard.image.multiscale import published_flow
 from flowguard.models._padding import pad_to, pad_to_multiple
 from flowguard.models.lowlight_encoder import LowLightEncoder, color_map
 from flowguard.ood import OODConditioner
+from flowguard.persistence import Pretrained
 
 
 def rescale_brightness(image: Tensor, brightness: Tensor | float) -> Tensor:
@@ -54,7 +55,7 @@ def rescale_brightness(image: Tensor, brightness: Tensor | float) -> Tensor:
     return image * factor[..., None, None, None]
 
 
-class LowLightFlow(nn.Module):
+class LowLightFlow(Pretrained, nn.Module):
     r"""Creates a conditional flow for low-light enhancement, :math:`p(\text{high} | \text{low})`.
 
     A conditional multiscale flow of the architecture of LLFlow, with any coupling. The noise is
