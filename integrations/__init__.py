@@ -17,6 +17,9 @@ __all__ = ["HOSTS", "missing", "register", "unregister"]
 
 HOSTS = ("nflows", "normflows", "zuko")
 
+#: The packages that an adapter can work with, where that is not the one it is named after alone.
+PACKAGES = {"nflows": ("nflows", "glasflow")}
+
 
 def register(host: str | None = None) -> None:
     r"""Puts the public names of an adapter into the namespaces of its host.
@@ -103,7 +106,8 @@ def _known(host: str) -> str:
 
 
 def _available(host: str) -> bool:
-    return find_spec(host) is not None and find_spec(f"{__name__}.{host}") is not None
+    packages = PACKAGES.get(host, (host,))
+    return any(map(find_spec, packages)) and find_spec(f"{__name__}.{host}") is not None
 
 
 def _adapter(host: str) -> ModuleType:

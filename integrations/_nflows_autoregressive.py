@@ -14,11 +14,11 @@ from ._nflows_spline import SplineHead, check_tails, cut, map_of
 
 __all__ = ["MaskedRobustSplineAutoregressiveTransform"]
 
-autoregressive = part("transforms.autoregressive")
-made = part("transforms.made")
+AutoregressiveTransform: Any = part("transforms.autoregressive").AutoregressiveTransform
+MADE: Any = part("transforms.made").MADE
 
 
-class MaskedRobustSplineAutoregressiveTransform(autoregressive.AutoregressiveTransform):
+class MaskedRobustSplineAutoregressiveTransform(AutoregressiveTransform):
     r"""Creates a masked autoregressive transform with robust splines, whose inverse cannot
     explode whatever the context.
 
@@ -83,7 +83,7 @@ class MaskedRobustSplineAutoregressiveTransform(autoregressive.AutoregressiveTra
     ) -> None:
         check_tails(tails)
         spline = map_of(num_bins, tail_bound, shift_bound, slope)
-        net = made.MADE(
+        net = MADE(
             features=features,
             hidden_features=hidden_features,
             context_features=context_features,

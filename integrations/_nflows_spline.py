@@ -24,20 +24,21 @@ def map_of(
     r"""Returns the family of splines with these options, after a look at them."""
     if isinstance(num_bins, bool) or not isinstance(num_bins, int) or num_bins < 2:
         raise ValueError(f"num_bins must be an integer of at least 2; got {num_bins!r}")
-    for name, value in (("tail_bound", tail_bound), ("shift_bound", shift_bound)):
-        if name == "shift_bound" and value is None:
-            continue
-        if not _is_number(value) or not 0 < value < math.inf:
-            raise ValueError(f"{name} must be a positive number; got {value!r}")
-    if slope is not None and not (_is_number(slope) and 0 < slope <= 0.49):
+    if not _in(tail_bound, 0, math.inf):
+        raise ValueError(f"tail_bound must be a positive number; got {tail_bound!r}")
+    if shift_bound is not None and not _in(shift_bound, 0, math.inf):
+        raise ValueError(
+            f"shift_bound must be a positive number, or None for a free shift; got {shift_bound!r}"
+        )
+    if slope is not None and not (_in(slope, 0, 1) and slope <= 0.49):
         raise ValueError(
             f"slope must lie in (0, 0.49], or be None for the published spline; got {slope!r}"
         )
     return Robust(num_bins, tail_bound, shift_bound, slope)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _in(value: Any, low: float, high: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and low < value < high
 
 
 def check_tails(tails: str | None) -> None:

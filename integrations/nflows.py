@@ -10,18 +10,27 @@ fork ``glasflow.nflows``. ``flowguard.register("nflows")`` puts the names into
 from ._nflows_autoregressive import MaskedRobustSplineAutoregressiveTransform
 from ._nflows_coupling import RobustSplineCDF, RobustSplineCouplingTransform
 from ._nflows_host import HOST
+from ._nflows_image import ConditionalMultiscaleTransform, RobustFlowStep
+from ._nflows_maps import PackMaps, pack_maps, unpack_maps
 
 __all__ = [
     "EXPORTS",
     "HOST",
+    "ConditionalMultiscaleTransform",
     "MaskedRobustSplineAutoregressiveTransform",
+    "PackMaps",
+    "RobustFlowStep",
     "RobustSplineCDF",
     "RobustSplineCouplingTransform",
+    "pack_maps",
+    "unpack_maps",
 ]
 
 EXPORTS = {
     f"{HOST}.transforms": (
+        "ConditionalMultiscaleTransform",
         "MaskedRobustSplineAutoregressiveTransform",
+        "RobustFlowStep",
         "RobustSplineCDF",
         "RobustSplineCouplingTransform",
     ),
