@@ -353,7 +353,8 @@ def conv_net(
         layers.append(nn.Conv2d(width, hidden, size, padding=size // 2, bias=not actnorm))
         if actnorm:
             layers.append(_Normalize(hidden))
-        layers.append(nn.LeakyReLU(leaky))
+        # What the activation overwrites, no gradient asks for; a negative slope would hide signs.
+        layers.append(nn.LeakyReLU(leaky, inplace=leaky >= 0))
     last = nn.Conv2d(hidden, outputs, 3, padding=1)
     if init_zeros:
         nn.init.zeros_(last.weight)

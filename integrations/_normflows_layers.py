@@ -27,8 +27,8 @@ class RobustSplineCoupling(Flow):
 
     It takes the place of :class:`normflows.flows.CoupledRationalQuadraticSpline`, argument for
     argument, with :class:`flowguard.RobustSpline` as its spline: every other feature is
-    transformed with parameters computed from the rest and the context, the rest with parameters
-    of its own. A single feature is transformed given the context alone.
+    transformed with parameters computed from the rest and the context. A single feature is
+    transformed given the context alone.
 
     `forward` goes from noise to data, `inverse` from data to noise; both return the output and the
     log-determinant with shape :math:`(B)`. The context may have fewer rows than the input: row
@@ -59,6 +59,9 @@ class RobustSplineCoupling(Flow):
         init_identity: Whether the layer starts as the identity.
         slope: The least slope of the splines.
         tails: Only ``"linear"``: outside of the box the spline is the identity.
+        apply_unconditional_transform: Whether the rest is transformed too, by splines that depend
+            on nothing, as the stock layer does. A second spline costs time, and the next layer,
+            with the mask reversed, transforms the rest anyway.
 
     Example:
         >>> layer = RobustSplineCoupling(3, 1, 16, num_context_channels=5, init_identity=False)
@@ -89,6 +92,7 @@ class RobustSplineCoupling(Flow):
         *,
         slope: float | None = 1e-3,
         tails: str = "linear",
+        apply_unconditional_transform: bool = False,
     ) -> None:
         super().__init__()
         _check(num_input_channels, num_context_channels)
@@ -115,7 +119,8 @@ class RobustSplineCoupling(Flow):
             dropout_probability=dropout_probability,
             use_batch_norm=False,
         )
-        self.unconditional = nn.Parameter(torch.zeros(len(kept) * numbers))
+        own = nn.Parameter(torch.zeros(len(kept) * numbers))
+        self.unconditional = own if apply_unconditional_transform else None
         if init_identity:
             nn.init.zeros_(self.net.final_layer.weight)
             nn.init.zeros_(self.net.final_layer.bias)
@@ -128,7 +133,9 @@ class RobustSplineCoupling(Flow):
         return unpack(self.univariate, self.shapes, raw)
 
     @property
-    def _own(self) -> Univariate:
+    def _own(self) -> Univariate | None:
+        if self.unconditional is None:
+            return None
         return unpack(self.univariate, self.shapes, self.unconditional.unsqueeze(0))
 
     def _split(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,16 +148,22 @@ class RobustSplineCoupling(Flow):
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         kept, changed = self._split(z)
         context = context_like(z, context, self.context_channels)
-        kept, own = self._own.inverse_and_ladj(kept)
+        own_ladj = None
+        if (own := self._own) is not None:
+            kept, own_ladj = own.inverse_and_ladj(kept)
         changed, ladj = self._splines(kept, context).inverse_and_ladj(changed)
-        return self._merge(kept, changed), sum_rows(own) + sum_rows(ladj)
+        total = sum_rows(ladj) if own_ladj is None else sum_rows(ladj) + sum_rows(own_ladj)
+        return self._merge(kept, changed), total
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         kept, changed = self._split(z)
         context = context_like(z, context, self.context_channels)
         changed, ladj = self._splines(kept, context).call_and_ladj(changed)
-        kept, own = self._own.call_and_ladj(kept)
-        return self._merge(kept, changed), sum_rows(own) + sum_rows(ladj)
+        total = sum_rows(ladj)
+        if (own := self._own) is not None:
+            kept, ladj = own.call_and_ladj(kept)
+            total = total + sum_rows(ladj)
+        return self._merge(kept, changed), total
 
 
 class RobustSplineAutoregressive(Flow):
