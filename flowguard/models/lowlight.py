@@ -4,21 +4,51 @@ __all__ = ["LowLightFlow", "rescale_brightness"]
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import cast
+from dataclasses import dataclass
+from typing import Any, Self, cast
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from flowguard.bounds import Envelope, Noise, Step, Univariate, rule, within
 from flowguard.image.coupling import repeat_rows
+from flowguard.image.layers import Squeeze
 from flowguard.image.maps import Elementwise
-from flowguard.image.multiscale import published_flow
-from flowguard.models._padding import pad_to, pad_to_multiple
+from flowguard.image.multiscale import Conditions, published_flow
+from flowguard.models._padding import pad_to_multiple
+from flowguard.models.checkpoints import (
+    DEAD,
+    CheckpointError,
+    ImportReport,
+    Source,
+    State,
+    load,
+    plan_flow,
+    plan_module,
+    read_flow_layout,
+    read_state,
+)
 from flowguard.models.lowlight_encoder import LowLightEncoder, color_map
 from flowguard.ood import OODConditioner
 from flowguard.persistence import Pretrained
+
+BITS = ("dim", "pixel")
+#: What LLFlow's encoder carries along and never reads, beside the last of its ``downconv``.
+DEAD_ENCODER = ("HRconv", "awb_para", "conv_last")
+
+
+@dataclass(frozen=True)
+class LowLightCondition:
+    r"""All that depends on the condition of a model alone, to be shared by many calls.
+
+    :meth:`LowLightFlow.condition` makes it. It is of no use to another model, nor to the same one
+    after a step of training.
+    """
+
+    low: Tensor
+    mean: Tensor  # of the latent
+    maps: Conditions
 
 
 def rescale_brightness(image: Tensor, brightness: Tensor | float) -> Tensor:
@@ -81,6 +111,7 @@ class LowLightFlow(Pretrained, nn.Module):
         target_ratio: The share of the images in training for which the noise is centred on the
             colour map of the bright image itself, not on the predicted one.
         mix: The 1×1 convolutions; see :class:`flowguard.image.ConditionalMultiscaleFlow`.
+        quant: The number of grey levels of the images.
 
     Images are RGB, with values in :math:`[0, 1]` and shape :math:`(B, 3, H, W)`, of any size:
     internally they are padded to what the flow needs, and cropped. In place of dark images, all
@@ -89,11 +120,10 @@ class LowLightFlow(Pretrained, nn.Module):
 
     Example:
         >>> encoder = LowLightEncoder(features=8, growth=4, blocks=1, stacked=(0,), levels=2)
-        >>> model = LowLightFlow(levels=2, steps=1, hidden=8, encoder=encoder).eval()
+        >>> model = LowLightFlow(levels=2, steps=1, hidden=8, encoder=encoder)
         >>> high, low = torch.rand(2, 3, 37, 53), 0.1 * torch.rand(2, 3, 37, 53)
         >>> model.nll(high, low).shape
         torch.Size([2])
-        >>> model.conditioner.policy = "report"
         >>> model.sample(low, num_samples=5, temperature=0.8).shape
         torch.Size([5, 2, 3, 37, 53])
     """
@@ -108,6 +138,7 @@ class LowLightFlow(Pretrained, nn.Module):
         encoder: LowLightEncoder | None = None,
         target_ratio: float = 0.2,
         mix: str = "free",
+        quant: int = 256,
     ) -> None:
         super().__init__()
         encoder = LowLightEncoder(levels=levels) if encoder is None else encoder
@@ -122,8 +153,14 @@ class LowLightFlow(Pretrained, nn.Module):
             )
         if not 0 <= target_ratio <= 1:
             raise ValueError(f"target_ratio must lie in [0, 1]; got {target_ratio}")
+        if quant < 2:
+            raise ValueError(f"there must be at least 2 grey levels; got quant={quant}")
         self.target_ratio = target_ratio
+        self.quant = quant
+        self.import_report: ImportReport | None = None
         self.conditioner = OODConditioner(encoder, policy="report")
+        # One squeeze by 2^L, though the flow squeezes L times by 2: published, and as good.
+        self.squeeze = Squeeze(2**levels)
         self.flow = published_flow(
             3,
             encoder.channels,
@@ -166,115 +203,143 @@ class LowLightFlow(Pretrained, nn.Module):
         self._check_dtype("high", high)
 
     def _squeeze(self, colors: Tensor) -> Tensor:
-        # One squeeze by 2^L, though the flow squeezes L times by 2: published, and as good.
-        return F.pixel_unshuffle(colors, self.flow.multiple)
+        return self.squeeze(colors)[0]
 
-    def _condition(self, padded: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The feature maps of a prepared and padded condition, and the mean of the latent."""
-        maps = self.conditioner(padded)
-        return maps, self._squeeze(self.encoder.color_map(maps).to(padded.dtype))
+    def condition(self, low: Tensor) -> LowLightCondition:
+        r"""Computes all that depends on the condition alone, to be shared by many calls.
 
-    def _encode(self, high: Tensor, low: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The latent before it is centred, its predicted mean, and the log-determinant."""
-        padded = self._pad_low(low)
-        self._check_high(high, low)
-        maps, mean = self._condition(padded)
-        latents, ladj = self.flow(pad_to(high, *padded.shape[-2:]), maps)
-        return latents[0], mean, ladj
-
-    def color_map(self, low: Tensor) -> Tensor:
-        r"""Returns the colour map of the bright image that the encoder predicts.
+        Whatever takes dark images takes this instead.
 
         Arguments:
             low: The dark images, with shape :math:`(B, 3, H, W)`.
         """
         padded = self._pad_low(low)
-        colors = self.encoder.color_map(self.conditioner(padded))
-        return colors[..., : low.shape[-2], : low.shape[-1]]
+        maps = self.conditioner(padded)
+        mean = self._squeeze(self.encoder.color_map(maps).to(padded.dtype))
+        return LowLightCondition(low, mean, self.flow.condition(maps))
 
-    def nll(self, high: Tensor, low: Tensor, levels: int = 256) -> Tensor:
+    def _condition(self, low: Tensor | LowLightCondition) -> LowLightCondition:
+        return low if isinstance(low, LowLightCondition) else self.condition(low)
+
+    def color_map(self, low: Tensor | LowLightCondition) -> Tensor:
+        r"""Returns the colour map of the bright image that the encoder predicts.
+
+        Arguments:
+            low: The dark images, with shape :math:`(B, 3, H, W)`, or what :meth:`condition` made.
+        """
+        condition = self._condition(low)
+        height, width = condition.low.shape[-2:]
+        return self.squeeze.inverse(condition.mean)[0][..., :height, :width]
+
+    def nll(
+        self,
+        high: Tensor,
+        low: Tensor | LowLightCondition,
+        levels: int | None = None,
+        *,
+        dequantize: bool = True,
+        bits_per: str = "dim",
+    ) -> Tensor:
         r"""Returns an upper bound of the negative log-likelihood in bits per dimension.
 
         The image is dequantised with uniform noise, so that the bound holds for images with
         `levels` grey levels. An image whose size the flow does not take is padded by
         replication; the bits are those of the padded image, per padded dimension.
 
+        The published models were trained with ``dequantize=False, bits_per="pixel"``: without
+        the noise, and divided by the number of pixels rather than that of dimensions. That is a
+        density of numbers that are in truth discrete, and bounds nothing.
+
         In training mode, each image's noise is centred on its own colour map with probability
-        `target_ratio`, as published (there once for the batch): a target that helps training, but
-        knows of the bright image. Only in evaluation mode are the bits those of a density of the
-        bright image given the dark one.
+        `target_ratio` (published: all images of a batch or none, in evaluation too): a target
+        that helps training, but knows of the bright image. Only in evaluation mode are the bits
+        those of a density of the bright image given the dark one.
 
         Arguments:
             high: The bright images, with shape :math:`(B, 3, H, W)`.
-            low: The dark images, with shape :math:`(B, 3, H, W)`.
-            levels: The number of grey levels of `high`.
+            low: The dark images, with shape :math:`(B, 3, H, W)`, or what :meth:`condition` made.
+            levels: The number of grey levels of `high`. If :py:`None`, `quant`.
+            dequantize: Whether to dequantise.
+            bits_per: What the bits are divided by: ``"dim"`` or ``"pixel"``.
 
         Returns:
-            The bits per dimension of each image, with shape :math:`(B)`.
+            The bits per dimension, or per pixel, of each image, with shape :math:`(B)`.
         """
+        levels = self.quant if levels is None else levels
         if levels < 2:
             raise ValueError(f"there must be at least 2 grey levels; got {levels}")
-        self._pad_low(low)
-        self._check_high(high, low)
-        noisy = high + (torch.rand_like(high) - 0.5) / (levels - 1)
-        z, mean, ladj = self._encode(noisy, low)
+        if bits_per not in BITS:
+            raise ValueError(f"bits_per must be one of {', '.join(BITS)}; got {bits_per!r}")
+        condition = self._condition(low)
+        self._check_high(high, condition.low)
+        noisy = high + (torch.rand_like(high) - 0.5) / (levels - 1) if dequantize else high
+        latents, ladj = self.encode(noisy, condition)
+        (z,) = latents
         if self.training:
-            mean = self._mixed(mean, high)
-        log_prob = ladj - 0.5 * ((z - mean).square() + math.log(2 * math.pi)).flatten(1).sum(1)
-        return -log_prob / (math.log(2) * z[0].numel()) + math.log2(levels - 1)
+            z = self._mixed(z, condition.mean, high)
+        log_prob = ladj - 0.5 * (z.square() + math.log(2 * math.pi)).flatten(1).sum(1)
+        bits = -log_prob / (math.log(2) * math.prod(z.shape[1:]))
+        if dequantize:
+            bits = bits + math.log2(levels - 1)
+        return bits if bits_per == "dim" else 3 * bits
 
-    def _mixed(self, mean: Tensor, high: Tensor) -> Tensor:
-        """The mean in training: some rows are those of the bright images' own colour maps."""
+    def _mixed(self, z: Tensor, mean: Tensor, high: Tensor) -> Tensor:
+        """The latent in training: some rows are centred on the bright images' own colours."""
         own = self._squeeze(color_map(pad_to_multiple(high, self.flow.multiple)))
         drawn = torch.rand(len(high), 1, 1, 1, device=high.device) < self.target_ratio
-        return torch.where(drawn, own, mean)
+        return torch.where(drawn, z + mean - own, z)
 
-    def encode(self, high: Tensor, low: Tensor) -> tuple[list[Tensor], Tensor]:
+    def encode(self, high: Tensor, low: Tensor | LowLightCondition) -> tuple[list[Tensor], Tensor]:
         r"""Takes bright images to latents, given their dark images.
 
         Arguments:
             high: The bright images, with shape :math:`(B, 3, H, W)`.
-            low: The dark images, with shape :math:`(B, 3, H, W)`.
+            low: The dark images, with shape :math:`(B, 3, H, W)`, or what :meth:`condition` made.
 
         Returns:
-            A list with the latent, centred on the colour map, that is standard normal under the
+            A list with the latent, centred on the colour map, which is standard normal under the
             model, and the log-determinant, with shape :math:`(B)`.
         """
-        z, mean, ladj = self._encode(high, low)
-        return [z - mean], ladj
+        condition = self._condition(low)
+        self._check_high(high, condition.low)
+        padded = pad_to_multiple(high, self.flow.multiple)
+        latents, ladj = self.flow(padded, condition.maps)
+        return [z - condition.mean for z in latents], ladj
 
-    def decode(self, latents: Sequence[Tensor], low: Tensor) -> Tensor:
+    def decode(self, latents: Sequence[Tensor], low: Tensor | LowLightCondition) -> Tensor:
         r"""Takes latents to bright images, given the dark images. Nothing is clamped.
 
         Arguments:
             latents: A list with the centred latent; see :meth:`latent_shapes`. Zeros give the
                 published output. It may have :math:`n B` rows: row :math:`i` then belongs to dark
                 image :math:`i \bmod B`.
-            low: The dark images, with shape :math:`(B, 3, H, W)`.
+            low: The dark images, with shape :math:`(B, 3, H, W)`, or what :meth:`condition` made.
 
         Returns:
             The bright images, with shape :math:`(n B, 3, H, W)`.
         """
         if len(latents) != 1:
             raise ValueError(f"there must be a list with one latent; got {len(latents)}")
-        maps, mean = self._condition(self._pad_low(low))
-        high, _ = self.flow.inverse([latents[0] + repeat_rows(mean, latents[0])], maps)
-        return high[..., : low.shape[-2], : low.shape[-1]]
+        condition = self._condition(low)
+        z = latents[0] + repeat_rows(condition.mean, latents[0])
+        high, _ = self.flow.inverse([z], condition.maps)
+        return high[..., : condition.low.shape[-2], : condition.low.shape[-1]]
 
-    def latent_shapes(self, low: Tensor) -> list[tuple[int, int, int]]:
+    def latent_shapes(self, low: Tensor | LowLightCondition) -> list[tuple[int, int, int]]:
         r"""Returns the shape :math:`(C, H, W)` of the latent for such dark images, in a list.
 
         Arguments:
-            low: The dark images, with shape :math:`(B, 3, H, W)`.
+            low: The dark images, with shape :math:`(B, 3, H, W)`, or what :meth:`condition` made.
         """
+        size = (low if isinstance(low, Tensor) else low.low).shape[-2:]
         multiple = self.flow.multiple
-        height, width = (multiple * math.ceil(n / multiple) for n in low.shape[-2:])
+        height, width = (multiple * math.ceil(n / multiple) for n in size)
         return self.flow.latent_shapes(height, width)
 
     @torch.no_grad()
     def sample(
         self,
-        low: Tensor,
+        low: Tensor | LowLightCondition,
         num_samples: int = 1,
         temperature: float = 0.0,
         generator: torch.Generator | None = None,
@@ -284,7 +349,7 @@ class LowLightFlow(Pretrained, nn.Module):
         r"""Draws bright images given dark ones. Nothing is clamped.
 
         Arguments:
-            low: The dark images, with shape :math:`(B, 3, H, W)`.
+            low: The dark images, with shape :math:`(B, 3, H, W)`, or what :meth:`condition` made.
             num_samples: The number :math:`n` of samples for each image.
             temperature: The standard deviation of the latents, not negative. Zero, as published,
                 gives the same image each time.
@@ -299,14 +364,133 @@ class LowLightFlow(Pretrained, nn.Module):
             raise ValueError(f"num_samples must be positive; got {num_samples}")
         if not temperature >= 0:
             raise ValueError(f"temperature must not be negative; got {temperature}")
-        (shape,) = self.latent_shapes(low)
-        rows = num_samples * low.shape[0]
-        latent = torch.randn(rows, *shape, generator=generator, dtype=low.dtype, device=low.device)
-        samples = self.decode([temperature * latent], low).unflatten(0, (num_samples, -1))
+        condition = self._condition(low)
+        (shape,) = self.latent_shapes(condition)
+        like = condition.mean
+        latent = temperature * torch.randn(
+            num_samples,
+            len(like),
+            *shape,
+            generator=generator,
+            dtype=like.dtype,
+            device=like.device,
+        )
+        # One sample of each image at a time, so that the memory does not grow with their number.
+        samples = torch.stack([self.decode([rows], condition) for rows in latent])
         if brightness is None:
             return samples
-        wanted = torch.as_tensor(brightness, device=low.device).expand(samples.shape[:2])
-        return rescale_brightness(samples, wanted)
+        wanted = torch.as_tensor(brightness, device=like.device)
+        if wanted.dim() and wanted.shape != (len(like),):
+            raise ValueError(
+                f"brightness must be a number or have the shape {(len(like),)}, one for each dark"
+                f" image; got {tuple(wanted.shape)}"
+            )
+        return rescale_brightness(samples, wanted.expand(samples.shape[:2]))
+
+    @classmethod
+    def published(
+        cls,
+        *,
+        small: bool = False,
+        coupling: str | Elementwise = "robust",
+        **options: Any,
+    ) -> Self:
+        r"""Returns an untrained model of the published size, with any coupling.
+
+        Arguments:
+            small: Whether to return LLFlow's small net rather than its large one.
+            coupling: The elementwise map of the couplings.
+            options: Further arguments of :class:`LowLightFlow`.
+
+        Example:
+            >>> model = LowLightFlow.published(small=True)
+            >>> model.encoder.channels, len(model.flow.steps[0])
+            (64, 4)
+        """
+        if small:
+            small_net = LowLightEncoder(32, blocks=4, stacked=(1,))
+            return cls(steps=4, encoder=small_net, coupling=coupling, **options)
+        return cls(coupling=coupling, **options)
+
+    @classmethod
+    def from_llflow(
+        cls,
+        source: Source,
+        *,
+        stacked: Sequence[int] | None = None,
+        coupling: Elementwise | None = None,
+    ) -> Self:
+        r"""Returns LLFlow's model with the weights of one of its checkpoints, for evaluation.
+
+        Levels, steps, coupling and encoder are inferred from the shapes. What each key became is
+        told by the attribute `import_report`.
+
+        Arguments:
+            source: The path of the checkpoint, or the state dict: raw or nested, with or without
+                ``module.`` before its names.
+            stacked: The blocks whose outputs the encoder stacks, which no shape tells. If
+                :py:`None`, those of the published configurations: 1, or 1, 3, 5 and 7.
+            coupling: The elementwise map, if it is not the one that the names tell.
+
+        Raises:
+            CheckpointError: If it is no such checkpoint: if keys are missing, unexpected, or of
+                another shape, with their names. It is a :class:`ValueError`.
+        """
+        state, label = read_state(source)
+        layout = read_flow_layout(state, label)
+        if layout.noise_channels or "RRDB.conv_second.weight" not in state:
+            raise CheckpointError(
+                f"{label} is a checkpoint of a super-resolution flow, or lacks the key"
+                " RRDB.conv_second.weight of LLFlow's encoder: for the former see"
+                " SuperResolutionFlow.from_srflow and from_robustnf"
+            )
+        flow = layout.options
+        if flow.pop("splits"):
+            raise CheckpointError(f"{label} has splits; those of LLFlow have none")
+        encoder = _encoder_options(state, label, layout.context_channels)
+        encoder |= {} if stacked is None else {"stacked": tuple(stacked)}
+        made = {**flow, "coupling": layout.map if coupling is None else coupling}
+        transitions = made.pop("transition_steps")
+        if transitions != 2:
+            raise CheckpointError(
+                f"{label} must have 2 steps without coupling at each level; it has {transitions}"
+            )
+        # Drawing the weights that are overwritten must not disturb the caller's random numbers.
+        with torch.random.fork_rng(devices=[]):
+            model = cls(**made, encoder=LowLightEncoder(**encoder, levels=made["levels"]))
+        model.to(next(v.dtype for v in state.values() if v.is_floating_point()))
+        plan = plan_module(model.encoder, "conditioner.encoder.", "RRDB.")
+        plan |= plan_flow(model.flow, layout)
+        unread = (*DEAD_ENCODER, f"downconv{made['levels']}")
+        model.import_report = load(
+            model,
+            plan,
+            state,
+            label=label,
+            dead=(*DEAD, *(f"RRDB.{n}.{leaf}" for n in unread for leaf in ("weight", "bias"))),
+            inferred={**made, "encoder": encoder},
+        )
+        return model.eval()
+
+
+def _encoder_options(state: State, label: str, context_channels: int) -> dict[str, Any]:
+    """Infers the encoder from the shapes of its tensors."""
+    trunk = [k.split(".") for k in state if k.startswith("RRDB.RRDB_trunk.")]
+    first, growing = "RRDB.conv_first.weight", "RRDB.RRDB_trunk.0.RDB1.conv1.weight"
+    lacking = [k for k in (first, growing) if k not in state]
+    if lacking:
+        raise CheckpointError(
+            f"{label} lacks the key {lacking[0]}: the weights of encoder and flow must be in one"
+            " file"
+        )
+    features = state[first].shape[0]
+    count = context_channels // features - 1
+    return {
+        "features": features,
+        "growth": state[growing].shape[0],
+        "blocks": 1 + max(int(parts[2]) for parts in trunk),
+        "stacked": tuple(2 * i + 1 for i in range(count)),
+    }
 
 
 @rule(LowLightFlow)

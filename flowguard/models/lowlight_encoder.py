@@ -19,8 +19,8 @@ from flowguard.models._padding import pad_to_multiple
 from flowguard.models.rrdb import ResidualDenseTrunk, _conv, _leaky, stack_maps
 from flowguard.persistence import Recorded
 
-#: The least brightness: keeps the logarithm of black finite.
-BLACK = 1e-3
+#: The least brightness, which keeps the logarithm of black finite, and the greatest.
+BLACK, FARTHEST = 1e-3, 1e20
 
 
 def equalize_histogram(image: Tensor) -> Tensor:
@@ -75,7 +75,8 @@ def low_light_input(low: Tensor) -> Tensor:
         >>> low_light_input(torch.zeros(1, 3, 4, 4))[0, :, 0, 0]
         tensor([-6.9078, -6.9078, -6.9078,  0.0000,  0.0000,  0.0000])
     """
-    logs = torch.log((low + BLACK).clamp_min(BLACK))
+    # Infinite light would become NaN, as a colour map's ∞ / ∞.
+    logs = torch.log((low + BLACK).clamp(BLACK, FARTHEST))
     return torch.cat((logs, equalize_histogram(low)), dim=1)
 
 
