@@ -1,6 +1,7 @@
 r"""The published encoder: its numbers, its sizes, its mistakes."""
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from flowguard.models import RRDBEncoder
+from flowguard.models.checkpoints import CheckpointError
 
 SHARED = Path(__file__).parents[2] / "shared" / "golden"
 MAPS = {
@@ -128,3 +130,52 @@ MISTAKES = {
 def test_mistakes(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(("scale", "levels"), [(4, 3), (8, 4)])
+def test_every_published_key_is_imported(scale, levels):
+    file = SHARED / "keys" / f"RRDB_DF2K_{scale}X.txt"
+    if not file.is_file():
+        pytest.skip(f"the key list {file.name} is not beside this checkout")
+    lines = file.read_text().splitlines()
+    matches = [re.fullmatch(r"(\S+) \[([\d, ]*)\] float32", line) for line in lines]
+    state = {
+        m[1]: torch.zeros([int(n) for n in m[2].split(", ")]) for m in matches if m is not None
+    }
+    encoder = RRDBEncoder.from_esrgan(state)
+    report = encoder.import_report
+    assert report.elements == int(re.search(r"(\d+) parameters", lines[0])[1])
+    assert report.unread == 0
+    assert sum(p.numel() for p in encoder.parameters()) == report.elements
+    assert report.keys == {k: (k,) for k in state}
+    assert (encoder.scale, encoder.levels, encoder.channels) == (scale, levels, 320)
+    assert encoder.RRDB_trunk.stacked == (1, 8, 15, 22)
+
+
+def test_weights_load_from_files_and_from_whole_flows(tmp_path):
+    encoder = small()
+    y = torch.rand(1, 3, 6, 8)
+    state = encoder.state_dict()
+    torch.save({"params_ema": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "e.pth")
+    flow = {f"RRDB.{k}": v for k, v in state.items()} | {"flowUpsamplerNet.f.0.bias": y}
+    for source in (state, tmp_path / "e.pth", str(tmp_path / "e.pth"), flow):
+        made = RRDBEncoder.from_esrgan(source, stacked=(0, 1))
+        for a, b in zip(made(y), encoder(y), strict=True):
+            assert torch.equal(a, b)
+
+
+FOREIGN = {
+    "missing": (lambda s: s.pop("trunk_conv.bias"), "1 missing: trunk_conv.bias"),
+    "unexpected": (lambda s: s.update(more=torch.zeros(1)), "1 unexpected: more"),
+    "shape": (lambda s: s.update({"conv_last.bias": torch.zeros(4)}), r"conv_last.bias \(4,\)"),
+    "other names": (lambda s: s.pop("conv_first.weight"), "lacks conv_first.weight"),
+    "nothing": (lambda s: s.clear(), "holds no tensors"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), FOREIGN.values(), ids=FOREIGN)
+def test_foreign_checkpoints_are_refused(change, message):
+    state = dict(small().state_dict())
+    change(state)
+    with pytest.raises(CheckpointError, match=message):
+        RRDBEncoder.from_esrgan(state, stacked=(0, 1))

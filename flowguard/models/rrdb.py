@@ -3,6 +3,7 @@ r"""The residual-in-residual dense encoder of the published super-resolution flo
 __all__ = ["RRDBEncoder", "ResidualDenseTrunk", "stack_maps"]
 
 from collections.abc import Callable, Sequence
+from typing import Self
 
 import torch
 import torch.nn as nn
@@ -10,6 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowguard.models._padding import pad_to_multiple
+from flowguard.models.checkpoints import (
+    CheckpointError,
+    ImportReport,
+    Source,
+    load,
+    plan_module,
+    read_state,
+)
 from flowguard.persistence import Recorded
 
 
@@ -179,6 +188,7 @@ class RRDBEncoder(Recorded, nn.Module):
             )
         self.in_channels = in_channels
         self.channels = features * (1 + len(stacked))
+        self.import_report: ImportReport | None = None
         self.scale = scale
         self.levels = levels
         doublings = scale.bit_length() - 1
@@ -254,3 +264,74 @@ class RRDBEncoder(Recorded, nn.Module):
             x = self._double(x, i)
         image: Tensor = self.conv_last(_leaky(self.HRconv(x)))
         return image
+
+    @classmethod
+    def from_esrgan(
+        cls,
+        source: Source,
+        *,
+        stacked: Sequence[int] | None = None,
+        levels: int | None = None,
+    ) -> Self:
+        r"""Returns an encoder with the weights of a published one, for evaluation.
+
+        Those are the networks that were trained for themselves, before the flows. The weights of
+        a whole flow's encoder are loaded too, if their names start with ``RRDB.``. All but
+        `stacked` and `levels` is inferred from the shapes; what each key became is told by the
+        attribute `import_report`.
+
+        The encoders of SRFlow and its kin lack the long skip from the first convolution, which
+        ESRGAN's own network has. Weights that were trained with it load, and give the features
+        that SRFlow's code would have made of them, but :meth:`image` then is not ESRGAN's.
+
+        Arguments:
+            source: The path of the checkpoint, or the state dict: raw or nested, with or without
+                ``module.`` before its names.
+            stacked: The blocks whose outputs are stacked. If :py:`None`, 1, 8, 15 and 22, or
+                1, 3, 5 and 7 of fewer than 23 blocks.
+            levels: The number of levels. If :py:`None`, 3 up to a scale of 4, and 4 beyond.
+
+        Raises:
+            CheckpointError: If it is no such checkpoint: if keys are missing, unexpected, or of
+                another shape, with their names. It is a :class:`ValueError`.
+
+        Example:
+            >>> small = RRDBEncoder(features=8, growth=4, blocks=2, stacked=())
+            >>> encoder = RRDBEncoder.from_esrgan(small.state_dict(), stacked=(0, 1))
+            >>> encoder.channels, encoder.scale, encoder.levels
+            (24, 4, 3)
+        """
+        state, label = read_state(source)
+        if any(k.startswith("RRDB.") for k in state):
+            state = {k[5:]: v for k, v in state.items() if k.startswith("RRDB.")}
+        first, growing = "conv_first.weight", "RRDB_trunk.0.RDB1.conv1.weight"
+        lacking = [k for k in (first, growing) if k not in state or state[k].dim() != 4]
+        if lacking:
+            some = ", ".join(list(state)[:4])
+            raise CheckpointError(
+                f"{label} is no checkpoint of an RRDB network with the published names: it lacks"
+                f" {lacking[0]}; it has {some}, ..."
+            )
+        parts = [k.split(".") for k in state]
+        blocks = 1 + max(int(p[1]) for p in parts if p[0] == "RRDB_trunk" and p[1].isdecimal())
+        scale = 2 ** len({p[0] for p in parts if p[0].startswith("upconv")})
+        if stacked is None:
+            stacked = (1, 8, 15, 22) if blocks > 22 else (1, 3, 5, 7)
+        if levels is None:
+            levels = 3 if scale <= 4 else 4
+        features, in_channels = state[first].shape[:2]
+        options = {
+            "in_channels": in_channels,
+            "features": features,
+            "growth": state[growing].shape[0],
+            "blocks": blocks,
+            "scale": scale,
+        }
+        # Drawing the weights that are overwritten must not disturb the caller's random numbers.
+        with torch.random.fork_rng(devices=[]):
+            encoder = cls(**options, stacked=stacked, levels=levels)
+        encoder.to(state[first].dtype)
+        inferred = {**options, "stacked": tuple(stacked), "levels": levels}
+        plan = plan_module(encoder, "", "")
+        encoder.import_report = load(encoder, plan, state, label=label, dead=(), inferred=inferred)
+        return encoder.eval()
