@@ -205,8 +205,9 @@ class RobustGlowBlock(Flow):
     It takes the place of :class:`normflows.flows.GlowBlock`: in its `forward` direction, from
     noise to data, a coupling by :class:`flowguard.RobustSpline`, the inverse of a 1×1 convolution,
     and the inverse of an activation normalization; in its `inverse` direction, from data to noise,
-    the reverse. The first batch that passes from data to noise in training mode initialises the
-    activation normalization; samples and evaluation never do.
+    the reverse. As in normflows, the first batch in training mode initialises the activation
+    normalization, whichever way it passes: let this be data, not samples. In evaluation mode
+    nothing does.
 
     The context is a map with shape :math:`(B, C', H, W)`, of the size of the image at this block,
     or a vector with shape :math:`(B, C')` for all positions. It may have fewer rows than the
@@ -309,6 +310,8 @@ class RobustGlowBlock(Flow):
         if self.mix is not None:
             z, log_det = self.mix.inverse(z)  # type: ignore[operator]
             total = total + log_det
+        if self.training and not self.actnorm._ready:
+            _normalize_samples(self.actnorm, z)
         z, log_det = self.actnorm.inverse(z)
         return z, total + log_det
 
@@ -320,6 +323,16 @@ class RobustGlowBlock(Flow):
             total = total + log_det
         z, log_det = self.coupling.inverse(z, context)
         return z, total + log_det
+
+
+@torch.no_grad()
+def _normalize_samples(layer: ActNorm, z: Tensor) -> None:
+    r"""Initialises the layer such that its inverse normalizes this batch, unless it is ready."""
+    if z.numel() == 0 or bool(layer.initialized):
+        return
+    layer.initialize(z)
+    layer.bias.mul_(-layer.logs.exp())
+    layer.logs.neg_()
 
 
 class _Normalize(ActNorm):

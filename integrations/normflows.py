@@ -1,9 +1,12 @@
-r"""flowguard in normflows: robust couplings and Glow blocks that take a context.
+r"""flowguard in normflows: couplings, Glow blocks and multiscale flows that take a context.
 
 normflows' conventions hold: `forward` goes from noise to data and `inverse` from data to noise,
-both return the output and the log-determinant with the batch shape, `sample` returns the samples
-and their log-density. ``flowguard.register("normflows")`` puts the names into ``normflows.flows``;
-importing this module changes nothing there.
+both return the output and the log-determinant, `sample` returns the samples and their log-density.
+A context may have fewer rows than what it goes with: row :math:`i` then belongs to row
+:math:`i \bmod B` of a context with :math:`B` rows, so that one row is shared by all, and
+:py:`flow.sample(n, context)` makes `n` samples in all, for `n` a multiple of :math:`B`.
+``flowguard.register("normflows")`` puts the names into ``normflows.flows``; importing this module
+changes nothing there.
 """
 
 from . import missing
@@ -13,22 +16,23 @@ try:
 except ImportError as error:
     raise missing("normflows") from error
 
+from ._normflows_adapter import ContextAdapter
+from ._normflows_bases import GaussianPrior
 from ._normflows_glow import RobustCouplingBlock, RobustGlowBlock
+from ._normflows_guard import GuardedConditionalFlow
 from ._normflows_layers import RobustSplineAutoregressive, RobustSplineCoupling
+from ._normflows_multiscale import ConditionalMultiscaleFlow
 
 __all__ = [
     "EXPORTS",
+    "ConditionalMultiscaleFlow",
+    "ContextAdapter",
+    "GaussianPrior",
+    "GuardedConditionalFlow",
     "RobustCouplingBlock",
     "RobustGlowBlock",
     "RobustSplineAutoregressive",
     "RobustSplineCoupling",
 ]
 
-EXPORTS = {
-    "normflows.flows": (
-        "RobustCouplingBlock",
-        "RobustGlowBlock",
-        "RobustSplineAutoregressive",
-        "RobustSplineCoupling",
-    ),
-}
+EXPORTS = {"normflows.flows": tuple(name for name in __all__ if name != "EXPORTS")}
