@@ -3,7 +3,6 @@ r"""Robust splines that imitate other univariate maps."""
 __all__ = ["Affine", "Rescaled", "RescaledSpline", "Taught", "compare", "imitate", "units"]
 
 from collections.abc import Callable, Iterable
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -142,20 +141,6 @@ class RescaledSpline(nn.Module):
 
     def extra_repr(self) -> str:
         return f"bins={self.bins}, bound={self.bound}, shift_bound={self.shift_bound}"
-
-    @property
-    def total(self) -> int:
-        r"""The number of parameters of one feature."""
-        return sum(prod(shape) for shape in self.shapes)
-
-    def unpack(self, phi: Tensor) -> Rescaled:
-        r"""Returns the spline with the parameters in one tensor.
-
-        Arguments:
-            phi: The unconstrained parameters, with shape :math:`(*, D, 3 (K - 1) + 1)`.
-        """
-        widths, heights, derivatives, shift = phi.split([prod(s) for s in self.shapes], dim=-1)
-        return self(widths, heights, derivatives, shift.squeeze(-1))
 
     def forward(self, *phi: Tensor) -> Rescaled:
         r"""Returns the spline with these parameters.

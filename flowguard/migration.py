@@ -73,8 +73,8 @@ def migrate(
     map, and the spline follows what the old map did beyond that, on the pairs and on samples.
     Where the old map leaves the box of the spline, it cannot follow, which is the point.
 
-    How the spline comes to follow depends on the library. With zuko and normflows the last layer
-    of each network is rebuilt for `bins` bins and fitted in `fit_steps` steps. With nflows the old
+    How the spline comes to follow depends on the library. With zuko the last layer of each network
+    is rebuilt for `bins` bins and fitted in `fit_steps` steps. With nflows and normflows the old
     network is kept as a whole, and the affine map that it asks for is inscribed into the box of a
     spline of three bins, exactly: `bins` and `fit_steps` have no say there.
 
