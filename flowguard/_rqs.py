@@ -10,14 +10,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 
 from flowguard import _rqs_many as many
+from flowguard import _rqs_many_plain as many_plain
 from flowguard import _rqs_two as two
 from flowguard import _rqs_two_plain as two_plain
 
 MIN_FRACTION = 1e-3  # the least width and height of a bin, as a share of the box (published: 1e-3)
 CHUNK = 2**15  # elements per thread worked on at a time in eager mode: temporaries stay in cache
+CHUNK_MANY = 3 * 2**13  # the same for three bins and more
 
 
 def least_share(bins: int) -> float:
@@ -70,15 +72,22 @@ def _pull_back(
 
 
 def _plain_evaluate(
-    v: Tensor, w: Tensor, h: Tensor, d: Tensor, work: torch.dtype, *options: Any
+    memory: many_plain.Rows | None,
+    v: Tensor,
+    w: Tensor,
+    h: Tensor,
+    d: Tensor,
+    work: torch.dtype,
+    *options: Any,
 ) -> tuple[Tensor, ...]:
     v, w, h, d = v.to(work), w.to(work), h.to(work), d.to(work)
-    if len(w) == 1:
+    if memory is None:
         return two_plain.evaluate(v, w[0], h[0], d[0], *options)
-    return many.evaluate(v, w, h, d, *options)
+    return many_plain.evaluate(v, w, h, d, *options, memory)
 
 
 def _plain_pull_back(
+    memory: many_plain.Rows | None,
     x: Tensor,
     w: Tensor,
     h: Tensor,
@@ -89,10 +98,10 @@ def _plain_pull_back(
     *options: Any,
 ) -> tuple[Tensor, ...]:
     x, w, h, d = x.to(work), w.to(work), h.to(work), d.to(work)
-    if len(w) == 1:
+    if memory is None:
         to_x, *pulled = two_plain.pull_back(x, w[0], h[0], d[0], gy, gl, *options)
         return to_x, *(g.unsqueeze(0) for g in pulled)
-    return many.pull_back(x, w, h, d, gy, gl, *options)
+    return many_plain.pull_back(x, w, h, d, gy, gl, *options, memory)
 
 
 def _narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -101,6 +110,15 @@ def _narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
         return x
     info = torch.finfo(dtype)
     return x.clamp(info.min, info.max).to(dtype)
+
+
+def _cut(shape: Size, chunk: int) -> tuple[int, int]:
+    r"""The dimension to split, and how much of it makes about `chunk` elements."""
+    # The outermost dimension with small enough slices: what is contiguous stays so.
+    numel = shape.numel()
+    fits = (i for i, n in enumerate(shape) if numel // n <= chunk)
+    dim = next(fits, max(range(len(shape)), key=lambda i: shape[i]))
+    return dim, max(1, chunk * shape[dim] // numel)
 
 
 def _in_pieces(
@@ -113,15 +131,15 @@ def _in_pieces(
 
     `like` holds a tensor of the shape of each output.
     """
-    x, work = tensors[0], options[0]
-    chunk = CHUNK * torch.get_num_threads()
-    if x.device.type != "cpu" or x.numel() <= chunk:
-        return function(*tensors, *options)
+    x, bins, work = tensors[0], len(tensors[1]) + 1, options[0]
+    chunk = torch.get_num_threads() * (CHUNK if bins == 2 else CHUNK_MANY)
+    whole = x.device.type != "cpu" or x.numel() <= chunk
+    dim, step = (0, x.numel()) if whole else _cut(x.shape, chunk)
+    size = step if whole else x.numel() // x.shape[dim] * step
+    memory = None if bins == 2 else many_plain.Rows(x, bins, size, work)
+    if whole:
+        return function(memory, *tensors, *options)
 
-    # The outermost dimension with small enough slices: what is contiguous stays so.
-    fits = (i for i, n in enumerate(x.shape) if x.numel() // n <= chunk)
-    dim = next(fits, max(range(x.dim()), key=lambda i: x.shape[i]))
-    step = max(1, chunk * x.shape[dim] // x.numel())
     dim -= x.dim()  # the parameters have one more dimension, in front
     outs = tuple(
         torch.empty_like(t, dtype=work, memory_format=torch.contiguous_format) for t in like
@@ -129,7 +147,7 @@ def _in_pieces(
     targets = zip(*(t.split(step, dim) for t in outs), strict=True)
     pieces = zip(*(t.split(step, dim) for t in tensors), strict=True)
     for target, piece in zip(targets, pieces, strict=True):
-        for out, part in zip(target, function(*piece, *options), strict=True):
+        for out, part in zip(target, function(memory, *piece, *options), strict=True):
             out.copy_(part)
     return outs
 

@@ -4,7 +4,17 @@ The formulas and the notation are those of that module; nothing here can be diff
 function gets and may overwrite is said with it.
 """
 
-__all__ = ["finish", "inner_slope", "inner_slope_parts", "slope_pullback", "solve"]
+__all__ = [
+    "Pull",
+    "finish",
+    "inner_slope",
+    "inner_slope_parts",
+    "pull_back",
+    "slope_pullback",
+    "solve",
+]
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,3 +122,67 @@ def _limits(s0: Tensor, s1: Tensor, low: float) -> tuple[Tensor, Tensor]:
     r"""The largest slope at the knot and that for a raw zero."""
     high = torch.minimum(s0, s1)
     return high.square_().mul_(0.5 / low).clamp_(max=1 / low), (s0 * s1).sqrt_()
+
+
+class Pull(NamedTuple):
+    r"""The gradients of one bin: to x, to z = x - x_k, to y_k, to log s and to both slopes; and
+    t, θ."""
+
+    grad: Tensor
+    z: Tensor
+    y: Tensor
+    log_s: Tensor
+    d0: Tensor
+    d1: Tensor
+    t: Tensor
+    theta: Tensor
+
+
+def pull_back(
+    z: Tensor,
+    w: Tensor,
+    h: Tensor,
+    s: Tensor,
+    d0: Tensor,
+    d1: Tensor,
+    grad_y: Tensor,
+    grad_l: Tensor,
+    inverse: bool,
+) -> Pull:
+    r"""The gradients to what the map is made of within the bin; see :func:`_rqs_bin.pull_back`.
+    Overwrites `z` and the gradients."""
+    t = z.div_(w)
+    r = 1 - t
+    p, q = (s * t).addcmul_(d0, r), (s * r).addcmul_(d1, t)
+    theta, rest = t * p, r * q
+    inv_den = (theta + rest).reciprocal_()
+    theta.mul_(inv_den)
+    rest.mul_(inv_den)
+    tq, rp = t * q, r * p
+    num = tq + rp
+    inv_num = num.reciprocal()
+    rel = s * inv_den
+    swing = tq.sub_(rp).mul_(rel)  # s D ∂θ/∂s / (t r)
+    theta_t = num.mul_(rel).mul_(inv_den)
+    # ∂ log f' / ∂t, halved
+    log_t = q.sub_(p).mul_(inv_num)
+    log_t.addcmul_((d0 + d1).sub_(s, alpha=2).mul_(inv_den), torch.sub(t, r, out=p))
+    twice = torch.add(grad_l, grad_l, out=rp)
+    if inverse:
+        to_z = -grad_y
+        grad = grad_y.sub_(log_t.mul_(twice).div_(w)).div_(theta_t.mul_(s))
+        grad_y, grad_l, twice = -grad, grad_l.neg_(), twice.neg_()
+        to_theta = grad_y * h
+    else:
+        to_theta = grad_y * h
+        to_z = grad = log_t.mul_(twice).addcmul_(to_theta, theta_t).div_(w)
+
+    u = torch.mul(t, r, out=p)
+    tau = u * inv_den
+    bent = to_theta.mul_(tau)
+    tau.mul_(2)
+    to_d0 = r.square_().mul_(inv_num).sub_(tau).mul_(grad_l).addcmul_(bent, rest)
+    to_d1 = (t * t).mul_(inv_num).sub_(tau).mul_(grad_l).addcmul_(bent, theta, value=-1)
+    # ∂ log f' / ∂ log s = 2 + 2 s (t r / N - (t² + r²) / D), and t² + r² = 1 - 2 t r
+    log_s = u.mul_(inv_num).sub_(inv_den).add_(tau).mul_(s).add_(1).mul_(twice)
+    return Pull(grad, to_z, grad_y, log_s.addcmul_(swing, bent), to_d0, to_d1, t, theta)

@@ -273,7 +273,8 @@ def test_pieces_change_nothing(shape, bins, monkeypatch):
         return *out, *torch.autograd.grad(out, args, (x, x))
 
     whole = run()
-    monkeypatch.setattr(_rqs, "CHUNK", 64 // torch.get_num_threads())
+    for name in ("CHUNK", "CHUNK_MANY"):
+        monkeypatch.setattr(_rqs, name, 64 // torch.get_num_threads())
     for one, other in zip(run(), whole, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
 
