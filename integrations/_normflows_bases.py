@@ -3,11 +3,16 @@ r"""A base distribution for images of any size, which may look at what is known 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
-from normflows.distributions import BaseDistribution
+from normflows.distributions.base import (
+    BaseDistribution,
+    ConditionalDiagGaussian,
+    DiagGaussian,
+)
 from torch import Tensor
 
 from flowguard.functional import bounded
@@ -16,7 +21,7 @@ from flowguard.image.coupling import repeat_rows
 
 from ._normflows_context import context_like
 
-__all__ = ["GaussianPrior"]
+__all__ = ["GaussianPrior", "from_noise"]
 
 
 class GaussianPrior(BaseDistribution):
@@ -146,3 +151,23 @@ class GaussianPrior(BaseDistribution):
             logs = logs + (math.log(self.temperature) if self.temperature > 0 else -math.inf)
         out = -0.5 * (eps.square() + math.log(2 * math.pi)) - logs
         return out.flatten(1).sum(1)
+
+
+def from_noise(base: Any, noise: Tensor, told: Mapping[str, Any]) -> Tensor:
+    r"""Takes standard normal noise to samples of a Gaussian base; of another, its own samples
+    count as the noise.
+
+    Arguments:
+        base: The base.
+        noise: The noise, with the shape of the samples.
+        told: What the base is told besides, by name, such as its context.
+    """
+    if isinstance(base, GaussianPrior):
+        mean, logs = base.moments(noise, told.get("context"), told.get("given"))
+        return mean + torch.exp(logs) * noise
+    if isinstance(base, DiagGaussian):
+        return base.loc + torch.exp(base.log_scale) * noise
+    if isinstance(base, ConditionalDiagGaussian):
+        mean, logs = base.context_encoder(told.get("context")).chunk(2, dim=-1)
+        return mean + torch.exp(logs) * noise
+    return noise

@@ -20,6 +20,7 @@ from flowguard.files import atomic
 from flowguard.image.coupling import repeat_rows
 
 from ._normflows_adapter import accepts, route, run
+from ._normflows_bases import from_noise
 
 __all__ = ["ConditionalMultiscaleFlow", "Context"]
 
@@ -183,6 +184,37 @@ class ConditionalMultiscaleFlow(MultiscaleFlow):
             total = total - log_det
         z, log_det = self._last(z, maps)
         return z, total - log_det
+
+    def noise_shapes(
+        self, context: Context = None, *, size: Sequence[int] | None = None
+    ) -> list[tuple[int, ...]]:
+        r"""Returns the shape of the noise of each level, coarsest first; see :meth:`decode`.
+
+        Arguments:
+            context: The context.
+            size: The height and width of the images; see :meth:`sample`.
+        """
+        sizes = self._sizes(self._maps(context, self._number(None, context)), size)
+        return [
+            (base.num_channels, *sizes[i]) if sizes is not None and wants.size else base.shape
+            for i, (base, wants) in enumerate(zip(self.q0, self._wants, strict=True))
+        ]
+
+    def decode(self, noise: Sequence[Tensor], context: Context = None) -> Tensor:
+        r"""Takes standard normal noise to images.
+
+        Arguments:
+            noise: The noise of each level, coarsest first, with the shapes of
+                :meth:`noise_shapes`. Where the base of a level is no Gaussian that flowguard
+                knows, a sample of the base.
+            context: The context.
+        """
+        maps = self._maps(context, len(noise[0]))
+        z: Any = None
+        for i, eps in enumerate(noise):
+            told = self._told(i, maps[i], z, eps.shape[2:])
+            z, _ = self._level(i, z, from_noise(self.q0[i], eps, told), maps)
+        return self._last(z, maps)[0]
 
     def forward_and_log_det(
         self, z: Sequence[Tensor], context: Context = None
