@@ -209,15 +209,27 @@ def _upright(pixels: Tensor, orientation: int) -> Tensor:
     return pixels
 
 
+STRIP = 256  # rows that are made into whole numbers at a time: large pictures fill the memory
+
+
 def _levels(picture: Picture) -> Array:
     """The whole numbers of a picture, with shape (H, W, channels)."""
-    colour = torch.nan_to_num(picture.colour.detach().float().cpu(), nan=0.0).clamp(0, 1)
-    if picture.grey:
-        colour = (colour * colour.new_tensor(GREY).reshape(3, 1, 1)).sum(0, keepdim=True)
-    parts = [colour] if picture.alpha is None else [colour, picture.alpha.cpu().clamp(0, 1)]
-    peak = 2**picture.bits - 1
-    whole = (torch.cat(parts) * peak).round().movedim(0, -1).contiguous().numpy()
-    return whole.astype(np.uint16 if picture.bits == 16 else np.uint8)
+    height, width = picture.colour.shape[-2:]
+    count = (1 if picture.grey else 3) + (picture.alpha is not None)
+    kind = np.uint16 if picture.bits == 16 else np.uint8
+    whole = np.empty((height, width, count), dtype=kind)
+    for top in range(0, height, STRIP):
+        rows = slice(top, top + STRIP)
+        colour = picture.colour[:, rows].detach().float().cpu()
+        colour = torch.nan_to_num(colour, nan=0.0).clamp(0, 1)
+        if picture.grey:
+            colour = (colour * colour.new_tensor(GREY).reshape(3, 1, 1)).sum(0, keepdim=True)
+        parts = [colour]
+        if picture.alpha is not None:
+            parts.append(picture.alpha[:, rows].detach().float().cpu().clamp(0, 1))
+        levels = (torch.cat(parts) * (2**picture.bits - 1)).round()
+        whole[rows] = levels.movedim(0, -1).numpy().astype(kind)
+    return whole
 
 
 def write(path: str | os.PathLike[str], picture: Picture) -> None:

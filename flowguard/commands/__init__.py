@@ -1,0 +1,9 @@
+r"""The commands of the command line, a module each.
+
+Each has a `HELP` of one line, `parser()`, which returns its parser, and `run(args)`, which returns
+the exit code.
+"""
+
+__all__ = ["COMMANDS"]
+
+COMMANDS = ("superres", "lowlight", "convert", "inspect", "demo")

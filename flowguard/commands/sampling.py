@@ -1,0 +1,115 @@
+r"""Samples of pictures of any size, in bounded memory."""
+
+__all__ = ["latents_for", "sample"]
+
+import hashlib
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowguard.models import LowLightFlow
+
+WHOLE = 640 * 640  # pixels of a sample up to which "auto" takes the picture as a whole
+SAMPLE_TILE = 512  # rows and columns of a sample's tile, beyond
+MARGIN = 96  # of a sample's rows and columns on each side of a tile, which are thrown away
+
+Tile = int | str | None
+
+
+def seed_of(seed: int, name: str, index: int) -> int:
+    r"""Returns the seed of one sample of one picture: it depends on no other picture."""
+    digest = hashlib.blake2b(f"{seed}/{name}/{index}".encode(), digest_size=7).digest()
+    return int.from_bytes(digest)
+
+
+def latents_for(model: Any, y: Tensor, temperature: float, seed: int) -> list[Tensor]:
+    r"""Returns the latents of one sample of the whole picture.
+
+    Arguments:
+        model: The model.
+        y: The condition, with shape :math:`(1, C, H, W)`.
+        temperature: The standard deviation.
+        seed: The seed.
+    """
+    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same for every device
+    return [
+        (temperature * torch.randn(1, *shape, generator=generator)).to(y)
+        for shape in model.latent_shapes(y)
+    ]
+
+
+@torch.no_grad()
+def sample(
+    model: Any, y: Tensor, latents: Sequence[Tensor], tile: Tile = "auto"
+) -> tuple[Tensor, list[Any]]:
+    r"""Returns the sample that the latents give, and what the guard said of the condition.
+
+    Arguments:
+        model: The model.
+        y: The condition, with shape :math:`(1, 3, H, W)`.
+        latents: The latents of the whole picture.
+        tile: How the picture is cut: ``"auto"``, :py:`None` for not at all, or the number of rows
+            and columns of the condition's tiles.
+
+    Returns:
+        The sample, with shape :math:`(1, 3, H', W')`, and a report for each tile; none if the
+        model is not calibrated.
+    """
+    scale = getattr(model, "scale", 1)
+    height, width = y.shape[-2:]
+    if tile == "auto":
+        small = height * width * scale * scale <= WHOLE
+        tile = None if small else max(1, SAMPLE_TILE // scale)
+    if "tile" in inspect.signature(model.decode).parameters:
+        return model.decode(latents, y, tile=tile), _reports(model)
+    if tile is None or int(tile) >= max(height, width):
+        return model.decode(latents, y), _reports(model)
+    return _tiled(model, y, latents, int(tile), scale)
+
+
+def _reports(model: Any) -> list[Any]:
+    conditioner = model.conditioner
+    return [conditioner.report] if conditioner.calibrated and conditioner.report else []
+
+
+def _spans(
+    size: int, tile: int, margin: int, multiple: int
+) -> Iterator[tuple[int, int, int, int]]:
+    """Each tile's first and last row, and those that it is computed from."""
+    for first in range(0, size, tile):
+        last = min(first + tile, size)
+        start = max(0, first - margin) // multiple * multiple
+        yield first, last, start, min(size, -(-(last + margin) // multiple) * multiple)
+
+
+def _tiled(
+    model: Any, y: Tensor, latents: Sequence[Tensor], tile: int, scale: int
+) -> tuple[Tensor, list[Any]]:
+    multiple = model.flow.multiple if scale == 1 else model.lr_multiple
+    if isinstance(model, LowLightFlow):
+        y = model.encoder.prepare(y)  # the histogram is that of the whole picture
+    height, width = y.shape[-2:]
+    padded = [multiple * -(-n // multiple) for n in (height, width)]
+    whole = y.new_empty(1, 3, scale * height, scale * width)
+    margin, reports = -(-MARGIN // scale), []
+
+    def part(z: Tensor, axis: int, start: int, end: int) -> Tensor:
+        # A latent has a fixed number of rows for each `multiple` rows of the condition.
+        grown = multiple * -(-end // multiple)
+        a, b = (z.shape[axis] * n // padded[axis] for n in (start, grown))
+        return z.narrow(axis, a, b - a)
+
+    for top, bottom, i, j in _spans(height, tile, margin, multiple):
+        for left, right, k, m in _spans(width, tile, margin, multiple):
+            cut = [part(part(z, -2, i, j), -1, k, m) for z in latents]
+            x = model.decode(cut, y[..., i:j, k:m])
+            reports += _reports(model)
+            rows = slice(scale * (top - i), scale * (bottom - i))
+            columns = slice(scale * (left - k), scale * (right - k))
+            whole[..., scale * top : scale * bottom, scale * left : scale * right] = x[
+                ..., rows, columns
+            ]
+    return whole, reports
