@@ -22,6 +22,8 @@ from flowguard.transforms import AdditiveTransform, RobustSpline
 FAITHFUL = 0.8  # the share of a shift's bound up to which it is kept as it is
 STRAIGHT = 0.9  # the share of the box in which the map is straight, for slopes up to one
 STRAIGHT_STEEP = 0.75  # and for the steepest ones, which need some room to bend
+INNER = 0.75  # the share of the box that all values which were met shall lie in
+WIDEST = 4.0  # by how much it may be widened for that
 NEAR = 1 - 1e-3  # what a bounded shift may reach: its parameter stays finite
 FAR = 1e6  # what an intercept is cut at first: far beyond any box, and its square is finite
 
@@ -103,15 +105,20 @@ class InscribedAffine(_Units):
     r"""Creates a constructor of robust splines that follow affine maps.
 
     The units of a feature are such that a slope in the middle of those that are met is one; of
-    input and output, the one that needs the larger box decides its size.
+    input and output, the one that needs the larger box decides its size. Where values were met
+    far out in the box, or beyond it, the units are up to four times as large, so that it is as
+    rare as can be that the spline cannot follow.
 
     Arguments:
         spline: Origins and units of input and output, and the options.
-        scale: The slopes that were met, with shape :math:`(N, *, D)`.
+        x: The inputs that were met, with shape :math:`(N, *, D)`.
+        scale: The slopes that were met.
+        shift: The shifts that were met.
 
     Example:
         >>> units = torch.tensor([[0.0], [1.0], [0.0], [1.0]])
-        >>> f = InscribedAffine(RescaledSpline(*units), torch.ones(2, 1))
+        >>> x, one, zero = torch.randn(9, 1), torch.ones(9, 1), torch.zeros(9, 1)
+        >>> f = InscribedAffine(RescaledSpline(*units), x, one, zero)
         >>> f(torch.tensor([0.5]), torch.tensor([2.0]))(torch.tensor([3.0]))
         tensor([3.5000])
     """
@@ -121,12 +128,18 @@ class InscribedAffine(_Units):
     loc_out: Tensor
     scale_out: Tensor
 
-    def __init__(self, spline: RescaledSpline, scale: Tensor) -> None:
+    def __init__(self, spline: RescaledSpline, x: Tensor, scale: Tensor, shift: Tensor) -> None:
         super().__init__()
         # The middle of the range on a logarithmic scale, as slopes may be either way of it.
         log = scale.detach().flatten(0, -2).clamp(SMALLEST, 1 / SMALLEST).log()
         middle = ((log.amax(0) + log.amin(0)) / 2).exp()
-        unit = torch.maximum(spline.scale_in, spline.scale_out / middle)
+        room = INNER * spline.bound
+        unit = torch.maximum(
+            spline.scale_in * _widening(x, spline.loc_in, spline.scale_in, room),
+            spline.scale_out
+            / middle
+            * _widening(x * scale + shift, spline.loc_out, spline.scale_out, room),
+        )
         self.register_buffer("loc_in", spline.loc_in)
         self.register_buffer("scale_in", unit)
         self.register_buffer("loc_out", spline.loc_out)
@@ -154,6 +167,12 @@ class InscribedAffine(_Units):
         }
         base = RobustSpline(*inscribe(gain, intercept, **options), **options)
         return Rescaled(base, self.loc_in, self.scale_in, self.loc_out, self.scale_out)
+
+
+def _widening(x: Tensor, loc: Tensor, scale: Tensor, room: float) -> Tensor:
+    r"""By how much a unit has to grow such that all values are within some units."""
+    farthest = ((x.detach() - loc) / scale).abs().flatten(0, -2).amax(0)
+    return (farthest / room).clamp(1.0, WIDEST)
 
 
 class InscribedShift(_Units):

@@ -210,7 +210,8 @@ class _Layer(Site):
         if self.additive:
             self._replace(ShiftHead(InscribedShift(spline, shift)))
         else:
-            self._replace(AffineHead(self._formula(), InscribedAffine(spline, scale)))
+            map = InscribedAffine(spline, self.inputs, scale, shift)
+            self._replace(AffineHead(self._formula(), map))
         return []  # there is nothing to fit
 
     def _replace(self, head: Head) -> None:
