@@ -17,6 +17,10 @@ __all__ = ["FARTHEST", "SplineHead", "check_tails", "cut", "map_of", "run"]
 #: What contexts are cut at: infinite ones would become NaN (∞ - ∞) in any network.
 FARTHEST = 1e20
 
+#: How much faster a gain learns than the network behind it. Without it, a coupling that starts
+#: from a gain of zero lags behind one that starts from a last layer of zeros.
+PACE = 10.0
+
 
 def map_of(
     num_bins: int, tail_bound: float, shift_bound: float | None, slope: float | None
@@ -130,7 +134,7 @@ class SplineHead(nn.Module):
             return phi * self.scale.reshape(-1, *ones)
         # An infinite output times a gain of zero would be NaN.
         far = torch.finfo(phi.dtype).max
-        return phi.clamp(-far, far) * (self.gain * self.scale).reshape(*self.gain.shape, *ones)
+        return phi.clamp(-far, far) * (PACE * self.gain * self.scale).reshape(*self.gain.shape, *ones)
 
     def spline(self, raw: Tensor) -> Univariate:
         r"""Returns the :class:`flowguard.RobustSpline` of these outputs of the network; for their
