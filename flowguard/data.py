@@ -5,10 +5,14 @@ __all__ = [
     "HELD_OUT_PHOTOGRAPH",
     "OTHER_WORLDS",
     "TRAINING_PHOTOGRAPHS",
+    "AlignedCrops",
     "Corruption",
     "PairedCrops",
     "corruptions",
+    "delinearize",
     "downsample",
+    "expose",
+    "linearize",
     "photograph",
     "read_image",
 ]
@@ -115,7 +119,80 @@ def crop_to_multiple(image: Tensor, multiple: int) -> Tensor:
     return image[..., :h, :w]
 
 
-class PairedCrops:
+class AlignedCrops:
+    r"""Creates an endless stream of aligned random crops of image pairs.
+
+    Crops are flipped and turned at random. Larger images are asked more often.
+
+    Arguments:
+        pairs: Pairs of a target and its condition, with shapes :math:`(C, sH, sW)` and
+            :math:`(C', H, W)`.
+        scale: The factor :math:`s`.
+        size: The height and width of a target's crop, a multiple of `scale`.
+        batch: The number of crops in a batch.
+        seed: The seed of the stream: the same seed gives the same crops.
+
+    Example:
+        >>> pairs = [(torch.rand(3, 64, 64), torch.rand(6, 64, 64))]
+        >>> target, condition = next(iter(AlignedCrops(pairs, size=32, batch=8, seed=0)))
+        >>> target.shape, condition.shape
+        (torch.Size([8, 3, 32, 32]), torch.Size([8, 6, 32, 32]))
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[tuple[Tensor, Tensor]],
+        *,
+        scale: int = 1,
+        size: int,
+        batch: int,
+        seed: int,
+    ) -> None:
+        if size < 1 or size % scale:
+            raise ValueError(f"size must be a multiple of the scale {scale}; got {size}")
+        if not pairs:
+            raise ValueError("there must be at least one image; got none")
+        for target, condition in pairs:
+            if min(target.shape[-2:]) < size:
+                raise ValueError(
+                    f"images must have at least {size} rows and columns;"
+                    f" got {tuple(target.shape[-2:])}"
+                )
+            if tuple(scale * n for n in condition.shape[-2:]) != tuple(target.shape[-2:]):
+                raise ValueError(
+                    f"a target must have {scale} times the rows and columns of its condition;"
+                    f" got {tuple(target.shape[-2:])} and {tuple(condition.shape[-2:])}"
+                )
+        self.pairs = list(pairs)
+        self.scale = scale
+        self.size = size
+        self.batch = batch
+        self.seed = seed
+
+    def _crop(self, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        areas = np.array([y.shape[-1] * y.shape[-2] for _, y in self.pairs], dtype=float)
+        target, condition = self.pairs[rng.choice(len(self.pairs), p=areas / areas.sum())]
+        n = self.size // self.scale
+        i, j = (int(rng.integers(0, m - n + 1)) for m in condition.shape[-2:])
+        s = self.scale
+        pair = [
+            target[:, s * i : s * i + self.size, s * j : s * j + self.size],
+            condition[:, i : i + n, j : j + n],
+        ]
+        if rng.integers(2):
+            pair = [p.flip(-1) for p in pair]
+        turns = int(rng.integers(4))
+        first, second = (torch.rot90(p, turns, (-2, -1)) for p in pair)
+        return first, second
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        rng = np.random.default_rng(self.seed)
+        while True:
+            pairs = [self._crop(rng) for _ in range(self.batch)]
+            yield torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs])
+
+
+class PairedCrops(AlignedCrops):
     r"""Creates an endless stream of aligned random crops of HR images and their LR images.
 
     The LR image is made of the whole photograph, so that its crops know what lies beyond their
@@ -138,45 +215,68 @@ class PairedCrops:
     def __init__(
         self, images: Sequence[Tensor], *, scale: int, size: int, batch: int, seed: int
     ) -> None:
-        if size < 1 or size % scale:
-            raise ValueError(f"size must be a multiple of the scale {scale}; got {size}")
-        if not images:
-            raise ValueError("there must be at least one image; got none")
-        self.pairs = []
-        for image in images:
-            hr = crop_to_multiple(image, scale)
-            if min(hr.shape[-2:]) < size:
-                raise ValueError(
-                    f"images must have at least {size} rows and columns;"
-                    f" got {tuple(image.shape[-2:])}"
-                )
-            self.pairs.append((hr, downsample(hr[None], scale)[0]))
-        self.scale = scale
-        self.size = size
-        self.batch = batch
-        self.seed = seed
+        cut = [crop_to_multiple(image, scale) for image in images]
+        pairs = [(hr, downsample(hr[None], scale)[0]) for hr in cut]
+        super().__init__(pairs, scale=scale, size=size, batch=batch, seed=seed)
 
-    def _crop(self, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        areas = np.array([lr.shape[-1] * lr.shape[-2] for _, lr in self.pairs], dtype=float)
-        hr, lr = self.pairs[rng.choice(len(self.pairs), p=areas / areas.sum())]
-        n = self.size // self.scale
-        i, j = (int(rng.integers(0, m - n + 1)) for m in lr.shape[-2:])
-        s = self.scale
-        pair = [
-            hr[:, s * i : s * i + self.size, s * j : s * j + self.size],
-            lr[:, i : i + n, j : j + n],
-        ]
-        if rng.integers(2):
-            pair = [p.flip(-1) for p in pair]
-        turns = int(rng.integers(4))
-        first, second = (torch.rot90(p, turns, (-2, -1)) for p in pair)
-        return first, second
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        rng = np.random.default_rng(self.seed)
-        while True:
-            pairs = [self._crop(rng) for _ in range(self.batch)]
-            yield torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs])
+def linearize(image: Tensor) -> Tensor:
+    r"""Returns the light that sRGB values in :math:`[0, 1]` stand for, in :math:`[0, 1]`.
+
+    References:
+        | IEC 61966-2-1, the sRGB colour space
+
+    Arguments:
+        image: The image, of any shape.
+    """
+    return torch.where(image <= 0.04045, image / 12.92, ((image + 0.055) / 1.055) ** 2.4)
+
+
+def delinearize(light: Tensor) -> Tensor:
+    r"""Returns the sRGB values of light in :math:`[0, 1]`; the inverse of :func:`linearize`.
+
+    Arguments:
+        light: The light, not negative, of any shape.
+    """
+    return torch.where(
+        light <= 0.0031308, 12.92 * light, 1.055 * light.clamp_min(1e-9) ** (1 / 2.4) - 0.055
+    )
+
+
+def expose(
+    image: Tensor,
+    exposure: Tensor | float,
+    generator: torch.Generator,
+    *,
+    full_well: float = 1000.0,
+    read_noise: float = 2.0,
+) -> Tensor:
+    r"""Takes a photograph once more, at another exposure, with the noise of a sensor.
+
+    The photograph's light is scaled, counted as electrons with Poisson noise, read with normal
+    noise, cut at the sensor's range, and stored as sRGB of 8 bits.
+
+    Arguments:
+        image: The photograph in :math:`[0, 1]`, with shape :math:`(*, 3, H, W)`.
+        exposure: What light is multiplied by, a number or a tensor that broadcasts to the image;
+            below 1 it gets darker, above 1 what is bright is cut.
+        generator: The source of the noise.
+        full_well: The number of electrons at which a pixel is white.
+        read_noise: The standard deviation of the noise of reading, in electrons.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> bright = torch.full((3, 64, 64), 0.5)
+        >>> dark = expose(bright, 0.05, generator)
+        >>> light = linearize(dark).mean() / linearize(bright).mean()
+        >>> bool((light - 0.05).abs() < 0.002), bool(dark.std() > 0.01)
+        (True, True)
+    """
+    electrons = (full_well * exposure * linearize(image)).clamp_min(0)
+    counted = torch.poisson(electrons, generator=generator)
+    noise = torch.randn(counted.shape, generator=generator, dtype=counted.dtype)
+    light = ((counted + read_noise * noise) / full_well).clamp(0, 1)
+    return (255 * delinearize(light)).round() / 255
 
 
 @dataclass(frozen=True)

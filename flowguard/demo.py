@@ -1,6 +1,15 @@
-r"""The demo: two super-resolution flows on real photographs, within their world and without."""
+r"""The demo: two flows on real photographs, within their world and without."""
 
-__all__ = ["DemoOptions", "Result", "artefact_mask", "build", "conditions", "run"]
+__all__ = [
+    "TASKS",
+    "DemoOptions",
+    "Result",
+    "artefact_mask",
+    "build",
+    "conditions",
+    "psnr",
+    "run",
+]
 
 import dataclasses
 import math
@@ -14,19 +23,24 @@ import torch
 from torch import Tensor
 
 from flowguard import data
-from flowguard.adversary import attack
 from flowguard.certificate import certify
-from flowguard.models import SuperResolutionFlow
+from flowguard.demo_task import (
+    CALIBRATION_CROPS,
+    NOISE,
+    Condition,
+    Model,
+    SuperResolutionTask,
+    Task,
+    psnr,
+)
+from flowguard.lowlight_demo import LowLightTask
 from flowguard.ood import OODReport
 from flowguard.training import TrainingResult, train
 
-SCALE = 4
-CROP = 32  # HR rows and columns of a training crop
-BATCH = 16
-TEMPERATURE = 0.8
-CALIBRATION_CROPS = 400
-NOISE = 4.0  # the largest noise that certificate and attack allow
-QUANTILE = 0.99  # the calibrated quantile that flags a condition, at each level
+SUPERRES = SuperResolutionTask()
+SCALE, TEMPERATURE = SUPERRES.scale, SUPERRES.temperature
+#: The tasks, by name.
+TASKS: dict[str, Task] = {"superres": SUPERRES, "lowlight": LowLightTask()}
 
 
 @dataclass(frozen=True)
@@ -40,15 +54,11 @@ class DemoOptions:
     coupling: str = "robust"
     quick: bool = False
     progress: bool = True
+    task: str = "superres"
 
-
-@dataclass(frozen=True)
-class Condition:
-    r"""An LR image that the models are asked to enlarge."""
-
-    name: str
-    image: Tensor
-    strongest: bool = True  # whether its corruption, if any, is at its highest strength
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise ValueError(f"task must be one of {', '.join(TASKS)}; got {self.task!r}")
 
 
 @dataclass(frozen=True)
@@ -77,11 +87,11 @@ class Sampled:
 class Trained:
     r"""A model, its training and its quality on the held-out photograph."""
 
-    model: SuperResolutionFlow
+    model: Model
     training: TrainingResult
     held_out: dict[str, float]
-    certified: float  # no residual exceeds this for noise up to NOISE; infinite if not certified
-    attacked: float  # the largest residual that an attack reached
+    certified: float  # no sample (or residual) exceeds this for noise up to NOISE; infinite if not certified
+    attacked: float  # the largest one that an attack reached
     sampling_seconds: float
 
 
@@ -90,10 +100,15 @@ class Result:
     r"""All that the demo found out."""
 
     options: DemoOptions
-    bicubic_psnr: float
+    baseline: dict[str, float]  # the quality of the restoration without a model
     models: dict[str, Trained]
     conditions: list[Condition]
     sampled: list[dict[str, Sampled]]  # for each condition, by model
+
+    @property
+    def task(self) -> Task:
+        r"""The task that was asked for."""
+        return TASKS[self.options.task]
 
     def to_dict(self) -> dict[str, Any]:
         r"""Returns plain numbers. All but those under ``"timing"`` repeat with the seed."""
@@ -106,9 +121,9 @@ class Result:
             },
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
-            "temperature": TEMPERATURE,
+            "temperature": self.task.temperature,
             "ood_model": guarded,
-            "bicubic_psnr": self.bicubic_psnr,
+            **{f"{self.task.baseline.replace(' ', '_')}_{k}": v for k, v in self.baseline.items()},
             "models": {
                 name: {
                     "parameters": sum(p.numel() for p in t.model.flow.parameters())
@@ -193,29 +208,18 @@ def artefact_mask(sample: Tensor, condition: Tensor) -> Tensor:
     return ~((sample >= low) & (sample <= high)).all(dim=1)
 
 
-def conditions(lr: Tensor, seed: int, quick: bool) -> Iterator[Condition]:
+def conditions(
+    held_out: Tensor, seed: int, quick: bool, task: str = "superres"
+) -> Iterator[Condition]:
     r"""Yields the held-out condition, other worlds, and corruptions of the held-out one.
 
     Arguments:
-        lr: The held-out LR image, with shape :math:`(1, 3, H, W)`.
+        held_out: The held-out condition, with shape :math:`(1, 3, H, W)`.
         seed: The seed of the noise.
         quick: Whether to use fewer and smaller ones.
+        task: The name of the task.
     """
-    yield Condition("held-out photograph", lr)
-    size = 128 if quick else 384
-    for name, file in data.OTHER_WORLDS.items():
-        image = data.photograph(file)
-        top, left = (max(0, (n - size) // 2) for n in image.shape[-2:])
-        image = data.crop_to_multiple(image[:, top : top + size, left : left + size], SCALE)
-        yield Condition(name, data.downsample(image[None], SCALE))
-    for corruption in data.corruptions(seed):
-        strengths = corruption.strengths[-1:] if quick else corruption.strengths
-        for strength in strengths:
-            yield Condition(
-                f"{corruption.name} {strength:g}",
-                corruption(lr, strength),
-                strength == corruption.strengths[-1],
-            )
+    return TASKS[task].conditions(held_out, seed, quick)
 
 
 def _split(image: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,99 +228,53 @@ def _split(image: Tensor) -> tuple[Tensor, Tensor]:
     return image[..., :cut], image[..., cut:]
 
 
-def _quality(model: SuperResolutionFlow, hr: Tensor, lr: Tensor, seed: int) -> dict[str, float]:
-    from skimage.metrics import structural_similarity
-
-    generator = torch.Generator(device=hr.device).manual_seed(seed)
-    sample = model.sample(lr, 1, TEMPERATURE, generator)[0]
-    mean = model.sample(lr, 1, 0.0)[0]
-    torch.manual_seed(seed)  # the dequantisation noise
-    with torch.no_grad():
-        bits = sum(float(model.nll(hr, lr).mean()) for _ in range(4)) / 4
-    arrays = [data.to_uint8(t[0]) for t in (hr, sample, mean)]
-    ssim = [structural_similarity(arrays[0], a, channel_axis=2) for a in arrays[1:]]
-    return {
-        "bits_per_dim": bits,
-        "psnr": psnr(sample, hr),
-        "ssim": float(ssim[0]),
-        "psnr_temperature_0": psnr(mean, hr),
-        "ssim_temperature_0": float(ssim[1]),
-    }
-
-
-def psnr(image: Tensor, target: Tensor) -> float:
-    r"""Returns the peak signal-to-noise ratio in dB of an image cut to :math:`[0, 1]`."""
-    error = (image.nan_to_num().clamp(0, 1) - target).square().mean()
-    return float(-10 * torch.log10(error))
-
-
-def build(coupling: str, quick: bool = False) -> SuperResolutionFlow:
+def build(coupling: str, quick: bool = False, task: str = "superres") -> Model:
     r"""Returns the untrained model of the demo, into which its weights load.
 
     Arguments:
         coupling: The name of the coupling.
         quick: Whether the model is that of ``--quick``.
+        task: The name of the task.
     """
-    steps, hidden, features = (1, 16, 16) if quick else (4, 64, 64)
-    model = SuperResolutionFlow(
-        scale=SCALE, levels=2, steps=steps, hidden=hidden, features=features, coupling=coupling
-    )
-    model.conditioner.alpha = (1 - QUANTILE) * model.flow.levels  # shared among the levels
-    model.conditioner.boundary = QUANTILE
-    return model
+    return TASKS[task].build(coupling, quick)
 
 
-def _train(name: str, coupling: str, photographs: list[Tensor], o: DemoOptions) -> Trained:
+def _quality(task: Task, model: Model, target: Tensor, y: Tensor, seed: int) -> dict[str, float]:
+    generator = torch.Generator(device=target.device).manual_seed(seed)
+    sample = model.sample(y, 1, task.temperature, generator)[0]
+    mean = model.sample(y, 1, 0.0)[0]
+    torch.manual_seed(seed)  # the dequantisation noise
+    with torch.no_grad():
+        bits = sum(float(model.nll(target, y).mean()) for _ in range(4)) / 4
+    return {
+        "bits_per_dim": bits,
+        **task.measures(sample, target),
+        **{f"{k}_temperature_0": v for k, v in task.measures(mean, target).items()},
+    }
+
+
+def _train(
+    name: str, coupling: str, parts: list[tuple[Tensor, Tensor]], o: DemoOptions
+) -> Trained:
+    task = TASKS[o.task]
     torch.manual_seed(o.seed)
-    model = build(coupling, o.quick).to(o.device)
-    parts = [_split(image) for image in photographs]
-    crops = data.PairedCrops(
-        [part for part, _ in parts], scale=SCALE, size=CROP, batch=BATCH, seed=o.seed
-    )
+    model = task.build(coupling, o.quick).to(o.device)
+    training_parts, rest = ([part[i] for part in parts] for i in (0, 1))
+    crops = task.crops(training_parts, o.seed)
     training = train(model, crops, steps=o.steps, name=f"{name:>8}", progress=o.progress)
 
-    model.conditioner.fit(
-        [data.downsample(data.crop_to_multiple(part, 8)[None], SCALE) for part, _ in parts],
-        progress=False,
-    )
-    held = data.PairedCrops(
-        [rest for _, rest in parts], scale=SCALE, size=96, batch=8, seed=o.seed + 1
-    )
-    count = CALIBRATION_CROPS // 8
+    model.conditioner.fit(task.contexts(training_parts, o.seed), progress=False)
     model.conditioner.calibrate(
-        (lr for _, (_, lr) in zip(range(count), held, strict=False)), progress=False
+        task.calibration(rest, o.seed + 1, CALIBRATION_CROPS), progress=False
     )
-    hr = data.crop_to_multiple(data.photograph(data.HELD_OUT_PHOTOGRAPH), SCALE)[None]
-    hr = hr.to(o.device)
-    lr = data.downsample(hr, SCALE)
-    quality = _quality(model, hr, lr, o.seed)
+    target, y = (t.to(o.device) for t in task.held_out(o.seed))
+    quality = _quality(task, model, target, y, o.seed)
     start = time.perf_counter()
-    model.sample(lr, 1, TEMPERATURE)
+    model.sample(y, 1, task.temperature)
     seconds = time.perf_counter() - start
     certified = certify(model).bound(NOISE)
-    reached = _attack(model, lr, o.seed, steps=5 if o.quick else 25)
+    reached = task.attack(model, y, o.seed, steps=5 if o.quick else 25)
     return Trained(model, training, quality, certified, reached, seconds)
-
-
-def _attack(model: SuperResolutionFlow, lr: Tensor, seed: int, steps: int) -> float:
-    """The largest residual for any condition within 1 of a crop of the held-out photograph."""
-    y = lr[..., 24:40, 40:56]
-    latents = [y.new_zeros(1, *shape) for shape in model.latent_shapes(y)]
-
-    def residual(z: list[Tensor], y: Tensor) -> Tensor:
-        return model.decode(z, y) - model.upsample(y)
-
-    generator = torch.Generator(device=y.device).manual_seed(seed)
-    return attack(
-        residual,
-        y,
-        radius=1.0,
-        noise=NOISE,
-        steps=steps,
-        restarts=2,
-        latents=latents,
-        generator=generator,
-    ).value
 
 
 def run(options: DemoOptions) -> Result:
@@ -327,25 +285,23 @@ def run(options: DemoOptions) -> Result:
     Arguments:
         options: What is asked for.
     """
-    photographs = [data.photograph(name) for name in data.TRAINING_PHOTOGRAPHS]
+    task = TASKS[options.task]
+    parts = [_split(data.photograph(name)) for name in data.TRAINING_PHOTOGRAPHS]
     names = {"affine": "affine", options.coupling: options.coupling}
-    models = {
-        name: _train(name, coupling, photographs, options) for name, coupling in names.items()
-    }
+    models = {name: _train(name, coupling, parts, options) for name, coupling in names.items()}
 
-    hr = data.crop_to_multiple(data.photograph(data.HELD_OUT_PHOTOGRAPH), SCALE)[None]
-    lr = data.downsample(hr, SCALE)
-    bicubic = next(iter(models.values())).model.upsample(lr.to(options.device)).cpu()
-    asked = list(conditions(lr, options.seed, options.quick))
+    target, held_out = task.held_out(options.seed)
+    asked = list(task.conditions(held_out, options.seed, options.quick))
     sampled = []
     for condition in asked:
         y = condition.image.to(options.device)
         by_model = {}
         for name, trained in models.items():
             generator = torch.Generator(device=y.device).manual_seed(options.seed)
-            x = trained.model.sample(y, 1, TEMPERATURE, generator)[0]
+            x = trained.model.sample(y, 1, task.temperature, generator)[0]
             report = trained.model.conditioner.report
             assert report is not None  # the sample was scored
             by_model[name] = Sampled(x.cpu(), artefact_mask(x, y).cpu(), report)
         sampled.append(by_model)
-    return Result(options, psnr(bicubic, hr), models, asked, sampled)
+    baseline = task.measures(task.restored(held_out), target)
+    return Result(options, baseline, models, asked, sampled)

@@ -16,11 +16,10 @@ from torch import Tensor
 
 from flowguard import data
 from flowguard._version import __version__
-from flowguard.demo import NOISE, QUANTILE, TEMPERATURE, Condition, Result, Sampled
+from flowguard.demo import Result, Sampled
+from flowguard.demo_task import NOISE, QUANTILE, Condition
 from flowguard.files import atomic, write_text
 from flowguard.ood.plot import NINES, nines
-
-HEADLINE = "gain 5"  # the condition of the README's picture
 
 
 def _number(value: float) -> str:
@@ -28,23 +27,19 @@ def _number(value: float) -> str:
 
 
 def _held_out_rows(result: Result) -> list[list[str]]:
+    columns = result.task.columns
     rows = [
-        ["held-out photograph", "PSNR", "SSIM", "PSNR τ=0", "SSIM τ=0", "bits/dim", "training"]
+        ["held-out photograph", *(name for name, _ in columns.values()), "bits/dim", "training"]
     ]
-    rows.append(["bicubic", f"{result.bicubic_psnr:.2f}", "", "", "", "", ""])
-    for name, t in result.models.items():
-        q = t.held_out
-        rows.append(
-            [
-                name,
-                f"{q['psnr']:.2f}",
-                f"{q['ssim']:.3f}",
-                f"{q['psnr_temperature_0']:.2f}",
-                f"{q['ssim_temperature_0']:.3f}",
-                f"{q['bits_per_dim']:.3f}",
-                f"{t.training.seconds:.0f} s",
-            ]
-        )
+    measured = {result.task.baseline: result.baseline}
+    measured |= {name: t.held_out for name, t in result.models.items()}
+    for name, quality in measured.items():
+        row = [name]
+        row += [f"{quality[k]:{f}}" if k in quality else "" for k, (_, f) in columns.items()]
+        if name in result.models:
+            seconds = result.models[name].training.seconds
+            row += [f"{quality['bits_per_dim']:.3f}", f"{seconds:.0f} s"]
+        rows.append(row + [""] * (len(rows[0]) - len(row)))
     return rows
 
 
@@ -68,7 +63,7 @@ def _condition_rows(result: Result) -> list[list[str]]:
 
 
 def _guarantees(result: Result) -> str:
-    lines = [f"The residual |x - bicubic(y)| for noise up to {NOISE:g}:"]
+    lines = [f"The {result.task.bounded} for noise up to {NOISE:g}:"]
     for name, t in result.models.items():
         known = (
             f"at most {t.certified:.1f} for every condition (certificate)"
@@ -88,7 +83,7 @@ def _legend(result: Result) -> str:
         f"artefacts: share of pixels that are not finite, or more than 0.5 outside the range of"
         f" [0, 1] and the condition. OOD: Mahalanobis score of the {guarded} model's features over"
         f" its {QUANTILE:g} quantile on held-out photographs; * above it."
-        f" Samples at temperature {TEMPERATURE:g}."
+        f" Samples at temperature {result.task.temperature:g}."
     )
 
 
@@ -127,12 +122,13 @@ def _shown(image: Tensor, condition: Tensor) -> Any:
     return data.to_uint8((image - low) / (high - low))
 
 
-def panel(condition: Condition, by_model: dict[str, Sampled]) -> bytes:
+def panel(condition: Condition, by_model: dict[str, Sampled], title: str = "condition") -> bytes:
     r"""Returns a PNG: condition, samples, artefacts and OOD maps, side by side.
 
     Arguments:
         condition: The condition.
         by_model: What each model made of it.
+        title: What the condition is called.
     """
     from matplotlib.figure import Figure
 
@@ -146,7 +142,7 @@ def panel(condition: Condition, by_model: dict[str, Sampled]) -> bytes:
     for axis in axes:
         axis.set_axis_off()
     axes[0].imshow(_shown(y, y), interpolation="nearest")
-    axes[0].set_title("condition (LR)", fontsize=9)
+    axes[0].set_title(title, fontsize=9)
     for axis, name in zip(axes[1:], names, strict=False):
         axis.imshow(_shown(by_model[name].sample[0], y))
         axis.set_title(f"{name}, max|x| = {_number(by_model[name].largest)}", fontsize=9)
@@ -175,7 +171,7 @@ def headline(result: Result) -> bytes:
     from matplotlib.figure import Figure
 
     index = next(
-        (i for i, c in enumerate(result.conditions) if c.name == HEADLINE),
+        (i for i, c in enumerate(result.conditions) if c.name == result.task.headline),
         len(result.conditions) - 1,
     )
     condition, by_model = result.conditions[index], result.sampled[index]
@@ -245,7 +241,7 @@ def page(result: Result, panels: list[bytes]) -> str:
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>flowguard demo</title>'
         f"<style>{STYLE}</style><h1>flowguard demo</h1>"
-        f"<p>×4 super-resolution, {o.steps} steps, seed {o.seed}; the models differ only in"
+        f"<p>{result.task.title}, {o.steps} steps, seed {o.seed}; the models differ only in"
         f" their coupling. flowguard {__version__}, torch {torch.__version__}.</p>"
         f"{_html_table(_held_out_rows(result))}{_html_table(_condition_rows(result))}"
         f"<p>{html.escape(_legend(result))} In the panels, black to white spans the range of"
@@ -277,7 +273,8 @@ def write(result: Result) -> list[Path]:
             save_file(weights, temporary, metadata={"flowguard": __version__, "coupling": name})
         saved.append(file)
     panels = [
-        panel(c, by_model) for c, by_model in zip(result.conditions, result.sampled, strict=True)
+        panel(c, by_model, result.task.condition)
+        for c, by_model in zip(result.conditions, result.sampled, strict=True)
     ]
     files = [out / "report.html", out / "metrics.json", out / "headline.png"]
     write_text(files[0], page(result, panels))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from flowguard.models import SuperResolutionFlow
+from flowguard.models import LowLightFlow, SuperResolutionFlow
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class TrainingResult:
 
 
 def train(
-    model: SuperResolutionFlow,
+    model: SuperResolutionFlow | LowLightFlow,
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
     steps: int,
@@ -40,7 +40,8 @@ def train(
 
     Arguments:
         model: The model. It is put in training mode and left in evaluation mode.
-        batches: Pairs of HR and LR images, at least `steps` of them.
+        batches: Pairs of targets and conditions (HR and LR images, or bright and dark ones), at
+            least `steps` of them.
         steps: The number of steps.
         lr: The greatest learning rate.
         clip: The greatest norm of the gradient.
