@@ -1,4 +1,4 @@
-r"""What the couplings of a level need to know of a context, computed for all of them together.
+r"""What the steps of a level need to know of a context, computed for all of them together.
 
 The first layers of a coupling's two halves are convolutions over the same context, the widest of
 the whole flow. One convolution with the weights of all steps does their work at once.
@@ -14,66 +14,87 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowguard.image.coupling import Condition, ConditionalCoupling
-from flowguard.image.layers import NormedConv2d, ZeroConv2d, folded
+from flowguard.image.layers import ActNorm, NormedConv2d, ZeroConv2d, folded
+from flowguard.image.ready import Ready, Weights, last_layers, mixes
+from flowguard.image.steps import FlowStep
 
 #: The most numbers of hidden channels that are held at a time.
 BUDGET = 2**25
 
 
 def conditions(
-    couplings: Sequence[ConditionalCoupling],
-    context: Tensor,
-    noises: Sequence[Tensor | None],
+    steps: Sequence[FlowStep], context: Tensor, noises: Sequence[Tensor | None]
 ) -> list[Condition]:
-    r"""Returns what each coupling's own :meth:`ConditionalCoupling.condition` returns.
+    r"""Returns what the coupling of each step makes of a context.
 
-    With gradients, for hidden layers that are not initialised, or for layers that are not what
-    the coupling was made of (hooked, parametrised or quantised ones), it is called for each.
+    Without gradients the steps are computed together, and made ready to be run many times. With
+    them, or for layers that are not what the coupling was made of (hooked, parametrised, quantised
+    or not initialised ones), :meth:`ConditionalCoupling.condition` is called for each.
 
     Arguments:
-        couplings: The couplings of a level.
+        steps: The steps of a level.
         context: Their context, with shape :math:`(B, C, H, W)`.
         noises: The noise map of each, or :py:`None`.
     """
+    couplings = [step.coupling for step in steps]
     if torch.is_grad_enabled() or not all(map(_plain, couplings)):
         return [c.condition(context, n) for c, n in zip(couplings, noises, strict=True)]
-    made: list[Condition] = []
+    couplings[0].check_context(context)
+    pixel_maps = mixes([s.actnorm for s in steps], [s.mix for s in steps])
     width = 2 * couplings[0].first_kept.out_channels * context.shape[0]
     together = max(1, BUDGET // max(1, width * context.shape[-2] * context.shape[-1]))
+    made: list[Condition] = []
     for start in range(0, len(couplings), together):
         part = slice(start, start + together)
-        made += _together(couplings[part], context, noises[part])
+        shared = zip(couplings[part], noises[part], pixel_maps[part], strict=True)
+        hidden = _convolve([c.first_context for c in couplings[part]], context)
+        injected = _convolve([c.injector[0] for c in couplings[part]], context)
+        for (c, noise, (there, back)), h, i in zip(shared, hidden, injected, strict=True):
+            parameters = last_layers([_weights(c.injector[2]), _weights(c.injector[4])], i)
+            ready = Ready(there, back, _first(c), _rest(c), _noise(c))
+            made.append(Condition(parameters, h, c.fit_noise(noise, context), ready))
     return made
 
 
-def _together(
-    couplings: Sequence[ConditionalCoupling],
-    context: Tensor,
-    noises: Sequence[Tensor | None],
-) -> list[Condition]:
-    couplings[0].check_context(context)
-    n = len(couplings)
-    hidden = _conv([c.first_context for c in couplings], context).chunk(n, dim=1)
-    injected = _conv([c.injector[0] for c in couplings], context).relu_().chunk(n, dim=1)
-    made = []
-    for c, h, i, noise in zip(couplings, hidden, injected, noises, strict=True):
-        raw = c.injector[4](c.injector[2](i).relu_())
-        made.append(Condition(raw, h, c.fit_noise(noise, context)))
-    return made
-
-
-def _conv(convs: Sequence[nn.Module], x: Tensor) -> Tensor:
-    r"""Applies several 3×3 convolutions to the same input, one after the other in the channels."""
+def _convolve(convs: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    r"""Applies several 3×3 convolutions to the same input."""
     weights, biases = zip(*(folded(conv) for conv in convs), strict=True)
-    bias = None if biases[0] is None else torch.cat(biases)
-    return F.conv2d(x, torch.cat(weights), bias, padding=1)
+    y = F.conv2d(x, torch.cat(weights), padding=1)
+    # The bias is added in place, part by part: each becomes a tensor of its own.
+    shares = zip(y.chunk(len(convs), dim=1), biases, strict=True)
+    return [t.contiguous() if b is None else t + b[:, None, None] for t, b in shares]
+
+
+def _weights(conv: nn.Module) -> Weights:
+    return Weights(*folded(conv))
+
+
+def _first(coupling: ConditionalCoupling) -> Weights:
+    weight, norm = coupling.first_kept.weight, getattr(coupling.first_context, "norm", None)
+    if norm is not None:
+        weight = weight * torch.exp(norm.logs).reshape(-1, 1, 1, 1)
+    return Weights(weight, None)
+
+
+def _rest(coupling: ConditionalCoupling) -> tuple[Weights, Weights]:
+    return _weights(coupling.rest[1]), _weights(coupling.rest[3])
+
+
+def _noise(coupling: ConditionalCoupling) -> tuple[Weights, Weights, Weights] | None:
+    if coupling.noise is None:
+        return None
+    first, middle, last = (_weights(coupling.noise[i]) for i in (0, 2, 4))
+    return first, middle, last
 
 
 def _plain(coupling: ConditionalCoupling) -> bool:
-    first, middle, last = (coupling.injector[i] for i in (0, 2, 4))
-    for conv in (coupling.first_context, first, middle, last):
-        if type(conv) not in (nn.Conv2d, NormedConv2d, ZeroConv2d) or conv._forward_hooks:
+    nets = [coupling.injector, coupling.rest, coupling.first_context, coupling.first_kept]
+    for module in (m for net in (*nets, coupling.noise) if net is not None for m in net.modules()):
+        if isinstance(module, nn.Sequential | nn.ReLU):
+            continue
+        known = type(module) in (nn.Conv2d, NormedConv2d, ZeroConv2d, ActNorm)
+        if not known or module._forward_hooks or module._forward_pre_hooks:
             return False
-        if isinstance(conv, NormedConv2d) and conv.norm.pending:
+        if isinstance(module, ActNorm) and module.pending:
             return False
     return True

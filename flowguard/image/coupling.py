@@ -1,6 +1,6 @@
 r"""The conditional coupling of image flows."""
 
-__all__ = ["Condition", "ConditionalCoupling"]
+__all__ = ["Condition", "ConditionalCoupling", "Inner"]
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,6 +12,10 @@ from torch import Tensor
 
 from flowguard.image.layers import NormedConv2d, ZeroConv2d, folded
 from flowguard.image.maps import Elementwise, apply, elementwise
+from flowguard.image.ready import Ready, last_layers
+
+#: The rows and the columns of a tile that are wanted; the others are there for the convolutions.
+Inner = tuple[slice, slice]
 
 
 class Condition(NamedTuple):
@@ -20,6 +24,7 @@ class Condition(NamedTuple):
     injected: Tensor  # parameters of the feature-conditional half
     hidden: Tensor  # the context's part of the first layer of the self-conditional half
     noise: Tensor | None = None  # the noise map at the size of this level, where one is given
+    ready: Ready | None = None  # the step, ready to be run without gradients
 
 
 class ConditionalCoupling(nn.Module):
@@ -50,6 +55,10 @@ class ConditionalCoupling(nn.Module):
     The context has shape :math:`(B, context\_channels, H, W)`, or is what :meth:`condition` made
     of it. It may have fewer rows than `x`, where each stands for several samples: row :math:`i`
     of `x` then belongs to row :math:`i \bmod B` of the context.
+
+    For a tile of an image, `inner` names its rows and columns that are wanted: the output and the
+    log-determinant are theirs. There must be :data:`flowguard.image.tiling.HALO` further ones on
+    each side that is not the image's.
 
     Example:
         >>> layer = ConditionalCoupling(12, 8, hidden=16)
@@ -144,8 +153,10 @@ class ConditionalCoupling(nn.Module):
             return None
         return fit_noise(noise, self.noise_channels, context)
 
-    def _raw(self, kept: Tensor, hidden: Tensor) -> Tensor:
-        first = self.first_context
+    def _raw(self, kept: Tensor, condition: Condition) -> Tensor:
+        first, hidden = self.first_context, condition.hidden
+        if condition.ready is not None:
+            return last_layers(condition.ready.rest, condition.ready.first(kept).add_(hidden))
         if not isinstance(first, NormedConv2d):
             return self.rest(self.first_kept(kept) + hidden)
         if not (kept.numel() > 0 and first.norm.pending):
@@ -154,9 +165,15 @@ class ConditionalCoupling(nn.Module):
         # Until it is initialised, by this batch, the normalisation in `hidden` is the identity.
         return self.rest(first.norm(self.first_kept(kept) + hidden)[0])
 
-    def _noise_raw(self, kept: Tensor, noise: Tensor) -> Tensor:
-        assert self.noise is not None  # else no condition holds a noise map
-        return self.noise(torch.cat((kept, noise.to(kept.dtype)), dim=1))
+    def _raws(self, kept: Tensor, condition: Condition) -> list[Tensor]:
+        r"""The raw parameters of the maps of the changed half, in forward order."""
+        raws = [self._raw(kept, condition)]
+        if condition.noise is not None and self.noise is not None:
+            both = torch.cat((kept, condition.noise.to(kept.dtype)), dim=1)
+            ready = None if condition.ready is None else condition.ready.noise
+            noise = self.noise(both) if ready is None else last_layers(ready[1:], ready[0](both))
+            raws.insert(0, noise)
+        return raws
 
     def _match(self, x: Tensor, context: Tensor | Condition | None) -> Condition:
         if context is None:
@@ -168,34 +185,49 @@ class ConditionalCoupling(nn.Module):
                 f"the context must have the size {tuple(x.shape[-2:])} of the image at this level;"
                 f" got {tuple(context.hidden.shape[-2:])}"
             )
-        noise = None if context.noise is None else repeat_rows(context.noise, x)
-        return Condition(repeat_rows(context.injected, x), repeat_rows(context.hidden, x), noise)
+        return Condition(
+            repeat_rows(context.injected, x),
+            repeat_rows(context.hidden, x),
+            None if context.noise is None else repeat_rows(context.noise, x),
+            None if torch.is_grad_enabled() else context.ready,
+        )
 
     def forward(
-        self, x: Tensor, context: Tensor | Condition | None = None
+        self, x: Tensor, context: Tensor | Condition | None = None, inner: Inner | None = None
     ) -> tuple[Tensor, Tensor]:
-        injected, hidden, noise = self._match(x, context)
-        x, ladj = apply(self.map, x, injected, inverse=False)
+        condition = self._match(x, context)
+        around, params = (
+            x[:, : self.kept],
+            condition.injected[:, : self.kept * self.map.parameters],
+        )
+        x, ladj = apply(self.map, crop(x, inner), crop(condition.injected, inner), inverse=False)
         kept, changed = x.tensor_split((self.kept,), dim=1)
-        if noise is not None:
-            raw = self._noise_raw(kept, noise)
-            changed, more = apply(self.map, changed, raw, inverse=False)
+        seen = kept
+        if inner is not None:  # the convolutions see what is around the tile, transformed
+            seen, _ = apply(self.map, around, params, inverse=False)
+        for raw in self._raws(seen, condition):
+            changed, more = apply(self.map, changed, crop(raw, inner), inverse=False)
             ladj = ladj + more
-        changed, more = apply(self.map, changed, self._raw(kept, hidden), inverse=False)
-        return torch.cat((kept, changed), dim=1), ladj + more
+        return torch.cat((kept, changed), dim=1), ladj
 
     def inverse(
-        self, z: Tensor, context: Tensor | Condition | None = None
+        self, z: Tensor, context: Tensor | Condition | None = None, inner: Inner | None = None
     ) -> tuple[Tensor, Tensor]:
-        injected, hidden, noise = self._match(z, context)
-        kept, changed = z.tensor_split((self.kept,), dim=1)
-        changed, ladj = apply(self.map, changed, self._raw(kept, hidden), inverse=True)
-        if noise is not None:
-            raw = self._noise_raw(kept, noise)
-            changed, more = apply(self.map, changed, raw, inverse=True)
+        condition = self._match(z, context)
+        raws = self._raws(z[:, : self.kept], condition)
+        kept, changed = crop(z, inner).tensor_split((self.kept,), dim=1)
+        ladj = z.new_zeros(())
+        for raw in reversed(raws):
+            changed, more = apply(self.map, changed, crop(raw, inner), inverse=True)
             ladj = ladj + more
-        x, more = apply(self.map, torch.cat((kept, changed), dim=1), injected, inverse=True)
+        params = crop(condition.injected, inner)
+        x, more = apply(self.map, torch.cat((kept, changed), dim=1), params, inverse=True)
         return x, ladj + more
+
+
+def crop(t: Tensor, inner: Inner | None) -> Tensor:
+    r"""Returns the wanted part of a tile; all of it, if :py:`None`."""
+    return t if inner is None else t[..., inner[0], inner[1]]
 
 
 def _conv(in_channels: int, out_channels: int, kernel_size: int) -> nn.Conv2d:

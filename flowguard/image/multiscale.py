@@ -1,6 +1,6 @@
 r"""The conditional multiscale flow."""
 
-__all__ = ["ConditionalMultiscaleFlow", "published_flow"]
+__all__ = ["ConditionalMultiscaleFlow", "cut", "published_flow"]
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -141,15 +141,35 @@ class ConditionalMultiscaleFlow(nn.Module):
                 self.splits.append(last)
                 c = last.kept
 
-    def _level(self, level: int) -> list[FlowStep]:
+    def steps_of(self, level: int) -> list[FlowStep]:
         steps = self.steps[level]
         return list(cast(Iterable[FlowStep], steps))
 
-    def _transitions(self, level: int) -> list[TransitionStep]:
+    def transitions_of(self, level: int) -> list[TransitionStep]:
         return list(cast(Iterable[TransitionStep], self.transitions[level]))
 
-    def _split(self, level: int) -> Split | None:
+    def split_of(self, level: int) -> Split | None:
         return cast(Split, self.splits[level]) if level < len(self.splits) else None
+
+    def is_noisy(self, level: int, step: int) -> bool:
+        r"""Whether a step is given the noise map, where there is one."""
+        return step >= len(self.steps_of(level)) - self.noise_steps[level]
+
+    def check_context(self, context: Sequence[Tensor]) -> None:
+        r"""Refuses a context that does not hold one map for each level."""
+        if len(context) != self.levels:
+            raise ValueError(
+                f"the context must hold one map for each of the {self.levels} levels;"
+                f" got {len(context)}"
+            )
+
+    def check_latents(self, z: Sequence[Tensor]) -> None:
+        r"""Refuses another number of latents than there are."""
+        if len(z) != len(self.splits) + 1:
+            raise ValueError(
+                f"there must be one latent for each of the {len(self.splits)} splits and one for"
+                f" the last level; got {len(z)}"
+            )
 
     @property
     def multiple(self) -> int:
@@ -172,7 +192,7 @@ class ConditionalMultiscaleFlow(nn.Module):
         shapes, c = [], self.channels
         for level in range(self.levels):
             height, width, c = height // 2, width // 2, 4 * c
-            split = self._split(level)
+            split = self.split_of(level)
             if split is not None:
                 shapes.append((split.dropped, height, width))
                 c = split.kept
@@ -197,19 +217,15 @@ class ConditionalMultiscaleFlow(nn.Module):
             >>> x.shape
             torch.Size([5, 3, 8, 8])
         """
-        if len(context) != self.levels:
-            raise ValueError(
-                f"the context must hold one map for each of the {self.levels} levels;"
-                f" got {len(context)}"
-            )
+        self.check_context(context)
         if noise is not None and not self.noise_channels:
             raise ValueError("this flow knows of no noise: give noise_channels when making it")
         made = []
-        for level, c in enumerate(_cut(c) for c in context):
-            couplings = [step.coupling for step in self._level(level)]
-            first = len(couplings) - self.noise_steps[level]
-            noises = [noise if k >= first else None for k in range(len(couplings))]
-            made.append((c, conditions(couplings, c, noises)))
+        for level, c in enumerate(cut(c) for c in context):
+            steps = self.steps_of(level)
+            first = len(steps) - self.noise_steps[level]
+            noises = [noise if k >= first else None for k in range(len(steps))]
+            made.append((c, conditions(steps, c, noises)))
         return made
 
     def _conditions(self, context: Context | None) -> Conditions:
@@ -242,13 +258,13 @@ class ConditionalMultiscaleFlow(nn.Module):
         total = x.new_zeros(x.shape[0])
         for level, (features, per_step) in enumerate(ready):
             x, _ = self.squeeze(x)
-            for transition in self._transitions(level):
+            for transition in self.transitions_of(level):
                 x, ladj = transition(x)
                 total = total + ladj
-            for step, condition in zip(self._level(level), per_step, strict=True):
+            for step, condition in zip(self.steps_of(level), per_step, strict=True):
                 x, ladj = step(x, condition)
                 total = total + ladj
-            split = self._split(level)
+            split = self.split_of(level)
             if split is not None:
                 x, latent, ladj = split(x, features)
                 total = total + ladj
@@ -269,25 +285,21 @@ class ConditionalMultiscaleFlow(nn.Module):
         Returns:
             The images, with shape :math:`(B, C, H, W)`, and the log-determinant.
         """
-        if len(z) != len(self.splits) + 1:
-            raise ValueError(
-                f"there must be one latent for each of the {len(self.splits)} splits and one for"
-                f" the last level; got {len(z)}"
-            )
+        self.check_latents(z)
         ready = self._conditions(context)
         *latents, x = z
         total = x.new_zeros(x.shape[0])
         for level in reversed(range(self.levels)):
             features, per_step = ready[level]
-            split = self._split(level)
+            split = self.split_of(level)
             if split is not None:
                 x, ladj = split.inverse(x, latents[level], features)
                 total = total + ladj
-            steps = list(zip(self._level(level), per_step, strict=True))
+            steps = list(zip(self.steps_of(level), per_step, strict=True))
             for step, condition in reversed(steps):
                 x, ladj = step.inverse(x, condition)
                 total = total + ladj
-            for transition in reversed(self._transitions(level)):
+            for transition in reversed(self.transitions_of(level)):
                 x, ladj = transition.inverse(x)
                 total = total + ladj
             x, _ = self.squeeze.inverse(x)
@@ -310,7 +322,7 @@ class ConditionalMultiscaleFlow(nn.Module):
         )
 
 
-def _cut(context: Tensor) -> Tensor:
+def cut(context: Tensor) -> Tensor:
     farthest = min(FARTHEST, torch.finfo(context.dtype).max)
     return context.clamp(-farthest, farthest)
 

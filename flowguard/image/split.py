@@ -7,7 +7,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from flowguard.functional import bounded
-from flowguard.image.coupling import repeat_rows
+from flowguard.image.coupling import Inner, crop, repeat_rows
 from flowguard.image.layers import ZeroConv2d
 
 
@@ -26,6 +26,9 @@ class Split(nn.Module):
         mean_bound: The bound of the mean. If :py:`None`, it is free, as published.
         scale_bound: The bound of the log-scale. If :py:`None`, it is free, as published.
         share: The share of the channels that leaves.
+
+    For a tile of an image, `inner` names what is wanted of it; see
+    :class:`flowguard.image.ConditionalCoupling`.
 
     Example:
         >>> split = Split(12, 8)
@@ -71,14 +74,21 @@ class Split(nn.Module):
         mean, logs = raw.to(torch.promote_types(raw.dtype, kept.dtype)).chunk(2, dim=1)
         return bounded(mean, self.mean_bound), bounded(logs, self.scale_bound)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, inner: Inner | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         kept, dropped = x.tensor_split((self.kept,), dim=1)
-        mean, logs = self._prior(kept, context)
+        mean, logs = (crop(t, inner) for t in self._prior(kept, context))
+        kept, dropped = crop(kept, inner), crop(dropped, inner)
         return kept, (dropped - mean) * torch.exp(-logs), -logs.flatten(1).sum(1)
 
     def inverse(
-        self, kept: Tensor, latent: Tensor, context: Tensor | None = None
+        self,
+        kept: Tensor,
+        latent: Tensor,
+        context: Tensor | None = None,
+        inner: Inner | None = None,
     ) -> tuple[Tensor, Tensor]:
-        mean, logs = self._prior(kept, context)
-        dropped = latent * torch.exp(logs) + mean
-        return torch.cat((kept, dropped), dim=1), logs.flatten(1).sum(1)
+        mean, logs = (crop(t, inner) for t in self._prior(kept, context))
+        dropped = crop(latent, inner) * torch.exp(logs) + mean
+        return torch.cat((crop(kept, inner), dropped), dim=1), logs.flatten(1).sum(1)

@@ -1,9 +1,10 @@
 r"""The steps of an image flow."""
 
-__all__ = ["FlowStep", "Mix", "TransitionStep"]
+__all__ = ["FlowStep", "TransitionStep"]
 
 from typing import Any
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 
@@ -15,8 +16,8 @@ from flowguard.image.layers import (
     OrthogonalConv1x1,
 )
 from flowguard.image.maps import Elementwise
+from flowguard.image.ready import Mix, Ready
 
-Mix = FixedConv1x1 | InvertibleConv1x1 | OrthogonalConv1x1
 MIXES: dict[str, type[Mix]] = {
     "fixed": FixedConv1x1,
     "free": InvertibleConv1x1,
@@ -103,15 +104,30 @@ class FlowStep(nn.Module):
     def forward(
         self, x: Tensor, context: Tensor | Condition | None = None
     ) -> tuple[Tensor, Tensor]:
-        x, a = self.actnorm(x)
-        x, b = self.mix(x)
+        ready = _ready(context)
+        if ready is not None:
+            x, b = ready.forward_mix(x)
+        else:
+            x, a = self.actnorm(x)
+            x, b = self.mix(x)
+            b = a + b
         x, c = self.coupling(x, context)
-        return x, a + b + c
+        return x, b + c
 
     def inverse(
         self, z: Tensor, context: Tensor | Condition | None = None
     ) -> tuple[Tensor, Tensor]:
         z, c = self.coupling.inverse(z, context)
+        ready = _ready(context)
+        if ready is not None:
+            z, b = ready.inverse_mix(z)
+            return z, b + c
         z, b = self.mix.inverse(z)
         z, a = self.actnorm.inverse(z)
         return z, a + b + c
+
+
+def _ready(context: Tensor | Condition | None) -> Ready | None:
+    if torch.is_grad_enabled() or not isinstance(context, Condition):
+        return None
+    return context.ready
