@@ -17,17 +17,26 @@ from flowguard.commands.parsing import (
     writable,
 )
 
-HELP = "train an affine and a robust super-resolution flow and compare them"
+HELP = "train an affine and a robust image flow and compare them"
+#: What ``--task`` takes: the keys of ``flowguard.demo.TASKS``, which need not be imported for it.
+TASKS = ("superres", "lowlight")
 
 
 def parser() -> Parser:
     r"""Returns the parser."""
     demo = Parser(
         description=(
-            "Train two ×4 super-resolution flows on real photographs, equal but for the coupling,"
-            " and ask both for conditions within and without their world. Writes report.html,"
+            "Train two flows on real photographs, equal but for the coupling, and ask both for"
+            " conditions within and without their world: ×4 super-resolution, or with --task"
+            " lowlight photographs taken in the dark. Writes report.html,"
             " metrics.json, the panels as PNG and both weights as safetensors."
         ),
+    )
+    demo.add_argument(
+        "--task",
+        default="superres",
+        choices=TASKS,
+        help="what the flows are for (default: superres)",
     )
     demo.add_argument(
         "--steps",
@@ -84,6 +93,7 @@ def run(args: Any) -> int:
         device=args.device,
         coupling=args.coupling,
         quick=args.quick,
+        task=args.task,
     )
     with threads(args.threads):
         result = demo.run(options)
