@@ -6,6 +6,7 @@ the `forward` of those that are reversed. Their networks are kept as they are.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -176,7 +177,9 @@ class _AffineLayer(_Layer):
         slope, intercept = self._map(slice(None))
         layer = self.layer
         layer.map = (
-            InscribedShift(spline, intercept) if self.additive else InscribedAffine(spline, slope)
+            InscribedShift(spline, intercept)
+            if self.additive
+            else InscribedAffine(spline, self.inputs, slope, intercept)
         ).train(layer.training)
         layer.flipped = self.forward
         layer.__class__ = self.robust
@@ -420,7 +423,9 @@ class _Normflows(Surgeon):
                 or name.startswith(tuple(within))
             ):
                 continue
-            whole = type(m) in SITES or type(m).__module__.startswith("flowguard")
+            whole = isinstance(m, (*SITES, *CONSTANT)) or type(m).__module__.startswith(
+                "flowguard"
+            )
             if whole or not any(isinstance(part, Flow) for part in m.modules() if part is not m):
                 within.append(f"{name}." if name else "")
                 if why := _why_not(m):
@@ -439,6 +444,8 @@ class _Normflows(Surgeon):
             isinstance(m, Autoregressive) for m in model.modules()
         ):
             return None
+        if isinstance(getattr(model, "flow", None), MultiscaleFlow):  # behind a guard
+            return None
         if _is_conditional(model):
             return model.inverse(x, context=context)
         if isinstance(model, NormalizingFlow):
@@ -448,7 +455,7 @@ class _Normflows(Surgeon):
                 x, _ = flow.inverse(x)
             return x
         if isinstance(model, MultiscaleFlow):
-            levels, _ = model.inverse_and_log_det(x)
+            levels, _ = model.inverse_and_log_det(x, **_context(model, context))
             self.shapes = [z.shape[1:] for z in levels]
             return torch.cat([z.flatten(1) for z in levels], dim=1)
         return None
@@ -464,13 +471,18 @@ class _Normflows(Surgeon):
                 z, _ = flow(z)
             return z
         levels = z.split([math.prod(shape) for shape in self.shapes], dim=1)
-        return model.forward_and_log_det(
-            [t.unflatten(1, shape) for t, shape in zip(levels, self.shapes, strict=True)]
-        )[0]
+        noise = [t.unflatten(1, shape) for t, shape in zip(levels, self.shapes, strict=True)]
+        return model.forward_and_log_det(noise, **_context(model, context))[0]
 
 
 def _is_conditional(model: Any) -> bool:
     return isinstance(model, ConditionalNormalizingFlow)
+
+
+def _context(model: Any, context: Any) -> dict[str, Any]:
+    r"""The context for the layers of a multiscale flow: normflows' own is for the base only."""
+    takes = "context" in inspect.signature(model.inverse_and_log_det).parameters
+    return {"context": context} if takes else {}
 
 
 surgeon.register(NormalizingFlow)(_Normflows)

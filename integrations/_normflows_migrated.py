@@ -321,14 +321,13 @@ class _Units:
 
     Arguments:
         layer: The layer.
-        inverse: Whether sampling runs the layer in its inverse direction, which in normflows is
-            the unusual one.
+        inverse: Whether sampling runs the layer from noise to data, which is its `forward`.
     """
 
     def __init__(self, layer: _Inscribed, inverse: bool) -> None:
         zeros = torch.zeros_like(next(layer.map.buffers()))
         f = layer.follow(zeros, zeros)
-        from_noise = inverse == layer.flipped
+        from_noise = inverse != layer.flipped
         self.g = envelope(f.base, from_noise)
         units = [constant(t) for t in (f.loc_in, f.scale_in, f.loc_out, f.scale_out)]
         self.loc, self.scale, self.loc_after, self.scale_after = (
@@ -409,9 +408,9 @@ def _carried_masked(layer: Any, inverse: bool) -> Iterator[Step]:
 
 @rule(CarriedCoupledSpline)
 def _carried_coupled(layer: Any, inverse: bool) -> Iterator[Step]:
-    yield from within("prqct", layer.prqct, not inverse)
+    yield from within("prqct", layer.prqct, inverse)
 
 
 @rule(CarriedAutoregressiveSpline)
 def _carried_autoregressive(layer: Any, inverse: bool) -> Iterator[Step]:
-    yield from within("mprqat", layer.mprqat, not inverse)
+    yield from within("mprqat", layer.mprqat, inverse)
