@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from flowguard import cli, demo, demo_report
+from flowguard.commands import demo as command
 from flowguard.files import atomic
 
 
@@ -104,6 +105,7 @@ MISTAKES = {
     "device without a build": (["--device", "hpu"], "--device: 'hpu' cannot be used here"),
     "out is nothing": (["--out", ""], "must name a folder"),
     "a report that is a folder": (["--out", "taken"], "is a folder, and shall become a file"),
+    "unknown task": (["--task", "night"], "invalid choice: 'night'"),
     "mistyped option": (["--stepz", "3"], "unrecognized arguments: --stepz 3"),
 }
 
@@ -136,6 +138,12 @@ def test_a_folder_that_is_not_writable(tmp_path):
     done = flowguard("demo", "--quick", "--out", locked, cwd=tmp_path)
     assert done.returncode == 2
     assert "cannot write to the folder" in done.stderr
+
+
+def test_the_tasks_of_the_command_are_those_of_the_demo():
+    assert set(command.TASKS) == set(demo.TASKS)
+    with pytest.raises(ValueError, match="superres, lowlight; got 'night'"):
+        demo.DemoOptions(out=pathlib.Path(), task="night")
 
 
 def test_no_command_and_an_unknown_one(tmp_path):
