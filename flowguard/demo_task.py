@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flowguard import data
 from flowguard.adversary import attack
+from flowguard.image.maps import Elementwise
 from flowguard.models import LowLightFlow, SuperResolutionFlow
 
 CROP = 32  # rows and columns of a target in training
@@ -45,11 +46,11 @@ class Task(abc.ABC):
     temperature: float
     columns: dict[str, tuple[str, str]]  # for each measure its heading and its format
 
-    def build(self, coupling: str, quick: bool = False) -> Model:
+    def build(self, coupling: str | Elementwise, quick: bool = False) -> Model:
         r"""Returns the untrained model, into which its weights load.
 
         Arguments:
-            coupling: The name of the coupling.
+            coupling: The name of the coupling, or its map.
             quick: Whether the model is that of ``--quick``.
         """
         model = self.model(coupling, quick)
@@ -58,7 +59,7 @@ class Task(abc.ABC):
         return model
 
     @abc.abstractmethod
-    def model(self, coupling: str, quick: bool) -> Model:
+    def model(self, coupling: str | Elementwise, quick: bool) -> Model:
         r"""Returns the untrained model."""
 
     @abc.abstractmethod
@@ -157,7 +158,7 @@ class SuperResolutionTask(Task):
         "ssim_temperature_0": ("SSIM τ=0", ".3f"),
     }
 
-    def model(self, coupling: str, quick: bool) -> SuperResolutionFlow:
+    def model(self, coupling: str | Elementwise, quick: bool) -> SuperResolutionFlow:
         steps, hidden, features = (1, 16, 16) if quick else (4, 64, 64)
         return SuperResolutionFlow(
             scale=self.scale,

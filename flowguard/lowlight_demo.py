@@ -21,6 +21,7 @@ from flowguard.demo_task import (
     psnr,
     ssim,
 )
+from flowguard.image.maps import Elementwise
 from flowguard.models import LowLightEncoder, LowLightFlow
 from flowguard.models.lowlight_encoder import low_light_input
 
@@ -74,7 +75,7 @@ class LowLightTask(Task):
         "ssim_temperature_0": ("SSIM τ=0", ".3f"),
     }
 
-    def model(self, coupling: str, quick: bool) -> LowLightFlow:
+    def model(self, coupling: str | Elementwise, quick: bool) -> LowLightFlow:
         features, blocks, steps, hidden = (8, 1, 1, 16) if quick else (16, 2, 4, 48)
         encoder = LowLightEncoder(
             features, growth=8, blocks=blocks, stacked=tuple(range(blocks)), levels=2
