@@ -1,5 +1,6 @@
 r"""Tests for the registry of hosts."""
 
+import importlib.util
 import subprocess
 import sys
 from types import ModuleType
@@ -7,7 +8,7 @@ from types import ModuleType
 import pytest
 
 from flowguard import _register, integrations
-from flowguard.integrations import HOSTS, register, unregister
+from flowguard.integrations import HOSTS, PACKAGES, register, unregister
 
 ADAPTERS = [
     host
@@ -99,7 +100,8 @@ def test_without_the_host_the_error_names_the_pip_command(host):
     run(
         f"""
 import sys
-sys.modules[{host!r}] = None  # what the import system sees of a package that is not there
+for package in {PACKAGES.get(host, (host,))!r}:
+    sys.modules[package] = None  # what the import system sees of a package that is not there
 import flowguard
 from flowguard._register import register, unregister
 unregister()
@@ -118,7 +120,7 @@ def test_without_any_host():
     run(
         f"""
 import sys
-for host in {HOSTS!r}:
+for host in {(*HOSTS, *PACKAGES["nflows"])!r}:
     sys.modules[host] = None
 from flowguard._register import register
 try:
@@ -137,5 +139,20 @@ def test_import_of_flowguard_imports_no_host():
 import sys
 import flowguard, flowguard.integrations, flowguard._register
 assert not any(host in sys.modules for host in {HOSTS!r})
+"""
+    )
+
+
+@pytest.mark.skipif(importlib.util.find_spec("glasflow") is None, reason="glasflow is missing")
+def test_the_fork_in_glasflow_stands_in_for_nflows():
+    run(
+        """
+import sys
+sys.modules["nflows"] = None
+import flowguard, glasflow.nflows.transforms as host
+flowguard.register("nflows")
+assert issubclass(host.RobustSplineCouplingTransform, host.coupling.CouplingTransform)
+flowguard.unregister()
+assert not hasattr(host, "RobustSplineCouplingTransform")
 """
     )
