@@ -113,6 +113,7 @@ class ContextAdapter(Flow):
         flow: The layer.
 
     Example:
+        >>> import normflows
         >>> layer = ContextAdapter(normflows.flows.ActNorm((3,)))
         >>> z, context = torch.randn(64, 3), torch.randn(64, 5)
         >>> x, log_det = layer(z, context)

@@ -90,11 +90,12 @@ class GaussianPrior(BaseDistribution):
         """
         context = context_like(z, context, self.context_channels)
         if self.given_channels is not None:
-            if given is None or given.dim() != 4 or given.shape[1] != self.given_channels:
+            expected = (self.given_channels, *z.shape[2:])
+            if given is None or given.shape[1:] != expected:
                 got = None if given is None else tuple(given.shape)
                 raise ValueError(
-                    f"the prior looks at latents of shape (B, {self.given_channels}, H, W) that are"
-                    f" known already; got {got}"
+                    f"the prior looks at latents of shape (B, {', '.join(map(str, expected))}) that"
+                    f" are known already; got {got}"
                 )
             given = repeat_rows(given, z)
         if self.net is None:

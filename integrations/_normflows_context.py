@@ -13,7 +13,15 @@ from flowguard.image.coupling import repeat_rows
 from flowguard.image.multiscale import FARTHEST
 from flowguard.transforms import AdditiveTransform, RobustSpline, Univariate
 
-__all__ = ["Constructor", "additive_map", "context_like", "robust_map", "sum_rows", "unpack"]
+__all__ = [
+    "Constructor",
+    "additive_map",
+    "context_like",
+    "cut",
+    "robust_map",
+    "sum_rows",
+    "unpack",
+]
 
 #: From unconstrained parameters to a univariate map.
 Constructor = Callable[..., Univariate]
@@ -124,5 +132,16 @@ def context_like(z: Tensor, context: Tensor | None, channels: int | None) -> Ten
                 f"the context must have the size {tuple(z.shape[2:])} of the image at this layer,"
                 f" or one position for all; got {tuple(context.shape[2:])}"
             )
+    return repeat_rows(cut(context), z)
+
+
+def cut(context: Tensor) -> Tensor:
+    r"""Cuts a context at :math:`\pm 10^{20}`: infinite ones would make NaN (:math:`\infty - \infty`).
+
+    Arguments:
+        context: The context; what is not floating point is returned as it is.
+    """
+    if not context.is_floating_point():
+        return context
     farthest = min(FARTHEST, torch.finfo(context.dtype).max)
-    return repeat_rows(context.clamp(-farthest, farthest), z)
+    return context.clamp(-farthest, farthest)

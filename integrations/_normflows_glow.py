@@ -310,7 +310,7 @@ class RobustGlowBlock(Flow):
         if self.mix is not None:
             z, log_det = self.mix.inverse(z)  # type: ignore[operator]
             total = total + log_det
-        if self.training and not self.actnorm._ready:
+        if z.numel() > 0 and self.actnorm.pending:
             _normalize_samples(self.actnorm, z)
         z, log_det = self.actnorm.inverse(z)
         return z, total + log_det
@@ -327,10 +327,10 @@ class RobustGlowBlock(Flow):
 
 @torch.no_grad()
 def _normalize_samples(layer: ActNorm, z: Tensor) -> None:
-    r"""Initialises the layer such that its inverse normalizes this batch, unless it is ready."""
-    if z.numel() == 0 or bool(layer.initialized):
-        return
+    r"""Initialises the layer such that its inverse normalizes this batch."""
     layer.initialize(z)
+    if layer.pending:
+        return  # a batch that is not finite changes nothing
     layer.bias.mul_(-layer.logs.exp())
     layer.logs.neg_()
 

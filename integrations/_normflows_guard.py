@@ -27,6 +27,8 @@ class GuardedConditionalFlow(ConditionalNormalizingFlow):
         conditioner: The conditioner; see :class:`flowguard.OODConditioner`.
 
     Example:
+        >>> import normflows
+        >>> from flowguard.integrations.normflows import RobustSplineCoupling
         >>> base = normflows.distributions.DiagGaussian(3, trainable=False)
         >>> layers = [RobustSplineCoupling(3, 1, 16, num_context_channels=4)]
         >>> conditioner = flowguard.OODConditioner(nn.Linear(5, 4), policy="report", alpha=0.01)

@@ -21,6 +21,7 @@ from flowguard.image.coupling import repeat_rows
 
 from ._normflows_adapter import accepts, route, run
 from ._normflows_bases import from_noise
+from ._normflows_context import cut
 
 __all__ = ["ConditionalMultiscaleFlow", "Context"]
 
@@ -77,6 +78,8 @@ class ConditionalMultiscaleFlow(MultiscaleFlow):
         p: The target distribution, for :meth:`reverse_kld` alone.
 
     Example:
+        >>> import normflows
+        >>> from flowguard.integrations.normflows import GaussianPrior, RobustGlowBlock
         >>> bases = [GaussianPrior(24), GaussianPrior(6, context_channels=3, given_channels=6)]
         >>> flows = [
         ...     [RobustGlowBlock(24, 16, context_channels=3), normflows.flows.Squeeze()],
@@ -423,7 +426,7 @@ class ConditionalMultiscaleFlow(MultiscaleFlow):
             )
         if size is None:
             if isinstance(maps[0], Tensor) and maps[0].dim() == 4:
-                return [tuple(t.shape[2:]) for t in maps]
+                return self._listed_sizes([tuple(t.shape[2:]) for t in maps])
             size = maps[0].size if isinstance(maps[0], _Resized) else None
         if size is None or len(size) != 2:
             if adapts:
@@ -439,6 +442,16 @@ class ConditionalMultiscaleFlow(MultiscaleFlow):
                 )
             return None
         return [tuple(n // scale for n in size) for scale in self.scales]
+
+    def _listed_sizes(self, sizes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        ratios = [self.scales[0] // scale for scale in self.scales]
+        expected = [tuple(n * ratio for n in sizes[0]) for ratio in ratios]
+        if sizes != expected:
+            raise ValueError(
+                f"the maps of the levels must have the sizes {expected}, coarsest first or finest"
+                f" first; got {sizes}"
+            )
+        return sizes
 
     @contextmanager
     def _tempered(self, temperature: float | None) -> Iterator[None]:
@@ -500,6 +513,7 @@ def _wants(base: nn.Module) -> Wants:
 
 
 def _rows(t: Tensor, rows: int) -> Tensor:
+    t = cut(t)  # before it is resized, which adds infinities up
     if t.shape[0] == 1:
         return t.expand(rows, *t.shape[1:])
     return repeat_rows(t, t.new_empty(rows, 0))
