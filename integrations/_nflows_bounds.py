@@ -36,6 +36,7 @@ from flowguard.bounds import (
 
 from . import _nflows_linear as linear
 from ._nflows_autoregressive import MaskedRobustSplineAutoregressiveTransform
+from ._nflows_base import MultiscaleNormal
 from ._nflows_coupling import RobustSplineCDF, RobustSplineCouplingTransform
 from ._nflows_host import CANDIDATES, HOST, part
 from ._nflows_image import ConditionalMultiscaleTransform, RobustFlowStep
@@ -60,6 +61,8 @@ def _flow(flow: Any, inverse: bool) -> Iterator[Step]:
 
 def _base(base: Any, size: int) -> Step:
     name, kind = "_distribution", type(base).__name__
+    if isinstance(base, MultiscaleNormal):
+        return Noise(name=name, kind=kind, size=size)
     if _is(base, "StandardNormal"):
         return Noise(name=name, kind=kind, size=size, event=base._shape.numel())
     if isinstance(base, Distribution):  # of torch, which knows no context
@@ -288,8 +291,8 @@ TRANSFORMS: dict[str, Rule] = {
 
 def _sample(model: Any, context: Tensors) -> tuple[Sampler, Tensors]:
     base = model._distribution
-    normal, given = _is(base, "StandardNormal"), _is(base, "ConditionalDiagonalNormal")
-    if not (normal or given):
+    given, sized = _is(base, "ConditionalDiagonalNormal"), isinstance(base, MultiscaleNormal)
+    if not (given or sized or _is(base, "StandardNormal")):
         raise unknown_noise(base)
     with torch.no_grad():
         embedded = model._embedding_net(context)
@@ -303,7 +306,8 @@ def _sample(model: Any, context: Tensors) -> tuple[Sampler, Tensors]:
         x: Tensor = model._transform.inverse(z, context=c)[0]
         return x
 
-    return draw, like.new_zeros(like.shape[0], *base._shape)
+    shape = (base.latent_size(embedded),) if sized else base._shape
+    return draw, like.new_zeros(like.shape[0], *shape)
 
 
 def unknown_noise(base: Any) -> TypeError:

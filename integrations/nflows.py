@@ -8,6 +8,7 @@ fork ``glasflow.nflows``. ``flowguard.register("nflows")`` puts the names into
 """
 
 from ._nflows_autoregressive import MaskedRobustSplineAutoregressiveTransform
+from ._nflows_base import MultiscaleNormal
 from ._nflows_coupling import RobustSplineCDF, RobustSplineCouplingTransform
 from ._nflows_host import HOST
 from ._nflows_image import ConditionalMultiscaleTransform, RobustFlowStep
@@ -18,6 +19,7 @@ __all__ = [
     "HOST",
     "ConditionalMultiscaleTransform",
     "MaskedRobustSplineAutoregressiveTransform",
+    "MultiscaleNormal",
     "PackMaps",
     "RobustFlowStep",
     "RobustSplineCDF",
@@ -27,6 +29,7 @@ __all__ = [
 ]
 
 EXPORTS = {
+    f"{HOST}.distributions": ("MultiscaleNormal",),
     f"{HOST}.transforms": (
         "ConditionalMultiscaleTransform",
         "MaskedRobustSplineAutoregressiveTransform",

@@ -410,6 +410,41 @@ def test_policies():
     assert packed.abs().max() < raw.abs().max() / 10
 
 
+@pytest.mark.parametrize("size", [(8, 12), (4, 4), (12, 20)])
+def test_one_flow_for_images_of_any_size(size):
+    transform = multiscale(context_channels=(8, 5))
+    flow = Flow(
+        transform, ours.MultiscaleNormal(transform), embedding_net=ours.PackMaps(Pyramid())
+    )
+    for model in (flow, copy.deepcopy(flow), pickle.loads(pickle.dumps(flow))):
+        y = torch.randn(2, 3, *size)
+        with torch.no_grad():
+            x, density = model.sample_and_log_prob(3, y)
+            again = model.log_prob(x.flatten(0, 1), y.repeat_interleave(3, 0)).reshape(2, 3)
+        assert x.shape == (2, 3, 3, *size)
+        assert_close(again, density, atol=1e-3, rtol=1e-4)
+    theirs = Flow(transform, StandardNormal([288]), embedding_net=flow._embedding_net)
+    assert_close(
+        flow.log_prob(*2 * [torch.ones(2, *SIZE)]), theirs.log_prob(*2 * [torch.ones(2, *SIZE)])
+    )
+    assert flow.state_dict().keys() == theirs.state_dict().keys()
+    assert flowguard.certify(flow).bound(3.0) == flowguard.certify(theirs).bound(3.0)
+    result = flowguard.attack(flow, torch.randn(1, 3, *size), steps=2, restarts=1)
+    assert result.sample.shape == (1, 3, *size)
+    assert result.value <= flowguard.certify(flow).bound(4.0)
+
+
+def test_base_of_any_size_without_context():
+    flow = Multiscale(2)
+    shape = flow.add_transform(T.PointwiseAffineTransform(scale=2.0), (4,))
+    flow.add_transform(T.PointwiseAffineTransform(scale=2.0), shape)
+    assert Flow(flow, ours.MultiscaleNormal(flow)).sample(5).shape == (5, 4)
+    with pytest.raises(TypeError, match="must be the ConditionalMultiscaleTransform"):
+        ours.MultiscaleNormal(4)
+    with pytest.raises(ValueError, match=r"shape \(N, 4\); got \(2, 3\)"):
+        ours.MultiscaleNormal(flow).log_prob(torch.randn(2, 3))
+
+
 def test_without_context():
     flow = Multiscale(2)
     shape = SIZE
