@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 
 from flowguard.bounds import load_rules
 from flowguard.image import ConditionalMultiscaleFlow
-from flowguard.models import SuperResolutionFlow
+from flowguard.models import LowLightFlow, SuperResolutionFlow
 
 #: A tensor, or a list of tensors of one batch, as the latents of a multiscale flow.
 Tensors = Any
@@ -78,7 +78,7 @@ def _(model: ConditionalMultiscaleFlow, context: Tensors) -> tuple[Sampler, Tens
 
 
 @sampler.register
-def _(model: SuperResolutionFlow, context: Tensors) -> tuple[Sampler, Tensors]:
+def _(model: SuperResolutionFlow | LowLightFlow, context: Tensors) -> tuple[Sampler, Tensors]:
     shapes = model.latent_shapes(context)
     return model.decode, [context.new_zeros(context.shape[0], *shape) for shape in shapes]
 

@@ -330,11 +330,43 @@ def test_a_robust_model_stays_finite_and_below_its_certificate(value):
     assert x.abs().max() <= certificate.bound(4.0)
 
 
-def test_an_affine_model_is_not_certified_and_migrates():
-    model = small("affine")
-    assert not flowguard.certify(model).certified
+def test_an_attack_stays_below_the_certificate():
+    model = small()
     _, low = images(8, 8)
-    assert torch.isfinite(model.sample(low)).all()
+    reached = flowguard.attack(model, low[:1], radius=0.5, noise=4.0, steps=5, restarts=2)
+    assert 1.0 < reached.value <= flowguard.certify(model).bound(4.0)
+
+
+def test_an_affine_model_is_not_certified():
+    assert not flowguard.certify(small("affine")).certified
+
+
+def test_autocast_keeps_the_likelihood():
+    model = small()
+    high, low = images(16, 16)
+    exact = model.nll(high, low, dequantize=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = model.nll(high, low, dequantize=False)
+        sample = model.sample(low)
+    assert rough.dtype == sample.dtype == torch.float32
+    torch.testing.assert_close(rough, exact, rtol=0, atol=0.01)
+    torch.testing.assert_close(sample, model.sample(low), rtol=0, atol=0.05)
+
+
+@pytest.mark.slow
+def test_encode_and_decode_compile_without_breaks():
+    model = small()
+    high, low = images(16, 16)
+    condition = model.condition(low)
+    encode = torch.compile(model.flow.forward, fullgraph=True)
+    decode = torch.compile(model.flow.inverse, fullgraph=True)
+    with torch.no_grad():
+        latents, ladj = model.flow(high, condition.maps)
+        compiled, compiled_ladj = encode(high, condition.maps)
+        again, _ = decode(compiled, condition.maps)
+    torch.testing.assert_close(compiled[0], latents[0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(compiled_ladj, ladj, rtol=1e-5, atol=1e-2)
+    torch.testing.assert_close(again, high, rtol=0, atol=1e-4)
 
 
 def test_gradients_reach_every_parameter():
