@@ -83,7 +83,7 @@ def _plain_evaluate(
     v, w, h, d = v.to(work), w.to(work), h.to(work), d.to(work)
     if memory is None:
         return two_plain.evaluate(v, w[0], h[0], d[0], *options)
-    return many_plain.evaluate(v, w, h, d, *options, memory)
+    return many_plain.evaluate(memory, v, w, h, d, *options)
 
 
 def _plain_pull_back(
@@ -101,7 +101,7 @@ def _plain_pull_back(
     if memory is None:
         to_x, *pulled = two_plain.pull_back(x, w[0], h[0], d[0], gy, gl, *options)
         return to_x, *(g.unsqueeze(0) for g in pulled)
-    return many_plain.pull_back(x, w, h, d, gy, gl, *options, memory)
+    return many_plain.pull_back(memory, x, w, h, d, gy, gl, *options)
 
 
 def _narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -223,7 +223,9 @@ class _Eager(RationalQuadratic):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():  # to be differentiated
+        # To be differentiated, or batched by `is_grads_batched`, which knows no rule for functions.
+        recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if recorded or any(map(torch._C._functorch.is_legacy_batchedtensor, grads)):
             return RationalQuadratic.backward(ctx, *grads)
         return _narrowed(ctx, _PullBack.apply(*ctx.saved_tensors, *grads, *ctx.options))
 

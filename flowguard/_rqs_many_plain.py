@@ -26,7 +26,7 @@ class Rows:
     """
 
     def __init__(self, like: Tensor, bins: int, size: int, dtype: torch.dtype) -> None:
-        self.memory = like.new_empty((10 * bins + 16) * size, dtype=dtype)
+        self.memory = like.new_empty((10 * bins + 22) * size, dtype=dtype)
         self.size = size
         self.taken = 0
 
@@ -46,50 +46,61 @@ def _finite(x: Tensor, out: Tensor, limit: float) -> None:
     torch.clamp(x, -limit, limit, out=out.view(x.shape))
 
 
-def _softmax(logits: Tensor, scale: float, floor: float, memory: Rows) -> Tensor:
-    r"""The scaled softmax over the given logits and a zero; first and last row come twice."""
-    padded = memory.take(len(logits) + 3)
-    out = padded[1:-1]
-    _finite(logits, out[:-1], torch.finfo(logits.dtype).max / 4)  # inf - inf would be NaN
-    out[-1].zero_()
-    out.sub_(out.amax(0)).mul_(1 / math.log(2)).exp2_()  # thrice as fast as exp
-    weight = out.sum(0).reciprocal_().mul_(scale)
-    out.mul_(weight).add_(floor)
-    padded[0].copy_(out[0])
-    padded[-1].copy_(out[-1])
+def _softmax(widths: Tensor, heights: Tensor, scale: float, memory: Rows) -> Tensor:
+    r"""The scaled softmaxes over the given logits and a zero; first and last row come twice."""
+    bins = len(widths) + 1
+    padded = memory.take(2, bins + 2)
+    for part, logits in zip(padded.unbind(), (widths, heights), strict=True):
+        # inf - inf would be NaN
+        _finite(logits, part[1:-2], torch.finfo(logits.dtype).max / 4)
+    out = padded[:, 1:-1]
+    out[:, -1].zero_()
+    out.sub_(out.amax(1, keepdim=True)).mul_(1 / math.log(2)).exp2_()  # thrice as fast as exp
+    out.mul_(out.sum(1, keepdim=True).reciprocal_().mul_(scale))
+    padded[:, :: bins + 1].copy_(padded[:, 1 :: bins - 1])
     return padded
 
 
 def _cumulated(padded: Tensor, memory: Rows) -> Tensor:
     r"""The sum of all bins to the left, for each bin."""
-    out = memory.take(len(padded) - 2)
-    total, *rest = out.unbind()
+    out = memory.take(2, padded.shape[1] - 2)
+    total, *rest = out.unbind(1)
     total.zero_()
-    for row, total_row in zip(padded[1:].unbind(), rest, strict=False):
+    for row, total_row in zip(padded[:, 1:].unbind(1), rest, strict=False):
         total = torch.add(total, row, out=total_row)
     return out
 
 
-def _mixed(u: Tensor, v: Tensor, share: float) -> tuple[Tensor, Tensor]:
+def _mixed(uv: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    u, v = uv.unbind()
     return torch.add(u, v, alpha=share), torch.add(v, u, alpha=share)
 
 
 class State(NamedTuple):
-    r"""All that is known of each element's bin; pairs are of its left and right side."""
+    r"""All that is known of each element's bin. Softmaxes are of widths and of heights, without
+    their floors; pairs are of the left and of the right side."""
 
-    u: Tensor  # padded
-    v: Tensor
+    softmax: Tensor  # padded
     passed: Tensor  # a one for each inner knot to its left, or on which it lies
-    near: tuple[Tensor, Tensor, Tensor, Tensor]  # u and v of itself, pairs of its neighbours'
-    sums: tuple[Tensor, Tensor]  # of u and of v of all bins to its left
+    own: Tensor  # softmaxes of its bin
+    near: Tensor  # pairs of its neighbours'
+    sums: Tensor  # over all bins to its left
     x0: Tensor
     y0: Tensor
     w: Tensor
     h: Tensor
     s: Tensor
-    sizes: tuple[Tensor, Tensor, Tensor]  # pairs of widths, heights and secants
+    ws: Tensor  # pairs of its neighbours
+    hs: Tensor
+    ss: Tensor
     raw: Tensor  # a pair
     inner: Tensor  # a pair: zero at the ends of the box, where the slope is one
+
+
+def _scales(bins: int, bound: float, slope: float | None, least: float) -> tuple[float, float]:
+    r"""What the softmax is multiplied by, and then raised by."""
+    total = 2 * bound / (1 + rq.mixing(slope))
+    return total * (1 - bins * least), total * least
 
 
 def _locate(
@@ -106,54 +117,46 @@ def _locate(
     bins, size = len(widths) + 1, x.numel()
     memory.restart(size)
     share = rq.mixing(slope)
-    total = 2 * bound / (1 + share)
-    scale, floor = total * (1 - bins * least), total * least
-    u, v = (_softmax(p, scale, floor, memory) for p in (widths, heights))
-    left_u, left_v = _cumulated(u, memory), _cumulated(v, memory)
-    first, second = (left_v, left_u) if vertical else (left_u, left_v)
+    scale, floor = _scales(bins, bound, slope, least)
+    softmax = _softmax(widths, heights, scale, memory)
+    left = _cumulated(softmax, memory)
+    along, across = reversed(left[:, 1:].unbind()) if vertical else left[:, 1:].unbind()
     passed = memory.take(bins - 1)
-    torch.add(first[1:], second[1:], alpha=share, out=passed).sub_(bound)
+    offset = torch.arange(1, bins, dtype=x.dtype, device=x.device).unsqueeze(1)
+    offset.mul_(-floor * (1 + share)).add_(bound)
+    torch.add(along, across, alpha=share, out=passed).sub_(offset)
     torch.ge(x, passed, out=passed)
     number = passed.sum(0)
     place = number.long().mul_(size).add_(torch.arange(size, device=x.device))
 
-    def fetch(rows: Tensor, out: Tensor) -> None:
-        torch.index_select(rows.view(-1), 0, place, out=out)
-
     raws = memory.take(bins + 1)
     raws[::bins].zero_()
     _finite(derivatives, raws[1:-1], RAW)
-    found, pairs = memory.take(4), memory.take(3, 2)
-    own_u, own_v, sum_u, sum_v = found.unbind()
-    for row, rows in ((own_u, u[1:]), (own_v, v[1:]), (sum_u, left_u), (sum_v, left_v)):
-        fetch(rows, row)
-    for pair, rows, step in zip(pairs, (u, v, raws), (2, 2, 1), strict=True):
-        left, right = pair.unbind()
-        fetch(rows, left)
-        fetch(rows[step:], right)
+    own, near, sums, raw = memory.take(2), memory.take(2, 2), memory.take(2), memory.take(2)
+
+    def fetch(rows: Tensor, *outs: Tensor) -> None:
+        for k, out in enumerate(outs):
+            torch.index_select(rows[k:].view(-1), 0, place, out=out)
+
+    for rows, cumulated, one, pair, total in zip(
+        *(t.unbind() for t in (softmax, left, own, near, sums)), strict=True
+    ):
+        fetch(rows, pair[0], one, pair[1])
+        fetch(cumulated, total)
+    fetch(raws, *raw.unbind())
     # A NaN anywhere is one of the element: those of the logits are in every bin already.
-    sum_u = sum_u.add_(raws.sum(0).mul_(0))
-    x0, y0 = _mixed(sum_u, sum_v, share)
-    w, h = _mixed(own_u, own_v, share)
-    ws, hs = _mixed(pairs[0], pairs[1], share)
+    sums.add_(raws.sum(0).mul_(0))
+    x0, y0 = _mixed(torch.add(sums, number, alpha=floor), share)
+    w, h = _mixed(own + floor, share)
+    ws, hs = _mixed(near + floor, share)
     inner = memory.take(2)
-    left, right = inner.unbind()
-    torch.clamp(number, max=1, out=left)
-    torch.clamp(number.neg_().add_(bins - 1), max=1, out=right)
+    before, after = inner.unbind()
+    torch.clamp(number, max=1, out=before)
+    torch.clamp(number.neg_().add_(bins - 1), max=1, out=after)
+    x0.sub_(bound)
+    y0.sub_(bound)
     return State(
-        u,
-        v,
-        passed,
-        (own_u, own_v, pairs[0], pairs[1]),
-        (sum_u, sum_v),
-        x0.sub_(bound),
-        y0.sub_(bound),
-        w,
-        h,
-        h / w,
-        (ws, hs, hs / ws),
-        pairs[2],
-        inner,
+        softmax, passed, own, near, sums, x0, y0, w, h, h / w, ws, hs, hs / ws, raw, inner
     )
 
 
@@ -162,6 +165,7 @@ def _within(z: Tensor, size: Tensor) -> Tensor:
 
 
 def evaluate(
+    memory: Rows,
     v: Tensor,
     widths: Tensor,
     heights: Tensor,
@@ -170,14 +174,13 @@ def evaluate(
     slope: float | None,
     least: float,
     inverse: bool,
-    memory: Rows,
 ) -> tuple[Tensor, Tensor]:
     r"""The spline or its inverse, and the logarithm of its slope."""
     shape, v = v.shape, v.reshape(-1)
     z = v.clamp(-bound, bound)
     at = _locate(z, widths, heights, derivatives, bound, slope, least, inverse, memory)
     w, h, s = at.w, at.h, at.s
-    d = plain.inner_slope(at.raw, s, at.sizes[2], slope)
+    d = plain.inner_slope(at.raw, s, at.ss, slope)
     d = torch.lerp(torch.ones_like(s), d, at.inner)
     if inverse:
         inv_s = w / h
@@ -201,6 +204,7 @@ def evaluate(
 
 
 def pull_back(
+    memory: Rows,
     x: Tensor,
     widths: Tensor,
     heights: Tensor,
@@ -211,7 +215,6 @@ def pull_back(
     slope: float | None,
     least: float,
     inverse: bool,
-    memory: Rows,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     r"""The gradients to the input and to all parameters; see :func:`_rqs_bin.pull_back`."""
     shape = x.shape
@@ -219,8 +222,7 @@ def pull_back(
     z = x.clamp(-bound, bound)
     at = _locate(z, widths, heights, derivatives, bound, slope, least, False, memory)
     w, h, s = at.w, at.h, at.s
-    ws, hs, ss = at.sizes
-    d, parts = plain.inner_slope_parts(at.raw, s, ss, slope)
+    d, parts = plain.inner_slope_parts(at.raw, s, at.ss, slope)
     d0, d1 = torch.lerp(torch.ones_like(s), d, at.inner)
 
     outside = x.abs().ge_(bound)
@@ -229,41 +231,45 @@ def pull_back(
         _within(z.sub_(at.x0), w), w, h, s, d0, d1, grad_y * inside, grad_l * inside, inverse
     )
     grad_x = torch.addcmul(pull.grad, grad_y, outside, out=outside)
-
     to_d = torch.stack((pull.d0, pull.d1)).mul_(at.inner)
-    to_raw, to_log, to_logs = plain.slope_pullback(to_d, at.raw, s, ss, slope, parts)
+    to_raw, to_log, to_logs = plain.slope_pullback(to_d, at.raw, s, at.ss, slope, parts)
     log_s = pull.log_s
     if isinstance(to_log, Tensor):
-        log_s.add_(to_log[0]).add_(to_log[1])
+        log_s.add_(to_log.sum(0))
 
     # To the sizes of the bin, of its neighbours, and of all bins to its left, which push it.
-    to_w = (log_s / w).addcmul_(pull.z, pull.t).neg_()
-    to_h = (log_s / h).addcmul_(pull.y, pull.theta)
-    of_own = _mixed(to_w, to_h, rq.mixing(slope))
-    of_left = _mixed(pull.z.neg(), pull.y, rq.mixing(slope))
-    near = _mixed(to_logs / ws.neg_(), to_logs / hs, rq.mixing(slope))
-    own = memory.take(len(at.u) - 2)
-    torch.sub(at.passed[:-1], at.passed[1:], out=own[1:-1])
-    own[0].copy_(at.passed[0]).neg_().add_(1)
-    own[-1].copy_(at.passed[-1])
+    share = rq.mixing(slope)
 
-    bins = len(own)
-    total = 2 * bound / (1 + rq.mixing(slope))
-    scale, floor = total * (1 - bins * least), total * least
-    count = at.passed.sum(0)
+    def mixed(to_w: Tensor, to_h: Tensor) -> Tensor:
+        out = memory.take(2, *to_w.shape[:-1])
+        u, v = out.unbind()
+        torch.add(to_w, to_h, alpha=share, out=u)
+        torch.add(to_h, to_w, alpha=share, out=v)
+        return out
+
+    of_own = mixed(
+        (log_s / w).addcmul_(pull.z, pull.t).neg_(), (log_s / h).addcmul_(pull.y, pull.theta)
+    )
+    of_near = mixed(to_logs / at.ws.neg_(), to_logs / at.hs)
+    of_left = mixed(-pull.z, pull.y)
+    bins = len(widths) + 1
+    own = memory.take(bins)
+    torch.sub(at.passed[:-1], at.passed[1:], out=own[1:-1])
+    first, last = own[:: bins - 1].unbind()
+    torch.sub(torch.ones_like(s), at.passed[0], out=first)
+    last.copy_(at.passed[-1])
+
+    # To the bins that they belong to, and through the softmax. The last bin takes what is left of
+    # the box; as probabilities add up, so does its softmax.
+    mean = torch.mul(at.own, of_own).add_(at.near.mul_(of_near).sum(1))
+    mean.addcmul_(at.sums, of_left).mul_(-1 / _scales(bins, bound, slope, least)[0])
     out = memory.take(3, bins - 1)
-    for k, padded in enumerate((at.u, at.v)):
-        left, right = near[k].unbind()
-        mean = (at.near[k] - floor).mul_(of_own[k])
-        sides = (at.near[2 + k] - floor).mul_(near[k])
-        mean.add_(sides.sum(0))
-        mean.addcmul_(at.sums[k].sub(count, alpha=floor), of_left[k]).mul_(-1 / scale)
-        # To the bins that they belong to, and through the softmax. The last bin takes what is left
-        # of the box; as probabilities add up, so does its softmax.
-        pulled = torch.addcmul(mean, own[:-1], of_own[k], out=out[k])
-        pulled.addcmul_(own[1:], left).addcmul_(at.passed, of_left[k])
-        pulled[1:].addcmul_(own[:-2], right)
-        pulled.mul_(padded[1:-2].sub_(floor))
-    left, right = to_raw.unbind()
-    torch.mul(own[:-1], right, out=out[2]).addcmul_(own[1:], left)
+    pulled = out[:2]
+    mean, of_own, of_left = mean.unsqueeze(1), of_own.unsqueeze(1), of_left.unsqueeze(1)
+    torch.addcmul(mean, own[:-1], of_own, out=pulled)
+    pulled.addcmul_(own[1:], of_near[:, :1]).addcmul_(at.passed, of_left)
+    pulled[:, 1:].addcmul_(own[:-2], of_near[:, 1:])
+    pulled.mul_(at.softmax[:, 1:-2])
+    before, after = to_raw.unbind()
+    torch.mul(own[:-1], after, out=out[2]).addcmul_(own[1:], before)
     return grad_x.view(shape), *out.view(3, bins - 1, *shape).unbind()  # type: ignore[return-value]

@@ -8,11 +8,14 @@ __all__ = ["additive", "affine", "bounded", "rational_quadratic_spline", "repara
 
 import math
 from collections.abc import Callable
+from numbers import Real
 
 import torch
 from torch import Size, Tensor
 
 from flowguard import _rqs
+
+LEAST_BOUND = 1e-30  # its inverse is the largest bound
 
 
 def rational_quadratic_spline(
@@ -200,6 +203,10 @@ def bounded(x: Tensor, bound: float | None) -> Tensor:
     """
     if bound is None:
         return x
+    if isinstance(bound, bool) or not isinstance(bound, Real):
+        raise TypeError(
+            f"the bound must be a number, or None for no bound; got {type(bound).__name__}"
+        )
     if not 0 < bound < math.inf:
         raise ValueError(
             f"the bound must be positive and finite, or None for no bound; got {bound}"
@@ -221,11 +228,24 @@ def broadcast_shape(x: Tensor, *params: Tensor) -> Size:
         ) from None
 
 
+def check_bound(bound: float, name: str = "bound") -> None:
+    r"""Refuses a bound that is no number, or that single precision cannot compute with."""
+    # A tensor is refused: it would have to be read back from its device.
+    if isinstance(bound, bool) or not isinstance(bound, Real):
+        raise TypeError(f"{name} must be a number, such as 5.0; got {type(bound).__name__}")
+    if not 0 < bound < math.inf:
+        raise ValueError(f"{name} must be positive and finite; got {bound}")
+    if not LEAST_BOUND <= bound <= 1 / LEAST_BOUND:
+        raise ValueError(
+            f"{name} must lie in [{LEAST_BOUND:g}, {1 / LEAST_BOUND:g}], for products of bounds to"
+            f" be finite in single precision; got {bound}. Rescale x instead."
+        )
+
+
 def _check_spline(
     widths: Tensor, heights: Tensor, derivatives: Tensor, bound: float, slope: float | None
 ) -> int:
-    if not (0 < bound < math.inf):
-        raise ValueError(f"bound must be positive and finite; got {bound}")
+    check_bound(bound)
     if slope is not None and not (0 < slope <= 0.49):
         raise ValueError(
             f"slope must lie in (0, 0.49], or be None for the published spline; got {slope}"

@@ -342,6 +342,40 @@ def test_affine_gain(function):
     torch.testing.assert_close(ladj, y.log())
 
 
+def test_bounded_wants_a_number():
+    with pytest.raises(TypeError, match="got Tensor"):
+        bounded(torch.zeros(2), torch.tensor(1.0))
+    with pytest.raises(ValueError, match="got nan"):
+        bounded(torch.zeros(2), math.nan)
+
+
+@BINS
+def test_eager_agrees_with_what_is_differentiated(bins):
+    # Without gradients recorded the spline works in place, by other passes over the elements.
+    for slope, inverse in itertools.product((1e-3, 0.3, None), (False, True)):
+        x, params = 2 * torch.randn(3000, dtype=torch.float64), draw(3000, bins, torch.float64, 1)
+        args = [a.requires_grad_() for a in (x, *params)]
+        out = spline(*args, slope=slope, inverse=inverse)
+        plain, recorded = (
+            torch.autograd.grad(out, args, (x.cos(), x.sin()), retain_graph=True, create_graph=c)
+            for c in (False, True)
+        )
+        for one, other in zip(plain, recorded, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
+
+
+@BINS
+def test_batched_cotangents(bins):
+    args = [a.requires_grad_() for a in (torch.randn(5), *draw(5, bins, torch.float32, 1.0))]
+    out = spline(*args)
+    eye = torch.eye(5), torch.zeros(5, 5)
+    batched = torch.autograd.grad(out, args, eye, is_grads_batched=True, retain_graph=True)
+    for k in range(5):
+        row = torch.autograd.grad(out, args, (eye[0][k], eye[1][k]), retain_graph=True)
+        for one, other in zip(batched, row, strict=True):
+            torch.testing.assert_close(one[k], other)
+
+
 @ALL
 def test_bounded(dtype):
     big = torch.finfo(dtype).max
@@ -366,6 +400,11 @@ def test_bounded(dtype):
         ({"widths": torch.zeros(3, 6)}, ValueError, "got 6, 7 and 7"),
         ({"bound": 0.0}, ValueError, "bound"),
         ({"bound": math.inf}, ValueError, "bound"),
+        ({"bound": math.nan}, ValueError, "got nan"),
+        ({"bound": 1e-45}, ValueError, "1e-30"),
+        ({"bound": 1e300}, ValueError, "Rescale"),
+        ({"bound": torch.tensor(5.0)}, TypeError, "number.*got Tensor"),
+        ({"bound": "5"}, TypeError, "number.*got str"),
         ({"slope": 0.5}, ValueError, "slope"),
         ({"slope": 0.0}, ValueError, "slope"),
     ],

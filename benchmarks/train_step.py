@@ -1,0 +1,109 @@
+r"""What the robust spline costs in training and in sampling, beside the affine map.
+
+Trains the demo's two models side by side, a step of the one after a step of the other, then
+samples an image from both by turns. The ratio of each pair of turns is taken, and of these the
+median, so that other work on the machine falls on both.
+
+    python benchmarks/train_step.py
+    python benchmarks/train_step.py --threads 1 --processor-time    # on a machine at work
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from flowguard import data
+from flowguard.models import SuperResolutionFlow
+
+COUPLINGS = ("affine", "robust")
+SCALE, CROP, BATCH, TEMPERATURE = 4, 32, 16, 0.8  # as in the demo
+SIZES = {"scale": SCALE, "levels": 2, "steps": 4, "hidden": 64, "features": 64}
+
+
+def step(model: SuperResolutionFlow, optimizer: torch.optim.Optimizer) -> Callable[..., None]:
+    r"""One step of training, as `flowguard.training.train` does it."""
+
+    def run(hr: Tensor, lr: Tensor) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss = model.nll(hr, lr).mean()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+        if bool(torch.isfinite(norm) & torch.isfinite(loss)):
+            optimizer.step()
+
+    return run
+
+
+def by_turns(
+    runs: dict[str, Callable[[], object]], turns: int, warm: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    r"""Seconds of all runs, one after the other in every turn."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(warm + turns):
+        # Each is first in every other turn.
+        for name in list(runs)[:: 1 if turn % 2 else -1]:
+            start = clock()
+            runs[name]()
+            if turn >= warm:
+                times[name].append(clock() - start)
+    return times
+
+
+def report(what: str, times: dict[str, list[float]]) -> None:
+    affine, robust = (times[name] for name in COUPLINGS)
+    ratios = sorted(r / a for a, r in zip(affine, robust, strict=True))
+    quarter = len(ratios) // 4
+    print(
+        f"{what}: affine {1e3 * statistics.median(affine):.1f} ms,"
+        f" robust {1e3 * statistics.median(robust):.1f} ms,"
+        f" ratio {statistics.median(ratios):.2f}"
+        f" (half of the turns within {ratios[quarter]:.2f} to {ratios[-1 - quarter]:.2f})"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--samples", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--processor-time", action="store_true", help="instead of the time on the wall"
+    )
+    args = parser.parse_args()
+    clock = time.process_time if args.processor_time else time.perf_counter
+    torch.set_num_threads(args.threads)
+
+    photographs = [data.photograph(name) for name in data.TRAINING_PHOTOGRAPHS]
+    models, steps = {}, {}
+    for name in COUPLINGS:
+        torch.manual_seed(args.seed)
+        models[name] = SuperResolutionFlow(**SIZES, coupling=name)
+        optimizer = torch.optim.Adam(models[name].parameters(), lr=1e-3)
+        run = step(models[name].train(), optimizer)
+        crops = iter(
+            data.PairedCrops(photographs, scale=SCALE, size=CROP, batch=BATCH, seed=args.seed)
+        )
+        steps[name] = lambda run=run, crops=crops: run(*next(crops))
+    report("training step", by_turns(steps, args.steps, warm=5, clock=clock))
+
+    lr = data.downsample(
+        data.crop_to_multiple(data.photograph(data.HELD_OUT_PHOTOGRAPH), SCALE)[None],
+        SCALE,
+    )
+
+    def sample(model: SuperResolutionFlow) -> Callable[[], Tensor]:
+        generator = torch.Generator().manual_seed(args.seed)
+        return lambda: model.eval().sample(lr, 1, TEMPERATURE, generator)
+
+    size = "x".join(str(SCALE * n) for n in lr.shape[-2:])
+    samples = {name: sample(model) for name, model in models.items()}
+    report(f"sampling {size}", by_turns(samples, args.samples, warm=1, clock=clock))
+
+
+if __name__ == "__main__":
+    main()
