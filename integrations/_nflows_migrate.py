@@ -79,9 +79,21 @@ def _descends(module: Any, *names: str) -> bool:
     return any(_name(cls) in names for cls in type(module).__mro__)
 
 
+def _kind(layer: Any) -> type | None:
+    r"""The class of the host that a layer works as, if it is one to replace: its own, or the one
+    that its own class overrides nothing of."""
+    mro = type(layer).__mro__
+    base = next((cls for cls in mro if _name(cls) in REPLACEABLE), None)
+    for cls in mro[: 0 if base is None else mro.index(base)]:
+        if any(hasattr(base, name) and not name.startswith("__") for name in vars(cls)):
+            return None
+    return base
+
+
 def _why_not(layer: Any) -> str:
     r"""Says why a transform is kept; empty if it is one to replace."""
-    name = _name(type(layer))
+    kind = _kind(layer)
+    name = _name(type(layer) if kind is None else kind)
     if name in SPLINES:
         if layer.tails != "linear":
             return f"no condition leads out of its box (tails={layer.tails!r})"
@@ -106,14 +118,14 @@ class _HostSpline:
         head: The head that takes their knots over.
         old: The host's layer.
         raw: The outputs of its network.
+        package: The package of the host that it is from.
     """
 
-    def __init__(self, head: CarriedHead, old: Any, raw: Tensor) -> None:
-        self.head, self.old, self.raw = head, old, raw
+    def __init__(self, head: CarriedHead, old: Any, raw: Tensor, package: str) -> None:
+        self.head, self.old, self.raw, self.package = head, old, raw, package
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        host = type(self.old).__module__.removesuffix(".coupling").removesuffix(".autoregressive")
-        splines = part("splines", host)
+        splines = part("splines", self.package)
         widths, heights, slopes = self.head.logits(self.raw)
         return splines.unconstrained_rational_quadratic_spline(
             inputs=x,
@@ -138,7 +150,9 @@ class _Layer(Site):
     """
 
     def __init__(self, name: str, layer: Any, put: Callable[[nn.Module], None]) -> None:
-        self.what = _name(type(layer))
+        kind: Any = _kind(layer)
+        self.what = _name(kind)
+        self.package = kind.__module__.rpartition(".")[0]
         super().__init__(name, type(layer).__name__, additive=self.what == ADDITIVE_COUPLING)
         self.layer = layer
         self.put = put
@@ -195,7 +209,7 @@ class _Layer(Site):
     def old(self, rows: Tensor | slice) -> AnyTransform:
         raw = self.raw[rows]
         if self.what in SPLINES:
-            return _HostSpline(self.head, self.layer, raw)  # type: ignore[arg-type]
+            return _HostSpline(self.head, self.layer, raw, self.package)  # type: ignore[arg-type]
         scale, shift = self._formula()(raw)
         return Affine(scale.log(), shift)
 
@@ -266,7 +280,7 @@ class _NFlows(Surgeon):
         return [
             _Layer(name, module, self._putter(module))
             for name, module in self.model.named_modules()
-            if _name(type(module)) in REPLACEABLE and not _why_not(module)
+            if _kind(module) is not None and not _why_not(module)
         ]
 
     def _putter(self, old: nn.Module) -> Callable[[nn.Module], None]:
@@ -300,12 +314,13 @@ class _NFlows(Surgeon):
         return self._kept()
 
     def encode(self, x: Tensor, context: Any) -> Tensor | None:
-        model: Any = self.model
-        if not _is_flow(model) and not _is_transform(model):
+        parts = _parts(self.model)
+        if parts is None:
             return None
-        if x[0].numel() > MANY_PASSES and any(_is_masked(m) for m in model.modules()):
+        if x[0].numel() > MANY_PASSES and any(_is_masked(m) for m in self.model.modules()):
             return None
-        z = model.transform_to_noise(x, context) if _is_flow(model) else model(x, context)[0]
+        transform, embed = parts
+        z = transform(x, embed(context))[0]
         try:
             self.decode(z[:1], None if context is None else context[:1])
         except Exception as error:
@@ -315,10 +330,8 @@ class _NFlows(Surgeon):
         return z
 
     def decode(self, z: Tensor, context: Any) -> Tensor:
-        model: Any = self.model
-        if _is_flow(model):
-            return model._transform.inverse(z, context=model._embedding_net(context))[0]
-        return model.inverse(z, context)[0]
+        transform, embed = _parts(self.model)  # type: ignore[misc]
+        return transform.inverse(z, embed(context))[0]
 
     @contextmanager
     def tuning(self) -> Iterator[None]:
@@ -338,8 +351,14 @@ def _is_transform(module: Any) -> bool:
     return _descends(module, "transforms.base.Transform")
 
 
-def _is_flow(module: Any) -> bool:
-    return _descends(module, "flows.base.Flow")
+def _parts(model: Any) -> tuple[Any, Any] | None:
+    r"""The transform of a flow, or a lone one, and what embeds its context."""
+    if _is_transform(model):
+        return model, nn.Identity()
+    # glasflow has a base class of its own, without an embedding net.
+    if _is_transform(getattr(model, "_transform", None)) and hasattr(model, "_distribution"):
+        return model._transform, getattr(model, "_embedding_net", nn.Identity())
+    return None
 
 
 def _is_masked(module: Any) -> bool:

@@ -215,7 +215,7 @@ class MigratedCouplingTransform(RobustSplineCouplingTransform):
         self.register_buffer("transform_features", old.transform_features)
         self.transform_net = old.transform_net
         self.unconditional_transform = old.unconditional_transform
-        self.head = head  # type: ignore[assignment]
+        self.head = head.train(old.training)  # type: ignore[assignment]
         self.training = old.training
 
     def _transform_dim_multiplier(self) -> int:
@@ -235,7 +235,7 @@ class MigratedAutoregressiveTransform(MaskedRobustSplineAutoregressiveTransform)
         nn.Module.__init__(self)
         self.features = features
         self.autoregressive_net = old.autoregressive_net
-        self.head = head  # type: ignore[assignment]
+        self.head = head.train(old.training)  # type: ignore[assignment]
         self.training = old.training
 
     def _output_dim_multiplier(self) -> int:
