@@ -3,6 +3,7 @@ r"""What the robust layers for nflows share: from the outputs of a network to sp
 from __future__ import annotations
 
 import math
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ def map_of(
     num_bins: int, tail_bound: float, shift_bound: float | None, slope: float | None
 ) -> Robust:
     r"""Returns the family of splines with these options, after a look at them."""
-    if isinstance(num_bins, bool) or not isinstance(num_bins, int) or num_bins < 2:
+    if not isinstance(num_bins, Integral) or num_bins < 2:
         raise ValueError(f"num_bins must be an integer of at least 2; got {num_bins!r}")
     if not _in(tail_bound, 0, math.inf):
         raise ValueError(f"tail_bound must be a positive number; got {tail_bound!r}")
@@ -38,11 +39,16 @@ def map_of(
         raise ValueError(
             f"slope must lie in (0, 0.49], or be None for the published spline; got {slope!r}"
         )
-    return Robust(num_bins, tail_bound, shift_bound, slope)
+    return Robust(
+        int(num_bins),
+        float(tail_bound),
+        None if shift_bound is None else float(shift_bound),
+        None if slope is None else float(slope),
+    )
 
 
 def _in(value: Any, low: float, high: float) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and low < value < high
+    return isinstance(value, Real) and low < float(value) < high
 
 
 def check_tails(tails: str | None) -> None:
@@ -134,7 +140,9 @@ class SplineHead(nn.Module):
             return phi * self.scale.reshape(-1, *ones)
         # An infinite output times a gain of zero would be NaN.
         far = torch.finfo(phi.dtype).max
-        return phi.clamp(-far, far) * (PACE * self.gain * self.scale).reshape(*self.gain.shape, *ones)
+        return phi.clamp(-far, far) * (PACE * self.gain * self.scale).reshape(
+            *self.gain.shape, *ones
+        )
 
     def spline(self, raw: Tensor) -> Univariate:
         r"""Returns the :class:`flowguard.RobustSpline` of these outputs of the network; for their

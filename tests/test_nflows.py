@@ -13,6 +13,7 @@ import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -187,6 +188,29 @@ def test_memory_layout_does_not_matter(law):
     if x.dim() == 4:
         last = x.to(memory_format=torch.channels_last)
         torch.testing.assert_close(layer(last, context)[0], layer(x, context)[0])
+
+
+def test_numbers_and_masks_of_numpy():
+    layer = Coupling(np.array([1, 0, 1]), residual(), np.int64(4), np.float32(2.0))
+    assert layer.map.bins == 4
+    assert layer(torch.randn(N, 3))[0].shape == (N, 3)
+
+
+def test_a_conditioner_embeds_the_context_of_a_vector_flow():
+    conditioner = flowguard.OODConditioner(nn.Linear(5, CONTEXT), policy="shrink", alpha=0.05)
+    flow = part("flows").Flow(
+        base.CompositeTransform([stir(Coupling(mid(6), residual(CONTEXT)))]),
+        part("distributions").StandardNormal([6]),
+        embedding_net=conditioner,
+    )
+    conditioner.fit(torch.randn(256, 5), progress=False)
+    conditioner.calibrate(torch.randn(256, 5), progress=False)
+    y = torch.randn(4, 5)
+    y[2] *= 1e4
+    with pytest.warns(flowguard.ood.OODContextWarning, match="context 2"):
+        x = flow.eval().sample(7, y)
+    assert x.shape == (4, 7, 6)
+    assert conditioner.report.flagged.tolist() == [False, False, True, False]
 
 
 def test_inputs_and_outputs_of_the_network_are_not_written_to():
