@@ -234,7 +234,15 @@ class ConditionalMultiscaleFlow(nn.Module):
         if isinstance(context, Tensor):
             raise TypeError("the context must be a list with one map for each level; got a tensor")
         if len(context) > 0 and not isinstance(context[0], Tensor):
-            return cast(Conditions, context)
+            ready = cast(Conditions, context)
+            made = [len(per_step) for _, per_step in ready]
+            own = [len(self.steps_of(level)) for level in range(self.levels)]
+            if made != own:
+                raise ValueError(
+                    "the condition was made by another flow: it is for levels with"
+                    f" {made} steps, and this flow has {own}"
+                )
+            return ready
         return self.condition(cast(Sequence[Tensor], context))
 
     def forward(

@@ -304,7 +304,7 @@ def _levels(
     for transitions, steps, _ in levels:
         channels = {_channels(layers[n]) for n in (*transitions, *steps)} - {0}
         if len(channels) != 1 or not steps or channels <= set(widths):
-            first = (*transitions, *steps)[0]
+            first = next(iter((*transitions, *steps)), "")
             raise CheckpointError(
                 f"{label} lacks all keys of a layer beside {FLOW}layers.{first}, or is no published"
                 f" flow: the steps from there on have {sorted(channels) or 'no'} channels"
