@@ -11,10 +11,12 @@ import torch
 
 from flowguard import data, demo
 from flowguard.certificate import certify
+from flowguard.demo_task import BATCH, CROP, NOISE, psnr
 from flowguard.image import Elementwise, Robust
 from flowguard.models import SuperResolutionFlow
 from flowguard.training import train
 
+SCALE, TEMPERATURE = demo.SUPERRES.scale, demo.SUPERRES.temperature
 SETTINGS: dict[str, str | Elementwise] = {
     "affine": "affine",
     **{
@@ -36,32 +38,30 @@ def measure(coupling: str | Elementwise, steps: int, seed: int) -> list[str]:
     r"""Trains a model and returns its row of the table."""
     torch.manual_seed(seed)
     model = SuperResolutionFlow(
-        scale=demo.SCALE, levels=2, steps=4, hidden=64, features=64, coupling=coupling
+        scale=SCALE, levels=2, steps=4, hidden=64, features=64, coupling=coupling
     )
     photographs = [data.photograph(name) for name in data.TRAINING_PHOTOGRAPHS]
-    crops = data.PairedCrops(
-        photographs, scale=demo.SCALE, size=demo.CROP, batch=demo.BATCH, seed=seed
-    )
+    crops = data.PairedCrops(photographs, scale=SCALE, size=CROP, batch=BATCH, seed=seed)
     result = train(model, crops, steps=steps, progress=False)
-    hr = data.crop_to_multiple(data.photograph(data.HELD_OUT_PHOTOGRAPH), demo.SCALE)[None]
-    lr = data.downsample(hr, demo.SCALE)
+    hr = data.crop_to_multiple(data.photograph(data.HELD_OUT_PHOTOGRAPH), SCALE)[None]
+    lr = data.downsample(hr, SCALE)
     torch.manual_seed(seed)
     with torch.no_grad():
         bits = sum(float(model.nll(hr, lr)) for _ in range(4)) / 4
     share, largest = 0.0, 0.0
     for condition in demo.conditions(lr, seed, quick=False):
         generator = torch.Generator().manual_seed(seed)
-        x = model.sample(condition.image, 1, demo.TEMPERATURE, generator)[0]
+        x = model.sample(condition.image, 1, TEMPERATURE, generator)[0]
         share = max(share, float(demo.artefact_mask(x, condition.image).float().mean()))
         largest = max(largest, float(x.abs().max().nan_to_num(torch.inf)))
     generator = torch.Generator().manual_seed(seed)
-    psnr = demo.psnr(model.sample(lr, 1, demo.TEMPERATURE, generator)[0], hr)
+    quality = psnr(model.sample(lr, 1, TEMPERATURE, generator)[0], hr)
     return [
         f"{bits:.3f}",
-        f"{psnr:.2f}",
+        f"{quality:.2f}",
         f"{100 * share:.2f} %",
         f"{largest:.3g}",
-        f"{certify(model).bound(demo.NOISE):.3g}",
+        f"{certify(model).bound(NOISE):.3g}",
         f"{1e3 * result.seconds / steps:.0f}",
     ]
 

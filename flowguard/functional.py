@@ -85,8 +85,9 @@ def rational_quadratic_spline(
     shape = broadcast_shape(x, widths, heights, derivatives)
     # Half precision has too few digits for knots; autocast must not touch the maths either.
     work = dtype if dtype in (torch.float32, torch.float64) else torch.float32
-    params = (p.expand(*shape, bins - 1).movedim(-1, 0) for p in (widths, heights, derivatives))
-    y, ladj = _rqs.apply(x.expand(shape), *params, work, bound, slope, inverse)
+    full = (*shape, bins - 1)
+    params = (_expand(p, full).movedim(-1, 0) for p in (widths, heights, derivatives))
+    y, ladj = _rqs.apply(_expand(x, shape), *params, work, bound, slope, inverse)
     return y.to(dtype), ladj.to(dtype)
 
 
@@ -212,8 +213,10 @@ def bounded(x: Tensor, bound: float | None) -> Tensor:
             f"the bound must be positive and finite, or None for no bound; got {bound}"
         )
     scale = 2 * bound / math.pi
-    # Rounding may land an ulp outside, and certificates rely on the bound.
-    return (scale * torch.atan(x / scale)).clamp(-bound, bound)
+    y = scale * torch.atan(x / scale)
+    # Rounding may land an ulp outside, and certificates rely on the bound. What is too much is
+    # taken as a constant: the backward of a clamp costs more than all the rest.
+    return y - (y - y.clamp(-bound, bound)).detach()
 
 
 def broadcast_shape(x: Tensor, *params: Tensor) -> Size:
@@ -226,6 +229,10 @@ def broadcast_shape(x: Tensor, *params: Tensor) -> Size:
             "the shape of x must broadcast with the parameters' without their last dimension;"
             f" got x of shape {tuple(x.shape)} and parameters of shapes {given}"
         ) from None
+
+
+def _expand(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return x if x.shape == shape else x.expand(shape)  # a node less to record
 
 
 def check_bound(bound: float, name: str = "bound") -> None:
