@@ -342,6 +342,16 @@ class _Normalize(ActNorm):
         return super().forward(x)[0]
 
 
+class _ConvNet(nn.Sequential):
+    r"""A sequence of convolutions, in the memory format that suits them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu":
+            return super().forward(x)
+        # On CPUs this spares a reordering before and after each convolution.
+        return super().forward(x.contiguous(memory_format=torch.channels_last)).contiguous()
+
+
 def conv_net(
     inputs: int,
     hidden: int,
@@ -373,7 +383,7 @@ def conv_net(
         nn.init.zeros_(last.weight)
         if last.bias is not None:
             nn.init.zeros_(last.bias)
-    return nn.Sequential(*layers, last)
+    return _ConvNet(*layers, last)
 
 
 def _halves(channels: int, split_mode: str) -> tuple[int, int]:
