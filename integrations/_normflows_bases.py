@@ -19,7 +19,7 @@ from flowguard.functional import bounded
 from flowguard.image import ZeroConv2d
 from flowguard.image.coupling import repeat_rows
 
-from ._normflows_context import context_like
+from ._normflows_context import check_sizes, context_like
 
 __all__ = ["GaussianPrior", "from_noise"]
 
@@ -58,6 +58,11 @@ class GaussianPrior(BaseDistribution):
         scale_bound: float = 2.0,
     ) -> None:
         super().__init__()
+        check_sizes(
+            num_channels=num_channels,
+            context_channels=context_channels,
+            given_channels=given_channels,
+        )
         for name, bound in (("mean_bound", mean_bound), ("scale_bound", scale_bound)):
             if not 0 < bound < math.inf:
                 raise ValueError(f"{name} must be positive and finite; got {bound}")

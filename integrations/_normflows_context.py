@@ -60,6 +60,17 @@ def additive_map(shift_bound: float | None) -> tuple[Constructor, Shapes]:
     return univariate, [()]
 
 
+def check_sizes(**sizes: int | None) -> None:
+    r"""Refuses what is no positive number, or :py:`None`.
+
+    Arguments:
+        sizes: The sizes, by name.
+    """
+    for name, size in sizes.items():
+        if size is not None and (not isinstance(size, int) or size < 1):
+            raise ValueError(f"{name} must be a positive number; got {size!r}")
+
+
 def unpack(univariate: Constructor, shapes: Sequence[tuple[int, ...]], raw: Tensor) -> Univariate:
     r"""Reads the output of a network as the univariate map of each feature.
 

@@ -20,6 +20,7 @@ from flowguard.transforms import Univariate
 from ._normflows_context import (
     Constructor,
     additive_map,
+    check_sizes,
     context_like,
     robust_map,
     sum_rows,
@@ -274,6 +275,9 @@ class RobustGlowBlock(Flow):
             raise ValueError(
                 f"scale_map must be one of {', '.join(SCALE_MAPS)}; got {scale_map!r}"
             )
+        check_sizes(
+            channels=channels, hidden_channels=hidden_channels, context_channels=context_channels
+        )
         kept, changed = _halves(channels, split_mode)
         univariate, shapes = (
             robust_map(num_bins, tail_bound, shift_bound, slope)
@@ -348,8 +352,10 @@ class _ConvNet(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu":
             return super().forward(x)
-        # On CPUs this spares a reordering before and after each convolution.
-        return super().forward(x.contiguous(memory_format=torch.channels_last)).contiguous()
+        # Channels last: on CPUs this spares a reordering before and after each convolution. (The
+        # argument `memory_format` is not for `vmap`.)
+        x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+        return super().forward(x).contiguous()
 
 
 def conv_net(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flowguard.transforms import SHIFT_BOUND, Univariate
 
-from ._normflows_context import context_like, robust_map, sum_rows, unpack
+from ._normflows_context import check_sizes, context_like, robust_map, sum_rows, unpack
 
 __all__ = ["RobustSplineAutoregressive", "RobustSplineCoupling"]
 
@@ -95,7 +95,12 @@ class RobustSplineCoupling(Flow):
         apply_unconditional_transform: bool = False,
     ) -> None:
         super().__init__()
-        _check(num_input_channels, num_context_channels)
+        check_sizes(
+            num_input_channels=num_input_channels,
+            num_hidden_channels=num_hidden_channels,
+            num_context_channels=num_context_channels,
+            num_bins=num_bins,
+        )
         if tails != "linear":
             raise ValueError(
                 f"a robust spline is the identity outside of its box (tails='linear'); got {tails!r}"
@@ -222,7 +227,12 @@ class RobustSplineAutoregressive(Flow):
         slope: float | None = 1e-3,
     ) -> None:
         super().__init__()
-        _check(num_input_channels, num_context_channels)
+        check_sizes(
+            num_input_channels=num_input_channels,
+            num_hidden_channels=num_hidden_channels,
+            num_context_channels=num_context_channels,
+            num_bins=num_bins,
+        )
         self.features = num_input_channels
         self.context_channels = num_context_channels
         self.univariate, self.shapes = robust_map(num_bins, tail_bound, shift_bound, slope)
@@ -262,15 +272,6 @@ class RobustSplineAutoregressive(Flow):
         context = context_like(z, context, self.context_channels)
         out, ladj = self._splines(z, context).call_and_ladj(z)
         return out, sum_rows(ladj)
-
-
-def _check(features: int, context_channels: int | None) -> None:
-    for name, number in (
-        ("num_input_channels", features),
-        ("num_context_channels", context_channels),
-    ):
-        if number is not None and (not isinstance(number, int) or number < 1):
-            raise ValueError(f"{name} must be a positive number; got {number!r}")
 
 
 def _check_input(z: Tensor, features: int) -> None:

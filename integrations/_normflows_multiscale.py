@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from normflows import MultiscaleFlow
-from normflows.flows import Squeeze
+from normflows.flows import Flow, Squeeze
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -107,6 +107,8 @@ class ConditionalMultiscaleFlow(MultiscaleFlow):
                 "there must be one base and one list of layers for each level, and one merge fewer;"
                 f" got {len(q0)} bases, {len(flows)} lists of layers and {len(merges)} merges"
             )
+        if any(isinstance(level, Flow) for level in flows):
+            raise TypeError("flows must hold one list of layers for each level; got a layer")
         super().__init__(q0, flows, merges, transform, class_cond=False)
         self.p = p
         self._routes = [[route(layer) for layer in level] for level in self.flows]
@@ -377,6 +379,10 @@ class ConditionalMultiscaleFlow(MultiscaleFlow):
     ) -> tuple[list[Tensor], list[Tensor | None], Tensor]:
         r"""All levels from data to noise: the latent of each, what was left beside it, and the
         log-determinant."""
+        if any(n % self.scales[0] for n in x.shape[2:]):
+            raise ValueError(
+                f"height and width must be multiples of {self.scales[0]}; got {tuple(x.shape[2:])}"
+            )
         total = x.new_zeros(len(x))
         if self.transform is not None and self._transform_route is not None:
             way = self._transform_route

@@ -174,6 +174,44 @@ def test_not_contiguous_inputs(entry):
     torch.testing.assert_close(layer(strided(z), strided(context)), layer(z, context))
 
 
+# The core's own convolutions switch autocast off, which the meta device does not know.
+@pytest.mark.parametrize("name", sorted(set(LAYERS) - {"Glow, no LU", "Glow, orthogonal"}))
+def test_all_tensors_are_where_the_input_is(name):
+    layer, z, context = build(LAYERS[name])
+    layer, z, context = layer.eval().to("meta"), z.to("meta"), context.to("meta")
+    for direction in (layer.forward, layer.inverse):
+        x, log_det = direction(z, context)
+        assert x.is_meta
+        assert log_det.is_meta
+
+
+def test_half_precision_and_autocast(entry):
+    layer, z, context = build(entry)
+    layer.eval()
+    expected = layer(z, context)
+    for direction in (layer.forward, layer.inverse):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            x, log_det = direction(z, context)
+        assert x.isfinite().all()
+        assert log_det.isfinite().all()
+    half = copy.deepcopy(layer).bfloat16()
+    x, log_det = half(z.bfloat16(), context.bfloat16())
+    assert x.dtype == log_det.dtype == torch.bfloat16
+    torch.testing.assert_close(x.float(), expected[0], atol=0.2, rtol=0.2)
+
+
+def test_vmap(entry):
+    layer, z, context = build(entry)
+    layer.eval()
+
+    def one(z, context):
+        x, log_det = layer(z.unsqueeze(0), context.unsqueeze(0))
+        return x[0], log_det[0]
+
+    expected = layer(z, context)
+    torch.testing.assert_close(torch.func.vmap(one)(z, context), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_gradients_reach_inputs_context_and_network(entry):
     layer, z, context = build(entry)
     for direction in (layer.forward, layer.inverse):
@@ -458,6 +496,8 @@ coupling = partial(RobustSplineCoupling, 4, 1, 8)
             TypeError,
             "one_hot",
         ),
+        (lambda: RobustGlowBlock(4, 8, 0), ValueError, "context_channels must be a positive"),
+        (lambda: coupling(CONTEXT, 2.5), ValueError, "num_bins must be a positive number"),
         (lambda: RobustGlowBlock(4, 8, split_mode="rows"), ValueError, "split_mode must be one"),
         (lambda: RobustGlowBlock(4, 8, scale_map="tanh"), ValueError, "scale_map must be one"),
         (lambda: RobustGlowBlock(1, 8), ValueError, "at least 2 of them; got 1"),

@@ -325,7 +325,9 @@ def test_no_context_explodes(scale):
         (lambda f, y: f.log_prob(torch.randn(2, 3, 8, 8), y[:, :1]), "shape"),
         (lambda f, y: f.forward_and_log_det([torch.randn(2, 24, 2, 2)], y), "2 latents; got 1"),
         (lambda f, y: ConditionalMultiscaleFlow(f.q0, f.flows, []), "one merge fewer"),
+        (lambda f, y: f.log_prob(torch.randn(2, 3, 8, 6), y), "multiples of 4"),
         (lambda f, y: GaussianPrior(2)(3), "give size"),
+        (lambda f, y: GaussianPrior(2, 0), "context_channels must be a positive number"),
         (lambda f, y: GaussianPrior(2, mean_bound=0.0), "mean_bound must be positive"),
         (lambda f, y: f.q0[1].log_prob(torch.randn(2, 6, 4, 4), y), "size|known already"),
     ],
@@ -333,6 +335,21 @@ def test_no_context_explodes(scale):
 def test_mistakes_are_named(call, match):
     with pytest.raises(ValueError, match=match):
         call(make(), torch.randn(2, CONTEXT, 8, 8))
+
+
+def test_levels_are_lists():
+    with pytest.raises(TypeError, match="one list of layers for each level"):
+        ConditionalMultiscaleFlow([GaussianPrior(4)], [RobustGlowBlock(4, 8)], [])
+
+
+def test_all_tensors_are_where_the_input_is():
+    flow = make().to("meta")
+    for y in contexts((8, 8)).values():
+        on_meta = [t.to("meta") for t in y] if isinstance(y, list) else y.to("meta")
+        x, log_q = flow.sample(4, on_meta, 0.7, size=(8, 8))
+        assert x.is_meta
+        assert log_q.is_meta
+        assert flow.log_prob(x, on_meta).is_meta
 
 
 def test_bases_of_a_fixed_shape_take_no_size():
