@@ -407,3 +407,29 @@ def test_convert_says_what_is_wrong(superres, tmp_path, capsys):
         code, _, errors = run(capsys, "convert", *arguments)
         assert (code, errors.count("\n")) == (2, 1), errors
     assert contents(superres) == before
+
+
+PEAK = """
+import resource, sys
+from flowguard import cli
+code = cli.main(sys.argv[1:])
+print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the unit of ru_maxrss")
+def test_a_large_picture_takes_less_than_four_gigabytes(tmp_path):
+    torch.manual_seed(0)
+    model = SuperResolutionFlow(scale=4, levels=2, steps=1, hidden=8, features=8)
+    small(model).save_pretrained(tmp_path / "m")
+    pixels = np.random.default_rng(0).integers(100, 156, (1356, 2040, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    arguments = ["superres", "x.png", "out", "--model", "m", "--report", "out/report.html"]
+    command = [sys.executable, "-c", PEAK, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "out" / "x.png") as image:
+        assert image.size == (8160, 5424)
+    assert float(done.stdout.split("peak")[1]) < 4

@@ -400,3 +400,66 @@ def test_a_low_light_model_comes_back(coupling, tmp_path):
     assert_same(model, loaded)
     with pytest.raises(PretrainedError, match=r"LowLightFlow\.from_pretrained"):
         SuperResolutionFlow.from_pretrained(tmp_path)
+
+
+PUBLISHED = {
+    "srflow": {"coupling": "affine", "residual": False},
+    "robustnf": {"coupling": maps.Robust(bound=0.5, shift_bound=None), "noise_std": 0.05},
+    "rotations": {"coupling": "bspline", "mix": "fixed", "noise_std": 0.05, "noise_steps": [0, 1]},
+}
+
+
+@pytest.mark.parametrize("options", PUBLISHED.values(), ids=PUBLISHED)
+def test_published_architectures_come_back(options, tmp_path):
+    torch.manual_seed(0)
+    model = SuperResolutionFlow.published(
+        scale=2, levels=2, steps=1, blocks=1, stacked=(0,), hidden=4, **options
+    )
+    guarded(model).save_pretrained(tmp_path)
+    assert_same(model, SuperResolutionFlow.from_pretrained(tmp_path))
+
+
+def test_a_model_of_the_hub_is_loaded(folder, monkeypatch):
+    pytest.importorskip("huggingface_hub")
+    asked = []
+
+    def download(repo_id, filename, **options):
+        asked.append((repo_id, filename, options["revision"]))
+        return str(folder / filename)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    model = SuperResolutionFlow.from_pretrained("someone/model", revision="v1")
+    assert model.conditioner.calibrated
+    assert {a[1] for a in asked} == {"config.json", "model.safetensors"}
+    assert {(a[0], a[2]) for a in asked} == {("someone/model", "v1")}
+
+    def fail(*arguments, **options):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    with pytest.raises(PretrainedError, match=r"no folder someone/model, and .*no network"):
+        SuperResolutionFlow.from_pretrained("someone/model")
+
+
+def test_what_is_pushed_to_the_hub(tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    pushed = {}
+
+    class Api:
+        def __init__(self, token=None):
+            pass
+
+        def create_repo(self, repo_id, **options):
+            return type("Repo", (), {"repo_id": repo_id})
+
+        def upload_folder(self, *, folder_path, **options):
+            pushed.update({p.name: p.read_bytes() for p in folder_path.iterdir()})
+            return "https://example.org"
+
+    monkeypatch.setattr(hub.hub_mixin, "HfApi", Api)
+    model = guarded(build())
+    assert model.save_pretrained(tmp_path / "m", push_to_hub=True) == "https://example.org"
+    assert set(pushed) == {"config.json", "model.safetensors", "README.md"}
+    for name, data in pushed.items():
+        (tmp_path / name).write_bytes(data)
+    assert_same(model, SuperResolutionFlow.from_pretrained(tmp_path))

@@ -265,8 +265,13 @@ def thumbnail(image: Any) -> bytes:
 
     from PIL import Image
 
+    from torch.nn.functional import avg_pool2d
+
     from flowguard.data import to_uint8
 
+    factor = max(image.shape) // (4 * THUMBNAIL)
+    if factor > 1:  # whole numbers of a large picture would fill the memory
+        image = avg_pool2d(image[None].float(), factor, ceil_mode=True)[0]
     small = Image.fromarray(to_uint8(image))
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     stream = io.BytesIO()

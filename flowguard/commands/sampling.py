@@ -36,7 +36,7 @@ def latents_for(model: Any, y: Tensor, temperature: float, seed: int) -> list[Te
     """
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same for every device
     return [
-        (temperature * torch.randn(1, *shape, generator=generator)).to(y)
+        torch.randn(1, *shape, generator=generator).mul_(temperature).to(y)
         for shape in model.latent_shapes(y)
     ]
 
