@@ -2,7 +2,7 @@ r"""Image flows in nflows' terms: a context map for each level, and the flow ste
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -41,7 +41,7 @@ class ConditionalMultiscaleTransform(MultiscaleCompositeTransform):
 
     The context is one of these:
 
-    - a list with a map for each level, of the size of that level's outputs. The maps tell the
+    - a list (or a dictionary) with a map for each level, of the size of that level's outputs. The maps tell the
       size of the images, which may be another one at each call.
     - the same list as one tensor, made by :func:`pack_maps`; needed within
       ``nflows.flows.Flow``, which repeats the rows of tensors only. Say so with
@@ -49,7 +49,8 @@ class ConditionalMultiscaleTransform(MultiscaleCompositeTransform):
     - one map, which is resized to each level. The images have the size that was given when the
       transforms were added, unless `context_size` tells the size of the map that goes with it:
       then they grow with the map.
-    - anything else, such as :py:`None` or vectors: each level gets it as it is.
+    - anything else, such as :py:`None` or vectors: each level gets it as it is, and the images
+      have the size that was given when the transforms were added.
 
     References:
         | Density estimation using Real NVP (Dinh et al., 2017)
@@ -213,6 +214,8 @@ class ConditionalMultiscaleTransform(MultiscaleCompositeTransform):
                 f"{self._num_transforms} transforms must be added; got {len(self._transforms)}"
             )
         images = len(self._shape) == 3
+        if isinstance(context, Mapping):
+            context = list(context.values())
         if isinstance(context, list | tuple):
             return self._plan_maps([cut(m) for m in context], images)
         if not isinstance(context, Tensor) or context.dim() != 4 or not images:

@@ -162,6 +162,13 @@ def test_packed_maps_are_the_list_of_maps():
     assert torch.equal(flow(x, ours.pack_maps(bigger))[0], flow(x, bigger)[0])
 
 
+def test_a_dictionary_of_maps_is_a_list_of_maps():
+    flow, x, context = multiscale(), torch.randn(N, *SIZE), maps()
+    named = {"fine": context[0], "coarse": context[1]}
+    assert torch.equal(flow(x, named)[0], flow(x, context)[0])
+    assert torch.equal(ours.pack_maps(named), ours.pack_maps(context))
+
+
 def test_gradients_pass_through_packed_maps():
     flow, context = multiscale(context_channels=(8, 5)), [m.requires_grad_() for m in maps()]
     x = torch.randn(N, *SIZE)
