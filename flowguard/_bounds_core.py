@@ -139,16 +139,19 @@ def _orthogonal(layer: OrthogonalConv1x1, inverse: bool) -> Iterator[Step]:
 
 @rule(ConditionalCoupling)
 def _coupling(layer: ConditionalCoupling, inverse: bool) -> Iterator[Step]:
-    some_weight = layer.first_context.weight
-    phi = some_weight.new_zeros(1, 1, layer.map.parameters, 1, 1)
-    f = layer.map.transform(phi)
-    g, kind = envelope(f, inverse), f"{type(layer).__name__}[{type(f).__name__}]"
-    changed = torch.arange(layer.kept + layer.changed) >= layer.kept
-    parts = [
-        conditional(g, "rest", kind, mask=changed),
-        *([] if layer.noise is None else [conditional(g, "noise", kind, mask=changed)]),
-        conditional(g, "injector", kind, mask=torch.ones_like(changed)),
-    ]
+    everything = torch.ones(layer.kept + layer.changed, dtype=torch.bool)
+    changed = torch.arange(len(everything)) >= layer.kept
+    masks = {"rest": changed, "noise": changed, "injector": everything}
+    parts = []
+    for part, mask in masks.items():
+        if part == "noise" and layer.noise is None:
+            continue
+        family = layer.map_of(part)
+        weight = layer.first_context.weight
+        phi = weight.new_zeros(1, int(mask.sum()), family.parameters, 1, 1)
+        f = family.transform(phi)
+        kind = f"{type(layer).__name__}[{type(f).__name__}]"
+        parts.append(conditional(envelope(f, inverse), part, kind, mask=mask))
     yield from parts if inverse else reversed(parts)
 
 
@@ -200,7 +203,11 @@ def _multiscale(flow: ConditionalMultiscaleFlow, inverse: bool) -> Iterator[Step
         for kind in ("steps", "transitions"):
             stack = flow.get_submodule(f"{kind}.{level}")
             for name, step in reversed(list(stack.named_children())):
-                yield from within(f"{kind}.{level}.{name}", step)
+                unused = kind == "steps" and not flow.is_noisy(level, int(name))
+                for part in within(f"{kind}.{level}.{name}", step):
+                    # A step that is never told of noise may have learned what to do with it.
+                    if not (unused and part.name.endswith("coupling.noise")):
+                        yield part
         yield from within("squeeze", flow.squeeze)
 
 

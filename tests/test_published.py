@@ -1,5 +1,6 @@
 r"""The published super-resolution models, against numbers that the published code computed."""
 
+import copy
 import math
 import os
 import pickle
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from flowguard import certify
+from flowguard import certify, migrate
 from flowguard.image import (
     Affine,
     ConditionalCoupling,
@@ -597,21 +598,64 @@ def test_steps_compile_without_a_break(coupling):
     assert torch.allclose(ladj, step(x, condition)[1], atol=1e-8)
 
 
-def test_published_robust_models_are_certified_but_for_their_prior():
-    table = certify(small(coupling="robust"))
-    assert not table.certified
-    assert (
-        {s.name for s in table.refused} == {"flow.splits.0"} if hasattr(table, "refused") else True
-    )
+def test_what_is_bounded_is_certified():
+    published = certify(small(coupling="robust"))
+    assert not published.certified
+    assert "flow.splits.0" in str(published)  # its prior is free
     bounded = SuperResolutionFlow(
         encoder=RRDBEncoder(blocks=1, stacked=(0,)),
         levels=3,
         steps=1,
         hidden=4,
         transition_steps=1,
+        mix="fixed",
         noise_std=0.1,
     )
     assert certify(bounded).certified
+
+
+# -- migration --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("noise_std", [None, 0.1])
+def test_a_migrated_model_starts_where_it_was_and_is_certified(noise_std):
+    model, _, _ = shaken(noise_std=noise_std, mix="orthogonal", noise_steps=[0, 2, 2])
+    model = model.float()
+    hr = torch.rand(4, 3, 32, 48)
+    lr = F.interpolate(hr, scale_factor=0.25, mode="bicubic", antialias=True)
+    robust, report = migrate(model, hr, lr)
+    assert len(report.replaced) == 6 * 2 + 1 + (4 if noise_std else 0)
+    assert abs(report.nll_before - report.nll_swapped) < 1e-2
+    assert not report.certificate_before.certified
+    assert report.certificate_after.certified
+    assert type(robust.flow.steps[0][0].coupling.map) is Affine
+
+    latents = [torch.randn(1, *s) for s in model.latent_shapes(lr)]
+    with torch.no_grad():
+        far = [1e4 * f for f in model.conditioner(lr[:1])]
+        noise = torch.zeros(1, 1, 1, 1) if noise_std else None
+        image, _ = robust.flow.inverse(latents, robust.flow.condition(far, noise))
+        largest = max(z.abs().max().item() for z in latents)
+        assert image.abs().max() <= report.certificate_after.bound(largest)
+        exploded, _ = model.flow.inverse(latents, model.flow.condition(far, noise))
+        assert not exploded.abs().max() < 1e6
+
+    # What was replaced travels with the weights, and is trained on.
+    again = copy.deepcopy(robust)
+    again.load_state_dict(robust.state_dict())
+    robust.train().nll(hr, lr).mean().backward()
+    assert all(torch.isfinite(p.grad).all() for p in robust.parameters() if p.grad is not None)
+    with torch.no_grad():
+        assert torch.equal(
+            again.eval().decode(latents, lr[:1]), robust.eval().decode(latents, lr[:1])
+        )
+
+
+def test_what_is_robust_already_is_kept():
+    model, hr, lr = shaken(coupling="robust")
+    _, report = migrate(model, hr, lr)
+    assert [r.name for r in report.replaced] == ["flow.splits.0"]
+    assert len(report.kept) == 6
 
 
 MODEL = small()

@@ -21,6 +21,7 @@ from flowguard.image.maps import (
 from flowguard.image.multiscale import ConditionalMultiscaleFlow, published_flow
 from flowguard.image.split import Split
 from flowguard.image.steps import FlowStep, TransitionStep
+from flowguard.image.surgery import ImageSurgeon
 
 __all__ = [
     "ActNorm",
@@ -32,6 +33,7 @@ __all__ = [
     "Elementwise",
     "FixedConv1x1",
     "FlowStep",
+    "ImageSurgeon",
     "InvertibleConv1x1",
     "NormedConv2d",
     "OrthogonalConv1x1",

@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowguard.image.layers import NormedConv2d, ZeroConv2d, folded
-from flowguard.image.maps import Elementwise, apply, elementwise
+from flowguard.image.maps import (
+    Affine,
+    Elementwise,
+    Inscribed,
+    ReparametrizedAffine,
+    apply,
+    elementwise,
+)
 from flowguard.image.ready import Ready, last_layers
 
 #: The rows and the columns of a tile that are wanted; the others are there for the convolutions.
@@ -121,6 +128,17 @@ class ConditionalCoupling(nn.Module):
     def extra_repr(self) -> str:
         return f"channels={self.kept + self.changed}, map={self.map}"
 
+    def map_of(self, part: str) -> Elementwise:
+        r"""Returns the elementwise map whose parameters a part computes.
+
+        Arguments:
+            part: ``"injector"``, ``"noise"`` or ``"rest"``.
+        """
+        units = self._modules.get(f"{part}_units")
+        if units is None or not isinstance(self.map, Affine | ReparametrizedAffine):
+            return self.map
+        return Inscribed(self.map, units)  # the coupling was migrated
+
     def condition(self, context: Tensor, noise: Tensor | None = None) -> Condition:
         r"""Computes all that depends on the context alone.
 
@@ -165,14 +183,14 @@ class ConditionalCoupling(nn.Module):
         # Until it is initialised, by this batch, the normalisation in `hidden` is the identity.
         return self.rest(first.norm(self.first_kept(kept) + hidden)[0])
 
-    def _raws(self, kept: Tensor, condition: Condition) -> list[Tensor]:
-        r"""The raw parameters of the maps of the changed half, in forward order."""
-        raws = [self._raw(kept, condition)]
+    def _raws(self, kept: Tensor, condition: Condition) -> list[tuple[Elementwise, Tensor]]:
+        r"""The maps of the changed half, with their raw parameters, in forward order."""
+        raws = [(self.map_of("rest"), self._raw(kept, condition))]
         if condition.noise is not None and self.noise is not None:
             both = torch.cat((kept, condition.noise.to(kept.dtype)), dim=1)
             ready = None if condition.ready is None else condition.ready.noise
             noise = self.noise(both) if ready is None else last_layers(ready[1:], ready[0](both))
-            raws.insert(0, noise)
+            raws.insert(0, (self.map_of("noise"), noise))
         return raws
 
     def _match(self, x: Tensor, context: Tensor | Condition | None) -> Condition:
@@ -196,17 +214,17 @@ class ConditionalCoupling(nn.Module):
         self, x: Tensor, context: Tensor | Condition | None = None, inner: Inner | None = None
     ) -> tuple[Tensor, Tensor]:
         condition = self._match(x, context)
-        around, params = (
-            x[:, : self.kept],
-            condition.injected[:, : self.kept * self.map.parameters],
-        )
-        x, ladj = apply(self.map, crop(x, inner), crop(condition.injected, inner), inverse=False)
+        family = self.map_of("injector")
+        around = x
+        injected = crop(condition.injected, inner)
+        x, ladj = apply(family, crop(x, inner), injected, inverse=False)
         kept, changed = x.tensor_split((self.kept,), dim=1)
         seen = kept
         if inner is not None:  # the convolutions see what is around the tile, transformed
-            seen, _ = apply(self.map, around, params, inverse=False)
-        for raw in self._raws(seen, condition):
-            changed, more = apply(self.map, changed, crop(raw, inner), inverse=False)
+            seen, _ = apply(family, around, condition.injected, inverse=False)
+            seen = seen[:, : self.kept]
+        for part, raw in self._raws(seen, condition):
+            changed, more = apply(part, changed, crop(raw, inner), inverse=False)
             ladj = ladj + more
         return torch.cat((kept, changed), dim=1), ladj
 
@@ -217,11 +235,11 @@ class ConditionalCoupling(nn.Module):
         raws = self._raws(z[:, : self.kept], condition)
         kept, changed = crop(z, inner).tensor_split((self.kept,), dim=1)
         ladj = z.new_zeros(())
-        for raw in reversed(raws):
-            changed, more = apply(self.map, changed, crop(raw, inner), inverse=True)
+        for part, raw in reversed(raws):
+            changed, more = apply(part, changed, crop(raw, inner), inverse=True)
             ladj = ladj + more
-        params = crop(condition.injected, inner)
-        x, more = apply(self.map, torch.cat((kept, changed), dim=1), params, inverse=True)
+        both, injected = torch.cat((kept, changed), dim=1), crop(condition.injected, inner)
+        x, more = apply(self.map_of("injector"), both, injected, inverse=True)
         return x, ladj + more
 
 

@@ -4,6 +4,7 @@ __all__ = [
     "Affine",
     "CubicBSpline",
     "Elementwise",
+    "Inscribed",
     "ReparametrizedAffine",
     "Robust",
     "elementwise",
@@ -86,6 +87,12 @@ class Affine:
         shift, scale = phi.unbind(2)
         return transforms.AffineTransform(shift, scale, eps=self.eps)
 
+    def line(self, phi: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Returns slope and value at zero of the maps with these parameters."""
+        shift, scale = phi.unbind(2)
+        slope = torch.sigmoid(scale + 2) + self.eps
+        return slope, slope * shift
+
 
 @dataclass(frozen=True)
 class ReparametrizedAffine:
@@ -105,6 +112,12 @@ class ReparametrizedAffine:
     def transform(self, phi: Tensor) -> transforms.Univariate:
         shift, scale = phi.unbind(2)
         return transforms.ReparametrizedAffineTransform(shift, scale, eps=self.eps)
+
+    def line(self, phi: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Returns slope and value at zero of the maps with these parameters."""
+        shift, scale = phi.unbind(2)
+        slope = (torch.sigmoid(scale + 2) + self.eps).reciprocal()
+        return slope, slope * shift
 
 
 @dataclass(frozen=True)
@@ -132,6 +145,26 @@ class CubicBSpline:
             bound=self.bound,
             shift_bound=self.shift_bound,
         )
+
+
+@dataclass(frozen=True)
+class Inscribed:
+    r"""Creates the map of robust splines that follow affine maps; :func:`flowguard.migrate` does.
+
+    Arguments:
+        family: The affine maps.
+        units: What makes a spline of slope and value at zero, in the units of each channel.
+    """
+
+    family: Affine | ReparametrizedAffine
+    units: Callable[[Tensor, Tensor], transforms.Univariate]
+
+    @property
+    def parameters(self) -> int:
+        return self.family.parameters
+
+    def transform(self, phi: Tensor) -> transforms.Univariate:
+        return self.units(*self.family.line(phi))
 
 
 NAMED: dict[str, Callable[[], Elementwise]] = {

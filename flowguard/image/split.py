@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from flowguard._inscribe import saturate
 from flowguard.functional import bounded
 from flowguard.image.coupling import Inner, crop, repeat_rows
 from flowguard.image.layers import ZeroConv2d
@@ -58,6 +59,7 @@ class Split(nn.Module):
         self.context_channels = context_channels
         self.mean_bound = mean_bound
         self.scale_bound = scale_bound
+        self.faithful = False  # whether the bounds spare what is well within them
         self.net = ZeroConv2d(self.kept + context_channels, 2 * self.dropped)
 
     def extra_repr(self) -> str:
@@ -72,7 +74,18 @@ class Split(nn.Module):
             raw = self.net(kept)
         # Under autocast the network computes in half precision, the prior does not.
         mean, logs = raw.to(torch.promote_types(raw.dtype, kept.dtype)).chunk(2, dim=1)
-        return bounded(mean, self.mean_bound), bounded(logs, self.scale_bound)
+        squash = saturated if self.faithful else bounded
+        return squash(mean, self.mean_bound), squash(logs, self.scale_bound)
+
+    def tame(self, mean_bound: float, scale_bound: float) -> None:
+        r"""Bounds a free prior, without any change in the inner 80 % of the bounds.
+
+        Arguments:
+            mean_bound: The bound of the mean.
+            scale_bound: The bound of the log-scale.
+        """
+        self.faithful = True
+        self.mean_bound, self.scale_bound = mean_bound, scale_bound
 
     def forward(
         self, x: Tensor, context: Tensor | None = None, inner: Inner | None = None
@@ -92,3 +105,8 @@ class Split(nn.Module):
         mean, logs = (crop(t, inner) for t in self._prior(kept, context))
         dropped = crop(latent, inner) * torch.exp(logs) + mean
         return torch.cat((crop(kept, inner), dropped), dim=1), logs.flatten(1).sum(1)
+
+
+def saturated(x: Tensor, bound: float | None) -> Tensor:
+    r"""Squashes into a bound, and is the identity well within it; :py:`None` for no bound."""
+    return x if bound is None else saturate(x, bound)

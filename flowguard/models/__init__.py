@@ -1,5 +1,7 @@
 r"""Image models: encoders, and flows for super-resolution and low-light enhancement."""
 
+from flowguard._surgery import surgeon
+from flowguard.image import ImageSurgeon
 from flowguard.models.checkpoints import CheckpointError, ImportReport
 from flowguard.models.encoders import PyramidEncoder
 from flowguard.models.lowlight import LowLightFlow
@@ -17,3 +19,6 @@ __all__ = [
     "RRDBEncoder",
     "SuperResolutionFlow",
 ]
+
+for model in (LowLightFlow, SuperResolutionFlow):
+    surgeon.register(model, ImageSurgeon)
