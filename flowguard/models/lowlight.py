@@ -73,9 +73,10 @@ def rescale_brightness(image: Tensor, brightness: Tensor | float) -> Tensor:
         tensor([0.4950, 0.4950, 0.4950])
     """
     known = torch.isfinite(image)
-    cut = torch.where(known, image, 0.0).clamp(0, 1).flatten(-3).sum(-1, dtype=torch.float64)
+    dtype = torch.promote_types(image.dtype, torch.float32)
+    cut = torch.where(known, image, 0.0).clamp(0, 1).flatten(-3).sum(-1, dtype=dtype)
     mean = cut / known.flatten(-3).sum(-1).clamp_min(1)
-    wanted = torch.as_tensor(brightness, dtype=torch.float64, device=image.device)
+    wanted = torch.as_tensor(brightness, dtype=dtype, device=image.device)
     if wanted.dim() and wanted.shape != mean.shape:
         raise ValueError(
             f"brightness must be a number or have the shape {tuple(mean.shape)}, one for each"

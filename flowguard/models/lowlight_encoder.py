@@ -43,8 +43,8 @@ def equalize_histogram(image: Tensor) -> Tensor:
     """
     wide = image.detach().to(torch.promote_types(image.dtype, torch.float32))
     level = (255 * wide.nan_to_num(0.0).clamp(0, 1)).round().long().flatten(2)
-    counts = torch.zeros(*level.shape[:2], 256, dtype=torch.float64, device=image.device)
-    counts.scatter_add_(2, level, torch.ones_like(level, dtype=torch.float64))
+    counts = level.new_zeros(*level.shape[:2], 256)
+    counts.scatter_add_(2, level, torch.ones_like(level))
     total = level.shape[2]
     cumulated = counts.cumsum(2)
     # The darkest level's count: the first one of the cumulated counts that is not zero.
