@@ -50,6 +50,7 @@ from flowguard._inscribe import InscribedAffine, InscribedShift
 from flowguard.migration import Site, Surgeon, holder, surgeon
 from flowguard.transforms import Univariate
 
+from ._normflows_adapter import ContextAdapter
 from ._normflows_migrated import (
     CarriedAutoregressiveSpline,
     CarriedCDF,
@@ -351,9 +352,14 @@ CONSTANT = (
 RESHAPING = (Merge, Split, Squeeze)
 
 
+def _is_ours(layer: Any) -> bool:
+    ours = type(layer).__module__.partition(".")[0] == "flowguard"
+    return ours and not isinstance(layer, ContextAdapter)
+
+
 def _why_not(layer: Any) -> str:
     r"""Says why a layer is kept; empty if it is one to replace."""
-    if isinstance(layer, ROBUST) or type(layer).__module__.partition(".")[0] == "flowguard":
+    if isinstance(layer, ROBUST) or _is_ours(layer):
         return "robust already"
     if type(layer) not in SITES:
         if isinstance(layer, CONSTANT):
@@ -423,9 +429,7 @@ class _Normflows(Surgeon):
                 or name.startswith(tuple(within))
             ):
                 continue
-            whole = isinstance(m, (*SITES, *CONSTANT)) or type(m).__module__.startswith(
-                "flowguard"
-            )
+            whole = isinstance(m, (*SITES, *CONSTANT)) or _is_ours(m)
             if whole or not any(isinstance(part, Flow) for part in m.modules() if part is not m):
                 within.append(f"{name}." if name else "")
                 if why := _why_not(m):

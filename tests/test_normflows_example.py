@@ -22,7 +22,7 @@ def test_stock_explodes_where_robust_and_migrated_hold(tmp_path):
     assert out.read_bytes().startswith(b"\x89PNG")
     assert out.stat().st_size > 10_000
     rows = {
-        line[:22].strip(): re.findall(r"(\S+)\s+([\d.]+)%", line[22:])
+        line[:26].strip(): re.findall(r"(\S+)\s+([\d.]+)%", line[26:])
         for line in run.stdout.splitlines()
         if line.count("%") == 4
     }
@@ -31,7 +31,7 @@ def test_stock_explodes_where_robust_and_migrated_hold(tmp_path):
     assert float(stock) < 5
     assert float(migrated) == pytest.approx(float(stock), rel=0.05)
     assert float(robust) < 5
-    (stock, lost), *safe = rows["noise σ = 10⁴"][:3]
+    (stock, _), *safe = rows["noise σ = 10⁴"][:3]
     assert stock == "inf" or float(stock) > 1e4
     assert all(float(largest) < 100 for largest, _ in safe)
     assert [share for _, share in safe] == ["0.0", "0.0"]
