@@ -64,11 +64,12 @@ class Setting(NamedTuple):
     hidden: int
     batch: int
     pairs: int
+    guarded: int
     window: int
 
 
-FULL = Setting(layers=10, hidden=32, batch=32, pairs=256, window=160)
-QUICK = Setting(layers=10, hidden=8, batch=8, pairs=64, window=64)
+FULL = Setting(layers=10, hidden=32, batch=32, pairs=256, guarded=1024, window=160)
+QUICK = Setting(layers=10, hidden=8, batch=8, pairs=64, guarded=128, window=64)
 
 
 def build(layers: int, hidden: int) -> Flow:
@@ -185,14 +186,14 @@ def lost(t: Tensor) -> float:
     return 1 - t.isfinite().float().mean().item()
 
 
-def guard(flow: Flow) -> None:
+def guard(flow: Flow, count: int) -> None:
     r"""Wraps the embedding net, which tells from now on how strange a condition is."""
-    conditioner = flowguard.OODConditioner(flow._embedding_net, policy="report")
+    conditioner = flowguard.OODConditioner(flow._embedding_net, policy="report", alpha=0.01)
     for method, names in (
         (conditioner.fit, TRAINING_PHOTOGRAPHS),
         (conditioner.calibrate, CALIBRATION_PHOTOGRAPHS),
     ):
-        _, small = next(pairs(names, 1024, 3))
+        _, small = next(pairs(names, count, 3))
         method(small, progress=False)
     flow._embedding_net = conditioner.eval()
 
@@ -283,7 +284,7 @@ def main(arguments: list[str] | None = None) -> Result:
     print(f"same noise, same samples: they moved by {moved.median():.2g} standard deviations in")
     print(f"the median, 1 in 1000 by more than {moved.flatten()[: 2**24].quantile(0.999):.2g}")
 
-    guard(tuned)
+    guard(tuned, setting.guarded)
     outcomes = compare(stock, tuned, setting.window)
     certificate = flowguard.certify(tuned)
     if certificate.certified:

@@ -33,15 +33,18 @@ class SampleError(NamedTuple):
     r"""How far the samples of two flows are apart for the same noise and contexts.
 
     The noise is what the old flow makes of the calibration data, paired with other contexts. The
-    distances are those of single features, in their standard deviations over the data.
+    distances are those of single features, in their standard deviations over the data, where the
+    old flow itself stays within ten of these.
 
     Arguments:
         median: The median distance.
         q99: The distance that one in a hundred exceeds.
+        exploded: The share of samples that the old flow takes farther, which are left out.
     """
 
     median: float
     q99: float
+    exploded: float
 
 
 @dataclass(frozen=True)
@@ -84,10 +87,11 @@ class Migration:
             why = self.reasons.get(name)
             lines.append(f"{name}: kept" + (f", {why}" if why else ""))
         if self.sample_error is not None and self.replaced:
-            median, q99 = self.sample_error
-            lines.append(
-                f"samples moved by {median:.2g} in the median, 1 in 100 by more than {q99:.2g}"
-            )
+            median, q99, exploded = self.sample_error
+            moved = f"samples moved by {median:.2g} in the median, 1 in 100 by more than {q99:.2g}"
+            if exploded > 0:
+                moved += f", but for {exploded:.2%} that exploded before"
+            lines.append(moved)
         if self.nll_before is not None:
             nll = f"NLL {self.nll_before:.4f} nats before"
             if self.replaced:

@@ -93,7 +93,8 @@ class Surgeon(abc.ABC):
         return None
 
     def decode(self, z: Tensor, context: Any) -> Tensor:
-        r"""Returns the samples of some noise, if :meth:`encode` gives any."""
+        r"""Returns the samples of some noise, if :meth:`encode` gives any; raises
+        :py:`NotImplementedError` where there is no inverse."""
         raise NotImplementedError
 
     def tuning(self) -> AbstractContextManager[None]:

@@ -27,7 +27,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from flowguard._imitate import RescaledSpline, compare, imitate, units
+from flowguard._imitate import SMALLEST, RescaledSpline, compare, imitate, units
 from flowguard._migration_report import Migration, Replacement, SampleError
 from flowguard._surgery import Site, Surgeon, holder, surgeon
 from flowguard.certificate import certify
@@ -42,6 +42,7 @@ NEVER_ASKED = "the calibration pairs do not reach it"
 AS_ASKED = "additive, and left as asked"
 PLANNED = "a robust map"
 TRIED = 512  # samples that are made before and after
+FARTHEST = 10.0  # standard deviations from the data within which samples are compared
 
 Density = Callable[[Tensor, Any], Tensor]
 
@@ -236,10 +237,14 @@ class _Trial:
             self.z = None if z is None else z.roll(1, dims=0)  # noise meets another context
             self.samples = self._sample()
         dims = [d for d in range(x.dim()) if d != 1]
-        self.unit = x[rows].std(dim=dims, keepdim=True, correction=0)
+        std, self.mean = torch.std_mean(x[rows], dim=dims, keepdim=True, correction=0)
+        self.unit = std.clamp_min(SMALLEST)
 
     def _sample(self) -> Tensor | None:
-        return None if self.z is None else self.operation.decode(self.z, self.context)
+        try:
+            return None if self.z is None else self.operation.decode(self.z, self.context)
+        except NotImplementedError:
+            return None
 
     def error(self) -> SampleError | None:
         r"""Tells how far the samples are from what they were."""
@@ -247,12 +252,14 @@ class _Trial:
             again = self._sample()
         if again is None or self.samples is None:
             return None
-        moved = ((again - self.samples).abs() / self.unit).double().flatten()
-        moved = moved[self.samples.flatten().isfinite()]
+        # What is not finite is not near.
+        near = ((self.samples - self.mean).abs() <= FARTHEST * self.unit).flatten(1).all(1)
+        exploded = 1 - near.double().mean().item()
+        moved = ((again - self.samples)[near].abs() / self.unit).double().flatten()
         if not len(moved):
-            return SampleError(math.nan, math.nan)
+            return SampleError(math.nan, math.nan, exploded)
         median, q99 = moved.quantile(moved.new_tensor([0.5, 0.99])).tolist()
-        return SampleError(median, q99)
+        return SampleError(median, q99, exploded)
 
 
 def _replace(site: Site, options: dict[str, Any], fit_steps: int) -> Replacement:

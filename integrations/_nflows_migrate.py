@@ -320,18 +320,16 @@ class _NFlows(Surgeon):
         if x[0].numel() > MANY_PASSES and any(_is_masked(m) for m in self.model.modules()):
             return None
         transform, embed = parts
-        z = transform(x, embed(context))[0]
-        try:
-            self.decode(z[:1], None if context is None else context[:1])
-        except Exception as error:
-            if type(error).__name__ == "InverseNotAvailable":
-                return None
-            raise
-        return z
+        return transform(x, embed(context))[0]
 
     def decode(self, z: Tensor, context: Any) -> Tensor:
         transform, embed = _parts(self.model)  # type: ignore[misc]
-        return transform.inverse(z, embed(context))[0]
+        try:
+            return transform.inverse(z, embed(context))[0]
+        except Exception as error:
+            if _name(type(error)) == "transforms.base.InverseNotAvailable":
+                raise NotImplementedError("the flow cannot be inverted") from error
+            raise
 
     @contextmanager
     def tuning(self) -> Iterator[None]:
