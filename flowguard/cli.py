@@ -4,6 +4,7 @@ and ``demo``."""
 __all__ = ["main"]
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -52,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"flowguard: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the output has seen enough
+        sys.stdout = open(os.devnull, "w")  # closed with the process
+        return 1
     except KeyboardInterrupt:
         print("\nflowguard: interrupted; no half-written file was left", file=sys.stderr)
         return 130

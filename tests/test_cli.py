@@ -7,13 +7,15 @@ import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from flowguard import cli, imageio
-from flowguard.models import LowLightEncoder, LowLightFlow, SuperResolutionFlow
+from flowguard.models import LowLightEncoder, LowLightFlow, RRDBEncoder, SuperResolutionFlow
 
 pytest.importorskip("jsonargparse")
 Image = pytest.importorskip("PIL.Image")
@@ -407,6 +409,48 @@ def test_convert_says_what_is_wrong(superres, tmp_path, capsys):
         code, _, errors = run(capsys, "convert", *arguments)
         assert (code, errors.count("\n")) == (2, 1), errors
     assert contents(superres) == before
+
+
+def test_convert_an_encoder(tmp_path, capsys):
+    torch.manual_seed(0)
+    encoder = RRDBEncoder(features=8, growth=4, blocks=2, stacked=())
+    torch.save(encoder.state_dict(), tmp_path / "rrdb.pth")
+    arguments = ("convert", "esrgan", tmp_path / "rrdb.pth", tmp_path / "m", "--stacked", 0, 1)
+    code, told, errors = run(capsys, *arguments)
+    assert code == 0, errors
+    assert "SuperResolutionFlow" in told
+    model = SuperResolutionFlow.from_pretrained(tmp_path / "m")
+    loaded = model.conditioner.encoder.state_dict()
+    assert all(torch.equal(v, loaded[k]) for k, v in encoder.state_dict().items())
+    code, _, errors = run(capsys, *arguments)
+    assert code == 2
+    assert "--overwrite replaces it" in errors
+    assert run(capsys, *arguments, "--overwrite")[0] == 0
+    assert run(capsys, *arguments, "--overwrite", "--scale", 4)[0] == 2
+
+
+@pytest.mark.parametrize("kind", ["srflow", "robustnf"])
+def test_convert_a_flow(kind, tmp_path, capsys):
+    name = {"srflow": "srflow_x4_tiny", "robustnf": "robustnf_x4_rqs_tiny"}[kind]
+    folders = [Path(__file__).parent / "golden", Path(os.environ.get("FLOWGUARD_GOLDEN", "."))]
+    file = next((f for d in folders if (f := d / f"{name}.safetensors").is_file()), None)
+    if file is None:
+        pytest.skip("the golden file is not here; FLOWGUARD_GOLDEN may name its folder")
+    golden = load_file(file)
+    state = {
+        k[3:]: v.float() * golden.get(f"sdscale.{k[3:]}", torch.tensor(1.0)).float()
+        for k, v in golden.items()
+        if k.startswith("sd.")
+    }
+    torch.save(state, tmp_path / "x.pth")
+    options = ("--stacked", 0, 0, 1, 1)
+    code, _, errors = run(capsys, "convert", kind, tmp_path / "x.pth", tmp_path / "m", *options)
+    assert code == 0, errors
+    wanted = getattr(SuperResolutionFlow, f"from_{kind}")(state, stacked=(0, 0, 1, 1))
+    found = SuperResolutionFlow.from_pretrained(tmp_path / "m")
+    before, after = wanted.state_dict(), found.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[k], after[k]) for k in before)
 
 
 PEAK = """

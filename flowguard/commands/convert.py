@@ -5,17 +5,11 @@ __all__ = ["HELP", "parser", "run"]
 import pickle
 from typing import Any
 
-from flowguard.commands.parsing import Parser, UserError, file, folder, writable
+from flowguard.commands.parsing import Parser, UserError, file, folder, whole, writable
 
 HELP = "turn a published checkpoint into a model folder"
 
-#: What a published kind of checkpoint becomes, and by which method.
-KINDS = {
-    "srflow": ("SuperResolutionFlow", "from_srflow"),
-    "robustnf": ("SuperResolutionFlow", "from_robustnf"),
-    "llflow": ("LowLightFlow", "from_llflow"),
-    "esrgan": ("SuperResolutionFlow", "from_esrgan"),
-}
+KINDS = ("srflow", "robustnf", "llflow", "esrgan")
 
 
 def parser() -> Parser:
@@ -28,14 +22,59 @@ def parser() -> Parser:
             " encoder that is taken; the flow behind it is untrained."
         )
     )
-    convert.add_argument("kind", choices=tuple(KINDS), help="whose checkpoint it is")
+    convert.add_argument("kind", choices=KINDS, help="whose checkpoint it is")
     convert.add_argument("file", type=file, metavar="FILE", help="the checkpoint")
     convert.add_argument("folder", type=folder, metavar="DIR", help="folder to write")
+    convert.add_argument(
+        "--scale",
+        type=whole(2, 16),
+        metavar="N",
+        help=(
+            "factor of the model, where it is not the one that the number of the encoder's"
+            " doublings tells (default: that one); for srflow and robustnf"
+        ),
+    )
+    convert.add_argument(
+        "--stacked",
+        type=whole(0, 1000),
+        nargs="+",
+        metavar="N",
+        help=(
+            "blocks of the encoder whose outputs the flow sees, which no shape tells (default:"
+            " those of the published configurations)"
+        ),
+    )
     convert.add_argument(
         "--overwrite", action="store_true", help="replace a model that is in the folder already"
     )
     convert.add_config()
     return convert
+
+
+def _imported(args: Any) -> Any:
+    from flowguard.models import LowLightFlow, RRDBEncoder, SuperResolutionFlow
+
+    given: dict[str, Any] = {}
+    if args.scale is not None:
+        given["scale"] = args.scale
+    if args.stacked is not None:
+        given["stacked"] = tuple(args.stacked)
+    if args.scale is not None and args.kind not in ("srflow", "robustnf"):
+        raise UserError(f"--scale: the checkpoint of {args.kind} tells all; leave it out")
+    if args.kind == "llflow":
+        return LowLightFlow.from_llflow(args.file, **given)
+    if args.kind == "srflow":
+        return SuperResolutionFlow.from_srflow(args.file, **given)
+    if args.kind == "robustnf":
+        return SuperResolutionFlow.from_robustnf(args.file, **given)
+    encoder = RRDBEncoder.from_esrgan(args.file, **given)
+    return SuperResolutionFlow(
+        scale=encoder.scale,
+        levels=encoder.levels,
+        steps=16,
+        encoder=encoder,
+        architecture="published",
+    )
 
 
 def run(args: Any) -> int:
@@ -44,19 +83,15 @@ def run(args: Any) -> int:
     Arguments:
         args: The arguments.
     """
-    from flowguard import models, persistence
+    from flowguard import persistence
 
     if not args.file.is_file():
         raise UserError(f"FILE: there is no file {args.file}")
     if (args.folder / persistence.CONFIG).exists() and not args.overwrite:
         raise UserError(f"DIR: {args.folder} holds a model already; --overwrite replaces it")
     writable(args.folder, "DIR")
-    kind, method = KINDS[args.kind]
-    load = getattr(getattr(models, kind), method, None)
-    if load is None:
-        raise UserError(f"this version of flowguard cannot convert checkpoints of {args.kind}")
     try:
-        model = load(args.file)
+        model = _imported(args)
         model.save_pretrained(args.folder)
     except pickle.UnpicklingError as error:
         raise UserError(
@@ -67,6 +102,6 @@ def run(args: Any) -> int:
         raise UserError(f"FILE: {lines[0] if lines else type(error).__name__}") from error
     count = sum(p.numel() for p in model.parameters())
     print(
-        f"{args.folder} holds a {kind} of {count:,} parameters; `flowguard inspect` tells of it."
+        f"{args.folder} holds a {type(model).__name__} of {count:,} parameters; `flowguard inspect` tells of it."
     )
     return 0

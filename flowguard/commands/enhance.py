@@ -264,7 +264,6 @@ def thumbnail(image: Any) -> bytes:
     import io
 
     from PIL import Image
-
     from torch.nn.functional import avg_pool2d
 
     from flowguard.data import to_uint8
