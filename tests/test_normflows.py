@@ -1,7 +1,9 @@
 r"""Tests for the robust couplings, blocks and the guard of the normflows adapter."""
 
 import copy
+import importlib
 import pickle
+import unittest
 from functools import partial
 
 import pytest
@@ -16,6 +18,7 @@ nf = pytest.importorskip("normflows")
 from normflows.flows.flow_test import FlowTest  # noqa: E402
 
 from flowguard.integrations.normflows import (  # noqa: E402
+    ConditionalMultiscaleFlow,
     ContextAdapter,
     GuardedConditionalFlow,
     RobustCouplingBlock,
@@ -530,3 +533,31 @@ def test_registers_into_the_flows_of_normflows():
     finally:
         flowguard.unregister("normflows")
     assert not hasattr(nf.flows, "RobustGlowBlock")
+
+
+# normflows' own test classes, with our layers in the place of theirs
+
+SWAPPED = {
+    "normflows.flows.affine.glow_test": {"GlowBlock": RobustGlowBlock},
+    "normflows.flows.neural_spline.wrapper_test": {
+        "CoupledRationalQuadraticSpline": RobustSplineCoupling,
+        "AutoregressiveRationalQuadraticSpline": RobustSplineAutoregressive,
+    },
+    "normflows.core_test": {
+        "GlowBlock": RobustGlowBlock,
+        "MultiscaleFlow": ConditionalMultiscaleFlow,
+        "AutoregressiveRationalQuadraticSpline": RobustSplineAutoregressive,
+    },
+}
+
+
+@pytest.mark.parametrize("name", SWAPPED)
+@pytest.mark.filterwarnings("ignore")
+def test_hosts_own_test_classes(name, monkeypatch):
+    module = importlib.import_module(name)
+    for swapped, ours in SWAPPED[name].items():
+        monkeypatch.setattr(module, swapped, ours)
+    result = unittest.TestResult()
+    unittest.defaultTestLoader.loadTestsFromModule(module).run(result)
+    assert result.testsRun > 0
+    assert [trace for _, trace in result.failures + result.errors] == []
