@@ -330,6 +330,7 @@ SITES: dict[type, Callable[[nn.Module, str, Any], Site]] = {
     PiecewiseRationalQuadraticCoupling: _Spline,
     MaskedPiecewiseRationalQuadraticAutoregressive: _Spline,
 }
+SPLINES = (PiecewiseRationalQuadraticCoupling, MaskedPiecewiseRationalQuadraticAutoregressive)
 ROBUST = (
     CarriedCDF,
     CarriedCoupling,
@@ -398,6 +399,10 @@ class _Normflows(Surgeon):
         if _is_conditional(model):
             return model.log_prob(x, context=context)
         if isinstance(model, MultiscaleFlow | ClassCondFlow):
+            if context is None and getattr(model, "class_cond", True):
+                raise ValueError(
+                    f"{type(model).__name__} is class-conditional: give the classes of x as context"
+                )
             return model.log_prob(x, context)
         if hasattr(model, "log_prob"):
             return model.log_prob(x) if context is None else model.log_prob(x, context)
@@ -450,6 +455,16 @@ class _Normflows(Surgeon):
             return None
         if isinstance(getattr(model, "flow", None), MultiscaleFlow):  # behind a guard
             return None
+        z = self._noise(x, context)
+        if z is not None and any(type(m) in SPLINES for m in model.modules()):
+            try:  # some splines of normflows cannot go back
+                self.decode(z, context)
+            except AssertionError:
+                return None
+        return z
+
+    def _noise(self, x: Tensor, context: Any) -> Tensor | None:
+        model: Any = self.model
         if _is_conditional(model):
             return model.inverse(x, context=context)
         if isinstance(model, NormalizingFlow):

@@ -131,7 +131,8 @@ class _Inscribed:
             log_scale: The logarithm of the scale of the old layer that goes `forward`.
             shift: The shift of it.
         """
-        slope, intercept = towards_noise(log_scale, shift, self.flipped)
+        dtype = torch.promote_types(log_scale.dtype, torch.float32)
+        slope, intercept = towards_noise(log_scale.to(dtype), shift.to(dtype), self.flipped)
         if isinstance(self.map, InscribedShift):
             return self.map(intercept)
         return self.map(slope, intercept)
@@ -146,7 +147,7 @@ class _Inscribed:
         """
         towards_noise = forward == self.flipped
         y, ladj = f.call_and_ladj(x) if towards_noise else f.inverse_and_ladj(x)
-        return y, _summed(ladj)
+        return y.to(x.dtype), _summed(ladj).to(x.dtype)
 
 
 def _summed(ladj: Tensor) -> Tensor:

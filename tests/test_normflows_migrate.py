@@ -620,6 +620,15 @@ def test_odd_inputs(name):
     assert torch.allclose(compiled(z)[0], layer(z)[0], atol=1e-5)
 
 
+def test_half_precision():
+    robust, _ = migrate(four(block()), torch.randn(64, 4))
+    layer = robust.flows[0].bfloat16()
+    z = torch.randn(16, 4, dtype=torch.bfloat16)
+    x, log_det = layer(z)
+    assert x.dtype == log_det.dtype == torch.bfloat16
+    assert torch.allclose(layer.inverse(x)[0], z, atol=0.1)
+
+
 X = torch.randn(8, 4)
 
 
@@ -627,6 +636,11 @@ X = torch.randn(8, 4)
     ("call", "error", "match"),
     [
         (lambda: migrate(four(block()), X, X), ValueError, "NormalizingFlow takes no context"),
+        (
+            lambda: migrate(nf.ClassCondFlow(_base_of(4), [block()]), X),
+            ValueError,
+            "ClassCondFlow is class-conditional: give the classes",
+        ),
         (lambda: migrate(four(block()), X[0]), ValueError, r"one row for each; got \(4,\)"),
         (lambda: migrate(four(block()), X, X[:7]), ValueError, "got 7 and 8"),
     ],
