@@ -24,6 +24,7 @@ __all__ = [
     "inside_mask",
     "mixing",
     "pull_back",
+    "sigmoid",
     "slope_limits",
     "slope_pullback",
     "solve",
@@ -35,6 +36,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+LOG2_E = 1 / math.log(2)
 MIN_DERIVATIVE = 1e-3  # the least inner derivative of the published parameterisation
 ROOM = 1e-3  # the least room above the mean of two secants for the slope at their knot
 
@@ -53,6 +55,14 @@ def mixing(slope: float | None) -> float:
     The slope is raised by a thousandth first, so that rounding cannot break the bound.
     """
     return 0.0 if slope is None else math.sqrt(2.0 * 1.001 * slope)
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    r"""The logistic function, in the form that is the fastest where it runs."""
+    if not torch.compiler.is_compiling():
+        return x.sigmoid()
+    # Compiled for a CPU, a power of two takes a third of the time of an exponential.
+    return 1 / (1 + torch.exp2(x * -LOG2_E))
 
 
 def positive(x: Tensor) -> Tensor:
@@ -214,7 +224,7 @@ def inner_slope(
         return grown + MIN_DERIVATIVE, (grown,)
 
     mean, low, high = slope_limits(s0, s1, slope)
-    p = raw.sigmoid()
+    p = sigmoid(raw)
     # Of two weights one is always away from zero, as there is always some room.
     room = (high - mean).clamp(min=ROOM)
     up = (mean - low) * p

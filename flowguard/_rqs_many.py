@@ -93,7 +93,7 @@ def _softmax(logits: Rows, scale: float, floor: float) -> Rows:
 
     logits = [*logits, zero]
     *_, top = accumulate((x.detach() for x in logits), torch.maximum)
-    exps = [(x - top).exp() for x in logits]
+    exps = [((x - top) * rq.LOG2_E).exp2() for x in logits]  # see rq.sigmoid
     weight = scale / _total(exps)
     return [e * weight + floor for e in exps]
 

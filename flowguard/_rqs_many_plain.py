@@ -55,7 +55,7 @@ def _softmax(widths: Tensor, heights: Tensor, scale: float, memory: Rows) -> Ten
         _finite(logits, part[1:-2], torch.finfo(logits.dtype).max / 4)
     out = padded[:, 1:-1]
     out[:, -1].zero_()
-    out.sub_(out.amax(1, keepdim=True)).mul_(1 / math.log(2)).exp2_()  # thrice as fast as exp
+    out.sub_(out.amax(1, keepdim=True)).mul_(rq.LOG2_E).exp2_()  # thrice as fast as exp
     out.mul_(out.sum(1, keepdim=True).reciprocal_().mul_(scale))
     padded[:, :: bins + 1].copy_(padded[:, 1 :: bins - 1])
     return padded

@@ -45,7 +45,7 @@ def evaluate(
     inverse: bool,
 ) -> Pair:
     r"""The spline or its inverse, and the logarithm of its slope."""
-    kx, ky = _knot(width.sigmoid(), height.sigmoid(), bound, slope, least)
+    kx, ky = _knot(rq.sigmoid(width), rq.sigmoid(height), bound, slope, least)
     z = v.clamp(-bound, bound) - (ky if inverse else kx)
     end = _end(z, bound)
     w, h = end - kx, end - ky
@@ -73,7 +73,7 @@ def pull_back(
     inverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     r"""The gradients to the input and to the parameters; see :func:`_rqs_bin.pull_back`."""
-    p, q = width.sigmoid(), height.sigmoid()
+    p, q = rq.sigmoid(width), rq.sigmoid(height)
     kx, ky = _knot(p, q, bound, slope, least)
     z = x.clamp(-bound, bound) - kx
     end = _end(z, bound)
