@@ -18,6 +18,7 @@ from flowguard import cli, imageio
 from flowguard.models import LowLightEncoder, LowLightFlow, RRDBEncoder, SuperResolutionFlow
 
 pytest.importorskip("jsonargparse")
+sampling = pytest.importorskip("flowguard.commands.sampling")
 Image = pytest.importorskip("PIL.Image")
 tifffile = pytest.importorskip("tifffile")
 
@@ -194,23 +195,27 @@ def test_output_within_input_is_not_enlarged_again(superres, pictures, tmp_path,
     assert (code, "3 picture(s): 0 written, 3 skipped" in told) == (0, True)
 
 
-def test_tiles_are_as_the_whole_away_from_nothing(superres, tmp_path, capsys):
-    """An encoder and flow of small reach: tiles agree with the whole to a grey level."""
+@pytest.mark.parametrize("features", [0, sampling.FEATURES], ids=["condition cut", "flow cut"])
+def test_tiles_agree_with_the_whole(features, superres, tmp_path, capsys, monkeypatch):
+    """An encoder and flow of small reach: to a grey level."""
+    monkeypatch.setattr(sampling, "FEATURES", features)
     rng = np.random.default_rng(0)
     pixels = rng.integers(100, 156, (150, 131, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "x.png")
     made = {}
-    for tile in ("none", 40, "auto"):
+    for tile in ("none", 80, "auto"):
         target = tmp_path / f"{tile}.png"
         options = ("--model", superres, "--tile", tile)
         code, _, _ = run(capsys, "superres", tmp_path / "x.png", target, *options)
         assert code == 0
         made[tile] = imageio.read(target).colour
     assert torch.equal(made["none"], made["auto"])  # it is small
-    assert (made["none"] - made[40]).abs().max() <= 1.01 / 255
+    assert (made["none"] - made[80]).abs().max() <= 1.01 / 255
 
 
-def test_tiles_of_a_low_light_picture(lowlight, tmp_path, capsys):
+@pytest.mark.parametrize("features", [0, sampling.FEATURES], ids=["condition cut", "flow cut"])
+def test_tiles_of_a_low_light_picture(features, lowlight, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sampling, "FEATURES", features)
     pixels = np.random.default_rng(0).integers(20, 60, (150, 131, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "x.png")
     made = {}

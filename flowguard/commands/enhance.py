@@ -106,8 +106,9 @@ def add_arguments(parser: Parser, *, temperature: float) -> None:
         default="auto",
         metavar="SIZE",
         help=(
-            "rows and columns of the tiles that a large picture is cut into, 8 or more; auto"
-            " (default) cuts where a sample is larger than about 640 × 640; none never cuts"
+            "rows and columns of the tiles that a large picture is made in, in pixels of the"
+            " result, 8 or more; auto (default) cuts where the result is larger than about 640 ×"
+            " 640; none never cuts"
         ),
     )
     parser.add_argument(

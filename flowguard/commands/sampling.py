@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from flowguard.models import LowLightFlow
+from flowguard.models._padding import pad_to_multiple
 
 WHOLE = 640 * 640  # pixels of a sample up to which "auto" takes the picture as a whole
-SAMPLE_TILE = 512  # rows and columns of a sample's tile, beyond
+CUT = 512  # rows and columns of the tiles beyond, in pixels of the sample
 MARGIN = 96  # of a sample's rows and columns on each side of a tile, which are thrown away
+FEATURES = 2**29  # bytes of feature maps up to which the encoder sees the picture as a whole
 
 Tile = int | str | None
 
@@ -47,27 +49,42 @@ def sample(
 ) -> tuple[Tensor, list[Any]]:
     r"""Returns the sample that the latents give, and what the guard said of the condition.
 
+    Where the feature maps of the whole picture fit, the flow alone goes in tiles, which agrees
+    with the whole to rounding. Of larger pictures the condition is cut too, with a margin: far
+    from a tile, the encoder and the guard then know nothing of the rest.
+
     Arguments:
         model: The model.
         y: The condition, with shape :math:`(1, 3, H, W)`.
         latents: The latents of the whole picture.
         tile: How the picture is cut: ``"auto"``, :py:`None` for not at all, or the number of rows
-            and columns of the condition's tiles.
+            and columns of the tiles, in pixels of the sample.
 
     Returns:
-        The sample, with shape :math:`(1, 3, H', W')`, and a report for each tile; none if the
-        model is not calibrated.
+        The sample, with shape :math:`(1, 3, H', W')`, and a report for each condition that the
+        encoder saw; none if the model is not calibrated.
     """
     scale = getattr(model, "scale", 1)
-    height, width = y.shape[-2:]
+    height, width = (scale * n for n in y.shape[-2:])
     if tile == "auto":
-        small = height * width * scale * scale <= WHOLE
-        tile = None if small else max(1, SAMPLE_TILE // scale)
-    if "tile" in inspect.signature(model.decode).parameters:
-        return model.decode(latents, y, tile=tile), _reports(model)
+        tile = CUT if height * width > WHOLE else None
     if tile is None or int(tile) >= max(height, width):
         return model.decode(latents, y), _reports(model)
-    return _tiled(model, y, latents, int(tile), scale)
+    if isinstance(model, LowLightFlow):
+        y = model.encoder.prepare(y)  # the histogram is that of the whole picture
+    tileable = "tile" in inspect.signature(model.decode).parameters
+    if tileable and _feature_bytes(model, y) <= FEATURES:
+        return model.decode(latents, y, tile=int(tile)), _reports(model)
+    return _tiled(model, y, latents, max(1, int(tile) // scale), scale)
+
+
+def _feature_bytes(model: Any, y: Tensor) -> float:
+    """What the feature maps of the condition take, judged by those of its corner."""
+    corner = y[..., :32, :32]
+    corner = pad_to_multiple(corner, 32)
+    found = model.conditioner.encoder(corner)
+    taken = sum(m.numel() * m.element_size() for m in found)
+    return taken * y[0, 0].numel() / corner[0, 0].numel()
 
 
 def _reports(model: Any) -> list[Any]:
@@ -89,8 +106,6 @@ def _tiled(
     model: Any, y: Tensor, latents: Sequence[Tensor], tile: int, scale: int
 ) -> tuple[Tensor, list[Any]]:
     multiple = model.flow.multiple if scale == 1 else model.lr_multiple
-    if isinstance(model, LowLightFlow):
-        y = model.encoder.prepare(y)  # the histogram is that of the whole picture
     height, width = y.shape[-2:]
     padded = [multiple * -(-n // multiple) for n in (height, width)]
     whole = y.new_empty(1, 3, scale * height, scale * width)
