@@ -19,7 +19,9 @@ from flowguard.image.multiscale import (
     Conditions,
     published_flow,
 )
+from flowguard.image.tiling import tiled_forward, tiled_inverse
 from flowguard.models._padding import pad_to, pad_to_multiple
+from flowguard.models._tiled import MEMORY, TileSize, bar, pixels_of
 from flowguard.models.checkpoints import (
     CheckpointError,
     ImportReport,
@@ -220,13 +222,20 @@ class SuperResolutionFlow(Pretrained, nn.Module):
             >>> condition = model.condition(torch.rand(1, 3, 5, 6))
             >>> a, b = model.sample(condition), model.sample(condition, num_samples=4)
         """
+        padded, base, told = self._inputs(lr, noise)
+        return ImageCondition(lr, base, self.flow.condition(self.conditioner(padded), told))
+
+    def _inputs(
+        self, lr: Tensor, noise: Tensor | float | None = 0.0
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        r"""The padded LR images, what the flow's residual is added to, and the noise map."""
         padded = self._pad_lr(lr)
         base = self.upsample(padded) if self.residual else None
         if not self.flow.noise_channels and isinstance(noise, float | int) and noise == 0:
             noise = None
         if isinstance(noise, float | int):
             noise = lr.new_full((1, 1, 1, 1), float(noise))
-        return ImageCondition(lr, base, self.flow.condition(self.conditioner(padded), noise))
+        return padded, base, noise
 
     def _condition(self, lr: Tensor | ImageCondition) -> ImageCondition:
         return lr if isinstance(lr, ImageCondition) else self.condition(lr)
@@ -302,39 +311,104 @@ class SuperResolutionFlow(Pretrained, nn.Module):
         small = F.interpolate(noise, size=lr.shape[-2:], mode="bicubic", antialias=True)
         return hr + noise, self.condition(lr + small, noise)
 
-    def encode(self, hr: Tensor, lr: Tensor | ImageCondition) -> tuple[list[Tensor], Tensor]:
+    def encode(
+        self,
+        hr: Tensor,
+        lr: Tensor | ImageCondition,
+        *,
+        tile: TileSize = None,
+        memory: float = MEMORY,
+        progress: bool = False,
+    ) -> tuple[list[Tensor], Tensor]:
         r"""Takes HR images to latents, given their LR images.
 
         Arguments:
             hr: The HR images, with shape :math:`(B, 3, sH, sW)`.
             lr: The LR images, with shape :math:`(B, 3, H, W)`, or what :meth:`condition` made.
+            tile: The height and width of a tile in pixels of the HR image, or ``"auto"``; see
+                :meth:`decode`.
+            memory: The memory in bytes that tiles of the size ``"auto"`` take about.
+            progress: Whether to show a progress bar over the tiles.
 
         Returns:
             The latents, as :meth:`latent_shapes` lists them, and the log-determinant, with shape
             :math:`(B)`.
         """
-        condition = self._condition(lr)
-        self._check_hr(hr, condition.lr)
-        height, width = self._hr_size(condition.lr)
-        x = pad_to(hr, height, width)
-        return self.flow(x if condition.base is None else x - condition.base, condition.maps)
+        if tile is None:
+            condition = self._condition(lr)
+            x = self._from_hr(hr, condition.lr, condition.base)
+            return self.flow(x, condition.maps)
+        lr = self._whole(lr)
+        padded, base, noise = self._inputs(lr)
+        x = self._from_hr(hr, lr, base)
+        size = pixels_of(tile, self.flow, memory, len(lr))
+        with torch.no_grad(), bar(self.flow, *self._hr_size(lr), progress) as tell:
+            return tiled_forward(self.flow, x, self.conditioner(padded), size, noise, tell)
 
-    def decode(self, latents: Sequence[Tensor], lr: Tensor | ImageCondition) -> Tensor:
+    def _from_hr(self, hr: Tensor, lr: Tensor, base: Tensor | None) -> Tensor:
+        self._check_hr(hr, lr)
+        x = pad_to(hr, *self._hr_size(lr))
+        return x if base is None else x - base
+
+    def _whole(self, lr: Tensor | ImageCondition) -> Tensor:
+        if isinstance(lr, ImageCondition):
+            raise TypeError(
+                "tiles are there so that the condition is never held as a whole: give the LR"
+                " images, not what condition() made of them"
+            )
+        return lr
+
+    def decode(
+        self,
+        latents: Sequence[Tensor],
+        lr: Tensor | ImageCondition,
+        *,
+        tile: TileSize = None,
+        memory: float = MEMORY,
+        progress: bool = False,
+    ) -> Tensor:
         r"""Takes latents to HR images, given the LR images. Nothing is clamped.
+
+        With `tile`, each step of the flow goes over the image a tile at a time, which takes far
+        less memory, and no gradients. The image is that of the untiled computation but for
+        rounding: there are no seams. The encoder's maps are held as a whole all the same.
 
         Arguments:
             latents: The latents; see :meth:`latent_shapes`. They may have
                 :math:`n B` rows: row :math:`i` then belongs to LR image :math:`i \bmod B`.
-            lr: The LR images, with shape :math:`(B, 3, H, W)`, or what :meth:`condition` made.
+            lr: The LR images, with shape :math:`(B, 3, H, W)`, or, without `tile`, what
+                :meth:`condition` made.
+            tile: The height and width of a tile in pixels of the HR image, or ``"auto"`` for what
+                `memory` allows. If :py:`None`, the image is taken as a whole.
+            memory: The memory in bytes that tiles of the size ``"auto"`` take about.
+            progress: Whether to show a progress bar over the tiles.
 
         Returns:
             The HR images, with shape :math:`(n B, 3, sH, sW)`.
+
+        Example:
+            >>> model = SuperResolutionFlow(scale=2, levels=1, steps=1, hidden=8, features=8)
+            >>> lr = torch.rand(1, 3, 40, 50)
+            >>> latents = [torch.randn(2, *shape) for shape in model.latent_shapes(lr)]
+            >>> whole = model.eval().decode(latents, lr)
+            >>> torch.allclose(model.decode(latents, lr, tile=32), whole, atol=1e-5)
+            True
         """
-        condition = self._condition(lr)
-        x, _ = self.flow.inverse(latents, condition.maps)
-        if condition.base is not None:
-            x = x + repeat_rows(condition.base, x)
-        height, width = condition.lr.shape[-2:]
+        if tile is None:
+            condition = self._condition(lr)
+            x, _ = self.flow.inverse(latents, condition.maps)
+            return self._to_hr(x, condition.lr, condition.base)
+        lr = self._whole(lr)
+        padded, base, noise = self._inputs(lr)
+        size = pixels_of(tile, self.flow, memory, len(lr))
+        with torch.no_grad(), bar(self.flow, *self._hr_size(lr), progress) as tell:
+            x = tiled_inverse(self.flow, latents, self.conditioner(padded), size, noise, tell)
+            return self._to_hr(x, lr, base)
+
+    def _to_hr(self, x: Tensor, lr: Tensor, base: Tensor | None) -> Tensor:
+        if base is not None:
+            x = x + repeat_rows(base, x)
+        height, width = lr.shape[-2:]
         return x[..., : self.scale * height, : self.scale * width]
 
     def _hr_size(self, lr: Tensor) -> tuple[int, int]:
@@ -365,6 +439,10 @@ class SuperResolutionFlow(Pretrained, nn.Module):
         num_samples: int = 1,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
+        *,
+        tile: TileSize = None,
+        memory: float = MEMORY,
+        progress: bool = False,
     ) -> Tensor:
         r"""Draws HR images given LR images. Nothing is clamped.
 
@@ -373,6 +451,10 @@ class SuperResolutionFlow(Pretrained, nn.Module):
             num_samples: The number :math:`n` of samples for each image.
             temperature: The standard deviation of the latents, not negative.
             generator: A source of randomness, on the device of `lr`.
+            tile: The height and width of a tile in pixels of the HR image, or ``"auto"``; see
+                :meth:`decode`. The latents are drawn for the whole image, and are the same.
+            memory: The memory in bytes that tiles of the size ``"auto"`` take about.
+            progress: Whether to show a progress bar over the tiles.
 
         Returns:
             The samples, with shape :math:`(n, B, 3, sH, sW)`.
@@ -382,22 +464,25 @@ class SuperResolutionFlow(Pretrained, nn.Module):
         if not temperature >= 0:
             raise ValueError(f"temperature must not be negative; got {temperature}")
         shapes = self.latent_shapes(lr)
-        condition = self._condition(lr)
-        lr = condition.lr
+        given = lr.lr if isinstance(lr, ImageCondition) else lr
+        n = given.shape[0]
         latents = [
             temperature
             * torch.randn(
-                num_samples * lr.shape[0],
+                num_samples * n,
                 *shape,
                 generator=generator,
-                dtype=lr.dtype,
-                device=lr.device,
+                dtype=given.dtype,
+                device=given.device,
             )
             for shape in shapes
         ]
+        if tile is not None:
+            x = self.decode(latents, lr, tile=tile, memory=memory, progress=progress)
+            return x.unflatten(0, (num_samples, n))
+        condition = self._condition(lr)
         # One sample of each image at a time: its maps stay in the caches of the processor, and
         # the memory does not grow with the number of samples.
-        n = lr.shape[0]
         samples = [
             self.decode([z[i * n : (i + 1) * n] for z in latents], condition)
             for i in range(num_samples)

@@ -1,0 +1,46 @@
+r"""What models need to go over large images a tile at a time."""
+
+__all__ = ["MEMORY", "TileSize", "bar", "pixels_of"]
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+from tqdm import tqdm
+
+from flowguard.image.multiscale import ConditionalMultiscaleFlow
+from flowguard.image.tiling import Progress, tile_size
+
+TileSize = int | Literal["auto"] | None
+
+#: The memory, in bytes, that tiles of the size ``"auto"`` take about.
+MEMORY = 2**29
+
+
+def pixels_of(tile: int | str, flow: ConditionalMultiscaleFlow, memory: float, rows: int) -> int:
+    r"""Returns the height and width of a tile in pixels of the image.
+
+    Arguments:
+        tile: What the user said: a number of pixels, rounded up to what the flow takes, or
+            ``"auto"``.
+        flow: The flow.
+        memory: The memory that ``"auto"`` may take, in bytes.
+        rows: The number of images.
+    """
+    if tile == "auto":
+        return tile_size(flow, memory, rows)
+    if isinstance(tile, bool) or not isinstance(tile, int) or tile < 1:
+        raise ValueError(f"tile must be a positive number of pixels, 'auto' or None; got {tile!r}")
+    return -(-tile // flow.multiple) * flow.multiple
+
+
+@contextmanager
+def bar(
+    flow: ConditionalMultiscaleFlow, height: int, width: int, shown: bool
+) -> Iterator[Progress]:
+    r"""Shows how far the steps over all tiles of an image have come."""
+    steps = sum(len(flow.steps_of(level)) for level in range(flow.levels))
+    with tqdm(
+        total=steps * height * width, unit="px", unit_scale=True, disable=not shown, leave=False
+    ) as pbar:
+        yield pbar.update
