@@ -28,6 +28,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         or 130 after Ctrl-C.
     """
     try:
+        return _run(argv)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        sys.stdout = open(os.devnull, "w")  # closed with the process
+        return 1
+    except KeyboardInterrupt:
+        print("\nflowguard: interrupted; no half-written file was left", file=sys.stderr)
+        return 130
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
         from flowguard.commands.parsing import Parser, UserError
     except ImportError:
         print(
@@ -46,19 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         sub = command.parser()
         subcommands.add_subcommand(name, sub, help=command.HELP)
         sub.prog = f"flowguard {name}"
+    args = parser.parse_args(argv)
     try:
-        args = parser.parse_args(argv)
         code: int = commands[args.command].run(args[args.command])
         return code
     except UserError as error:
         print(f"flowguard: error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # whoever read the output has seen enough
-        sys.stdout = open(os.devnull, "w")  # closed with the process
-        return 1
-    except KeyboardInterrupt:
-        print("\nflowguard: interrupted; no half-written file was left", file=sys.stderr)
-        return 130
 
 
 if __name__ == "__main__":

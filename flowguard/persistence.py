@@ -43,6 +43,12 @@ REGISTRY: dict[str, type[Any]] = {}
 P = TypeVar("P", bound="Pretrained")
 
 
+def known_as(cls: type[Any]) -> str:
+    r"""Returns the name of a class in files; no class of a user's takes the name of one of ours."""
+    ours = cls.__module__.startswith("flowguard.")
+    return cls.__name__ if ours else f"{cls.__module__}.{cls.__qualname__}"
+
+
 class PretrainedError(ValueError):
     r"""Raised when a folder does not hold a model that can be loaded, or a model cannot be saved.
     Nothing was executed and nothing was overwritten."""
@@ -67,7 +73,7 @@ class Recorded:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if issubclass(cls, nn.Module):
-            REGISTRY[cls.__name__] = cls
+            REGISTRY[known_as(cls)] = cls
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         hub = issubclass(cls, _Hub) and HUB
@@ -77,8 +83,12 @@ class Recorded:
         except TypeError:  # a mistake, of which the constructor will tell; or a copy in the making
             return self
         bound.apply_defaults()
+        found = dict(list(bound.arguments.items())[1:])
+        for name, parameter in bound.signature.parameters.items():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                found |= found.pop(name)
         # Not through `Module.__setattr__`: an encoder among the arguments is not one more child.
-        self.__dict__["arguments"] = dict(list(bound.arguments.items())[1:])
+        self.__dict__["arguments"] = found
         return self
 
 
@@ -240,13 +250,13 @@ def encode(value: Any) -> Any:
         return [encode(v) for v in value]
     if isinstance(value, Mapping) and TYPE not in value and all(isinstance(k, str) for k in value):
         return {k: encode(v) for k, v in value.items()}
-    name = type(value).__name__
+    name = known_as(type(value))
     if _couplings().get(name) is type(value):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         return {TYPE: name, **encode(fields)}
     if REGISTRY.get(name) is type(value):
         return {TYPE: name, **encode(value.arguments)}
-    return {TYPE: FOREIGN, "class": name}
+    return {TYPE: FOREIGN, "class": type(value).__name__}
 
 
 def decode(value: Any, where: str, foreign: Mapping[str, Any]) -> Any:
@@ -321,7 +331,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "flowguard": __version__,
-        "class": type(model).__name__,
+        "class": known_as(type(model)),
         "arguments": encode(arguments),
         "conditioners": {n: encode(_options(c)) for n, c in _conditioners(model).items()},
     }
@@ -516,7 +526,7 @@ def _loaded(cls: type[P], folder: Path, device: torch.device, foreign: dict[str,
     if kind is None or not issubclass(kind, Pretrained):
         raise PretrainedError(
             f"{folder} holds a {config['class']}, which this flowguard ({__version__}) does not"
-            " know"
+            " know; import the module that defines it, or upgrade flowguard"
         )
     if not issubclass(kind, cls):
         raise PretrainedError(

@@ -190,6 +190,44 @@ def test_a_recorded_encoder_is_built_again(tmp_path):
     assert_same(model, SuperResolutionFlow.from_pretrained(tmp_path))
 
 
+class Shadow(persistence.Recorded, Own):
+    """Called like one of flowguard's own."""
+
+
+Shadow.__name__ = Shadow.__qualname__ = "PyramidEncoder"
+
+
+class Optioned(persistence.Recorded, Own):
+    def __init__(self, first=1, **options):
+        super().__init__()
+        self.first, self.options = first, options
+
+
+def test_names_of_users_classes_do_not_collide(tmp_path):
+    persistence.Recorded.__init_subclass__.__func__(Shadow)  # registered under its new name
+    for i, encoder in enumerate((Shadow(), PyramidEncoder(4, scale=2, levels=2, blocks=1))):
+        model = guarded(build(encoder=encoder))
+        model.save_pretrained(tmp_path / str(i))
+        loaded = SuperResolutionFlow.from_pretrained(tmp_path / str(i))
+        assert type(loaded.conditioner.encoder) is type(encoder)
+        assert_same(model, loaded)
+
+
+def test_keywords_that_a_class_collects_come_back(tmp_path):
+    model = guarded(build(encoder=Optioned(second=2, third=[3.0, None])))
+    model.save_pretrained(tmp_path)
+    encoder = SuperResolutionFlow.from_pretrained(tmp_path).conditioner.encoder
+    assert (encoder.first, encoder.options) == (1, {"second": 2, "third": [3.0, None]})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_comes_back(dtype, tmp_path):
+    model = build().to(dtype)
+    model.save_pretrained(tmp_path)
+    found, wanted = SuperResolutionFlow.from_pretrained(tmp_path).state_dict(), model.state_dict()
+    assert all(found[k].dtype == v.dtype and torch.equal(found[k], v) for k, v in wanted.items())
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
@@ -314,7 +352,7 @@ def test_another_class(folder):
 
     with pytest.raises(PretrainedError, match=r"SuperResolutionFlow\.from_pretrained"):
         Other.from_pretrained(folder)
-    del persistence.REGISTRY["Other"]
+    del persistence.REGISTRY[persistence.known_as(Other)]
 
 
 def test_a_failing_save_leaves_the_earlier_one(files, monkeypatch):
