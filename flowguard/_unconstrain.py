@@ -1,14 +1,16 @@
 r"""From the knots of a spline back to the parameters that give them."""
 
-__all__ = ["unconstrain"]
+__all__ = ["unconstrain", "unconstrain_softmax"]
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from flowguard._rqs import least_share
 from flowguard._rqs_bin import MIN_DERIVATIVE, ROOM, mixing, slope_limits
 
 LEAST = 1e-6  # the least share of a bin that has a finite logit
+LARGEST = 1e20  # what logits are cut at
 MARGIN = 1e-4  # how near to its limits, relatively, a slope has a finite logit
 
 
@@ -47,6 +49,37 @@ def unconstrain(
     d = torch.minimum(slopes.clamp_min(low * (1 + MARGIN)), high * (1 - MARGIN))
     up, down = (high - mean).clamp_min(ROOM) * (d - low), (mean - low) * (high - d)
     return raw_w, raw_h, torch.log(up / down)
+
+
+def unconstrain_softmax(
+    widths: Tensor,
+    heights: Tensor,
+    slopes: Tensor,
+    *,
+    least: tuple[float, float, float],
+    slope: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Returns the same for a spline whose sizes come from a softmax, and slopes from a softplus.
+
+    References:
+        | Neural Spline Flows (Durkan et al., 2019)
+        | https://arxiv.org/abs/1906.04032
+
+    Arguments:
+        widths: The logits of the widths, with shape :math:`(*, K)`.
+        heights: The logits of the heights, with shape :math:`(*, K)`.
+        slopes: What the slopes at the inner knots come from, with shape :math:`(*, K - 1)`.
+        least: The least width and height, as shares of the box, and the least slope.
+        slope: The least slope of the result.
+    """
+    # A softmax makes NaN of what is infinite.
+    w, h, d = (p.clamp(-LARGEST, LARGEST) for p in (widths, heights, slopes))
+    bins = w.shape[-1]
+    w, h = (
+        size + (1 - size * bins) * F.softmax(p, dim=-1)
+        for size, p in zip(least, (w, h), strict=False)
+    )
+    return unconstrain(w, h, least[2] + F.softplus(d), slope=slope)
 
 
 def _shares(p: Tensor) -> Tensor:

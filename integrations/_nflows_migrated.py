@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from flowguard._bounds_core import conditional
 from flowguard._imitate import Rescaled
 from flowguard._inscribe import InscribedAffine, InscribedShift
-from flowguard._unconstrain import unconstrain
+from flowguard._unconstrain import unconstrain_softmax
 from flowguard.bounds import Envelope, Refused, Scale, Step, constant, envelope, rule
 from flowguard.transforms import AdditiveTransform, RobustSpline, Univariate
 
@@ -170,7 +170,11 @@ class CarriedHead(Head):
         super().__init__()
         self.bins: int = old.num_bins
         self.bound: float = float(old.tail_bound)
-        self.least: tuple[float, ...] = (old.min_bin_width, old.min_bin_height, old.min_derivative)
+        self.least: tuple[float, float, float] = (
+            old.min_bin_width,
+            old.min_bin_height,
+            old.min_derivative,
+        )
         self.divisor = math.sqrt(width)
         self.slope = slope
         self.outputs = 3 * self.bins - 1
@@ -185,14 +189,7 @@ class CarriedHead(Head):
         return widths / self.divisor, heights / self.divisor, slopes
 
     def univariate(self, raw: Tensor) -> RobustSpline:
-        # The host's softmax makes NaN of what is infinite.
-        logits = [p.clamp(-LARGEST, LARGEST) for p in self.logits(raw)]
-        widths, heights = (
-            least + (1 - least * self.bins) * p.softmax(dim=-1)
-            for p, least in zip(logits[:2], self.least[:2], strict=True)
-        )
-        slopes = self.least[2] + F.softplus(logits[2])
-        w, h, d = unconstrain(widths, heights, slopes, slope=self.slope)
+        w, h, d = unconstrain_softmax(*self.logits(raw), least=self.least, slope=self.slope)
         return RobustSpline(w, h, d, bound=self.bound, slope=self.slope)
 
     def family(self) -> RobustSpline:

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from flowguard._bounds_core import conditional
 from flowguard._imitate import Rescaled
 from flowguard._inscribe import InscribedAffine, InscribedShift
-from flowguard._unconstrain import unconstrain
+from flowguard._unconstrain import unconstrain_softmax
 from flowguard.bounds import Envelope, Scale, Step, constant, envelope, rule, within
 from flowguard.transforms import RobustSpline
 
@@ -232,14 +232,8 @@ class _Carried:
             heights: The heights, as normflows takes them, with shape :math:`(*, K)`.
             derivatives: The slopes, as normflows takes them, with shape :math:`(*, K - 1)`.
         """
-        # A softmax makes NaN of what is infinite.
-        logits = [p.clamp(-1e30, 1e30) for p in (widths, heights, derivatives)]
-        w, h = (
-            least + (1 - least * self.num_bins) * F.softmax(p, dim=-1)
-            for p, least in zip(logits, (self.min_bin_width, self.min_bin_height), strict=False)
-        )
-        slopes = self.min_derivative + F.softplus(logits[2])
-        w, h, d = unconstrain(w, h, slopes, slope=self.slope)
+        least = (self.min_bin_width, self.min_bin_height, self.min_derivative)
+        w, h, d = unconstrain_softmax(widths, heights, derivatives, least=least, slope=self.slope)
         return RobustSpline(w, h, d, bound=float(self.tail_bound), slope=self.slope)
 
     def split(self, phi: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -262,11 +256,6 @@ class CarriedCDF(_Carried, PiecewiseRationalQuadraticCDF):
         )
         y, ladj = f.inverse_and_ladj(inputs) if inverse else f.call_and_ladj(inputs)
         return y, _summed(ladj)
-
-    @property
-    def num_bins(self) -> int:  # type: ignore[override]
-        r"""The number of bins :math:`K`."""
-        return self.unnormalized_widths.shape[-1]
 
 
 class CarriedCoupling(_Carried, PiecewiseRationalQuadraticCoupling):
