@@ -259,8 +259,9 @@ def test_bits_are_those_of_the_density():
 def test_a_condition_is_computed_once():
     model = small()
     high, low = images(13, 10)
-    condition = model.condition(low)
-    assert torch.equal(
+    with torch.no_grad():
+        condition = model.condition(low)
+    assert torch.allclose(
         model.nll(high, condition, dequantize=False), model.nll(high, low, dequantize=False)
     )
     g = torch.Generator()
@@ -272,6 +273,25 @@ def test_a_condition_is_computed_once():
     torch.testing.assert_close(
         model.decode([z], low).unflatten(0, (3, 2))[:, 1], model.decode([z[1::2]], low[1:])
     )
+
+
+def test_tiles_agree_with_the_whole():
+    model = small(levels=2)
+    high, low = images(70, 90)
+    (z,), ladj = model.encode(high, low)
+    (tiled,), tiled_ladj = model.encode(high, low, tile=32)
+    torch.testing.assert_close(tiled, z, rtol=0, atol=1e-5)
+    torch.testing.assert_close(tiled_ladj, ladj, rtol=1e-5, atol=1e-2)
+    whole = model.decode([z], low)
+    torch.testing.assert_close(model.decode([z], low, tile=32), whole, rtol=0, atol=1e-5)
+    drawn = [
+        model.sample(low, 2, 0.5, torch.Generator().manual_seed(0), tile=tile)
+        for tile in (None, 40, "auto")
+    ]
+    torch.testing.assert_close(drawn[1], drawn[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(drawn[2], drawn[0], rtol=0, atol=1e-5)
+    with pytest.raises(TypeError, match="give the dark images"):
+        model.decode([z], model.condition(low), tile=32)
 
 
 def test_prepared_crops_know_the_whole_histogram():

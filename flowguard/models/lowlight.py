@@ -16,7 +16,9 @@ from flowguard.image.coupling import repeat_rows
 from flowguard.image.layers import Squeeze
 from flowguard.image.maps import Elementwise
 from flowguard.image.multiscale import Conditions, published_flow
+from flowguard.image.tiling import tiled_forward, tiled_inverse
 from flowguard.models._padding import pad_to_multiple
+from flowguard.models._tiled import MEMORY, TileSize, bar, pixels_of
 from flowguard.models.checkpoints import (
     DEAD,
     CheckpointError,
@@ -214,10 +216,14 @@ class LowLightFlow(Pretrained, nn.Module):
         Arguments:
             low: The dark images, with shape :math:`(B, 3, H, W)`.
         """
+        maps, mean = self._features(low)
+        return LowLightCondition(low, mean, self.flow.condition(maps))
+
+    def _features(self, low: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The feature maps, and the mean of the latent."""
         padded = self._pad_low(low)
         maps = self.conditioner(padded)
-        mean = self._squeeze(self.encoder.color_map(maps).to(padded.dtype))
-        return LowLightCondition(low, mean, self.flow.condition(maps))
+        return maps, self._squeeze(self.encoder.color_map(maps).to(padded.dtype))
 
     def _condition(self, low: Tensor | LowLightCondition) -> LowLightCondition:
         return low if isinstance(low, LowLightCondition) else self.condition(low)
@@ -290,41 +296,91 @@ class LowLightFlow(Pretrained, nn.Module):
         drawn = torch.rand(len(high), 1, 1, 1, device=high.device) < self.target_ratio
         return torch.where(drawn, z + mean - own, z)
 
-    def encode(self, high: Tensor, low: Tensor | LowLightCondition) -> tuple[list[Tensor], Tensor]:
+    def encode(
+        self,
+        high: Tensor,
+        low: Tensor | LowLightCondition,
+        *,
+        tile: TileSize = None,
+        memory: float = MEMORY,
+        progress: bool = False,
+    ) -> tuple[list[Tensor], Tensor]:
         r"""Takes bright images to latents, given their dark images.
 
         Arguments:
             high: The bright images, with shape :math:`(B, 3, H, W)`.
             low: The dark images, with shape :math:`(B, 3, H, W)`, or what :meth:`condition` made.
+            tile: The height and width of a tile in pixels, or ``"auto"``; see :meth:`decode`.
+            memory: The memory in bytes that tiles of the size ``"auto"`` take about.
+            progress: Whether to show a progress bar over the tiles.
 
         Returns:
             A list with the latent, centred on the colour map, which is standard normal under the
             model, and the log-determinant, with shape :math:`(B)`.
         """
-        condition = self._condition(low)
-        self._check_high(high, condition.low)
-        padded = pad_to_multiple(high, self.flow.multiple)
-        latents, ladj = self.flow(padded, condition.maps)
-        return [z - condition.mean for z in latents], ladj
+        if tile is None:
+            condition = self._condition(low)
+            self._check_high(high, condition.low)
+            padded = pad_to_multiple(high, self.flow.multiple)
+            latents, ladj = self.flow(padded, condition.maps)
+            return [z - condition.mean for z in latents], ladj
+        low = _whole(low)
+        with torch.no_grad():
+            maps, mean = self._features(low)
+            self._check_high(high, low)
+            padded = pad_to_multiple(high, self.flow.multiple)
+            size = pixels_of(tile, self.flow, memory, len(low))
+            height, width = padded.shape[-2:]
+            with bar(self.flow, height, width, progress) as tell:
+                latents, ladj = tiled_forward(self.flow, padded, maps, size, None, tell)
+        return [z - mean for z in latents], ladj
 
-    def decode(self, latents: Sequence[Tensor], low: Tensor | LowLightCondition) -> Tensor:
+    def decode(
+        self,
+        latents: Sequence[Tensor],
+        low: Tensor | LowLightCondition,
+        *,
+        tile: TileSize = None,
+        memory: float = MEMORY,
+        progress: bool = False,
+    ) -> Tensor:
         r"""Takes latents to bright images, given the dark images. Nothing is clamped.
+
+        With `tile`, each step of the flow goes over the image a tile at a time, which takes far
+        less memory, and no gradients. The image is that of the untiled computation but for
+        rounding: there are no seams. The encoder's maps are held as a whole all the same.
 
         Arguments:
             latents: A list with the centred latent; see :meth:`latent_shapes`. Zeros give the
                 published output. It may have :math:`n B` rows: row :math:`i` then belongs to dark
                 image :math:`i \bmod B`.
-            low: The dark images, with shape :math:`(B, 3, H, W)`, or what :meth:`condition` made.
+            low: The dark images, with shape :math:`(B, 3, H, W)`, or, without `tile`, what
+                :meth:`condition` made.
+            tile: The height and width of a tile in pixels, or ``"auto"`` for what `memory`
+                allows. If :py:`None`, the image is taken as a whole.
+            memory: The memory in bytes that tiles of the size ``"auto"`` take about.
+            progress: Whether to show a progress bar over the tiles.
 
         Returns:
             The bright images, with shape :math:`(n B, 3, H, W)`.
         """
         if len(latents) != 1:
             raise ValueError(f"there must be a list with one latent; got {len(latents)}")
-        condition = self._condition(low)
-        z = latents[0] + repeat_rows(condition.mean, latents[0])
-        high, _ = self.flow.inverse([z], condition.maps)
-        return high[..., : condition.low.shape[-2], : condition.low.shape[-1]]
+        if tile is None:
+            condition = self._condition(low)
+            low = condition.low
+            z = latents[0] + repeat_rows(condition.mean, latents[0])
+            high, _ = self.flow.inverse([z], condition.maps)
+        else:
+            low = _whole(low)
+            with torch.no_grad():
+                maps, mean = self._features(low)
+                z = latents[0] + repeat_rows(mean, latents[0])
+                size = pixels_of(tile, self.flow, memory, len(low))
+                height, width = (self.flow.multiple * n for n in mean.shape[-2:])
+                with bar(self.flow, height, width, progress) as tell:
+                    high = tiled_inverse(self.flow, [z], maps, size, None, tell)
+        return high[..., : low.shape[-2], : low.shape[-1]]
 
     def latent_shapes(self, low: Tensor | LowLightCondition) -> list[tuple[int, int, int]]:
         r"""Returns the shape :math:`(C, H, W)` of the latent for such dark images, in a list.
@@ -346,6 +402,9 @@ class LowLightFlow(Pretrained, nn.Module):
         generator: torch.Generator | None = None,
         *,
         brightness: Tensor | float | None = None,
+        tile: TileSize = None,
+        memory: float = MEMORY,
+        progress: bool = False,
     ) -> Tensor:
         r"""Draws bright images given dark ones. Nothing is clamped.
 
@@ -357,6 +416,10 @@ class LowLightFlow(Pretrained, nn.Module):
             generator: A source of randomness, on the device of `low`.
             brightness: The mean that each sample is scaled to, a number or one for each dark
                 image with shape :math:`(B)`; see :func:`rescale_brightness`.
+            tile: The height and width of a tile in pixels, or ``"auto"``; see :meth:`decode`. The
+                latents are drawn for the whole image, and are the same.
+            memory: The memory in bytes that tiles of the size ``"auto"`` take about.
+            progress: Whether to show a progress bar over the tiles.
 
         Returns:
             The samples, with shape :math:`(n, B, 3, H, W)`.
@@ -365,9 +428,8 @@ class LowLightFlow(Pretrained, nn.Module):
             raise ValueError(f"num_samples must be positive; got {num_samples}")
         if not temperature >= 0:
             raise ValueError(f"temperature must not be negative; got {temperature}")
-        condition = self._condition(low)
-        (shape,) = self.latent_shapes(condition)
-        like = condition.mean
+        (shape,) = self.latent_shapes(low)
+        like = low.low if isinstance(low, LowLightCondition) else self.encoder.prepare(low)
         latent = temperature * torch.randn(
             num_samples,
             len(like),
@@ -376,8 +438,14 @@ class LowLightFlow(Pretrained, nn.Module):
             dtype=like.dtype,
             device=like.device,
         )
-        # One sample of each image at a time, so that the memory does not grow with their number.
-        samples = torch.stack([self.decode([rows], condition) for rows in latent])
+        if tile is None:
+            condition = self._condition(low)
+            # One sample at a time, so that the memory does not grow with their number.
+            samples = torch.stack([self.decode([rows], condition) for rows in latent])
+        else:
+            rows = latent.flatten(0, 1)
+            tiled = self.decode([rows], low, tile=tile, memory=memory, progress=progress)
+            samples = tiled.unflatten(0, latent.shape[:2])
         if brightness is None:
             return samples
         wanted = torch.as_tensor(brightness, device=like.device)
@@ -472,6 +540,15 @@ class LowLightFlow(Pretrained, nn.Module):
             inferred={**made, "encoder": encoder},
         )
         return model.eval()
+
+
+def _whole(low: Tensor | LowLightCondition) -> Tensor:
+    if isinstance(low, LowLightCondition):
+        raise TypeError(
+            "tiles are there so that the condition is never held as a whole: give the dark images,"
+            " not what condition() made of them"
+        )
+    return low
 
 
 def _encoder_options(state: State, label: str, context_channels: int) -> dict[str, Any]:
