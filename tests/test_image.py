@@ -10,14 +10,17 @@ from flowguard.image import (
     ActNorm,
     ConditionalCoupling,
     ConditionalMultiscaleFlow,
+    FixedConv1x1,
     FlowStep,
     InvertibleConv1x1,
     Robust,
     Split,
     Squeeze,
+    TransitionStep,
     ZeroConv2d,
     elementwise,
 )
+from flowguard.image.layers import folded, pixelwise
 
 COUPLINGS = {
     "affine": "affine",
@@ -40,6 +43,7 @@ LAYERS = {
     },
     "ConditionalCoupling (odd channels)": lambda c: ConditionalCoupling(7, 5, hidden=8),
     "FlowStep": lambda c: FlowStep(12, 5, hidden=8),
+    "TransitionStep": lambda c: TransitionStep(12),
 }
 # A chain of convolutions in float32 loses a few digits; in float64 next to none.
 TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-10}
@@ -201,7 +205,55 @@ def test_zero_conv_gain_scales_the_output():
     assert torch.allclose(layer(x), before * torch.exp(torch.tensor(1.5)), rtol=1e-4)
 
 
+def test_a_fixed_convolution_undoes_itself_and_is_not_trained():
+    layer = FixedConv1x1(12)
+    x = torch.randn(2, 12, 4, 6)
+    z, ladj = layer(x)
+    assert torch.allclose(layer.inverse(z)[0], x, atol=1e-5)
+    assert torch.equal(ladj, torch.zeros(2))
+    assert not list(layer.parameters())
+    assert set(layer.state_dict()) == {"weight", "transpose"}
+
+
+@pytest.mark.parametrize("bias", [None, torch.randn(5)], ids=["without", "with"])
+def test_pixelwise_products_are_1x1_convolutions(bias):
+    x, matrix = torch.randn(3, 4, 6, 5), torch.randn(5, 4)
+    expected = torch.nn.functional.conv2d(x, matrix[:, :, None, None], bias)
+    assert torch.allclose(pixelwise(x, matrix, bias), expected, atol=1e-5)
+
+
+def test_only_convolutions_can_be_folded():
+    with pytest.raises(TypeError, match="only convolutions can be folded; got Linear"):
+        folded(torch.nn.Linear(2, 2))
+
+
 class TestSplit:
+    @pytest.mark.parametrize(("share", "dropped"), [(0.5, 6), (0.25, 3), (0.9, 10), (0.01, 1)])
+    def test_share_of_the_channels_that_leave(self, share, dropped):
+        split = Split(12, share=share)
+        x = torch.randn(2, 12, 4, 6)
+        kept, latent, _ = split(x)
+        assert (kept.shape[1], latent.shape[1]) == (12 - dropped, dropped)
+        assert torch.allclose(split.inverse(kept, latent)[0], x, atol=1e-6)
+
+    def test_a_tamed_prior_is_as_it_was_within_its_bounds(self):
+        free = Split(12, 5, mean_bound=None, scale_bound=None)
+        torch.nn.init.normal_(free.net.weight, std=0.1)
+        x, context = torch.randn(2, 12, 4, 4), torch.randn(2, 5, 4, 4)
+        before = free(x, context)
+        free.tame(20.0, 20.0)
+        after = free(x, context)
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        mean, logs = free._prior(1e6 * x[:, :6], context)
+        assert mean.abs().max() <= 20
+        assert logs.abs().max() <= 20
+
+    def test_mistakes_are_told(self):
+        with pytest.raises(ValueError, match="a share between 0 and 1; got 12 and 1"):
+            Split(12, share=1.0)
+        with pytest.raises(ValueError, match="needs a context"):
+            Split(12, 5)(torch.randn(1, 12, 2, 2))
+
     def split(self):
         split = Split(12, 5).double()
         x = torch.randn(2, 12, 4, 6, dtype=torch.float64)

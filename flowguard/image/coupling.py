@@ -261,6 +261,10 @@ def fit_noise(noise: Tensor, channels: int, context: Tensor) -> Tensor:
         channels: The number of channels :math:`C`.
         context: The context, with shape :math:`(B, *, H', W')`.
     """
+    if not isinstance(noise, Tensor):
+        raise TypeError(
+            f"the noise must be a tensor, a number or None; got {type(noise).__name__}"
+        )
     if noise.dim() != 4 or noise.shape[1] not in (1, channels):
         raise ValueError(
             f"the noise must have shape (B, {channels}, H, W), with one channel where all are the"

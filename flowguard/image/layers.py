@@ -9,6 +9,7 @@ __all__ = [
     "Squeeze",
     "ZeroConv2d",
     "folded",
+    "pixelwise",
 ]
 
 from typing import Any
@@ -224,14 +225,33 @@ def folded(conv: nn.Module) -> tuple[Tensor, Tensor | None]:
     raise TypeError(f"only convolutions can be folded; got {type(conv).__name__}")
 
 
+def pixelwise(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+    r"""Multiplies every pixel by a matrix and adds a bias, by one matrix product for an image.
+
+    Arguments:
+        x: The images, with shape :math:`(B, C, H, W)`.
+        matrix: The matrix, with shape :math:`(C', C)`.
+        bias: The bias, with shape :math:`(C')`.
+
+    Example:
+        >>> pixelwise(torch.ones(1, 2, 3, 4), torch.eye(2)).shape
+        torch.Size([1, 2, 3, 4])
+    """
+    flat, matrix = x.flatten(2), matrix.expand(x.shape[0], -1, -1)
+    y = torch.bmm(matrix, flat) if bias is None else torch.baddbmm(bias[:, None], matrix, flat)
+    return y.unflatten(2, x.shape[-2:])
+
+
 def _mix(x: Tensor, weight: Tensor) -> Tensor:
     r"""Multiplies every pixel by a matrix, never in a lower precision than that of `x`.
 
     Autocast would round the matrix to half precision here and its inverse there, and the two
-    would no longer undo each other.
+    would no longer undo each other; so would the convolutions of a GPU, which by default keep ten
+    bits. Its matrix products keep all.
     """
     with torch.autocast(x.device.type, enabled=False):
-        return F.conv2d(x, weight.to(x.dtype)[:, :, None, None])
+        weight = weight.to(x.dtype)
+        return F.conv2d(x, weight[:, :, None, None]) if x.is_cpu else pixelwise(x, weight)
 
 
 class InvertibleConv1x1(nn.Module):

@@ -5,7 +5,7 @@ merged with the activation normalisation. All this is for use without gradients,
 as the parameters do not change.
 """
 
-__all__ = ["PixelMap", "Ready", "Weights", "last_layers", "mixes", "pixelwise"]
+__all__ = ["PixelMap", "Ready", "Weights", "last_layers", "mixes"]
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -19,22 +19,10 @@ from flowguard.image.layers import (
     FixedConv1x1,
     InvertibleConv1x1,
     OrthogonalConv1x1,
+    pixelwise,
 )
 
 Mix = FixedConv1x1 | InvertibleConv1x1 | OrthogonalConv1x1
-
-
-def pixelwise(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
-    r"""Multiplies every pixel by a matrix and adds a bias, by one matrix product for an image.
-
-    Arguments:
-        x: The images, with shape :math:`(B, C, H, W)`.
-        matrix: The matrix, with shape :math:`(C', C)`.
-        bias: The bias, with shape :math:`(C')`.
-    """
-    flat, matrix = x.flatten(2), matrix.expand(x.shape[0], -1, -1)
-    y = torch.bmm(matrix, flat) if bias is None else torch.baddbmm(bias[:, None], matrix, flat)
-    return y.unflatten(2, x.shape[-2:])
 
 
 class Weights(NamedTuple):
