@@ -357,8 +357,17 @@ def test_an_attack_stays_below_the_certificate():
     assert 1.0 < reached.value <= flowguard.certify(model).bound(4.0)
 
 
-def test_an_affine_model_is_not_certified():
-    assert not flowguard.certify(small("affine")).certified
+def test_an_affine_model_is_not_certified_before_it_migrates():
+    model = small("affine")
+    assert not flowguard.certify(model).certified
+    high, low = images(16, 16, batch=4)
+    robust, report = flowguard.migrate(model, high, low)
+    assert report.certificate_after.certified
+    # It follows on the pairs; samples of an untrained flow may lie anywhere.
+    made, expected = (m.encode(high, low)[0][0] for m in (robust, model))
+    torch.testing.assert_close(made, expected, rtol=0, atol=1e-4)
+    far = torch.full((1, 3, 16, 16), 1e4)
+    assert robust.sample(far).abs().max() <= flowguard.certify(robust).bound(4.0)
 
 
 def test_autocast_keeps_the_likelihood():
