@@ -342,6 +342,23 @@ def test_options_from_a_file(superres, pictures, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
+def test_the_configuration_is_printed(command, tmp_path, capsys):
+    arguments = {
+        "superres": ["in", "out", "--model", "m", "--report", "r.html"],
+        "lowlight": ["in", "out", "--model", "m", "--brightness", "0.4"],
+        "convert": ["srflow", "x.pth", "m", "--stacked", "1", "8"],
+        "inspect": ["m"],
+        "compare": ["--models", "a", "b", "--images", "c"],
+        "demo": ["--out", "d"],
+    }[command]
+    code, text, errors = run(capsys, command, *arguments, "--print_config")
+    assert code == 0, errors
+    (tmp_path / "options.yaml").write_text(text)
+    options = ["--config", tmp_path / "options.yaml", "--print_config"]
+    assert run(capsys, command, *arguments, *options)[1] == text
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
 def test_help_is_complete(command, capsys):
     code, text, _ = run(capsys, command, "--help")
     assert code == 0

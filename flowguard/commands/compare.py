@@ -12,6 +12,7 @@ from flowguard.commands.parsing import (
     check_device,
     folder,
     need,
+    paths,
     threads,
     whole,
     writable,
@@ -88,7 +89,7 @@ def parser() -> Parser:
     compare.add_argument(
         "--out",
         type=folder,
-        default=Path("flowguard-compare"),
+        default="flowguard-compare",
         metavar="DIR",
         help="folder to write (default: flowguard-compare)",
     )
@@ -157,6 +158,7 @@ def run(args: Any) -> int:
     )
     from flowguard import compare, compare_report
 
+    paths(args, "out", "models", "images")
     if not args.couplings and not args.models:
         raise UserError("--couplings: there is nothing to compare; name one, or --models")
     check_device(args.device)

@@ -5,7 +5,7 @@ __all__ = ["HELP", "parser", "run"]
 import pickle
 from typing import Any
 
-from flowguard.commands.parsing import Parser, UserError, file, folder, whole, writable
+from flowguard.commands.parsing import Parser, UserError, file, folder, paths, whole, writable
 
 HELP = "turn a published checkpoint into a model folder"
 
@@ -85,6 +85,7 @@ def run(args: Any) -> int:
     """
     from flowguard import persistence
 
+    paths(args, "file", "folder")
     if not args.file.is_file():
         raise UserError(f"FILE: there is no file {args.file}")
     if (args.folder / persistence.CONFIG).exists() and not args.overwrite:

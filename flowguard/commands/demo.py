@@ -2,7 +2,6 @@ r"""``flowguard demo``."""
 
 __all__ = ["HELP", "parser", "run"]
 
-from pathlib import Path
 from typing import Any
 
 from flowguard.commands.parsing import (
@@ -12,6 +11,7 @@ from flowguard.commands.parsing import (
     check_device,
     folder,
     need,
+    paths,
     threads,
     whole,
     writable,
@@ -54,7 +54,7 @@ def parser() -> Parser:
     demo.add_argument(
         "--out",
         type=folder,
-        default=Path("flowguard-demo"),
+        default="flowguard-demo",
         metavar="DIR",
         help="folder to write (default: flowguard-demo)",
     )
@@ -81,6 +81,7 @@ def run(args: Any) -> int:
     need(("skimage", "scikit-image"), ("matplotlib", "matplotlib"))
     from flowguard import demo, demo_report
 
+    paths(args, "out")
     check_device(args.device)
     out = writable(args.out, "--out")
     for name in ("report.html", "metrics.json", "headline.png"):

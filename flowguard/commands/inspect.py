@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.nn as nn
 
-from flowguard.commands.parsing import Parser, UserError, folder, number
+from flowguard.commands.parsing import Parser, UserError, folder, number, paths
 
 HELP = "tell of a model: architecture, certificate, calibration"
 
@@ -41,6 +41,7 @@ def run(args: Any) -> int:
     """
     from flowguard import persistence
 
+    paths(args, "folder")
     try:
         config = persistence.read_config(args.folder) if args.folder.is_dir() else {}
         model = persistence.load(args.folder)

@@ -5,7 +5,7 @@ __all__ = ["HELP", "parser", "run"]
 from typing import Any
 
 from flowguard.commands.enhance import add_arguments, enhance, load_model
-from flowguard.commands.parsing import Parser, check_device, number
+from flowguard.commands.parsing import Parser, check_device, number, paths
 
 HELP = "brighten dark pictures"
 
@@ -35,6 +35,7 @@ def run(args: Any) -> int:
     Arguments:
         args: The arguments.
     """
+    paths(args, "output", "model", "report")
     check_device(args.device)
     model = load_model(args.model, "LowLightFlow", args.device)
 

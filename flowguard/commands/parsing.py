@@ -89,18 +89,28 @@ def number(least: float, most: float) -> Callable[[Any], float]:
     return read
 
 
-def folder(text: Any) -> Path:
-    r"""Reads the name of a folder."""
+def folder(text: Any) -> str:
+    r"""Reads the name of a folder; see :func:`paths`."""
     if not str(text).strip():
         raise WrongValue("must name a folder; got nothing")
-    return Path(text)
+    return str(text)
 
 
-def file(text: Any) -> Path:
-    r"""Reads the name of a file."""
+def file(text: Any) -> str:
+    r"""Reads the name of a file; see :func:`paths`."""
     if not str(text).strip():
         raise WrongValue("must name a file; got nothing")
-    return Path(text)
+    return str(text)
+
+
+def paths(args: Any, *names: str) -> None:
+    r"""Makes paths of arguments; until then they are texts, which ``--print_config`` can print."""
+    for name in names:
+        value = getattr(args, name)
+        if isinstance(value, list):
+            setattr(args, name, [Path(v) for v in value])
+        elif value is not None:
+            setattr(args, name, Path(value))
 
 
 def check_device(name: str) -> None:

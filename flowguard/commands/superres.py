@@ -5,7 +5,7 @@ __all__ = ["HELP", "parser", "run"]
 from typing import Any
 
 from flowguard.commands.enhance import add_arguments, enhance, load_model
-from flowguard.commands.parsing import Parser, UserError, check_device, whole
+from flowguard.commands.parsing import Parser, UserError, check_device, paths, whole
 
 HELP = "enlarge pictures"
 
@@ -37,6 +37,7 @@ def run(args: Any) -> int:
     """
     import torch.nn.functional as F
 
+    paths(args, "output", "model", "report")
     check_device(args.device)
     model = load_model(args.model, "SuperResolutionFlow", args.device)
     if args.scale is not None and args.scale != model.scale:
