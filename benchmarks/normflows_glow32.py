@@ -16,7 +16,6 @@ enters flowguard's blocks.
 import argparse
 import math
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +84,7 @@ def main() -> None:
     for name, make in makers.items():
         torch.manual_seed(options.seed)
         models[name] = make()
-        start = time.perf_counter()
         train(name, models[name], options.steps, options.batch)
-        print(f"{name}: {(time.perf_counter() - start) / options.steps:.2f} s per step")
     for scale_map in ("exp", "sigmoid"):
         calibration = next(pairs(TRAINING_PHOTOGRAPHS, 256, 5))
         migrated, report = flowguard.migrate(models[f"stock {scale_map}"], calibration=calibration)

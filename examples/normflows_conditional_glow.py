@@ -54,7 +54,7 @@ SCALE = 4  # of the small photographs
 SIZE = 32  # of the crops
 GAIN = 8.0  # residuals are small numbers
 FEATURES = 16  # of the embedded condition
-TEMPERATURE = 0.8
+TEMPERATURE = 1.0
 
 
 class Setting(NamedTuple):
