@@ -359,6 +359,16 @@ def test_an_imported_coupling_may_be_read_as_another():
     assert isinstance(model.flow.steps[0][0].coupling.map, ReparametrizedAffine)
 
 
+def test_a_scale_of_two_leaves_the_other_doublings_unread():
+    state = published_state(small(scale=2))
+    for leaf, shape in (("weight", (64, 64, 3, 3)), ("bias", (64,))):
+        state[f"RRDB.upconv2.{leaf}"] = torch.zeros(shape)
+    model = load(state, scale=2)
+    assert model.import_report.keys["RRDB.upconv1.bias"]
+    assert not model.import_report.keys["RRDB.upconv2.bias"]
+    assert model.sample(LR).shape == (1, 1, 3, 12, 16)
+
+
 SOME = f"{FLOW}layers.4.affine.fFeatures.2.weight"
 FOREIGN = {
     "missing": (lambda: load(without(SOME)), f"1 missing: {re.escape(SOME)}"),
@@ -686,6 +696,19 @@ MISTAKES = {
     "splits": (lambda: small(splits=4), "splits"),
     "noise steps": (lambda: small(noise_std=0.1, noise_steps=[1]), "each of the 3 levels"),
 }
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: MODEL.sample([1]), "a tensor of LR images, or what condition"),
+        (lambda: small(noise_std=0.1).condition(LR, "x"), "a tensor, a number or None; got str"),
+        (lambda: MODEL.sample(LR.double()), "the dtype torch.float32 of the model"),
+    ],
+)
+def test_mistaken_types_are_told(call, match):
+    with pytest.raises(TypeError, match=match):
+        call()
 
 
 @pytest.mark.parametrize(("call", "match"), MISTAKES.values(), ids=MISTAKES)

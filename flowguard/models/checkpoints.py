@@ -5,6 +5,7 @@ have and where its numbers go. Nothing is loaded unless all keys agree.
 """
 
 __all__ = [
+    "DEAD",
     "CheckpointError",
     "Entry",
     "FlowLayout",

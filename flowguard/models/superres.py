@@ -3,6 +3,7 @@ r"""Super-resolution by a conditional flow."""
 __all__ = ["ImageCondition", "SuperResolutionFlow"]
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -23,6 +24,7 @@ from flowguard.image.tiling import tiled_forward, tiled_inverse
 from flowguard.models._padding import pad_to, pad_to_multiple
 from flowguard.models._tiled import MEMORY, TileSize, bar, pixels_of
 from flowguard.models.checkpoints import (
+    DEAD,
     CheckpointError,
     ImportReport,
     Source,
@@ -182,6 +184,11 @@ class SuperResolutionFlow(Pretrained, nn.Module):
         return max(1, self.flow.multiple // self.scale)
 
     def _pad_lr(self, lr: Tensor) -> Tensor:
+        if not isinstance(lr, Tensor):
+            raise TypeError(
+                "lr must be a tensor of LR images, or what condition() made of them;"
+                f" got {type(lr).__name__}"
+            )
         if lr.dim() != 4 or lr.shape[1] != 3 or 0 in lr.shape[-2:]:
             raise ValueError(f"lr must have shape (B, 3, H, W); got {tuple(lr.shape)}")
         self._check_dtype("lr", lr)
@@ -426,10 +433,10 @@ class SuperResolutionFlow(Pretrained, nn.Module):
         Arguments:
             lr: The LR images, with shape :math:`(B, 3, H, W)`, or what :meth:`condition` made.
         """
-        if isinstance(lr, Tensor):
-            self._pad_lr(lr)
-        else:
+        if isinstance(lr, ImageCondition):
             lr = lr.lr
+        else:
+            self._pad_lr(lr)
         return self.flow.latent_shapes(*self._hr_size(lr))
 
     @torch.no_grad()
@@ -664,9 +671,17 @@ class SuperResolutionFlow(Pretrained, nn.Module):
             plan,
             state,
             label=label,
+            # At a scale of 2 the published encoder has layers for 4, and leaves them out.
+            dead=(*DEAD, *(k for k in state if _doubling(k) >= encoder["scale"])),
             inferred={**made, "encoder": encoder},
         )
         return model.eval()
+
+
+def _doubling(key: str) -> int:
+    r"""From which scale a doubling layer of the encoder starts; 0 for any other key."""
+    found = re.match(r"RRDB\.upconv(\d+)\.", key)
+    return 2 ** (int(found[1]) - 1) if found else 0
 
 
 def _encoder_options(
