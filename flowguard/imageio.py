@@ -134,14 +134,14 @@ def _shallow(image: Any) -> tuple[Array, bool]:
 def _deep_png(image: Any) -> Array | None:
     """The pixels of a PNG of 16 bits in colour or with alpha, of which Pillow has but the upper
     bytes: the same stream is read once more for the lower ones."""
-    kind = image.tile[0].args if image.tile else None
+    kind = image.tile[0][3] if image.tile else None
     if kind not in DEEP_PNG:
         return None
     with _pillow().open(image.filename) as again:
         # Little-endian unpacking takes the second byte. For grey with alpha there is no such
         # unpacking, but its four bytes are those of RGBA.
         low = "RGBA" if kind == "LA;16B" else kind.replace("16B", "16L")
-        again.tile = [again.tile[0]._replace(args=low)]
+        again.tile = [(*again.tile[0][:3], low)]
         lower = np.asarray(again).astype(np.uint16)
     if kind == "LA;16B":
         image.load()  # checks what the stream ends with

@@ -16,7 +16,8 @@ from flowguard.models._padding import pad_to_multiple
 WHOLE = 640 * 640  # pixels of a sample up to which "auto" takes the picture as a whole
 CUT = 512  # rows and columns of the tiles beyond, in pixels of the sample
 MARGIN = 96  # of a sample's rows and columns on each side of a tile, which are thrown away
-FEATURES = 2**29  # bytes of feature maps up to which the encoder sees the picture as a whole
+FEATURES = 2**28  # bytes of feature maps up to which the encoder sees the picture as a whole,
+PIXELS = 12 * 10**6  # and pixels of the sample, of which the flow then keeps some copies
 
 Tile = int | str | None
 
@@ -73,7 +74,7 @@ def sample(
     if isinstance(model, LowLightFlow):
         y = model.encoder.prepare(y)  # the histogram is that of the whole picture
     tileable = "tile" in inspect.signature(model.decode).parameters
-    if tileable and _feature_bytes(model, y) <= FEATURES:
+    if tileable and height * width <= PIXELS and _feature_bytes(model, y) <= FEATURES:
         return model.decode(latents, y, tile=int(tile)), _reports(model)
     return _tiled(model, y, latents, max(1, int(tile) // scale), scale)
 
