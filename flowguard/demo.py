@@ -48,7 +48,7 @@ class DemoOptions:
     r"""What the demo is asked for."""
 
     out: Path
-    steps: int = 400
+    steps: int = SUPERRES.steps
     seed: int = 0
     device: str = "cpu"
     coupling: str = "robust"

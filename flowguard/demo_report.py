@@ -196,7 +196,7 @@ def headline(result: Result) -> bytes:
             {"cmap": "inferno", "vmin": 0, "vmax": NINES},
         )
     )
-    figure = Figure(figsize=(3.4 * len(pictures), 2.6), layout="constrained")
+    figure = Figure(figsize=(3.4 * len(pictures), 2.9), layout="constrained")
     for axis, (picture, title, options) in zip(
         figure.subplots(1, len(pictures)), pictures, strict=True
     ):

@@ -61,11 +61,12 @@ class LowLightTask(Task):
     """
 
     title = "low-light enhancement"
-    condition = "condition (dark)"
+    condition = "condition"
     bounded = "sample |x|"
     baseline = "exact gain"
     headline = "lamp 5"
     temperature = 0.5
+    steps = 240
     columns = {  # noqa: RUF012  # never changed
         "psnr": ("PSNR", ".2f"),
         "psnr_gt_mean": ("with GT mean", ".2f"),
