@@ -4,7 +4,7 @@ __all__ = ["ConditionalMultiscaleFlow", "cut", "published_flow"]
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn as nn
@@ -14,11 +14,20 @@ from flowguard.image.conditioning import conditions
 from flowguard.image.coupling import Condition
 from flowguard.image.layers import Squeeze
 from flowguard.image.maps import Elementwise
+from flowguard.image.ready import PixelMaps, mixes
 from flowguard.image.split import Split
 from flowguard.image.steps import FlowStep, TransitionStep
 
-#: For each level its context map, and what each of its steps made of it.
-Conditions = list[tuple[Tensor, list[Condition]]]
+
+class LevelCondition(NamedTuple):
+    r"""What a level needs to know of the context."""
+
+    features: Tensor  # the context map itself
+    steps: list[Condition]  # what each step made of it
+    transitions: list[PixelMaps | None]  # the steps without coupling, ready to be run
+
+
+Conditions = list[LevelCondition]
 Context = Sequence[Tensor] | Conditions
 
 #: What contexts are cut at: infinite ones would become NaN (∞ - ∞) in the convolutions.
@@ -225,7 +234,15 @@ class ConditionalMultiscaleFlow(nn.Module):
             steps = self.steps_of(level)
             first = len(steps) - self.noise_steps[level]
             noises = [noise if k >= first else None for k in range(len(steps))]
-            made.append((c, conditions(steps, c, noises)))
+            transitions = self.transitions_of(level)
+            ready: list[PixelMaps | None] = [None] * len(transitions)
+            if (
+                transitions
+                and not torch.is_grad_enabled()
+                and not any(t.actnorm.pending for t in transitions)
+            ):
+                ready[:] = mixes([t.actnorm for t in transitions], [t.mix for t in transitions])
+            made.append(LevelCondition(c, conditions(steps, c, noises), ready))
         return made
 
     def _conditions(self, context: Context | None) -> Conditions:
@@ -235,7 +252,7 @@ class ConditionalMultiscaleFlow(nn.Module):
             raise TypeError("the context must be a list with one map for each level; got a tensor")
         if len(context) > 0 and not isinstance(context[0], Tensor):
             ready = cast(Conditions, context)
-            made = [len(per_step) for _, per_step in ready]
+            made = [len(level.steps) for level in ready]
             own = [len(self.steps_of(level)) for level in range(self.levels)]
             if made != own:
                 raise ValueError(
@@ -264,10 +281,10 @@ class ConditionalMultiscaleFlow(nn.Module):
         self.latent_shapes(*x.shape[-2:])  # refuses a size that does not fit, before the work
         latents = []
         total = x.new_zeros(x.shape[0])
-        for level, (features, per_step) in enumerate(ready):
+        for level, (features, per_step, maps) in enumerate(ready):
             x, _ = self.squeeze(x)
-            for transition in self.transitions_of(level):
-                x, ladj = transition(x)
+            for transition, pair in zip(self.transitions_of(level), maps, strict=True):
+                x, ladj = transition(x, pair)
                 total = total + ladj
             for step, condition in zip(self.steps_of(level), per_step, strict=True):
                 x, ladj = step(x, condition)
@@ -298,7 +315,7 @@ class ConditionalMultiscaleFlow(nn.Module):
         *latents, x = z
         total = x.new_zeros(x.shape[0])
         for level in reversed(range(self.levels)):
-            features, per_step = ready[level]
+            features, per_step, maps = ready[level]
             split = self.split_of(level)
             if split is not None:
                 x, ladj = split.inverse(x, latents[level], features)
@@ -307,8 +324,9 @@ class ConditionalMultiscaleFlow(nn.Module):
             for step, condition in reversed(steps):
                 x, ladj = step.inverse(x, condition)
                 total = total + ladj
-            for transition in reversed(self.transitions_of(level)):
-                x, ladj = transition.inverse(x)
+            transitions = list(zip(self.transitions_of(level), maps, strict=True))
+            for transition, pair in reversed(transitions):
+                x, ladj = transition.inverse(x, pair)
                 total = total + ladj
             x, _ = self.squeeze.inverse(x)
         return x, total

@@ -5,7 +5,7 @@ merged with the activation normalisation. All this is for use without gradients,
 as the parameters do not change.
 """
 
-__all__ = ["PixelMap", "Ready", "Weights", "last_layers", "mixes"]
+__all__ = ["PixelMap", "PixelMaps", "Ready", "Weights", "last_layers", "mixes"]
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -51,6 +51,10 @@ class PixelMap(NamedTuple):
             return pixelwise(x, self.matrix.to(x.dtype), self.bias.to(x.dtype)), ladj
 
 
+#: Those of the forward and of the inverse direction.
+PixelMaps = tuple[PixelMap, PixelMap]
+
+
 class Ready(NamedTuple):
     r"""A step, ready to be run."""
 
@@ -68,7 +72,7 @@ def last_layers(weights: Sequence[Weights], hidden: Tensor) -> Tensor:
     return hidden
 
 
-def mixes(norms: Sequence[ActNorm], layers: Sequence[Mix]) -> list[tuple[PixelMap, PixelMap]]:
+def mixes(norms: Sequence[ActNorm], layers: Sequence[Mix]) -> list[PixelMaps]:
     r"""Merges normalisations and the 1×1 convolutions after them, in both directions.
 
     Arguments:
