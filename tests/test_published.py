@@ -341,7 +341,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
             return (os.mkdir, (str(tmp_path / "run"),))
 
     torch.save({"state_dict": Evil()}, tmp_path / "evil.pth")
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(CheckpointError, match="not opened"):
         load(tmp_path / "evil.pth")
     assert not (tmp_path / "run").exists()
 
@@ -408,6 +408,34 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing():
     assert issubclass(CheckpointError, ValueError)
     with pytest.raises(FileNotFoundError):
         read_state("nowhere.pth")
+
+
+class Code:
+    def __reduce__(self):
+        return print, ("run",)
+
+
+def truncated(file):
+    torch.save({"a": torch.zeros(100)}, file)
+    file.write_bytes(file.read_bytes()[:300])
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        truncated,
+        lambda file: file.write_text("a page of text"),
+        lambda file: file.write_bytes(b""),
+        lambda file: file.write_bytes(pickle.dumps(Code(), protocol=2)),
+    ],
+    ids=["truncated", "text", "empty", "code"],
+)
+@pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
+def test_a_file_that_is_no_checkpoint_is_named_and_not_run(tmp_path, capsys, write, name):
+    write(tmp_path / name)
+    with pytest.raises(CheckpointError, match=f"{name} cannot be read as a file of tensors"):
+        read_state(tmp_path / name)
+    assert "run" not in capsys.readouterr().out
 
 
 # -- one computation, two paths ---------------------------------------------------------------

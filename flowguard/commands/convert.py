@@ -2,7 +2,6 @@ r"""``flowguard convert``."""
 
 __all__ = ["HELP", "parser", "run"]
 
-import pickle
 from typing import Any
 
 from flowguard.commands.parsing import Parser, UserError, file, folder, paths, whole, writable
@@ -94,10 +93,6 @@ def run(args: Any) -> int:
     try:
         model = _imported(args)
         model.save_pretrained(args.folder)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"FILE: {args.file} is no checkpoint, or holds more than tensors, which is not opened"
-        ) from error
     except (EOFError, OSError, RuntimeError, TypeError, ValueError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UserError(f"FILE: {lines[0] if lines else type(error).__name__}") from error

@@ -124,17 +124,29 @@ def read_state(source: Source) -> tuple[dict[str, Tensor], str]:
     label, content = "a state dict", source
     if isinstance(source, str | PathLike):
         label = Path(source).name
-        if label.endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            content = load_file(source)
-        else:
-            content = torch.load(source, map_location="cpu", weights_only=True)
+        content = _read_file(Path(source))
     state = _tensors(content, label)
     for prefix in ("module.", "_orig_mod.", "module."):
         if all(k.startswith(prefix) for k in state):
             state = {k.removeprefix(prefix): v for k, v in state.items()}
     return state, label
+
+
+def _read_file(file: Path) -> Any:
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(file)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except OSError:
+        raise  # a file that is missing or may not be read: its message says so
+    except Exception as error:
+        # pickle, zip files and safetensors each have errors of their own for what they cannot read
+        raise CheckpointError(
+            f"{file.name} cannot be read as a file of tensors: it is truncated, of another format,"
+            " or holds more than tensors, which is not opened"
+        ) from error
 
 
 #: Which of several sets of weights is meant.
