@@ -13,6 +13,7 @@ from flowguard.image import (
     FixedConv1x1,
     FlowStep,
     InvertibleConv1x1,
+    OrthogonalConv1x1,
     Robust,
     Split,
     Squeeze,
@@ -442,3 +443,11 @@ ERRORS = {
 def test_mistakes_are_told(call, error, match):
     with pytest.raises(error, match=match):
         call()
+
+
+def test_a_rotation_made_in_float32_is_one_in_float64():
+    layer = OrthogonalConv1x1(24).double()
+    x = torch.randn(2, 24, 3, 3, dtype=torch.float64)
+    z, ladj = layer(x)
+    assert torch.allclose(layer.inverse(z)[0], x, atol=1e-12)
+    assert torch.allclose(torch.linalg.slogdet(layer.weight)[1], ladj[0] / 9, atol=1e-12)

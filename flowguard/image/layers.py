@@ -335,7 +335,11 @@ class OrthogonalConv1x1(nn.Module):
         eye = torch.eye(len(raw), dtype=raw.dtype, device=raw.device)
         # I + S is never singular, for the eigenvalues of S are imaginary.
         cayley = torch.linalg.solve(eye + skew, eye - skew)
-        return (cayley @ self.rotation.double()).to(self.raw.dtype)
+        # What is stored in float32 is orthogonal to 1e-7 only: a step of Newton's iteration for
+        # the polar decomposition squares that, for models that are made float64 afterwards.
+        q = self.rotation.double()
+        q = 1.5 * q - 0.5 * q @ (q.T @ q)
+        return (cayley @ q).to(self.raw.dtype)
 
     def forward(self, x: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
         return _mix(x, self.weight), x.new_zeros(x.shape[0])
