@@ -232,7 +232,8 @@ def broadcast_shape(x: Tensor, *params: Tensor) -> Size:
 
 
 def _expand(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return x if x.shape == shape else x.expand(shape)  # a node less to record
+    # A node less to record in eager mode; shapes that depend on data cannot be compared.
+    return x if not torch.compiler.is_compiling() and x.shape == shape else x.expand(shape)
 
 
 def check_bound(bound: float, name: str = "bound") -> None:
