@@ -113,7 +113,8 @@ def migrate(
 
     Raises:
         TypeError: If no adapter knows the model, or how to get its log-density.
-        ValueError: If there are no calibration pairs, or not as many contexts as data.
+        ValueError: If there are no calibration pairs, not as many contexts as data, or if they, or
+            what the model makes of them, are not finite.
         RuntimeError: If `state_dict` does not fit the model.
 
     Example:
@@ -267,7 +268,13 @@ def _replace(site: Site, options: dict[str, Any], fit_steps: int) -> Replacement
     if not site.carry(options["slope"]):
         with torch.no_grad():
             y = site.old(everything)(x)
-        spline = RescaledSpline(*units(x), *units(y), **options)
+        boxes = (*units(x), *units(y))
+        if not all(unit.isfinite().all() for unit in boxes):
+            raise ValueError(
+                f"the model takes calibration data to NaN or infinity, at {site.name} ({site.kind}):"
+                " give data that the flow was trained on, and leave out what it cannot take"
+            )
+        spline = RescaledSpline(*boxes, **options)
         if parameters := site.replace(spline):
             imitate(site.old, site.new, parameters, x, steps=fit_steps)
     new = site.new(everything)
@@ -285,6 +292,11 @@ def _finetune(
     batch_size: int,
 ) -> None:
     parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError(
+            f"all parameters of the model are frozen, and {steps} steps of fine-tuning were asked"
+            " for: leave steps out, or let some parameters require gradients"
+        )
     optimizer = torch.optim.Adam(parameters, lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for rows in _batches(len(x), batch_size, steps, x.device):
@@ -370,7 +382,21 @@ def _check(x: Any, context: Any) -> Tensor:
             raise ValueError(
                 f"there must be one context for each row of x; got {len(c)} and {len(x)}"
             )
+        _check_finite("context", c)
+    _check_finite("x", x)
     return x
+
+
+def _check_finite(name: str, data: Any) -> None:
+    r"""Refuses data that is not finite: one such number, and the units of a layer are not."""
+    if isinstance(data, Tensor) and not (fine := data.isfinite()).all():
+        rows = (
+            len(data) - int(fine.flatten(1).all(1).sum()) if data.dim() > 1 else int((~fine).sum())
+        )
+        raise ValueError(
+            f"the calibration data must be finite; got {rows} of {len(data)} rows of {name} with"
+            " NaN or infinite values: leave these rows out"
+        )
 
 
 def _check_options(steps: int, batch_size: int, additive: str) -> None:
