@@ -36,6 +36,8 @@ from flowguard._unconstrain import unconstrain_softmax
 from flowguard.bounds import Envelope, Scale, Step, constant, envelope, rule, within
 from flowguard.transforms import RobustSpline
 
+from ._normflows_context import cut
+
 __all__ = [
     "CarriedAutoregressiveSpline",
     "CarriedCDF",
@@ -200,7 +202,21 @@ class MigratedMasked(_Inscribed, MaskedAffineFlow):
         return self._run(z, False)
 
 
-class MigratedAutoregressive(_Inscribed, MaskedAffineAutoregressive):
+class _Cut:
+    r"""What layers have in common that hand a context to their network: an infinite one is cut."""
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        r"""Runs the host's `forward`."""
+        context = None if context is None else cut(context)
+        return super().forward(z, context)  # type: ignore[misc]
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        r"""Runs the host's `inverse`."""
+        context = None if context is None else cut(context)
+        return super().inverse(z, context)  # type: ignore[misc]
+
+
+class MigratedAutoregressive(_Inscribed, _Cut, MaskedAffineAutoregressive):
     r"""The robust form of normflows' ``MaskedAffineAutoregressive``."""
 
     def _elementwise_forward(self, inputs: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
@@ -258,7 +274,7 @@ class CarriedCDF(_Carried, PiecewiseRationalQuadraticCDF):
         return y, _summed(ladj)
 
 
-class CarriedCoupling(_Carried, PiecewiseRationalQuadraticCoupling):
+class CarriedCoupling(_Carried, _Cut, PiecewiseRationalQuadraticCoupling):
     r"""A spline coupling of normflows, made robust."""
 
     def logits(self, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -271,6 +287,13 @@ class CarriedCoupling(_Carried, PiecewiseRationalQuadraticCoupling):
         width = getattr(net, "hidden_features", getattr(net, "hidden_channels", 1))
         return self.split(phi, width)
 
+    def _coupling_transform(
+        self, inputs: Tensor, transform_params: Tensor, inverse: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        phi = transform_params.unflatten(1, (-1, self._transform_dim_multiplier())).movedim(2, -1)
+        y, ladj = self._piecewise_cdf(inputs, phi, inverse)
+        return y, _summed(ladj)
+
     def _piecewise_cdf(
         self, inputs: Tensor, transform_params: Tensor, inverse: bool = False
     ) -> tuple[Tensor, Tensor]:
@@ -278,7 +301,7 @@ class CarriedCoupling(_Carried, PiecewiseRationalQuadraticCoupling):
         return f.inverse_and_ladj(inputs) if inverse else f.call_and_ladj(inputs)
 
 
-class CarriedMaskedSpline(_Carried, MaskedPiecewiseRationalQuadraticAutoregressive):
+class CarriedMaskedSpline(_Carried, _Cut, MaskedPiecewiseRationalQuadraticAutoregressive):
     r"""An autoregressive spline of normflows, made robust."""
 
     def logits(self, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -620,6 +620,29 @@ def test_odd_inputs(name):
     assert torch.allclose(compiled(z)[0], layer(z)[0], atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: F.MaskedAffineAutoregressive(4, 16, context_features=3),
+        lambda: F.CoupledRationalQuadraticSpline(4, 1, 16, num_context_channels=3),
+        lambda: F.AutoregressiveRationalQuadraticSpline(4, 1, 16, num_context_channels=3),
+    ],
+    ids=["affine", "coupled", "autoregressive"],
+)
+def test_infinite_contexts_and_empty_batches(layer):
+    flow = nf.ConditionalNormalizingFlow(_base_of(4), [stirred(layer())])
+    x, c = torch.randn(64, 4), torch.randn(64, 3)
+    robust, _ = migrate(flow, x, c)
+    for far in (math.inf, -math.inf, 1e30):
+        samples, log_q = robust.sample(5, torch.full((5, 3), far))
+        assert samples.isfinite().all()
+        assert log_q.isfinite().all()
+        assert robust.log_prob(x[:5], torch.full((5, 3), far)).isfinite().all()
+    assert robust.sample(5, torch.full((5, 3), math.nan))[0].isnan().any()  # not hidden
+    assert robust.log_prob(x[:0], c[:0]).shape == (0,)
+    assert robust.forward(x[:0], c[:0]).shape == (0, 4)
+
+
 def test_half_precision():
     robust, _ = migrate(four(block()), torch.randn(64, 4))
     layer = robust.flows[0].bfloat16()
@@ -643,6 +666,12 @@ X = torch.randn(8, 4)
         ),
         (lambda: migrate(four(block()), X[0]), ValueError, r"one row for each; got \(4,\)"),
         (lambda: migrate(four(block()), X, X[:7]), ValueError, "got 7 and 8"),
+        (
+            lambda: migrate(four(block()), X / 0),
+            ValueError,
+            "must be finite; got 8 of 8 rows of x",
+        ),
+        (lambda: migrate(four(block()), 1e38 * X), ValueError, "NaN or infinity, at flows.0"),
     ],
 )
 def test_refusals(call, error, match):
