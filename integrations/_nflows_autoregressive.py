@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._nflows_host import part
-from ._nflows_spline import SplineHead, check_tails, cut, map_of
+from ._nflows_spline import SplineHead, check_floating, check_positive, check_tails, cut, map_of
 
 __all__ = ["MaskedRobustSplineAutoregressiveTransform"]
 
@@ -82,6 +82,7 @@ class MaskedRobustSplineAutoregressiveTransform(AutoregressiveTransform):
         identity_init: bool = True,
     ) -> None:
         check_tails(tails)
+        check_positive(features=features, hidden_features=hidden_features)
         spline = map_of(num_bins, tail_bound, shift_bound, slope)
         net = MADE(
             features=features,
@@ -107,6 +108,7 @@ class MaskedRobustSplineAutoregressiveTransform(AutoregressiveTransform):
         return self.map.parameters
 
     def _check(self, inputs: Tensor) -> None:
+        check_floating(inputs)
         if inputs.dim() != 2 or inputs.shape[1] != self.features:
             raise ValueError(
                 f"the inputs must have shape (N, {self.features}); got {tuple(inputs.shape)}"

@@ -12,7 +12,7 @@ from torch import Tensor
 from flowguard.image import Robust
 
 from ._nflows_host import part
-from ._nflows_spline import SplineHead, check_tails, cut, map_of, run
+from ._nflows_spline import SplineHead, check_floating, check_tails, cut, map_of, run
 
 __all__ = ["RobustSplineCDF", "RobustSplineCouplingTransform"]
 
@@ -149,6 +149,10 @@ class RobustSplineCouplingTransform(CouplingTransform):
         identity_init: bool = True,
     ) -> None:
         check_tails(tails)
+        if img_shape is not None and (not isinstance(img_shape, Sequence) or len(img_shape) != 2):
+            raise ValueError(
+                f"img_shape must be the height and width of the images, or None; got {img_shape!r}"
+            )
         # The host's constructor asks for the number of parameters.
         self.map: Robust = map_of(num_bins, tail_bound, shift_bound, slope)
 
@@ -175,6 +179,7 @@ class RobustSplineCouplingTransform(CouplingTransform):
         return self.map.parameters
 
     def _check(self, inputs: Tensor) -> None:
+        check_floating(inputs)
         if inputs.dim() not in (2, 4):
             raise ValueError(
                 f"the inputs must have shape (N, D) or (N, C, H, W); got {tuple(inputs.shape)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from flowguard.image import ActNorm, InvertibleConv1x1, OrthogonalConv1x1
 from ._nflows_coupling import RobustSplineCouplingTransform
 from ._nflows_host import part
 from ._nflows_maps import unpack_maps
-from ._nflows_spline import cut
+from ._nflows_spline import check_positive, cut
 
 __all__ = ["ConditionalMultiscaleTransform", "RobustFlowStep"]
 
@@ -96,6 +97,9 @@ class ConditionalMultiscaleTransform(MultiscaleCompositeTransform):
         context_channels: Sequence[int] | None = None,
         context_size: Sequence[int] | None = None,
     ) -> None:
+        check_positive(num_transforms=num_transforms)
+        _check_integers("context_channels", context_channels)
+        _check_integers("context_size", context_size)
         super().__init__(num_transforms, split_dim)
         if context_channels is not None and len(context_channels) != num_transforms:
             raise ValueError(
@@ -270,6 +274,13 @@ class ConditionalMultiscaleTransform(MultiscaleCompositeTransform):
         return [(c, h * rows // height, w * columns // width) for c, h, w in self._level_shapes]
 
 
+def _check_integers(name: str, given: Any) -> None:
+    if given is None:
+        return
+    if not isinstance(given, Sequence) or not all(isinstance(n, Integral) for n in given):
+        raise TypeError(f"{name} must be a sequence of integers; got {given!r}")
+
+
 def _resize(context: Tensor, size: Shape) -> Tensor:
     if context.shape[-2:] == size:
         return context
@@ -323,6 +334,9 @@ class RobustFlowStep(CompositeTransform):
         slope: float | None = 1e-3,
         mix: str = "orthogonal",
     ) -> None:
+        check_positive(channels=channels, hidden_channels=hidden_channels)
+        if context_channels is not None:
+            check_positive(context_channels=context_channels)
         if channels < 2:
             raise ValueError(f"a step needs at least 2 channels; got {channels}")
         if mix not in MIXES:

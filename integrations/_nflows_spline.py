@@ -13,7 +13,16 @@ from torch import Tensor
 from flowguard.image import Robust
 from flowguard.transforms import Univariate
 
-__all__ = ["FARTHEST", "SplineHead", "check_tails", "cut", "map_of", "run"]
+__all__ = [
+    "FARTHEST",
+    "SplineHead",
+    "check_floating",
+    "check_positive",
+    "check_tails",
+    "cut",
+    "map_of",
+    "run",
+]
 
 #: What contexts are cut at: infinite ones would become NaN (∞ - ∞) in any network.
 FARTHEST = 1e20
@@ -58,6 +67,24 @@ def check_tails(tails: str | None) -> None:
             "a robust spline covers the whole line, and its tails are linear: leave `tails` out,"
             f" or give tails='linear'; got tails={tails!r}"
         )
+
+
+def check_positive(**sizes: Any) -> None:
+    r"""Refuses what is no positive integer.
+
+    Arguments:
+        sizes: The sizes, by name.
+    """
+    for name, size in sizes.items():
+        if not isinstance(size, Integral) or size < 1:
+            raise ValueError(f"{name} must be a positive integer; got {size!r}")
+
+
+def check_floating(inputs: Any) -> None:
+    r"""Refuses inputs that are no floating point tensor: outputs have the dtype of the inputs."""
+    if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
+        given = inputs.dtype if isinstance(inputs, Tensor) else type(inputs).__name__
+        raise TypeError(f"the inputs must be a floating point tensor; got {given}")
 
 
 def cut(context: Any) -> Any:

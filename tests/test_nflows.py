@@ -481,6 +481,10 @@ def test_bfloat16():
         (lambda: Coupling(mid(6), residual(), slope=0.7), "slope.*got 0.7"),
         (lambda: Coupling(mid(6), residual(), tails=None), "its tails are linear.*tails=None"),
         (lambda: Autoregressive(6, 8, tails=None), "its tails are linear.*tails=None"),
+        (lambda: Coupling(mid(6), residual(), img_shape=4), "img_shape must be the height and"),
+        (lambda: Coupling(mid(6), residual(), img_shape=(4,)), "img_shape must be the height and"),
+        (lambda: Autoregressive(0, 8), "features must be a positive integer; got 0"),
+        (lambda: Autoregressive(6, "8"), "hidden_features must be a positive integer; got '8'"),
         (lambda: Autoregressive(6, 8)(torch.randn(3, 5)), r"\(N, 6\); got \(3, 5\)"),
         (
             lambda: Coupling(mid(6), lambda i, o: nets.ResidualNet(i, o + 1, 8))(
@@ -493,6 +497,15 @@ def test_bfloat16():
 def test_mistakes(call, match):
     with pytest.raises(ValueError, match=match):
         call()
+
+
+@pytest.mark.parametrize("layer", [Coupling(mid(4), residual()), Autoregressive(4, 8)])
+@pytest.mark.parametrize("way", ["forward", "inverse"])
+def test_whole_numbers_are_refused_rather_than_rounded_to(layer, way):
+    with pytest.raises(TypeError, match=r"floating point tensor; got torch\.int64"):
+        getattr(layer, way)(torch.ones(3, 4, dtype=torch.int64))
+    with pytest.raises(TypeError, match="floating point tensor; got list"):
+        getattr(layer, way)([1.0, 2.0])
 
 
 def test_registered_names_are_in_the_host():

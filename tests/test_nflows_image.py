@@ -243,7 +243,12 @@ def test_compiles_into_one_graph():
         (lambda f: Multiscale(2, context_size=(1,)), "height and width"),
         (lambda f: Multiscale(2, context_size=(1, 1), context_channels=(1, 1)), "give one"),
         (lambda f: Multiscale(2).add_transform(T.IdentityTransform(), (1, 4, 4)), "at least 2"),
+        (lambda f: Multiscale("2"), "num_transforms must be a positive integer; got '2'"),
+        (lambda f: Multiscale(0), "num_transforms must be a positive integer; got 0"),
         (lambda f: ours.RobustFlowStep(1), "at least 2 channels"),
+        (lambda f: ours.RobustFlowStep(4.0), "channels must be a positive integer; got 4.0"),
+        (lambda f: ours.RobustFlowStep(4, 0), "context_channels must be a positive integer"),
+        (lambda f: ours.RobustFlowStep(4, 2, 0), "hidden_channels must be a positive integer"),
         (lambda f: ours.RobustFlowStep(4, mix="fere"), "mix must be one of"),
         (lambda f: ours.pack_maps([torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 3, 4)]), "multiple"),
         (lambda f: ours.pack_maps([torch.zeros(2, 1, 4, 4), torch.zeros(1, 1, 4, 4)]), "rows"),
@@ -261,6 +266,10 @@ def test_mistakes_of_type_and_order():
         Multiscale(2)(torch.randn(2, *SIZE))
     with pytest.raises(TypeError, match="a list of tensors"):
         ours.pack_maps(torch.zeros(2, 1, 4, 4))
+    with pytest.raises(TypeError, match="context_channels must be a sequence of integers; got 8"):
+        Multiscale(2, context_channels=8)
+    with pytest.raises(TypeError, match="context_size must be a sequence of integers"):
+        Multiscale(2, context_size=("8", "8"))
 
 
 # -- the step ------------------------------------------------------------------------------------
