@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -331,6 +332,8 @@ class ConditionalMultiscaleFlow(MultiscaleFlow):
     # What follows works on maps: for each level the context, with the rows of the input.
 
     def _number(self, num_samples: int | None, context: Context) -> int:
+        _check_number(num_samples)
+        _check_context(context)
         rows = 1 if context is None else len(_first(context))
         if num_samples is None:
             return rows
@@ -342,6 +345,7 @@ class ConditionalMultiscaleFlow(MultiscaleFlow):
         return num_samples
 
     def _maps(self, context: Context, rows: int) -> list[Any]:
+        _check_context(context)
         if context is None or isinstance(context, Tensor):
             fitted = None if context is None else _Resized(_rows(context, rows))
             return [fitted] * self.num_levels
@@ -420,6 +424,8 @@ class ConditionalMultiscaleFlow(MultiscaleFlow):
                     f"{type(self.q0[i]).__name__} takes classes, with shape (B) or one-hot, as the"
                     f" context; got shape {tuple(told['y'].shape)}"
                 )
+            if told["y"] is not None and told["y"].dim() == 2:  # one-hot, as integers too
+                told["y"] = told["y"].to(next(self.q0[i].parameters(), torch.empty(0)).dtype)
         return told
 
     def _sizes(self, maps: list[Any], size: Sequence[int] | None) -> list[tuple[int, ...]] | None:
@@ -516,6 +522,22 @@ def _wants(base: nn.Module) -> Wants:
         y=both("y") and getattr(base, "class_cond", True),
         size=accepts(sample, "size"),
     )
+
+
+def _check_number(num_samples: Any) -> None:
+    if num_samples is not None and not isinstance(num_samples, Integral):
+        raise TypeError(f"num_samples must be an integer, or None; got {num_samples!r}")
+
+
+def _check_context(context: Any) -> None:
+    if context is None or isinstance(context, Tensor):
+        return
+    levels = _values(context) if isinstance(context, Mapping | list | tuple) else []
+    if not levels or not all(isinstance(t, Tensor) for t in levels):
+        raise TypeError(
+            "the context must be a tensor, a list or dictionary with a tensor for each level, or"
+            f" None; got {context!r:.60}"
+        )
 
 
 def _rows(t: Tensor, rows: int) -> Tensor:

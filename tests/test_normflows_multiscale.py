@@ -281,6 +281,7 @@ def test_classes_reach_the_bases_that_take_them():
     torch.testing.assert_close(flow.log_prob(x, y), log_q)
     onehot = torch.nn.functional.one_hot(y, 3).float()
     torch.testing.assert_close(flow.log_prob(x, onehot), log_q)
+    torch.testing.assert_close(flow.log_prob(x, onehot.long()), log_q)
     assert flow.sample(2)[0].shape == (2, 3, 8, 8)
     with pytest.raises(ValueError, match="needs classes"):
         flow.log_prob(x)
@@ -334,6 +335,21 @@ def test_no_context_explodes(scale):
 )
 def test_mistakes_are_named(call, match):
     with pytest.raises(ValueError, match=match):
+        call(make(), torch.randn(2, CONTEXT, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda f, y: f.sample("2", y), "num_samples must be an integer, or None; got '2'"),
+        (lambda f, y: f.sample(2.0, y), "num_samples must be an integer, or None; got 2.0"),
+        (lambda f, y: f.sample(2, "y"), "the context must be a tensor, a list or dictionary"),
+        (lambda f, y: f.log_prob(torch.randn(2, 3, 8, 8), 3), "context must be a tensor.*got 3"),
+        (lambda f, y: f.log_prob(torch.randn(2, 3, 8, 8), [1, 2]), "context must be a tensor"),
+    ],
+)
+def test_mistaken_types_are_named(call, match):
+    with pytest.raises(TypeError, match=match):
         call(make(), torch.randn(2, CONTEXT, 8, 8))
 
 
