@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,14 +62,14 @@ def additive_map(shift_bound: float | None) -> tuple[Constructor, Shapes]:
     return univariate, [()]
 
 
-def check_sizes(**sizes: int | None) -> None:
+def check_sizes(**sizes: Any) -> None:
     r"""Refuses what is no positive number, or :py:`None`.
 
     Arguments:
         sizes: The sizes, by name.
     """
     for name, size in sizes.items():
-        if size is not None and (not isinstance(size, int) or size < 1):
+        if size is not None and (not isinstance(size, Integral) or size < 1):
             raise ValueError(f"{name} must be a positive number; got {size!r}")
 
 

@@ -6,6 +6,7 @@ import pickle
 import unittest
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -523,6 +524,15 @@ coupling = partial(RobustSplineCoupling, 4, 1, 8)
 def test_mistakes_are_named(call, exception, match):
     with pytest.raises(exception, match=match):
         call()
+
+
+def test_sizes_may_be_numbers_of_numpy():
+    sizes = np.array([5, 1, 16, 3])
+    x, context = torch.randn(7, 5), torch.randn(7, 3)
+    for layer in (RobustSplineCoupling(*sizes), RobustSplineAutoregressive(*sizes)):
+        assert layer(x, context)[0].shape == (7, 5)
+    block = RobustGlowBlock(*np.array([6, 8, 3]))
+    assert block(torch.randn(2, 6, 4, 4), torch.randn(2, 3, 4, 4))[0].shape == (2, 6, 4, 4)
 
 
 def test_registers_into_the_flows_of_normflows():
