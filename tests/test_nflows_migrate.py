@@ -630,7 +630,6 @@ X = torch.randn(8, 2)
         (lambda f: migrate(f, calibration=(X, X[:5])), ValueError, "got 5 and 8"),
         (lambda f: migrate(f, X / 0, X), ValueError, "finite; got 8 of 8 rows of x"),
         (lambda f: migrate(f, calibration=(X, X / 0)), ValueError, "got 8 of 8 rows of context"),
-        (lambda f: migrate(f, 1e38 * X, X), ValueError, "NaN or infinity, at _transform"),
         (lambda f: migrate(f.requires_grad_(False), X, X, steps=2), ValueError, "are frozen"),
         (lambda f: migrate(f, X, additive="drop"), ValueError, "'bound' or 'keep'; got 'drop'"),
         (lambda f: migrate(nn.Linear(2, 2), X), TypeError, "how to migrate Linear"),
