@@ -73,7 +73,7 @@ def test_shrink_leaves_the_likelihood_in_distribution(flow, conditioner):
     assert float(guarded) == pytest.approx(float(plain), abs=2e-3)
 
 
-MEMORY = """
+MEMORY = r"""
 import re, torch
 from flowguard.ood import OODConditioner
 
