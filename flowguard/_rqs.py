@@ -4,7 +4,7 @@ r"""The rational-quadratic spline as one operation with closed-form gradients.
 :mod:`flowguard._rqs_many` the maths, written for plain tensors of one common shape.
 """
 
-__all__ = ["RationalQuadratic", "apply"]
+__all__ = ["RationalQuadratic", "apply", "apply_at", "knots"]
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +18,7 @@ from flowguard import _rqs_two as two
 from flowguard import _rqs_two_plain as two_plain
 
 MIN_FRACTION = 1e-3  # the least width and height of a bin, as a share of the box (published: 1e-3)
-CHUNK = 2**15  # elements per thread worked on at a time in eager mode: temporaries stay in cache
+CHUNK = 2**16  # elements per thread worked on at a time in eager mode: temporaries stay in cache
 CHUNK_MANY = 3 * 2**13  # the same for three bins and more
 
 
@@ -36,11 +36,33 @@ def _rows(*params: Tensor) -> Sequence[many.Rows]:
     return [p.unbind() for p in params]
 
 
-def apply(*inputs: Any) -> tuple[Tensor, Tensor]:
-    r"""Applies the spline as one operation; in eager mode forward derivatives work too."""
-    # The compiler refuses functions that define `jvp`, and fuses better what is not in place.
-    function = RationalQuadratic if torch.compiler.is_compiling() else _Eager
-    return function.apply(*inputs)
+def apply(*inputs: Any, steep: bool = True) -> tuple[Tensor, ...]:
+    r"""Applies the spline as one operation; in eager mode forward derivatives work too.
+
+    Returns the value and, if it shall be `steep`, the logarithm of the slope.
+    """
+    # The compiler refuses functions that define `jvp`, and fuses better what is not in place; what
+    # is not wanted it leaves out by itself.
+    if torch.compiler.is_compiling():
+        return RationalQuadratic.apply(*inputs)[: 1 + steep]
+    return _Eager.apply(*inputs, steep)
+
+
+def knots(
+    width: Tensor, height: Tensor, raw: Tensor, bound: float, slope: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""The inner knot of two-bin splines and the slope there, as constants."""
+    return two_plain.knots(width, height, raw, bound, slope, least_share(2))
+
+
+def apply_at(
+    v: Tensor, kx: Tensor, ky: Tensor, d: Tensor, bound: float, inverse: bool, *, steep: bool
+) -> tuple[Tensor, ...]:
+    r"""Applies the two-bin spline for known knots, which are taken as constants."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return two.evaluate_at(v, kx, ky, d, bound, inverse)[: 1 + steep]
+    tensors = (v, *(t.unsqueeze(0) for t in (kx, ky, d)))
+    return _in_pieces(_plain_at, tensors, (v,) * (1 + steep), (v.dtype, bound, inverse, steep))
 
 
 def _evaluate(
@@ -102,6 +124,18 @@ def _plain_pull_back(
         to_x, *pulled = two_plain.pull_back(x, w[0], h[0], d[0], gy, gl, *options)
         return to_x, *(g.unsqueeze(0) for g in pulled)
     return many_plain.pull_back(memory, x, w, h, d, gy, gl, *options)
+
+
+def _plain_at(
+    memory: None,
+    v: Tensor,
+    kx: Tensor,
+    ky: Tensor,
+    d: Tensor,
+    work: torch.dtype,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    return two_plain.evaluate_at(v, kx[0], ky[0], d[0], *options)
 
 
 def _narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -211,23 +245,26 @@ class _Eager(RationalQuadratic):
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        *tensors, work, bound, slope, inverse = inputs
-        options = (work, bound, slope, least_share(len(tensors[1]) + 1), inverse)
-        return _in_pieces(_plain_evaluate, tuple(tensors), (tensors[0],) * 2, options)
+        *tensors, work, bound, slope, inverse, steep = inputs
+        options = (work, bound, slope, least_share(len(tensors[1]) + 1), inverse, steep)
+        return _in_pieces(_plain_evaluate, tuple(tensors), (tensors[0],) * (1 + steep), options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        RationalQuadratic.setup_context(ctx, inputs, output)
+        RationalQuadratic.setup_context(ctx, inputs[:-1], output)
         v, widths, heights, derivatives, *_ = inputs
+        ctx.steep = inputs[-1]
         ctx.save_for_forward(output[0] if ctx.options[-1] else v, widths, heights, derivatives)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # To be differentiated, or batched by `is_grads_batched`, which knows no rule for functions.
         recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if len(grads) == 1:
+            grads = (*grads, torch.zeros_like(grads[0]))
         if recorded or any(map(torch._C._functorch.is_legacy_batchedtensor, grads)):
-            return RationalQuadratic.backward(ctx, *grads)
-        return _narrowed(ctx, _PullBack.apply(*ctx.saved_tensors, *grads, *ctx.options))
+            return *RationalQuadratic.backward(ctx, *grads), None
+        return *_narrowed(ctx, _PullBack.apply(*ctx.saved_tensors, *grads, *ctx.options)), None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
@@ -235,7 +272,7 @@ class _Eager(RationalQuadratic):
         one = torch.ones_like(ctx.saved_tensors[0], dtype=ctx.options[0])
         zero = torch.zeros_like(one)
         outs = []
-        for cotangents in ((one, zero), (zero, one)):
+        for cotangents in ((one, zero), (zero, one))[: 1 + ctx.steep]:
             grads = _pull_back(*ctx.saved_tensors, *cotangents, *ctx.options)
             out = zero
             for grad, tangent in zip(grads, tangents, strict=False):
@@ -249,7 +286,7 @@ class _Eager(RationalQuadratic):
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
         # Nothing may be written in place under vmap: the batch becomes one more dimension.
         tensors = _batch_first(info.batch_size, in_dims[:4], inputs[:4])
-        return _Eager.apply(*tensors, *inputs[4:]), (0, 0)
+        return _Eager.apply(*tensors, *inputs[4:]), (0,) * (1 + inputs[-1])
 
 
 class _PullBack(torch.autograd.Function):

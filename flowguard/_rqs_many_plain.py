@@ -174,8 +174,9 @@ def evaluate(
     slope: float | None,
     least: float,
     inverse: bool,
-) -> tuple[Tensor, Tensor]:
-    r"""The spline or its inverse, and the logarithm of its slope."""
+    steep: bool,
+) -> tuple[Tensor, ...]:
+    r"""The spline or its inverse, and the logarithm of its slope if that is wanted."""
     shape, v = v.shape, v.reshape(-1)
     z = v.clamp(-bound, bound)
     at = _locate(z, widths, heights, derivatives, bound, slope, least, inverse, memory)
@@ -185,9 +186,9 @@ def evaluate(
     if inverse:
         inv_s = w / h
         a, b = d.mul_(inv_s)
-        rise, steep = plain.solve(_within(z.sub_(at.y0), h), w, h, inv_s, a, b)
-        y, ladj = plain.finish(v, rise.add_(at.x0), steep, bound)
-        return y.view(shape), ladj.view(shape)
+        rise, grown = plain.solve(_within(z.sub_(at.y0), h), w, h, inv_s, a, b, steep)
+        outs = plain.finish(v, rise.add_(at.x0), grown, bound)
+        return tuple(t.view(shape) for t in outs)
 
     d0, d1 = d
     _within(z.sub_(at.x0), w)
@@ -195,12 +196,12 @@ def evaluate(
     r = 1 - t
     p, q = (s * t).addcmul_(d0, r), (s * r).addcmul_(d1, t)
     inv = (t * p).addcmul_(r, q).reciprocal_()
-    num = t.mul_(q).addcmul_(r, p)
+    num = t.mul_(q).addcmul_(r, p) if steep else None
     bend = p.sub_(q).mul_(r).mul_(inv)
     z.mul_(s)
-    steep = s.mul_(inv).square_().mul_(num)
-    y, ladj = plain.finish(v, torch.addcmul(z, z, bend, out=z).add_(at.y0), steep, bound)
-    return y.view(shape), ladj.view(shape)
+    grown = None if num is None else s.mul_(inv).square_().mul_(num)
+    outs = plain.finish(v, torch.addcmul(z, z, bend, out=z).add_(at.y0), grown, bound)
+    return tuple(t.view(shape) for t in outs)
 
 
 def pull_back(

@@ -22,19 +22,20 @@ from torch import Tensor
 from flowguard import _rqs_bin as rq
 
 
-def finish(v: Tensor, out: Tensor, slope: Tensor, bound: float) -> tuple[Tensor, Tensor]:
-    r"""The identity outside the box; and the logarithm of the slope. Overwrites both."""
+def finish(v: Tensor, out: Tensor, slope: Tensor | None, bound: float) -> tuple[Tensor, ...]:
+    r"""The identity outside the box; and the logarithm of the slope, if there is one. Overwrites
+    both."""
     outside = v.abs().ge_(bound)
     inside = 1 - outside
     out.clamp_(-bound, bound).mul_(inside).addcmul_(v, outside)
-    return out, outside.addcmul_(slope, inside).log_()
+    return (out,) if slope is None else (out, outside.addcmul_(slope, inside).log_())
 
 
 def solve(
-    z: Tensor, w: Tensor, h: Tensor, inv_s: Tensor, a: Tensor, b: Tensor
-) -> tuple[Tensor, Tensor]:
-    r"""The distance from the corner at the rise `z` above it, and the slope of the inverse.
-    Overwrites `z`."""
+    z: Tensor, w: Tensor, h: Tensor, inv_s: Tensor, a: Tensor, b: Tensor, steep: bool
+) -> tuple[Tensor, Tensor | None]:
+    r"""The distance from the corner at the rise `z` above it, and the slope of the inverse if that
+    is wanted. Overwrites `z`."""
     theta = z / h
     rest = 1 - theta
     skew = rest - theta
@@ -45,6 +46,8 @@ def solve(
     theta.addcmul_(right, skew)  # that of the nearer corner
     u = theta.mul_(2).div_(root.add_(beta.abs()).add_(1)).clamp_(max=1.0)
     far = torch.rsub(u, 1)
+    if not steep:
+        return z.mul_(inv_s).addcmul_(w, u.mul_(far).mul_(beta)), None
     t = torch.addcmul(u, right, torch.sub(far, u, out=skew))
     r = 1 - t
     p, q = torch.addcmul(t, a, r), torch.addcmul(r, b, t)

@@ -7,7 +7,7 @@ the rational quadratic only sees ratios. Distances are differences of the same k
 hence never the greater, as rounding is monotone. The notation is that of :mod:`flowguard._rqs_bin`.
 """
 
-__all__ = ["evaluate", "pull_back"]
+__all__ = ["evaluate", "evaluate_at", "pull_back"]
 
 import torch
 from torch import Tensor
@@ -49,10 +49,33 @@ def evaluate(
     z = v.clamp(-bound, bound) - (ky if inverse else kx)
     end = _end(z, bound)
     w, h = end - kx, end - ky
-    s, b = h / w, w / h
+    s = h / w
     d, _ = rq.inner_slope(raw, s, (end + ky) / (end + kx), slope)
-    a = d * b
+    return _within(v, z, kx, ky, w, h, s, d, bound, inverse)
 
+
+def evaluate_at(v: Tensor, kx: Tensor, ky: Tensor, d: Tensor, bound: float, inverse: bool) -> Pair:
+    r"""The same for a known knot and the slope there, made of differentiable operations."""
+    z = v.clamp(-bound, bound) - (ky if inverse else kx)
+    end = _end(z, bound)
+    w, h = end - kx, end - ky
+    return _within(v, z, kx, ky, w, h, h / w, d, bound, inverse)
+
+
+def _within(
+    v: Tensor,
+    z: Tensor,
+    kx: Tensor,
+    ky: Tensor,
+    w: Tensor,
+    h: Tensor,
+    s: Tensor,
+    d: Tensor,
+    bound: float,
+    inverse: bool,
+) -> Pair:
+    b = w / h
+    a = d * b
     if inverse:
         rise, steep = rq.solve(z, w, h, b, a, b)
         return rq.finish(v, kx + rise, steep, bound)

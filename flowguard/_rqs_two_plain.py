@@ -11,7 +11,7 @@ over the elements counts: temporaries are overwritten, and slopes are left unsca
 are those of :mod:`flowguard._rqs_bin` times :math:`s`.
 """
 
-__all__ = ["evaluate", "pull_back"]
+__all__ = ["evaluate", "evaluate_at", "knots", "pull_back"]
 
 import torch
 from torch import Tensor
@@ -42,6 +42,15 @@ def _end(z: Tensor, bound: float) -> Tensor:
     return torch.full((), bound, dtype=z.dtype, device=z.device).copysign(z)
 
 
+def knots(
+    width: Tensor, height: Tensor, raw: Tensor, bound: float, slope: float | None, least: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""The inner knot and the slope there: all that the spline needs to know."""
+    kx, ky = _knot(_stack(width, height), bound, slope, least)
+    s, s1 = (bound - ky) / (bound - kx), (bound + ky) / (bound + kx)
+    return kx, ky, plain.inner_slope(raw, s, s1, slope)
+
+
 def evaluate(
     v: Tensor,
     width: Tensor,
@@ -51,8 +60,9 @@ def evaluate(
     slope: float | None,
     least: float,
     inverse: bool,
-) -> tuple[Tensor, Tensor]:
-    r"""The spline or its inverse, and the logarithm of its slope."""
+    steep: bool,
+) -> tuple[Tensor, ...]:
+    r"""The spline or its inverse, and the logarithm of its slope if that is wanted."""
     knot = _knot(_stack(width, height), bound, slope, least)
     kx, ky = knot
     z = v.clamp(-bound, bound).sub_(ky if inverse else kx)
@@ -63,19 +73,53 @@ def evaluate(
     d = plain.inner_slope(raw, s, other[1].div_(other[0]), slope)
     if inverse:
         b = w / h
-        rise, steep = plain.solve(z, w, h, b, d.mul_(b), b)
-        return plain.finish(v, rise.add_(kx), steep, bound)
+        return _invert(v, z, kx, w, h, d.mul_(b), b, bound, steep)
+    return _advance(v, z, ky, w, s, d, bound, steep)
 
+
+def evaluate_at(
+    v: Tensor, kx: Tensor, ky: Tensor, d: Tensor, bound: float, inverse: bool, steep: bool
+) -> tuple[Tensor, ...]:
+    r"""The same as :func:`evaluate`, for what :func:`knots` computed."""
+    z = v.clamp(-bound, bound).sub_(ky if inverse else kx)
+    end = _end(z, bound)
+    w, h = end - kx, end.sub_(ky)
+    if inverse:
+        b = w / h
+        return _invert(v, z, kx, w, h, d * b, b, bound, steep)
+    return _advance(v, z, ky, w, h.div_(w), d.clone(), bound, steep)
+
+
+def _invert(
+    v: Tensor,
+    z: Tensor,
+    kx: Tensor,
+    w: Tensor,
+    h: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bound: float,
+    steep: bool,
+) -> tuple[Tensor, ...]:
+    r"""The inverse at the rise `z` above the knot. Overwrites `z`."""
+    rise, slope = plain.solve(z, w, h, b, a, b, steep)
+    return plain.finish(v, rise.add_(kx), slope, bound)
+
+
+def _advance(
+    v: Tensor, z: Tensor, ky: Tensor, w: Tensor, s: Tensor, d: Tensor, bound: float, steep: bool
+) -> tuple[Tensor, ...]:
+    r"""The spline at the distance `z` from the knot. Overwrites `z`, the secant and the slope."""
     t = z / w
     r = 1 - t
     p, q = (s * t).addcmul_(d, r), torch.addcmul(t, s, r, out=d)
     inv = (t * p).addcmul_(r, q).reciprocal_()
-    num = t.mul_(q).addcmul_(r, p)
+    num = t.mul_(q).addcmul_(r, p) if steep else None
     bend = p.sub_(q).mul_(r).mul_(inv)
     z.mul_(s)
-    steep = s.mul_(inv).square_().mul_(num)
+    slope = None if num is None else s.mul_(inv).square_().mul_(num)
     # The chord and the bend from it: this keeps the identity exact.
-    return plain.finish(v, torch.addcmul(z, z, bend, out=z).add_(ky), steep, bound)
+    return plain.finish(v, torch.addcmul(z, z, bend, out=z).add_(ky), slope, bound)
 
 
 def pull_back(

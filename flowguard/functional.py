@@ -80,6 +80,22 @@ def rational_quadratic_spline(
         ... )[0]
         tensor([-9.0000,  0.5000,  9.0000])
     """
+    y, ladj = _spline(x, widths, heights, derivatives, bound, slope, inverse, steep=True)
+    return y, ladj
+
+
+def _spline(
+    x: Tensor,
+    widths: Tensor,
+    heights: Tensor,
+    derivatives: Tensor,
+    bound: float,
+    slope: float | None,
+    inverse: bool,
+    *,
+    steep: bool,
+) -> tuple[Tensor, ...]:
+    r"""The value and, if it shall be `steep`, the logarithm of the slope."""
     bins = _check_spline(widths, heights, derivatives, bound, slope)
     dtype = _result_dtype(x, widths, heights, derivatives)
     shape = broadcast_shape(x, widths, heights, derivatives)
@@ -87,8 +103,8 @@ def rational_quadratic_spline(
     work = dtype if dtype in (torch.float32, torch.float64) else torch.float32
     full = (*shape, bins - 1)
     params = (_expand(p, full).movedim(-1, 0) for p in (widths, heights, derivatives))
-    y, ladj = _rqs.apply(_expand(x, shape), *params, work, bound, slope, inverse)
-    return y.to(dtype), ladj.to(dtype)
+    outs = _rqs.apply(_expand(x, shape), *params, work, bound, slope, inverse, steep=steep)
+    return tuple(t.to(dtype) for t in outs)
 
 
 def affine(
@@ -213,6 +229,8 @@ def bounded(x: Tensor, bound: float | None) -> Tensor:
             f"the bound must be positive and finite, or None for no bound; got {bound}"
         )
     scale = 2 * bound / math.pi
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return (x / scale).atan_().mul_(scale).clamp_(-bound, bound)
     y = scale * torch.atan(x / scale)
     # Rounding may land an ulp outside, and certificates rely on the bound. What is too much is
     # taken as a constant: the backward of a clamp costs more than all the rest.

@@ -209,23 +209,30 @@ class RobustSpline(Univariate):
         r"""The number of bins :math:`K`."""
         return self.widths.shape[-1] + 1
 
-    def _spline(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        return F.rational_quadratic_spline(
-            x,
-            self.widths,
-            self.heights,
-            self.derivatives,
-            bound=self.bound,
-            slope=self.slope,
-            inverse=inverse,
-        )
+    def _spline(self, x: Tensor, inverse: bool, steep: bool) -> tuple[Tensor, ...]:
+        params = self.widths, self.heights, self.derivatives
+        return F._spline(x, *params, self.bound, self.slope, inverse, steep=steep)
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y, ladj = self._spline(x, inverse=False)
+        y, ladj = self._spline(x, inverse=False, steep=True)
         return y if self.shift is None else y + self.shift, ladj
 
     def _backward(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        return self._spline(y if self.shift is None else y - self.shift, inverse=True)
+        x, ladj = self._spline(self._unshifted(y), inverse=True, steep=True)
+        return x, ladj
+
+    # Half of the work is for the logarithm of the slope.
+
+    def _call(self, x: Tensor) -> Tensor:
+        (y,) = self._spline(x, inverse=False, steep=False)
+        return y if self.shift is None else y + self.shift
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        (x,) = self._spline(self._unshifted(y), inverse=True, steep=False)
+        return x
+
+    def _unshifted(self, y: Tensor) -> Tensor:
+        return y if self.shift is None else y - self.shift
 
     def inverse_bound(self, radius: float) -> float:
         _check_radius(radius)
@@ -265,6 +272,12 @@ class AffineTransform(Univariate):
     def _backward(self, y: Tensor) -> tuple[Tensor, Tensor]:
         return self._map(y, self.shift, self.scale, eps=self.eps, inverse=True)
 
+    def _inverse(self, y: Tensor) -> Tensor:  # without the logarithm
+        return y / self._gain() - self.shift
+
+    def _gain(self) -> Tensor:
+        return torch.sigmoid(self.scale + 2) + self.eps
+
 
 class ReparametrizedAffineTransform(AffineTransform):
     r"""Creates the reparametrised conditional affine map, whose inverse hardly expands.
@@ -283,6 +296,9 @@ class ReparametrizedAffineTransform(AffineTransform):
     """
 
     _map = staticmethod(F.reparametrized_affine)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return y * self._gain() - self.shift
 
 
 class AdditiveTransform(Univariate):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flowguard.image.coupling import Condition, ConditionalCoupling
 from flowguard.image.layers import ActNorm, NormedConv2d, ZeroConv2d, folded
+from flowguard.image.maps import work_out
 from flowguard.image.ready import Ready, Weights, last_layers, mixes
 from flowguard.image.steps import FlowStep
 
@@ -50,9 +51,10 @@ def conditions(
         hidden = _convolve([c.first_context for c in couplings[part]], context)
         injected = _convolve([c.injector[0] for c in couplings[part]], context)
         for (c, noise, (there, back)), h, i in zip(shared, hidden, injected, strict=True):
-            parameters = last_layers([_weights(c.injector[2]), _weights(c.injector[4])], i)
+            raw = last_layers([_weights(c.injector[2]), _weights(c.injector[4])], i)
+            family, parameters = work_out(c.map_of("injector"), raw, c.kept + c.changed)
             ready = Ready(there, back, _first(c), _rest(c), _noise(c))
-            made.append(Condition(parameters, h, c.fit_noise(noise, context), ready))
+            made.append(Condition(parameters, h, c.fit_noise(noise, context), ready, family))
     return made
 
 

@@ -32,6 +32,7 @@ class Condition(NamedTuple):
     hidden: Tensor  # the context's part of the first layer of the self-conditional half
     noise: Tensor | None = None  # the noise map at the size of this level, where one is given
     ready: Ready | None = None  # the step, ready to be run without gradients
+    map: Elementwise | None = None  # what takes the injected parameters, if not the raw ones
 
 
 class ConditionalCoupling(nn.Module):
@@ -58,6 +59,9 @@ class ConditionalCoupling(nn.Module):
             published; see :class:`flowguard.image.NormedConv2d`.
         noise_channels: The number of channels of the noise map. If it is 0, the coupling knows
             nothing of noise.
+
+    Where `ladj` is false, the inverse leaves the log-determinant out, which takes up to half of the
+    work of the maps, and returns NaN in its place.
 
     The context has shape :math:`(B, context\_channels, H, W)`, or is what :meth:`condition` made
     of it. It may have fewer rows than `x`, where each stands for several samples: row :math:`i`
@@ -208,13 +212,14 @@ class ConditionalCoupling(nn.Module):
             repeat_rows(context.hidden, x),
             None if context.noise is None else repeat_rows(context.noise, x),
             None if torch.is_grad_enabled() else context.ready,
+            context.map,
         )
 
     def forward(
         self, x: Tensor, context: Tensor | Condition | None = None, inner: Inner | None = None
     ) -> tuple[Tensor, Tensor]:
         condition = self._match(x, context)
-        family = self.map_of("injector")
+        family = condition.map or self.map_of("injector")
         around = x
         injected = crop(condition.injected, inner)
         x, ladj = apply(family, crop(x, inner), injected, inverse=False)
@@ -229,18 +234,23 @@ class ConditionalCoupling(nn.Module):
         return torch.cat((kept, changed), dim=1), ladj
 
     def inverse(
-        self, z: Tensor, context: Tensor | Condition | None = None, inner: Inner | None = None
+        self,
+        z: Tensor,
+        context: Tensor | Condition | None = None,
+        inner: Inner | None = None,
+        ladj: bool = True,
     ) -> tuple[Tensor, Tensor]:
         condition = self._match(z, context)
         raws = self._raws(z[:, : self.kept], condition)
         kept, changed = crop(z, inner).tensor_split((self.kept,), dim=1)
-        ladj = z.new_zeros(())
+        total = z.new_zeros(())
         for part, raw in reversed(raws):
-            changed, more = apply(part, changed, crop(raw, inner), inverse=True)
-            ladj = ladj + more
+            changed, more = apply(part, changed, crop(raw, inner), inverse=True, ladj=ladj)
+            total = total + more
         both, injected = torch.cat((kept, changed), dim=1), crop(condition.injected, inner)
-        x, more = apply(self.map_of("injector"), both, injected, inverse=True)
-        return x, ladj + more
+        family = condition.map or self.map_of("injector")
+        x, more = apply(family, both, injected, inverse=True, ladj=ladj)
+        return x, total + more
 
 
 def crop(t: Tensor, inner: Inner | None) -> Tensor:
@@ -293,4 +303,6 @@ def repeat_rows(t: Tensor, x: Tensor) -> Tensor:
             "the batch must be a multiple of the contexts' number;"
             f" got a batch of {x.shape[0]} and {t.shape[0]} contexts"
         )
+    if t.shape[0] == 1:
+        return t.expand(x.shape[0], *t.shape[1:])
     return t.repeat(x.shape[0] // t.shape[0], *(1,) * (t.dim() - 1))

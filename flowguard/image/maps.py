@@ -7,17 +7,21 @@ __all__ = [
     "Inscribed",
     "ReparametrizedAffine",
     "Robust",
+    "apply",
     "elementwise",
+    "work_out",
 ]
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from flowguard import transforms
+from flowguard import _rqs, transforms
+from flowguard import functional as F
 
 
 class Elementwise(Protocol):
@@ -167,6 +171,62 @@ class Inscribed:
         return self.units(*self.family.line(phi))
 
 
+@dataclass(frozen=True)
+class Knotted:
+    r"""Creates the two-bin spline of a known inner knot, slope there and bounded shift.
+
+    Arguments:
+        bound: The bound :math:`B` of the box.
+    """
+
+    bound: float
+    parameters: ClassVar[int] = 4
+
+    def transform(self, phi: Tensor) -> transforms.Univariate:
+        kx, ky, d, shift = phi.unbind(2)
+        return _KnottedSpline(kx, ky, d, shift, self.bound)
+
+
+class _KnottedSpline(transforms.Univariate):
+    def __init__(self, kx: Tensor, ky: Tensor, d: Tensor, shift: Tensor, bound: float) -> None:
+        super().__init__()
+        self.knot = kx, ky, d
+        self.shift = shift
+        self.bound = bound
+
+    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, ladj = _rqs.apply_at(x, *self.knot, self.bound, inverse=False, steep=True)
+        return y + self.shift, ladj
+
+    def _backward(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        x, ladj = _rqs.apply_at(y - self.shift, *self.knot, self.bound, inverse=True, steep=True)
+        return x, ladj
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return _rqs.apply_at(y - self.shift, *self.knot, self.bound, inverse=True, steep=False)[0]
+
+
+def work_out(family: Elementwise, raw: Tensor, channels: int) -> tuple[Elementwise, Tensor]:
+    r"""Returns what `family` makes of constant parameters, to be applied to many images: a map and
+    its parameters, laid out in the same way.
+
+    Arguments:
+        family: The elementwise map.
+        raw: The raw parameters, with shape :math:`(B, C n, H, W)`.
+        channels: The number of channels :math:`C`.
+    """
+    if (
+        not isinstance(family, Robust)
+        or family.bins != 2
+        or raw.dtype not in (torch.float32, torch.float64)
+    ):
+        return family, raw
+    width, height, derivative, shift = raw.unflatten(1, (channels, 4)).unbind(2)
+    knot = _rqs.knots(width, height, derivative, family.bound, family.slope)
+    ready = torch.stack((*knot, F.bounded(shift, family.shift_bound)), dim=2)
+    return Knotted(family.bound), ready.flatten(1, 2)
+
+
 NAMED: dict[str, Callable[[], Elementwise]] = {
     "affine": Affine,
     "bspline": CubicBSpline,
@@ -202,12 +262,17 @@ def elementwise(coupling: str | Elementwise) -> Elementwise:
     return coupling
 
 
-def apply(family: Elementwise, x: Tensor, raw: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
+def apply(
+    family: Elementwise, x: Tensor, raw: Tensor, *, inverse: bool, ladj: bool = True
+) -> tuple[Tensor, Tensor]:
     r"""Transforms `x`, with shape :math:`(B, C, H, W)`, by raw network outputs with shape
-    :math:`(B, C n, H, W)`; returns the output and `ladj` with shape :math:`(B)`."""
+    :math:`(B, C n, H, W)`; returns the output and the log-determinant with shape :math:`(B)`, or
+    NaN in its place if it is not wanted."""
     # Under autocast the networks compute in half precision, the maps do not.
     raw = raw.to(torch.promote_types(raw.dtype, x.dtype))
     f = family.transform(raw.unflatten(1, (x.shape[1], family.parameters)))
-    y, ladj = f.inverse_and_ladj(x) if inverse else f.call_and_ladj(x)
+    if not ladj:
+        return (f.inv(x) if inverse else f(x)), x.new_full((), math.nan)
+    y, each = f.inverse_and_ladj(x) if inverse else f.call_and_ladj(x)
     # The log-determinant of an image is a sum of 10^5 numbers and more.
-    return y, ladj.flatten(1).sum(1, dtype=torch.promote_types(ladj.dtype, torch.float32))
+    return y, each.flatten(1).sum(1, dtype=torch.promote_types(each.dtype, torch.float32))

@@ -300,15 +300,19 @@ class ConditionalMultiscaleFlow(nn.Module):
         self,
         z: Sequence[Tensor],
         context: Context | None = None,
+        *,
+        ladj: bool = True,
     ) -> tuple[Tensor, Tensor]:
         r"""Takes latents to images.
 
         Arguments:
             z: The latents, as :meth:`latent_shapes` lists them.
             context: The context maps, or what :meth:`condition` made of them.
+            ladj: Whether to compute the log-determinant. Images alone take less time.
 
         Returns:
-            The images, with shape :math:`(B, C, H, W)`, and the log-determinant.
+            The images, with shape :math:`(B, C, H, W)`, and the log-determinant with shape
+            :math:`(B)`, which is NaN if it is not wanted.
         """
         self.check_latents(z)
         ready = self._conditions(context)
@@ -318,16 +322,16 @@ class ConditionalMultiscaleFlow(nn.Module):
             features, per_step, maps = ready[level]
             split = self.split_of(level)
             if split is not None:
-                x, ladj = split.inverse(x, latents[level], features)
-                total = total + ladj
+                x, more = split.inverse(x, latents[level], features)
+                total = total + more
             steps = list(zip(self.steps_of(level), per_step, strict=True))
             for step, condition in reversed(steps):
-                x, ladj = step.inverse(x, condition)
-                total = total + ladj
+                x, more = step.inverse(x, condition, ladj)
+                total = total + more
             transitions = list(zip(self.transitions_of(level), maps, strict=True))
             for transition, pair in reversed(transitions):
-                x, ladj = transition.inverse(x, pair)
-                total = total + ladj
+                x, more = transition.inverse(x, pair)
+                total = total + more
             x, _ = self.squeeze.inverse(x)
         return x, total
 

@@ -117,9 +117,9 @@ class FlowStep(nn.Module):
         return x, b + c
 
     def inverse(
-        self, z: Tensor, context: Tensor | Condition | None = None
+        self, z: Tensor, context: Tensor | Condition | None = None, ladj: bool = True
     ) -> tuple[Tensor, Tensor]:
-        z, c = self.coupling.inverse(z, context)
+        z, c = self.coupling.inverse(z, context, ladj=ladj)
         ready = _ready(context)
         if ready is not None:
             z, b = ready.inverse_mix(z)

@@ -228,7 +228,7 @@ class ImageSurgeon(Surgeon):
         parts = z.split([shape.numel() for shape in self.shapes], dim=1)
         latents = [t.unflatten(1, shape) for t, shape in zip(parts, self.shapes, strict=True)]
         if self.flow is model:
-            return self.flow.inverse(latents, context)[0]
+            return self.flow.inverse(latents, context, ladj=False)[0]
         image: Tensor = model.decode(latents, context)
         return image
 

@@ -201,7 +201,7 @@ def tiled_inverse(
             for tile, rows, condition in _conditions(step.coupling, features, size, level, given):
                 for part in _parts(source, rows):
                     y, _ = step.coupling.inverse(
-                        crop(source[part], tile.outer), condition, tile.inner
+                        crop(source[part], tile.outer), condition, tile.inner, ladj=False
                     )
                     x[part][..., tile.place[0], tile.place[1]] = y
                 _tell(progress, tile, level)

@@ -1,17 +1,21 @@
 r"""What models need to go over large images a tile at a time."""
 
-__all__ = ["MEMORY", "TileSize", "bar", "pixels_of"]
+__all__ = ["MEMORY", "TileSize", "bar", "groups", "pixels_of"]
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
+from torch import Tensor
 from tqdm import tqdm
 
 from flowguard.image.multiscale import ConditionalMultiscaleFlow
 from flowguard.image.tiling import Progress, tile_size
 
 TileSize = int | Literal["auto"] | None
+
+#: The most pixels of images that are made at a time: more take more memory, and no less time each.
+TOGETHER = 2**18
 
 #: The memory, in bytes, that tiles of the size ``"auto"`` take about.
 MEMORY = 2**29
@@ -32,6 +36,13 @@ def pixels_of(tile: int | str, flow: ConditionalMultiscaleFlow, memory: float, r
     if isinstance(tile, bool) or not isinstance(tile, int) or tile < 1:
         raise ValueError(f"tile must be a positive number of pixels, 'auto' or None; got {tile!r}")
     return -(-tile // flow.multiple) * flow.multiple
+
+
+def groups(samples: Tensor, pixels: int) -> Iterator[Tensor]:
+    r"""Goes over latents with shape :math:`(n, B, *)`, as many samples at a time as suit images of
+    that many pixels, with shape :math:`(k B, *)`."""
+    together = max(1, TOGETHER // max(1, samples.shape[1] * pixels))
+    return (part.flatten(0, 1) for part in samples.split(together))
 
 
 @contextmanager

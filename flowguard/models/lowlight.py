@@ -18,7 +18,7 @@ from flowguard.image.maps import Elementwise
 from flowguard.image.multiscale import Conditions, published_flow
 from flowguard.image.tiling import tiled_forward, tiled_inverse
 from flowguard.models._padding import pad_to_multiple
-from flowguard.models._tiled import MEMORY, TileSize, bar, pixels_of
+from flowguard.models._tiled import MEMORY, TileSize, bar, groups, pixels_of
 from flowguard.models.checkpoints import (
     DEAD,
     CheckpointError,
@@ -370,7 +370,7 @@ class LowLightFlow(Pretrained, nn.Module):
             condition = self._condition(low)
             low = condition.low
             z = latents[0] + repeat_rows(condition.mean, latents[0])
-            high, _ = self.flow.inverse([z], condition.maps)
+            high, _ = self.flow.inverse([z], condition.maps, ladj=False)
         else:
             low = _whole(low)
             with torch.no_grad():
@@ -440,8 +440,9 @@ class LowLightFlow(Pretrained, nn.Module):
         )
         if tile is None:
             condition = self._condition(low)
-            # One sample at a time, so that the memory does not grow with their number.
-            samples = torch.stack([self.decode([rows], condition) for rows in latent])
+            size = like.shape[-2] * like.shape[-1]
+            parts = [self.decode([rows], condition) for rows in groups(latent, size)]
+            samples = torch.cat(parts).unflatten(0, latent.shape[:2])
         else:
             rows = latent.flatten(0, 1)
             tiled = self.decode([rows], low, tile=tile, memory=memory, progress=progress)

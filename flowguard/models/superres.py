@@ -22,7 +22,7 @@ from flowguard.image.multiscale import (
 )
 from flowguard.image.tiling import tiled_forward, tiled_inverse
 from flowguard.models._padding import pad_to, pad_to_multiple
-from flowguard.models._tiled import MEMORY, TileSize, bar, pixels_of
+from flowguard.models._tiled import MEMORY, TileSize, bar, groups, pixels_of
 from flowguard.models.checkpoints import (
     DEAD,
     CheckpointError,
@@ -403,7 +403,7 @@ class SuperResolutionFlow(Pretrained, nn.Module):
         """
         if tile is None:
             condition = self._condition(lr)
-            x, _ = self.flow.inverse(latents, condition.maps)
+            x, _ = self.flow.inverse(latents, condition.maps, ladj=False)
             return self._to_hr(x, condition.lr, condition.base)
         lr = self._whole(lr)
         padded, base, noise = self._inputs(lr)
@@ -476,7 +476,8 @@ class SuperResolutionFlow(Pretrained, nn.Module):
         latents = [
             temperature
             * torch.randn(
-                num_samples * n,
+                num_samples,
+                n,
                 *shape,
                 generator=generator,
                 dtype=given.dtype,
@@ -485,16 +486,14 @@ class SuperResolutionFlow(Pretrained, nn.Module):
             for shape in shapes
         ]
         if tile is not None:
-            x = self.decode(latents, lr, tile=tile, memory=memory, progress=progress)
-            return x.unflatten(0, (num_samples, n))
-        condition = self._condition(lr)
-        # One sample of each image at a time: its maps stay in the caches of the processor, and
-        # the memory does not grow with the number of samples.
-        samples = [
-            self.decode([z[i * n : (i + 1) * n] for z in latents], condition)
-            for i in range(num_samples)
-        ]
-        return torch.stack(samples)
+            rows = [z.flatten(0, 1) for z in latents]
+            x = self.decode(rows, lr, tile=tile, memory=memory, progress=progress)
+        else:
+            condition = self._condition(lr)
+            pixels = self.scale**2 * given.shape[-2] * given.shape[-1]
+            parts = zip(*(groups(z, pixels) for z in latents), strict=True)
+            x = torch.cat([self.decode(part, condition) for part in parts])
+        return x.unflatten(0, (num_samples, n))
 
     @classmethod
     def published(
