@@ -5,6 +5,7 @@ import io
 import pytest
 import torch
 from safetensors.torch import load, save
+from torch.autograd import gradcheck
 
 from flowguard.image import (
     ActNorm,
@@ -22,6 +23,7 @@ from flowguard.image import (
     elementwise,
 )
 from flowguard.image.layers import folded, pixelwise
+from flowguard.image.maps import Affine, apply, work_out
 
 COUPLINGS = {
     "affine": "affine",
@@ -451,3 +453,36 @@ def test_a_rotation_made_in_float32_is_one_in_float64():
     z, ladj = layer(x)
     assert torch.allclose(layer.inverse(z)[0], x, atol=1e-12)
     assert torch.allclose(torch.linalg.slogdet(layer.weight)[1], ladj[0] / 9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_parameters_that_are_worked_out_give_the_same_map(dtype):
+    family = Robust(bound=2.0, shift_bound=0.7)
+    raw = 3 * torch.randn(2, 5 * 4, 6, 7, dtype=dtype)
+    x = 2 * torch.randn(2, 5, 6, 7, dtype=dtype)
+    ready, parameters = work_out(family, raw, 5)
+    assert ready != family
+    assert parameters.shape == raw.shape
+    for inverse in (False, True):
+        with torch.no_grad():
+            y, ladj = apply(family, x, raw, inverse=inverse)
+            z, other = apply(ready, x, parameters, inverse=inverse)
+            value, nothing = apply(ready, x, parameters, inverse=inverse, ladj=False)
+        assert torch.equal(z, y)
+        assert torch.equal(other, ladj)
+        assert torch.equal(value, y)
+        assert nothing.isnan().all()
+        if dtype == torch.float64:
+            inputs = x[:, :, :2, :2].clone().requires_grad_()
+
+            def call(x, inverse=inverse):
+                return apply(ready, x, parameters[..., :2, :2], inverse=inverse)
+
+            assert gradcheck(call, (inputs,), fast_mode=True)
+            torch.testing.assert_close(call(inputs)[0], y[..., :2, :2])
+
+
+def test_only_two_bins_are_worked_out():
+    raw = torch.randn(1, 3 * 7, 2, 2)
+    for family, numbers in ((Robust(bins=3), raw), (Affine(), raw[:, :6])):
+        assert work_out(family, numbers, 3) == (family, numbers)

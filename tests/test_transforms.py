@@ -128,7 +128,7 @@ def test_gradients_twice(name):
     if name == "b-spline":
         pytest.skip("has tests of its own")
     args = tuple(a.requires_grad_() for a in (x, *params))
-    for direction in ("call_and_ladj", "inverse_and_ladj"):
+    for direction in ("call_and_ladj", "inverse_and_ladj", "_call", "_inverse"):
 
         def call(x, *params, direction=direction):
             return getattr(f(*params), direction)(x)
@@ -151,8 +151,9 @@ def test_transforms_of_functions(name):
     slope = vmap(grad(lambda *args: call(*args)[0]))(x, *params)
     torch.testing.assert_close(slope.log(), ladj, rtol=0, atol=1e-11)
     if name != "b-spline":
-        backward, forward = (jac(lambda x: call(x, *params))(x) for jac in (jacrev, jacfwd))
-        torch.testing.assert_close(forward, backward)
+        for function in (lambda x: call(x, *params), f(*params), f(*params).inv):
+            backward, forward = (jac(function)(x) for jac in (jacrev, jacfwd))
+            torch.testing.assert_close(forward, backward)
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 3, 4, 2), (0,), (2, 0, 3)])
