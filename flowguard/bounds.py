@@ -34,7 +34,7 @@ import importlib
 import importlib.util
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
@@ -63,6 +63,11 @@ class Step:
     def features(self) -> int | None:
         r"""The number of features that the step takes, if it tells."""
         return None
+
+    @property
+    def finite(self) -> bool:
+        r"""Whether all numbers of the step are finite, without which it bounds nothing."""
+        return all(_is_finite(getattr(self, f.name)) for f in fields(self))
 
     def through(self, region: Region, radius: float, roundoff: float) -> Region:
         r"""Returns a region that holds all outputs.
@@ -235,6 +240,10 @@ class Refused(Step):
     gain: float | None = None
     depends: str = "without bound"
 
+    @property
+    def finite(self) -> bool:
+        return True  # it claims nothing
+
 
 Rule = Callable[..., Iterable[Step]]
 _RULES: dict[type, Rule] = {}
@@ -333,6 +342,15 @@ def within(name: str, layer: Any, inverse: bool = True) -> list[Step]:
         inverse: Whether sampling runs it in its inverse direction.
     """
     return [replace(s, name=f"{name}.{s.name}" if s.name else name) for s in steps(layer, inverse)]
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return bool(value.isfinite().all())
+    if isinstance(value, Envelope):
+        known = (value.offset, value.floor, value.gain) if value.limit is None else ()
+        return all(map(math.isfinite, known)) and not math.isnan(value.displacement)
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def constant(t: Tensor) -> Tensor:

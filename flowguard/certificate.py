@@ -3,6 +3,7 @@ r"""The certificate: a number that no sample can exceed, whatever the condition 
 __all__ = ["Certificate", "Row", "Table", "certify"]
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from flowguard.bounds import Noise, Refused, Step, steps
 
 #: A radius beside which all shifts vanish, and whose square is finite.
 FAR = 1e60
+BROKEN = "it holds numbers that are not finite"
 
 
 class Row(NamedTuple):
@@ -254,11 +256,11 @@ def certify(model: Any, *, roundoff: float | None = None) -> Certificate:
         roundoff = max(2.0**-50, *(torch.finfo(d).eps / 2 for d in dtypes))
     if not 0 <= roundoff < 0.01:
         raise ValueError(f"roundoff must lie between 0 and 0.01; got {roundoff}")
-    walk = steps(model)
-    for name in _broken(model):
-        walk.append(
-            Refused(name=name, kind="Parameter", reason="it holds numbers that are not finite")
-        )
+    # Where weights are broken, so is all that rules would make of them: they alone are told.
+    walk: list[Step] = [
+        Refused(name=name, kind=what, reason=BROKEN) for name, what in _broken(model)
+    ]
+    walk = walk or [_told(step) for step in steps(model)]
     kind = type(getattr(model, "_orig_mod", model)).__name__
     return Certificate(kind, tuple(walk), roundoff, min(torch.finfo(d).max for d in dtypes))
 
@@ -268,7 +270,24 @@ def _dtypes(model: Any) -> set[torch.dtype]:
     return {t.dtype for t in tensors if t.is_floating_point()} or {torch.get_default_dtype()}
 
 
-def _broken(model: Any) -> list[str]:
+def _broken(model: Any) -> Iterator[tuple[str, str]]:
+    r"""Goes over the names of the tensors that spoil all samples."""
     if not isinstance(model, nn.Module):
-        return []
-    return [n for n, p in model.named_parameters() if not bool(p.isfinite().all())]
+        return
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            yield name, "Parameter"
+    for prefix, module in model.named_modules():
+        if type(module).__module__.startswith("flowguard.ood"):
+            continue  # what tells of strange conditions has NaN where it knows nothing yet
+        for name, buffer in module.named_buffers(prefix, recurse=False):
+            # Masks may well be infinite.
+            if bool(buffer.isnan().any()):
+                yield name, "Buffer"
+
+
+def _told(step: Step) -> Step:
+    r"""The step, refused if its numbers are not finite."""
+    if step.finite:
+        return step
+    return Refused(name=step.name, kind=step.kind, reason=BROKEN, depends=step.depends)

@@ -8,8 +8,9 @@ import torch
 import torch.nn as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributions import AffineTransform as Constant
 
-from flowguard import bounds
+from flowguard import bounds, migrate
 from flowguard._regions import Envelope, Region
 from flowguard.bounds import Linear, Scale
 from flowguard.certificate import certify
@@ -140,6 +141,59 @@ def test_weights_that_are_not_finite_are_named():
     certificate = certify(flow)
     assert [s.name for s in certificate.refused] == ["steps.0.0.coupling.first_kept.weight"]
     assert certificate.bound(1.0) == math.inf
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("mix", ["fixed", "free", "orthogonal"])
+def test_no_layer_with_numbers_that_are_not_finite_is_certified(mix, value):
+    flow = ConditionalMultiscaleFlow(3, 4, levels=1, steps=1, hidden=4, mix=mix)
+    tensors = {**dict(flow.named_parameters()), **dict(flow.named_buffers())}
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or name.endswith("mix.weight"):
+            continue  # sampling by fixed rotations takes the transposes
+        first, old = tensor.detach().flatten()[:1], tensor.flatten()[0].item()
+        first.fill_(value)
+        certificate = certify(flow)
+        assert not certificate.certified, name
+        layer = name.rpartition(".")[0]
+        assert certificate.refused[0].name.startswith(layer)
+        assert "not finite" in str(certificate)
+        assert certificate.bound(1.0) == math.inf
+        first.fill_(old)
+    assert certify(flow).certified
+
+
+def test_a_broken_unit_of_a_migrated_coupling_is_named():
+    flow = ConditionalMultiscaleFlow(3, 4, levels=1, steps=1, hidden=4, coupling="affine")
+    new, _ = migrate(flow.eval(), torch.randn(8, 3, 4, 4), [torch.randn(8, 4, 2, 2)])
+    name = "steps.0.0.coupling.rest_units.scale_in"
+    new.get_buffer(name)[0] = math.nan
+    assert [s.name for s in certify(new).refused] == [name]
+
+
+def test_what_is_told_of_strange_conditions_is_no_obstacle():
+    model = SuperResolutionFlow(levels=2, steps=1, hidden=8, features=8).eval()
+    lr = torch.rand(8, 3, 8, 8)
+    model.conditioner.fit(lr, progress=False)
+    assert any(b.isnan().any() for b in model.buffers())
+    assert certify(model).certified
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [Constant(0.0, 0.0), Constant(torch.tensor([0.0, math.nan]), torch.ones(2))],
+    ids=["a slope of zero", "NaN"],
+)
+def test_constants_that_are_not_finite_give_no_certificate(transform):
+    certificate = certify(torch.distributions.ComposeTransform([transform]))
+    assert [s.name for s in certificate.refused] == ["parts.0"]
+
+
+def test_a_normalisation_without_a_finite_inverse_is_named():
+    layer = ActNorm(2)
+    with torch.no_grad():
+        layer.logs.fill_(-1000.0)  # e^1000 is infinite in float64
+    assert not certify(layer).certified
 
 
 def test_a_singular_matrix_is_named():
