@@ -3,14 +3,38 @@ and ``demo``."""
 
 __all__ = ["main"]
 
+import contextlib
 import importlib
+import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
-from typing import Any
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
 
 from flowguard._version import __version__
 from flowguard.commands import COMMANDS
+
+
+class Terminated(BaseException):
+    r"""Raised by SIGTERM, so that files are cleared away as after Ctrl-C."""
+
+
+def _terminate(*_: Any) -> NoReturn:
+    raise Terminated
+
+
+@contextlib.contextmanager
+def _termination() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _commands() -> dict[str, Any]:
@@ -25,16 +49,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, or 1 if some images could not be done, or 2 for a mistake of the user,
-        or 130 after Ctrl-C.
+        or 130 after Ctrl-C, or 143 after SIGTERM.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")  # a letter must not end the work
     try:
-        return _run(argv)
+        with _termination():
+            return _run(argv)
     except BrokenPipeError:  # whoever read the output has seen enough
         sys.stdout = open(os.devnull, "w")  # closed with the process
         return 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated) as stop:
         print("\nflowguard: interrupted; no half-written file was left", file=sys.stderr)
-        return 130
+        return 143 if isinstance(stop, Terminated) else 130
 
 
 def _run(argv: Sequence[str] | None) -> int:
@@ -52,16 +80,25 @@ def _run(argv: Sequence[str] | None) -> int:
         version=f"flowguard {__version__}",
     )
     subcommands = parser.add_subcommands(required=True, dest="command", metavar="COMMAND")
-    commands = _commands()
+    commands, parsers = _commands(), {}
     for name, command in commands.items():
-        sub = command.parser()
+        sub = parsers[name] = command.parser()
         subcommands.add_subcommand(name, sub, help=command.HELP)
         sub.prog = f"flowguard {name}"
-    args = parser.parse_args(argv)
+    try:
+        args = parser.parse_args(argv)
+    except UnicodeDecodeError as error:
+        parser.error(f"config: {error}")
+    parsers[args.command].check(args[args.command])
     try:
         code: int = commands[args.command].run(args[args.command])
         return code
     except UserError as error:
+        print(f"flowguard: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # a folder that may not be read, a name that is too long
         print(f"flowguard: error: {error}", file=sys.stderr)
         return 2
 

@@ -28,7 +28,8 @@ def atomic(path: Path | str) -> Iterator[Path]:
         ['note.txt']
     """
     path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    # Not its whole name: that may be as long as names can be.
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:20]}.", suffix=".tmp")
     os.close(handle)
     temporary = Path(name)
     try:
@@ -47,7 +48,7 @@ def write_text(path: Path | str, text: str) -> None:
 
     Arguments:
         path: The file to write.
-        text: What it shall hold.
+        text: What it shall hold. What UTF-8 cannot, as of names that are no text, is escaped.
     """
     with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -89,6 +89,7 @@ def pictures(tmp_path):
     (folder / "text.png").write_text("This is no picture.")
     (folder / "notes.txt").write_text("Nor is this, and it does not say it were.")
     (folder / "within").mkdir()
+    (folder / "folder.png").mkdir()
     return folder
 
 
@@ -242,7 +243,8 @@ def test_the_report_is_one_page(superres, pictures, tmp_path, capsys):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
-def test_interrupting_leaves_whole_files_and_is_resumed(superres, tmp_path):
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupting_leaves_whole_files_and_is_resumed(sent, code, superres, tmp_path):
     source, out = tmp_path / "in", tmp_path / "out"
     source.mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (160, 160, 3), dtype=np.uint8)
@@ -253,9 +255,9 @@ def test_interrupting_leaves_whole_files_and_is_resumed(superres, tmp_path):
     deadline = time.monotonic() + 120
     while not (out.is_dir() and list(out.glob("[0-9]*.png"))) and time.monotonic() < deadline:
         time.sleep(0.002)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, told = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert b"interrupted" in told
     assert b"Traceback" not in told
     made = sorted(out.iterdir())
@@ -301,6 +303,21 @@ MISTAKES = {
     "mistyped option": (["in", "out", "--model", "m", "--sampels", "2"], "--sampels"),
     "short option": (["in", "out", "--model", "m", "--sam", "2"], "--sam"),
     "absent configuration": (["in", "out", "--model", "m", "--config", "x.yaml"], "x.yaml"),
+    "input of no name": (["", "out", "--model", "m"], "got nothing"),
+    "input of a long name": (["x" * 300, "out", "--model", "m"], "File name too long"),
+    "model of a long name": (["in", "out", "--model", "x" * 300], "File name too long"),
+    "report of a long name": (
+        ["in", "out", "--model", "m", "--report", "x" * 300 + ".html"],
+        "long",
+    ),
+    "a zero byte": (["in", "out\0", "--model", "m"], "zero byte"),
+    "a glob of folders": (["in/f*.png", "out", "--model", "m"], "matches in/f*.png"),
+    "output of another kind": (["in/odd.png", "o.jpg", "--model", "m"], ".png or .tif"),
+    "report is a picture": (["in", "out", "--model", "m", "--report", "in/odd.png"], ".html"),
+    "report is of the model": (
+        ["in", "out", "--model", "m", "--report", "m/config.json"],
+        ".html",
+    ),
 }
 
 
@@ -317,6 +334,92 @@ def test_a_mistake_gets_one_line_and_exit_code_2(
     assert message in errors
     assert errors.count("\n") == 1
     assert contents(pictures) == before
+
+
+MISTAKEN_OPTIONS = {
+    "nothing for a number": ("samples: null", "samples"),
+    "nothing for tiles": ("tile: null", "tile"),
+    "a switch in words": ("overwrite: maybe", "overwrite"),
+    "a switch as number": ("overwrite: 3", "overwrite"),
+    "one for several": ("input: in", "input"),
+    "several for one": ("device: [cpu, cuda]", "device"),
+    "no format": ("format: gif", "format"),
+    "unknown": ("sampels: 3", "sampels"),
+    "a list": ("- 3", "config"),
+    "not YAML": ("samples: [3", "config"),
+    "not text": (b"\xff\xfe\x00", "config"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), MISTAKEN_OPTIONS.values(), ids=MISTAKEN_OPTIONS)
+def test_a_mistake_in_a_file_of_options(text, message, superres, pictures, tmp_path, capsys):
+    config = tmp_path / "options.yaml"
+    config.write_bytes(text if isinstance(text, bytes) else text.encode())
+    arguments = (pictures, tmp_path / "out", "--model", superres, "--config", config)
+    code, out, errors = run(capsys, "superres", *arguments)
+    assert (code, out, errors.count("\n")) == (2, "", 1)
+    assert message in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_called_probe_is_kept(superres, pictures, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "probe").write_text("mine")
+    arguments = (pictures / "odd.png", out, "--model", superres)
+    assert run(capsys, "superres", *arguments)[0] == 0
+    assert (out / "probe").read_text() == "mine"
+    assert {p.name for p in out.iterdir()} == {"odd.png", "probe"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes")
+def test_odd_names(superres, pictures, tmp_path, capsys):
+    """Bytes that are no text, a name as long as names can be, a link to nothing."""
+    source, out = tmp_path / "odd", tmp_path / "out"
+    source.mkdir()
+    picture = (pictures / "odd.png").read_bytes()
+    names = [b"\xff\xfe.png", b"n" * 251 + b".png", "日本 [1]*?.png".encode()]
+    for name in names:
+        Path(os.fsdecode(os.path.join(os.fsencode(source), name))).write_bytes(picture)
+    (source / "link.png").symlink_to("nowhere.png")
+    page = tmp_path / "report.html"
+    code, told, errors = run(
+        capsys, "superres", source, out, "--model", superres, "--report", page
+    )
+    assert code == 1
+    assert "4 picture(s): 3 written, 0 skipped, 1 failed" in told
+    assert "link.png" in errors
+    assert sorted(os.listdir(os.fsencode(out))) == sorted(names)
+    assert "日本 [1]*?" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_terminal_of_few_letters(encoding, superres, pictures, tmp_path):
+    (pictures / "日本.png").write_bytes((pictures / "odd.png").read_bytes())
+    for arguments in (
+        ["superres", pictures / "日本.png", tmp_path / "out", "--model", superres],
+        ["superres", "--help"],
+        ["demo", "--help"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "flowguard.cli", *arguments],
+            capture_output=True,
+            env={**os.environ, "PYTHONIOENCODING": encoding},
+        )
+        assert done.returncode == 0, done.stderr
+
+
+def test_python_m_flowguard(superres):
+    done = subprocess.run(
+        [sys.executable, "-m", "flowguard", "inspect", superres], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "SuperResolutionFlow" in done.stdout
+    done = subprocess.run(
+        [sys.executable, "-m", "flowguard", "bogus"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("flowguard: error: ")
 
 
 def test_a_model_of_the_other_kind(superres, lowlight, pictures, tmp_path, capsys):

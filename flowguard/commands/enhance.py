@@ -45,11 +45,9 @@ class Outcome:
     pictures: list[tuple[str, bytes]] = field(default_factory=list)  # for the report, as PNG
 
 
-def tile_size(text: Any) -> int | str | None:
+def tile_size(text: Any) -> int | str:
     r"""Reads the size of a tile: auto, none, or a whole number."""
-    if text in ("auto", None):
-        return str(text) if text else None
-    return None if str(text) == "none" else whole(8, 10**6)(text)
+    return str(text) if text in ("auto", "none") else whole(8, 10**6)(text)
 
 
 def add_arguments(parser: Parser, *, temperature: float) -> None:
@@ -57,6 +55,7 @@ def add_arguments(parser: Parser, *, temperature: float) -> None:
     parser.add_argument(
         "input",
         nargs="+",
+        type=file,
         metavar="INPUT",
         help=(
             "pictures: files, folders (without the folders within), globs; PNG, JPEG, TIFF, WebP"
@@ -126,7 +125,7 @@ def add_arguments(parser: Parser, *, temperature: float) -> None:
         "--report",
         type=file,
         metavar="FILE",
-        help="write an account of all pictures, as a page, such as report.html",
+        help="write an account of all pictures, as a page, whose name ends in .html",
     )
     add_machine(parser)
     parser.add_config()
@@ -191,6 +190,9 @@ def prepared(args: Any) -> list[Job]:
     if args.report is not None:
         if args.report.is_dir():
             raise UserError(f"--report must name a file; {args.report} is a folder")
+        own = args.report.resolve() in {job.source.resolve() for job in work}
+        if own or args.report.suffix.lower() not in (".html", ".htm"):
+            raise UserError(f"--report must name a page of its own, .html; got {args.report}")
         writable(args.report.resolve().parent, "--report")
     return work
 
@@ -200,7 +202,7 @@ def _bar(work: list[Job]) -> Iterator[Job]:
 
     with tqdm(work, unit="picture") as bar:
         for job in bar:
-            bar.set_postfix_str(job.source.name, refresh=True)
+            bar.set_postfix_str(job.source.name[:40], refresh=True)
             yield job
 
 
@@ -241,11 +243,12 @@ def _write(
     y = picture.colour[None].to(parameter.device, parameter.dtype)
     alpha = None if picture.alpha is None else grow(picture.alpha[None])[0].clamp(0, 1)
     thumbnails = args.report is not None
+    tile = None if args.tile == "none" else args.tile
     if thumbnails:
         outcome.pictures.append(("input", thumbnail(picture.colour)))
     for i in missing:
         seed = seed_of(args.seed, outcome.source.name, i)
-        x, reports = sample(model, y, latents_for(model, y, args.temperature, seed), args.tile)
+        x, reports = sample(model, y, latents_for(model, y, args.temperature, seed), tile)
         if reports:
             outcome.p_value = min(float(r.p_value.min()) for r in reports)
             outcome.flagged = any(bool(r.flagged.any()) for r in reports)

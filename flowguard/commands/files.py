@@ -11,6 +11,8 @@ from pathlib import Path
 from flowguard.commands.parsing import UserError
 from flowguard.imageio import SUFFIXES
 
+WRITTEN = (".png", ".tif", ".tiff")
+
 
 @dataclass(frozen=True)
 class Job:
@@ -24,7 +26,12 @@ def _found(pattern: str) -> list[Path]:
     """The pictures of a folder, a file, or a glob."""
     path = Path(pattern)
     if path.is_dir():
-        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+        # A link to nothing is told of like a file that cannot be read.
+        inside = sorted(
+            p
+            for p in path.iterdir()
+            if p.suffix.lower() in SUFFIXES and (p.is_file() or not p.exists())
+        )
         if not inside:
             raise UserError(f"INPUT: there is no picture ({', '.join(SUFFIXES)}) in {path}")
         return inside
@@ -32,12 +39,11 @@ def _found(pattern: str) -> list[Path]:
         return [path]
     if not glob.has_magic(pattern):
         raise UserError(f"INPUT: there is no file or folder {pattern}")
-    inside = sorted(
-        p for p in map(Path, glob.glob(pattern, recursive=True)) if p.suffix.lower() in SUFFIXES
-    )
+    found = map(Path, glob.glob(pattern, recursive=True))
+    inside = sorted(p for p in found if p.suffix.lower() in SUFFIXES and p.is_file())
     if not inside:
         raise UserError(f"INPUT: no picture ({', '.join(SUFFIXES)}) matches {pattern}")
-    return [p for p in inside if p.is_file()]
+    return inside
 
 
 def jobs(inputs: Sequence[str], output: Path, samples: int, suffix: str) -> list[Job]:
@@ -61,7 +67,10 @@ def jobs(inputs: Sequence[str], output: Path, samples: int, suffix: str) -> list
                 sources.setdefault(path.resolve(), path)
     if not sources:
         raise UserError("INPUT: all pictures lie in OUTPUT; name another folder")
-    if output.suffix.lower() in (".png", ".tif", ".tiff") and not output.is_dir():
+    suffix_given = "" if output.is_dir() else output.suffix.lower()
+    if suffix_given in SUFFIXES and suffix_given not in WRITTEN:
+        raise UserError(f"OUTPUT: pictures are written as .png or .tif; got {output}")
+    if suffix_given in WRITTEN:
         if len(sources) > 1 or samples > 1:
             raise UserError(
                 f"OUTPUT must be a folder for {len(sources)} picture(s) of {samples} sample(s);"

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -49,6 +50,24 @@ class Parser(jsonargparse.ArgumentParser):
             sys.stderr.write(message)
         raise SystemExit(status)
 
+    def check(self, values: Any) -> None:
+        r"""Refuses what a file of options can give and the command line cannot: nothing, one
+        value for several, several for one, words for a switch.
+
+        Arguments:
+            values: The values that were read.
+        """
+        for action in self._actions:
+            if action.dest in ("config", "help", "print_config"):
+                continue
+            value, several = values[action.dest], action.nargs in ("+", "*")
+            if action.nargs == 0 and not isinstance(value, bool):
+                self.error(f"{action.dest} must be true or false; got {value!r}")
+            elif value is None and action.default is not None:
+                self.error(f"{action.dest} must be given a value; got none")
+            elif value is not None and several != isinstance(value, list):
+                self.error(f"{action.dest} must be {'a list' if several else 'one value'}")
+
     def add_config(self) -> None:
         r"""Lets a YAML file give options."""
         self.add_argument(
@@ -91,15 +110,19 @@ def number(least: float, most: float) -> Callable[[Any], float]:
 
 def folder(text: Any) -> str:
     r"""Reads the name of a folder; see :func:`paths`."""
-    if not str(text).strip():
-        raise WrongValue("must name a folder; got nothing")
-    return str(text)
+    return _name(text, "a folder")
 
 
 def file(text: Any) -> str:
     r"""Reads the name of a file; see :func:`paths`."""
+    return _name(text, "a file")
+
+
+def _name(text: Any, what: str) -> str:
     if not str(text).strip():
-        raise WrongValue("must name a file; got nothing")
+        raise WrongValue(f"must name {what}; got nothing")
+    if "\0" in str(text):
+        raise WrongValue(f"must name {what}; got a name with a zero byte")
     return str(text)
 
 
@@ -158,8 +181,6 @@ def need(*packages: tuple[str, str]) -> None:
 
 def writable(path: Path, option: str) -> Path:
     r"""Returns a folder to write to, made if it is missing and known to be writable."""
-    from flowguard.files import atomic
-
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
@@ -167,9 +188,8 @@ def writable(path: Path, option: str) -> Path:
     except OSError as error:
         raise UserError(f"{option}: cannot make the folder {path}: {error.strerror}") from None
     try:
-        with atomic(path / "probe"):
+        with tempfile.TemporaryFile(dir=path):
             pass
-        (path / "probe").unlink()
     except OSError as error:
         raise UserError(f"{option}: cannot write to the folder {path}: {error.strerror}") from None
     return path

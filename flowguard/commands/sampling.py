@@ -24,7 +24,8 @@ Tile = int | str | None
 
 def seed_of(seed: int, name: str, index: int) -> int:
     r"""Returns the seed of one sample of one picture: it depends on no other picture."""
-    digest = hashlib.blake2b(f"{seed}/{name}/{index}".encode(), digest_size=7).digest()
+    told = f"{seed}/{name}/{index}".encode("utf-8", "surrogateescape")  # names of any bytes
+    digest = hashlib.blake2b(told, digest_size=7).digest()
     return int.from_bytes(digest)
 
 

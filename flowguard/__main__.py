@@ -1,0 +1,5 @@
+import sys
+
+from flowguard.cli import main
+
+sys.exit(main())
