@@ -1,12 +1,15 @@
 r"""Files that are whole or not there."""
 
-__all__ = ["atomic", "write_text"]
+__all__ = ["atomic", "save_tensors", "write_text"]
 
 import contextlib
 import os
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+from torch import Tensor
 
 
 @contextlib.contextmanager
@@ -52,3 +55,26 @@ def write_text(path: Path | str, text: str) -> None:
     """
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    r"""Writes tensors in a safetensors file, for which :func:`atomic` gave the path.
+
+    Arguments:
+        path: The file to write.
+        tensors: The tensors, none of which shares its memory with another.
+        metadata: What the file says of them.
+
+    Raises:
+        OSError: If the system cannot write it, because the disk is full, say.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), path, metadata=metadata)
+    except SafetensorError as error:  # an error of the system is in its text only
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flowguard._version import __version__
-from flowguard.files import atomic
+from flowguard.files import atomic, save_tensors
 from flowguard.image import maps
 from flowguard.ood import OODConditioner
 
@@ -407,18 +407,19 @@ def _first_line(error: BaseException) -> str:
 
 def write(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
     r"""Writes configuration and weights, each whole or not at all."""
-    from safetensors.torch import save_file
-
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise PretrainedError(f"{folder} is, or lies below, a file; name a folder") from None
+    for name in (WEIGHTS, CONFIG):  # before the first of the two is replaced
+        if (folder / name).is_dir():
+            raise PretrainedError(f"{folder / name} is a folder, and shall become a file")
     text = json.dumps(config, indent=2, allow_nan=False) + "\n"
     # The weights know their configuration, so that a pair of two saves is told apart.
     metadata = {"format": "pt", "flowguard": json.dumps(config, allow_nan=False)}
     with atomic(folder / WEIGHTS) as weights, atomic(folder / CONFIG) as configuration:
         configuration.write_text(text, encoding="utf-8")
-        save_file(dict(state), weights, metadata=metadata)
+        save_tensors(weights, state, metadata)
 
 
 def _downloaded(name: str, options: dict[str, Any]) -> Path:
@@ -506,7 +507,7 @@ def _read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
                 )
             written = json.loads(metadata["flowguard"])
             _check_config(written, file)
-            if written != config:
+            if _exact(written) != _exact(config):
                 raise PretrainedError(
                     f"{file} was not saved together with {folder / CONFIG}: they describe"
                     " different models; save the model again"
@@ -518,6 +519,11 @@ def _read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
         raise PretrainedError(
             f"{file} is truncated, or no safetensors file: {_first_line(error)}"
         ) from error
+
+
+def _exact(config: dict[str, Any]) -> str:
+    """A text that tells 1, 1.0 and true apart."""
+    return json.dumps(config, sort_keys=True)
 
 
 def _loaded(cls: type[P], folder: Path, device: torch.device, foreign: dict[str, Any]) -> P:

@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 import random
+import signal
 import subprocess
 import sys
 import warnings
@@ -337,6 +338,14 @@ def test_files_of_two_saves(files, tmp_path_factory):
     refused(files, "was not saved together with")
 
 
+def test_numbers_of_another_kind(files):
+    """1.0 and true equal 1, and do not mean it."""
+    config = json.loads((files / "config.json").read_text())
+    for name, value in (("format", True), ("arguments", {**config["arguments"], "scale": 2.0})):
+        (files / "config.json").write_text(json.dumps({**config, name: value}))
+        refused(files, "was not saved together with|was not written by")
+
+
 def test_what_is_not_there(tmp_path):
     refused(tmp_path, r"holds no config\.json")
     with pytest.raises(PretrainedError, match="there is no folder"):
@@ -385,6 +394,33 @@ def test_a_file_where_the_folder_should_be(tmp_path):
         with pytest.raises(PretrainedError, match="name a folder"):
             build().save_pretrained(tmp_path / place)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_folder_where_a_file_should_be(name, files):
+    (files / name).unlink()
+    (files / name).mkdir()
+    before = {p.name: p.read_bytes() for p in files.iterdir() if p.is_file()}
+    with pytest.raises(PretrainedError, match=f"{name} is a folder"):
+        build().save_pretrained(files)
+    assert {p.name: p.read_bytes() for p in files.iterdir() if p.is_file()} == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of files")
+def test_a_disk_that_is_full(files):
+    """An error of the system, and the earlier files are whole."""
+    import resource
+
+    before = {p.name: p.read_bytes() for p in files.iterdir()}
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            build("affine").save_pretrained(files)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {p.name: p.read_bytes() for p in files.iterdir()} == before
 
 
 def test_a_card_of_ones_own_is_kept(tmp_path):
