@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from flowguard import data
 from flowguard._version import __version__
 from flowguard.demo import Result, Sampled
 from flowguard.demo_task import NOISE, QUANTILE, Condition
-from flowguard.files import atomic, write_text
+from flowguard.files import atomic, save_tensors, write_text
 from flowguard.ood.plot import NINES, nines
 
 
@@ -255,8 +254,23 @@ def _slug(name: str) -> str:
     return "-".join("".join(c if c.isalnum() or c == "_" else " " for c in plain).split())
 
 
+def _panel_name(index: int, condition: str) -> str:
+    return f"panel-{index:02d}-{_slug(condition)}.png"
+
+
+def _earlier_panels(numbers: Path) -> list[str]:
+    """The names of the panels of the run that wrote these numbers, if a run of the demo did."""
+    try:
+        conditions = json.loads(numbers.read_text(encoding="utf-8"))["conditions"]
+        return [_panel_name(i, str(c["name"])) for i, c in enumerate(conditions)]
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
+
+
 def write(result: Result) -> list[Path]:
     r"""Writes report, numbers, panels and weights to the folder, each file whole or not at all.
+
+    Panels of an earlier run that has other conditions are removed; no other file is.
 
     Arguments:
         result: What the demo found out.
@@ -270,22 +284,24 @@ def write(result: Result) -> list[Path]:
         weights = {k: v.detach().cpu().contiguous() for k, v in trained.model.state_dict().items()}
         file = out / f"{name}.safetensors"
         with atomic(file) as temporary:
-            save_file(weights, temporary, metadata={"flowguard": __version__, "coupling": name})
+            save_tensors(temporary, weights, {"flowguard": __version__, "coupling": name})
         saved.append(file)
     panels = [
         panel(c, by_model, result.task.condition)
         for c, by_model in zip(result.conditions, result.sampled, strict=True)
     ]
-    files = [out / "report.html", out / "metrics.json", out / "headline.png"]
-    write_text(files[0], page(result, panels))
-    write_text(files[1], json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n")
-    panels_by_name = [("headline", headline(result))]
-    panels_by_name += [
-        (f"panel-{i:02d}-{_slug(c.name)}", png)
+    report, numbers = out / "report.html", out / "metrics.json"
+    write_text(report, page(result, panels))
+    pictures = {"headline.png": headline(result)}
+    pictures |= {
+        _panel_name(i, c.name): png
         for i, (c, png) in enumerate(zip(result.conditions, panels, strict=True))
-    ]
-    for name, png in panels_by_name:
-        with atomic(out / f"{name}.png") as temporary:
+    }
+    for name, png in pictures.items():
+        with atomic(out / name) as temporary:
             temporary.write_bytes(png)
-    files += [out / f"{name}.png" for name, _ in panels_by_name[1:]]
-    return files + saved
+    for name in set(_earlier_panels(numbers)) - set(pictures):
+        (out / name).unlink(missing_ok=True)
+    # The last, for until then it says which panels an earlier run wrote.
+    write_text(numbers, json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n")
+    return [report, numbers, *(out / name for name in pictures), *saved]

@@ -1,5 +1,6 @@
 r"""The demo end to end, and what it says to mistakes."""
 
+import dataclasses
 import json
 import math
 import os
@@ -105,6 +106,7 @@ MISTAKES = {
     "device without a build": (["--device", "hpu"], "--device: 'hpu' cannot be used here"),
     "out is nothing": (["--out", ""], "must name a folder"),
     "a report that is a folder": (["--out", "taken"], "is a folder, and shall become a file"),
+    "weights that are a folder": (["--out", "weights"], "is a folder, and shall become a file"),
     "unknown task": (["--task", "night"], "invalid choice: 'night'"),
     "mistyped option": (["--stepz", "3"], "unrecognized arguments: --stepz 3"),
 }
@@ -117,6 +119,7 @@ def test_a_mistake_gets_one_line_and_exit_code_2(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
     (tmp_path / "taken" / "report.html").mkdir(parents=True)
+    (tmp_path / "weights" / "robust.safetensors").mkdir(parents=True)
     monkeypatch.setattr(demo, "run", lambda options: pytest.fail("it ran"))
     try:
         code = cli.main(["demo", *arguments])
@@ -127,7 +130,7 @@ def test_a_mistake_gets_one_line_and_exit_code_2(
     assert told.out == ""
     assert message in told.err
     assert told.err.count("\n") == 1
-    assert {p.name for p in tmp_path.iterdir()} <= {"file", "taken", "flowguard-demo"}
+    assert {p.name for p in tmp_path.iterdir()} <= {"file", "taken", "weights", "flowguard-demo"}
     assert [p.name for p in (tmp_path / "taken").iterdir()] == ["report.html"]
 
 
@@ -182,6 +185,28 @@ def test_numbers_that_are_not_finite_are_written_as_words(tmp_path, monkeypatch)
     assert all(f.is_file() for f in files)
     numbers = json.loads((tmp_path / "metrics.json").read_text())["models"]["robust"]
     assert (numbers["psnr"], numbers["bits_per_dim"]) == ("inf", "nan")
+
+
+def test_panels_of_an_earlier_run_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "CALIBRATION_CROPS", 200)
+    options = demo.DemoOptions(out=tmp_path, steps=2, quick=True, progress=False)
+    result = demo.run(options)
+    demo_report.write(result)
+    mine = {"panel-99-mine.png", "panel-00-held-out-photograph.txt", "notes.txt"}
+    for name in mine:
+        (tmp_path / name).write_text("mine")
+    before = {p.name for p in tmp_path.iterdir()}
+    fewer = dataclasses.replace(
+        result, conditions=result.conditions[2:], sampled=result.sampled[2:]
+    )
+    written = {p.name for p in demo_report.write(fewer)}
+    after = {p.name for p in tmp_path.iterdir()}
+    assert len([n for n in before if n.startswith("panel-")]) == len(result.conditions) + 2
+    assert after == written | mine
+    for text in ("", "[]", '{"conditions": [{"name": 3}, 4]}', '{"conditions": 5}'):
+        (tmp_path / "metrics.json").write_text(text)
+        demo_report.write(fewer)
+        assert {p.name for p in tmp_path.iterdir()} == after
 
 
 def test_a_file_is_whole_or_untouched(tmp_path):

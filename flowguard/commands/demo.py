@@ -84,7 +84,8 @@ def run(args: Any) -> int:
     paths(args, "out")
     check_device(args.device)
     out = writable(args.out, "--out")
-    for name in ("report.html", "metrics.json", "headline.png"):
+    weights = (f"{name}.safetensors" for name in ("affine", args.coupling))
+    for name in ("report.html", "metrics.json", "headline.png", *weights):
         if (out / name).is_dir():
             raise UserError(f"--out: {out / name} is a folder, and shall become a file")
     options = demo.DemoOptions(
