@@ -145,6 +145,10 @@ MISTAKES = {
     "unknown task": (["--task", "deblur"], "invalid choice: 'deblur'"),
     "out is a file": (["--out", "file"], "--out must be a folder"),
     "device": (["--device", "abacus"], "cannot be used here"),
+    "a model that would be lost": (
+        ["--models", "out/affine", "--couplings", "affine", "--out", "out"],
+        "would be replaced",
+    ),
     "mistyped": (["--step", "3"], "unrecognized arguments: --step 3"),
 }
 
@@ -156,6 +160,7 @@ def test_a_mistake_gets_one_line_and_exit_code_2(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
+    TASKS["superres"].build("affine", quick=True).save_pretrained(tmp_path / "out" / "affine")
     monkeypatch.setattr(compare, "compare", lambda options: pytest.fail("it ran"))
     code, out, errors = run(capsys, *arguments)
     assert (code, out) == (2, "")

@@ -157,6 +157,7 @@ def run(args: Any) -> int:
         ("skimage", "scikit-image"), ("matplotlib", "matplotlib"), ("torchmetrics", "torchmetrics")
     )
     from flowguard import compare, compare_report
+    from flowguard.persistence import PretrainedError
 
     paths(args, "out", "models", "images")
     if not args.couplings and not args.models:
@@ -171,6 +172,8 @@ def run(args: Any) -> int:
     for name in args.couplings:
         if (out / name).is_file():
             raise UserError(f"--out: {out / name} is a file, and shall become a folder")
+        if (out / name).resolve() in (path.resolve() for path in args.models):
+            raise UserError(f"--out: the model of {out / name} would be replaced; name another")
     options = compare.CompareOptions(
         couplings=tuple(dict.fromkeys(args.couplings)),
         loaded=loaded,
@@ -187,8 +190,8 @@ def run(args: Any) -> int:
     print(compare_report.table(result))
     try:
         files = compare_report.write(result, out)
-    except OSError as error:
-        raise UserError(f"--out: cannot write to {args.out}: {error.strerror}") from None
+    except (OSError, PretrainedError) as error:
+        raise UserError(f"--out: cannot write to {args.out}: {error}") from None
     for line in left:
         print(f"left out: {line}")
     print(f"\nOpen {files[0]} for the pictures; the models are in {args.out}.")
