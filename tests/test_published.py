@@ -370,6 +370,7 @@ def test_a_scale_of_two_leaves_the_other_doublings_unread():
 
 
 SOME = f"{FLOW}layers.4.affine.fFeatures.2.weight"
+ITEMS, PARTS = STATE.items(), ("weight", "bias")
 FOREIGN = {
     "missing": (lambda: load(without(SOME)), f"1 missing: {re.escape(SOME)}"),
     "unexpected": (lambda: load(STATE | {"head.bias": torch.ones(1)}), "1 unexpected: head.bias"),
@@ -395,6 +396,50 @@ FOREIGN = {
     "robustNF's": (lambda: load(NOISY), "use from_robustnf"),
     "SRFlow's": (lambda: load(STATE, "from_robustnf"), "use from_srflow"),
     "stacked": (lambda: SuperResolutionFlow.from_srflow(STATE), "stacked"),
+    "NaN": (
+        lambda: load(STATE | {SOME: STATE[SOME] / 0}),
+        f"1 not of finite real numbers: {re.escape(SOME)}",
+    ),
+    "integers": (lambda: load({k: v.long() for k, v in ITEMS}), "no floating-point numbers"),
+    "too few stacked": (
+        lambda: SuperResolutionFlow.from_srflow(STATE, stacked=()),
+        r"stacks 1 blocks: stacked must name as many; got \(\)",
+    ),
+    "LLFlow's": (
+        lambda: load(STATE | {"RRDB.conv_second.weight": torch.zeros(1)}),
+        "use LowLightFlow.from_llflow",
+    ),
+    "a greater scale": (
+        lambda: load(
+            STATE | {f"RRDB.upconv3.{leaf}": STATE[f"RRDB.upconv2.{leaf}"] for leaf in PARTS},
+            scale=4,
+        ),
+        "2 unexpected: RRDB.upconv3.weight, RRDB.upconv3.bias",
+    ),
+    "no kernel": (
+        lambda: load(STATE | {"RRDB.conv_first.weight": torch.zeros(5)}),
+        r"conv_first.weight must be the kernel of a convolution; it has shape \(5,\)",
+    ),
+    "no kernel in a block": (
+        lambda: load(STATE | {"RRDB.RRDB_trunk.0.RDB1.conv1.weight": torch.zeros(())}),
+        r"conv1.weight must be the kernel of a convolution; it has shape \(\)",
+    ),
+    "no kernel in a coupling": (
+        lambda: load({k: v.sum() if k.endswith("fFeatures.0.weight") else v for k, v in ITEMS}),
+        "fFeatures.0.weight must be the kernel of a convolution",
+    ),
+    "a block without a number": (
+        lambda: load(STATE | {"RRDB.RRDB_trunk.x.weight": torch.zeros(1)}),
+        "1 unexpected: RRDB.RRDB_trunk.x.weight",
+    ),
+    "a name cut short": (
+        lambda: load(STATE | {"RRDB.RRDB_trunk": torch.zeros(1)}),
+        "1 unexpected: RRDB.RRDB_trunk$",
+    ),
+    "a number without end": (
+        lambda: load(STATE | {f"RRDB.RRDB_trunk.{10**9}.weight": torch.zeros(1)}),
+        "1 unexpected: RRDB.RRDB_trunk.1000000000.weight",
+    ),
 }
 
 

@@ -10,6 +10,9 @@ __all__ = [
     "Entry",
     "FlowLayout",
     "ImportReport",
+    "count_blocks",
+    "dtype_of",
+    "kernel_of",
     "load",
     "plan_flow",
     "plan_module",
@@ -244,7 +247,12 @@ def read_flow_layout(state: State, label: str = "the checkpoint") -> FlowLayout:
         found = [tuple(p[name].shape) for p in parts if name in p]
         if not found:
             raise CheckpointError(f"{label} lacks {name} in every step")
-        return max(set(found), key=found.count)
+        most = max(set(found), key=found.count)
+        if len(most) != 4:
+            raise CheckpointError(
+                f"in {label} {name} must be the kernel of a convolution; it has shape {most}"
+            )
+        return most
 
     hidden, context_channels, *_ = shape(f"{coupling}.fFeatures.0.weight")
     std = [p for p in parts if any(k.startswith(f"{coupling}.{net}_std.") for k in p)]
@@ -255,6 +263,62 @@ def read_flow_layout(state: State, label: str = "the checkpoint") -> FlowLayout:
         noise_channels = shape(f"{coupling}.{net}_std.0.weight")[1] - kept
     fixed = any("invconv.weight_transpose" in part for part in layers.values())
     return FlowLayout(numbers, coupling, context_channels, hidden, noise_channels, fixed)
+
+
+def kernel_of(state: State, key: str, label: str) -> tuple[int, ...]:
+    r"""Returns the shape of the kernel of an encoder's convolution.
+
+    Arguments:
+        state: The tensors.
+        key: The name of the kernel.
+        label: What to call the checkpoint in messages.
+
+    Raises:
+        CheckpointError: If it is missing, or not the kernel of a convolution.
+    """
+    if key not in state:
+        raise CheckpointError(
+            f"{label} has no encoder: the key {key} is missing. The weights of encoder and flow"
+            " must be in one file"
+        )
+    shape = tuple(state[key].shape)
+    if len(shape) != 4 or 0 in shape:
+        raise CheckpointError(
+            f"in {label} {key} must be the kernel of a convolution; it has shape {shape}"
+        )
+    return shape
+
+
+def dtype_of(state: State, label: str) -> torch.dtype:
+    r"""Returns the dtype of a checkpoint's weights.
+
+    Arguments:
+        state: The tensors.
+        label: What to call the checkpoint in messages.
+
+    Raises:
+        CheckpointError: If no tensor is of floating-point numbers.
+    """
+    found = next((v.dtype for v in state.values() if v.is_floating_point()), None)
+    if found is None:
+        raise CheckpointError(
+            f"{label} holds no floating-point numbers, which weights are: quantised ones must be"
+            " brought back to them first"
+        )
+    return found
+
+
+def count_blocks(state: State, prefix: str) -> int:
+    r"""Returns how many numbered blocks a checkpoint has, without trust in the numbers.
+
+    Where one is missing, the keys of the others are told to be unexpected.
+
+    Arguments:
+        state: The tensors.
+        prefix: What comes before the numbers.
+    """
+    numbers = {k.removeprefix(prefix).split(".")[0] for k in state if k.startswith(prefix)}
+    return sum(n.isdecimal() for n in numbers)
 
 
 def _group(state: State) -> dict[int, dict[str, Tensor]]:
@@ -450,8 +514,8 @@ def load(
         inferred: What to say in the report about how the model was made.
 
     Raises:
-        CheckpointError: If keys are missing, unexpected or of another shape, with their names.
-            Then nothing was loaded.
+        CheckpointError: If keys are missing, unexpected, of another shape, or hold numbers that
+            are not finite, with their names. Then nothing was loaded.
     """
     ignored = set(dead) - set(plan)
     missing = [k for k in plan if k not in state]
@@ -461,12 +525,18 @@ def load(
         for k, e in plan.items()
         if k in state and tuple(state[k].shape) != e.shape
     ]
+    broken = [
+        k
+        for k in plan
+        if k in state and not (state[k].is_floating_point() and bool(state[k].isfinite().all()))
+    ]
     problems = [
         f"{len(found)} {what}: {_some(found)}"
         for what, found in (
             ("missing", missing),
             ("unexpected", unexpected),
             ("of another shape", misshapen),
+            ("not of finite real numbers", broken),
         )
         if found
     ]

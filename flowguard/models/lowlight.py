@@ -25,6 +25,9 @@ from flowguard.models.checkpoints import (
     ImportReport,
     Source,
     State,
+    count_blocks,
+    dtype_of,
+    kernel_of,
     load,
     plan_flow,
     plan_module,
@@ -528,7 +531,7 @@ class LowLightFlow(Pretrained, nn.Module):
         # Drawing the weights that are overwritten must not disturb the caller's random numbers.
         with torch.random.fork_rng(devices=[]):
             model = cls(**made, encoder=LowLightEncoder(**encoder, levels=made["levels"]))
-        model.to(next(v.dtype for v in state.values() if v.is_floating_point()))
+        model.to(dtype_of(state, label))
         plan = plan_module(model.encoder, "conditioner.encoder.", "RRDB.")
         plan |= plan_flow(model.flow, layout)
         unread = (*DEAD_ENCODER, f"downconv{made['levels']}")
@@ -554,20 +557,12 @@ def _whole(low: Tensor | LowLightCondition) -> Tensor:
 
 def _encoder_options(state: State, label: str, context_channels: int) -> dict[str, Any]:
     """Infers the encoder from the shapes of its tensors."""
-    trunk = [k.split(".") for k in state if k.startswith("RRDB.RRDB_trunk.")]
-    first, growing = "RRDB.conv_first.weight", "RRDB.RRDB_trunk.0.RDB1.conv1.weight"
-    lacking = [k for k in (first, growing) if k not in state]
-    if lacking:
-        raise CheckpointError(
-            f"{label} lacks the key {lacking[0]}: the weights of encoder and flow must be in one"
-            " file"
-        )
-    features = state[first].shape[0]
+    features = kernel_of(state, "RRDB.conv_first.weight", label)[0]
     count = context_channels // features - 1
     return {
         "features": features,
-        "growth": state[growing].shape[0],
-        "blocks": 1 + max(int(parts[2]) for parts in trunk),
+        "growth": kernel_of(state, "RRDB.RRDB_trunk.0.RDB1.conv1.weight", label)[0],
+        "blocks": count_blocks(state, "RRDB.RRDB_trunk."),
         "stacked": tuple(2 * i + 1 for i in range(count)),
     }
 

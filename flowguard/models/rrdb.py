@@ -15,6 +15,7 @@ from flowguard.models.checkpoints import (
     CheckpointError,
     ImportReport,
     Source,
+    count_blocks,
     load,
     plan_module,
     read_state,
@@ -312,9 +313,8 @@ class RRDBEncoder(Recorded, nn.Module):
                 f"{label} is no checkpoint of an RRDB network with the published names: it lacks"
                 f" {lacking[0]}; it has {some}, ..."
             )
-        parts = [k.split(".") for k in state]
-        blocks = 1 + max(int(p[1]) for p in parts if p[0] == "RRDB_trunk" and p[1].isdecimal())
-        scale = 2 ** len({p[0] for p in parts if p[0].startswith("upconv")})
+        blocks = count_blocks(state, "RRDB_trunk.")
+        scale = 2 ** count_blocks(state, "upconv")
         if stacked is None:
             stacked = (1, 8, 15, 22) if blocks > 22 else (1, 3, 5, 7)
         if levels is None:

@@ -29,6 +29,9 @@ from flowguard.models.checkpoints import (
     ImportReport,
     Source,
     State,
+    count_blocks,
+    dtype_of,
+    kernel_of,
     load,
     plan_flow,
     plan_module,
@@ -641,9 +644,15 @@ class SuperResolutionFlow(Pretrained, nn.Module):
     ) -> Self:
         layout = read_flow_layout(state, label)
         levels = len(layout.numbers)
-        encoder = _encoder_options(state, label, layout.context_channels, residual)
+        encoder = _encoder_options(state, label, residual)
         encoder |= {} if scale is None else {"scale": scale}
         encoder |= {} if stacked is None else {"stacked": tuple(stacked)}
+        count = layout.context_channels // encoder["features"] - 1
+        if len(encoder["stacked"]) != count:
+            raise CheckpointError(
+                f"{label} is of an encoder that stacks {count} blocks: stacked must name as many;"
+                f" got {encoder['stacked']}"
+            )
         made: dict[str, Any] = {
             "scale": encoder["scale"],
             **layout.options,
@@ -660,7 +669,7 @@ class SuperResolutionFlow(Pretrained, nn.Module):
                 encoder=RRDBEncoder(**encoder, levels=levels),
                 architecture="published",
             )
-        model.to(next(v.dtype for v in state.values() if v.is_floating_point()))
+        model.to(dtype_of(state, label))
         plan = plan_module(
             model.get_submodule("conditioner.encoder"), "conditioner.encoder.", "RRDB."
         )
@@ -671,7 +680,7 @@ class SuperResolutionFlow(Pretrained, nn.Module):
             state,
             label=label,
             # At a scale of 2 the published encoder has layers for 4, and leaves them out.
-            dead=(*DEAD, *(k for k in state if _doubling(k) >= encoder["scale"])),
+            dead=(*DEAD, *(k for k in state if encoder["scale"] == 2 and _doubling(k) >= 2)),
             inferred={**made, "encoder": encoder},
         )
         return model.eval()
@@ -683,31 +692,20 @@ def _doubling(key: str) -> int:
     return 2 ** (int(found[1]) - 1) if found else 0
 
 
-def _encoder_options(
-    state: State, label: str, context_channels: int, robustnf: bool
-) -> dict[str, Any]:
+def _encoder_options(state: State, label: str, robustnf: bool) -> dict[str, Any]:
     r"""Infers the encoder from the shapes of its tensors."""
-
-    def shape(name: str) -> torch.Size:
-        if name not in state:
-            raise CheckpointError(
-                f"{label} has no encoder: the key {name} is missing. The weights of encoder and"
-                " flow must be in one file"
-            )
-        return state[name].shape
-
-    features, in_channels = shape("RRDB.conv_first.weight")[:2]
-    growth = shape("RRDB.RRDB_trunk.0.RDB1.conv1.weight")[0]
-    heads = [k.split(".") for k in state if k.startswith("RRDB.")]
-    blocks = 1 + max(int(k[2]) for k in heads if k[1] == "RRDB_trunk")
-    doublings = len({k[1] for k in heads if k[1].startswith("upconv")})
+    if "RRDB.conv_second.weight" in state:
+        raise CheckpointError(f"{label} is a checkpoint of LLFlow: use LowLightFlow.from_llflow")
+    features, in_channels, *_ = kernel_of(state, "RRDB.conv_first.weight", label)
+    growth = kernel_of(state, "RRDB.RRDB_trunk.0.RDB1.conv1.weight", label)[0]
+    doublings = count_blocks(state, "RRDB.upconv")
     # SRFlow's configurations for a scale of 8 stack other blocks than all others do.
     stacked = (1, 3, 5, 7) if doublings == 3 and not robustnf else (1, 8, 15, 22)
     return {
         "in_channels": in_channels,
         "features": features,
         "growth": growth,
-        "blocks": blocks,
+        "blocks": count_blocks(state, "RRDB.RRDB_trunk."),
         "stacked": stacked,
         "scale": 2**doublings,
     }
