@@ -14,6 +14,7 @@ from flowguard.models import LowLightEncoder, LowLightFlow
 from flowguard.models.checkpoints import CheckpointError
 from flowguard.models.lowlight import rescale_brightness
 from flowguard.models.lowlight_encoder import color_map, low_light_input
+from flowguard.models.superres import ImageCondition
 
 SHARED = Path(__file__).parents[2] / "shared" / "golden"
 
@@ -444,6 +445,14 @@ def test_the_guard_tells_of_strange_conditions():
     assert bool(model.conditioner.report.flagged[0])
 
 
+def test_a_model_in_half_precision_takes_light_of_any_strength():
+    model = small().half().eval()
+    low = torch.rand(1, 3, 8, 8).half()
+    low[..., 0, 0] = torch.inf
+    assert model.sample(low).dtype == torch.float16
+    assert bool(low_light_input(low).isfinite().all())
+
+
 MISTAKES = {
     "levels": (
         lambda: LowLightFlow(levels=2, encoder=LowLightEncoder(8, 4, 1, ())),
@@ -469,6 +478,33 @@ MISTAKES = {
         lambda: small().sample(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)),
         TypeError,
         "torch.uint8",
+    ),
+    "a name": (lambda: small().sample("x"), TypeError, "low must be a tensor of dark images"),
+    "no images": (lambda: small().sample(None), TypeError, "low must be a tensor of dark images"),
+    "the condition of super-resolution": (
+        lambda: small().sample(ImageCondition(torch.zeros(1, 3, 8, 8), None, [])),
+        TypeError,
+        "what condition.. made of them; got ImageCondition",
+    ),
+    "no bright images": (
+        lambda: small().nll(None, torch.rand(1, 3, 8, 8)),
+        TypeError,
+        "high must be a tensor of bright images; got NoneType",
+    ),
+    "half a sample": (
+        lambda: small().sample(torch.rand(1, 3, 8, 8), 0.5),
+        TypeError,
+        "num_samples must be an integer",
+    ),
+    "heat": (
+        lambda: small().sample(torch.rand(1, 3, 8, 8), 1, math.inf),
+        ValueError,
+        "finite and not negative",
+    ),
+    "latent of another size": (
+        lambda: small().decode([torch.zeros(1, 12, 4, 4)], torch.rand(1, 3, 8, 8)),
+        ValueError,
+        r"shapes \[\(48, 4, 4\)\]",
     ),
     "sizes": (
         lambda: small().nll(torch.rand(1, 3, 8, 8), torch.rand(1, 3, 8, 9)),

@@ -92,6 +92,11 @@ class ConditionalCoupling(nn.Module):
         super().__init__()
         if channels < 2:
             raise ValueError(f"a coupling needs at least 2 channels; got {channels}")
+        if hidden < 1 or context_channels < 1:
+            raise ValueError(
+                "hidden and context_channels must be positive;"
+                f" got {hidden} and {context_channels}"
+            )
         if noise_channels < 0:
             raise ValueError(f"noise_channels must not be negative; got {noise_channels}")
         self.map = elementwise(coupling)
@@ -202,6 +207,15 @@ class ConditionalCoupling(nn.Module):
             raise ValueError("a conditional coupling needs a context; got None")
         if isinstance(context, Tensor):
             context = self.condition(context)
+        family = context.map or self.map_of("injector")
+        channels, made = self.kept + self.changed, context.injected.shape[1]
+        if x.shape[1] != channels:
+            raise ValueError(f"there must be {channels} channels at this level; got {x.shape[1]}")
+        if made != channels * family.parameters:
+            raise ValueError(
+                f"the condition was made by another coupling: it holds {made} parameters for each"
+                f" pixel, and this one takes {channels * family.parameters}"
+            )
         if context.hidden.shape[-2:] != x.shape[-2:]:
             raise ValueError(
                 f"the context must have the size {tuple(x.shape[-2:])} of the image at this level;"

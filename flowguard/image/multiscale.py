@@ -173,12 +173,27 @@ class ConditionalMultiscaleFlow(nn.Module):
             )
 
     def check_latents(self, z: Sequence[Tensor]) -> None:
-        r"""Refuses another number of latents than there are."""
+        r"""Refuses latents of other numbers and shapes than :meth:`latent_shapes` lists."""
+        if isinstance(z, Tensor) or not all(isinstance(t, Tensor) for t in z):
+            raise TypeError(
+                f"the latents must be a list of tensors; got {type(z).__name__}"
+                + ("" if isinstance(z, Tensor) else f" of {[type(t).__name__ for t in z]}")
+            )
         if len(z) != len(self.splits) + 1:
             raise ValueError(
                 f"there must be one latent for each of the {len(self.splits)} splits and one for"
                 f" the last level; got {len(z)}"
             )
+        shapes = [tuple(t.shape) for t in z]
+        rows, _, height, width = shapes[-1] if len(shapes[-1]) == 4 else (0, 0, 0, 0)
+        expected = self.latent_shapes(height << self.levels, width << self.levels)
+        if shapes != [(rows, *s) for s in expected]:
+            raise ValueError(
+                f"the latents must have the shapes {expected} for each of as many images, if the"
+                f" last is right; got {shapes}"
+            )
+        if len({t.dtype for t in z}) > 1:
+            raise TypeError(f"the latents must have one dtype; got {[t.dtype for t in z]}")
 
     @property
     def multiple(self) -> int:

@@ -1,10 +1,12 @@
 r"""What models need to go over large images a tile at a time."""
 
-__all__ = ["MEMORY", "TileSize", "bar", "groups", "pixels_of"]
+__all__ = ["MEMORY", "TileSize", "bar", "check_sampling", "groups", "pixels_of"]
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from numbers import Integral, Real
+from typing import Literal, SupportsFloat
 
 from torch import Tensor
 from tqdm import tqdm
@@ -32,10 +34,26 @@ def pixels_of(tile: int | str, flow: ConditionalMultiscaleFlow, memory: float, r
         rows: The number of images.
     """
     if tile == "auto":
+        if isinstance(memory, bool) or not isinstance(memory, Real):
+            raise TypeError(f"memory must be a number of bytes; got {memory!r}")
+        if not 0 < memory < math.inf:
+            raise ValueError(f"memory must be a positive and finite number of bytes; got {memory}")
         return tile_size(flow, memory, rows)
     if isinstance(tile, bool) or not isinstance(tile, int) or tile < 1:
         raise ValueError(f"tile must be a positive number of pixels, 'auto' or None; got {tile!r}")
     return -(-tile // flow.multiple) * flow.multiple
+
+
+def check_sampling(num_samples: int, temperature: float) -> None:
+    r"""Refuses numbers of samples and temperatures that there are not."""
+    if isinstance(num_samples, bool) or not isinstance(num_samples, Integral):
+        raise TypeError(f"num_samples must be an integer; got {num_samples!r}")
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be positive; got {num_samples}")
+    if isinstance(temperature, str) or not isinstance(temperature, SupportsFloat):
+        raise TypeError(f"temperature must be a number; got {temperature!r}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be finite and not negative; got {temperature}")
 
 
 def groups(samples: Tensor, pixels: int) -> Iterator[Tensor]:

@@ -18,7 +18,7 @@ from flowguard.image.maps import Elementwise
 from flowguard.image.multiscale import Conditions, published_flow
 from flowguard.image.tiling import tiled_forward, tiled_inverse
 from flowguard.models._padding import pad_to_multiple
-from flowguard.models._tiled import MEMORY, TileSize, bar, groups, pixels_of
+from flowguard.models._tiled import MEMORY, TileSize, bar, check_sampling, groups, pixels_of
 from flowguard.models.checkpoints import (
     DEAD,
     CheckpointError,
@@ -196,11 +196,13 @@ class LowLightFlow(Pretrained, nn.Module):
         dtype = next(self.parameters()).dtype
         if images.dtype != dtype and not torch.is_autocast_enabled(images.device.type):
             raise TypeError(
-                f"{name} must have the dtype {dtype} of the model, with values in [0, 1];"
-                f" got {images.dtype}"
+                f"{name} must have the dtype {dtype} of the model; got {images.dtype}."
+                " Images have values in [0, 1]"
             )
 
     def _check_high(self, high: Tensor, low: Tensor) -> None:
+        if not isinstance(high, Tensor):
+            raise TypeError(f"high must be a tensor of bright images; got {type(high).__name__}")
         if high.shape != (low.shape[0], 3, *low.shape[-2:]):
             raise ValueError(
                 f"high must have shape {(low.shape[0], 3, *low.shape[-2:])} for low of shape"
@@ -229,7 +231,7 @@ class LowLightFlow(Pretrained, nn.Module):
         return maps, self._squeeze(self.encoder.color_map(maps).to(padded.dtype))
 
     def _condition(self, low: Tensor | LowLightCondition) -> LowLightCondition:
-        return low if isinstance(low, LowLightCondition) else self.condition(low)
+        return low if isinstance(low, LowLightCondition) else self.condition(_images(low))
 
     def color_map(self, low: Tensor | LowLightCondition) -> Tensor:
         r"""Returns the colour map of the bright image that the encoder predicts.
@@ -367,8 +369,10 @@ class LowLightFlow(Pretrained, nn.Module):
         Returns:
             The bright images, with shape :math:`(n B, 3, H, W)`.
         """
-        if len(latents) != 1:
+        if not isinstance(latents, Tensor) and len(latents) != 1:
             raise ValueError(f"there must be a list with one latent; got {len(latents)}")
+        self.flow.check_latents(latents)
+        self._check_dtype("the latent", latents[0])
         if tile is None:
             condition = self._condition(low)
             low = condition.low
@@ -391,7 +395,7 @@ class LowLightFlow(Pretrained, nn.Module):
         Arguments:
             low: The dark images, with shape :math:`(B, 3, H, W)`, or what :meth:`condition` made.
         """
-        size = (low if isinstance(low, Tensor) else low.low).shape[-2:]
+        size = (low.low if isinstance(low, LowLightCondition) else _images(low)).shape[-2:]
         multiple = self.flow.multiple
         height, width = (multiple * math.ceil(n / multiple) for n in size)
         return self.flow.latent_shapes(height, width)
@@ -427,10 +431,7 @@ class LowLightFlow(Pretrained, nn.Module):
         Returns:
             The samples, with shape :math:`(n, B, 3, H, W)`.
         """
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be positive; got {num_samples}")
-        if not temperature >= 0:
-            raise ValueError(f"temperature must not be negative; got {temperature}")
+        check_sampling(num_samples, temperature)
         (shape,) = self.latent_shapes(low)
         like = low.low if isinstance(low, LowLightCondition) else self.encoder.prepare(low)
         latent = temperature * torch.randn(
@@ -551,6 +552,15 @@ def _whole(low: Tensor | LowLightCondition) -> Tensor:
         raise TypeError(
             "tiles are there so that the condition is never held as a whole: give the dark images,"
             " not what condition() made of them"
+        )
+    return _images(low)
+
+
+def _images(low: Tensor) -> Tensor:
+    if not isinstance(low, Tensor):
+        raise TypeError(
+            "low must be a tensor of dark images, or what condition() made of them;"
+            f" got {type(low).__name__}"
         )
     return low
 

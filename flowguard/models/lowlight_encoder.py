@@ -76,7 +76,8 @@ def low_light_input(low: Tensor) -> Tensor:
         tensor([-6.9078, -6.9078, -6.9078,  0.0000,  0.0000,  0.0000])
     """
     # Infinite light would become NaN, as a colour map's ∞ / ∞.
-    logs = torch.log((low + BLACK).clamp(BLACK, FARTHEST))
+    light = low + BLACK
+    logs = torch.log(light.clamp(BLACK, min(FARTHEST, torch.finfo(light.dtype).max)))
     return torch.cat((logs, equalize_histogram(low)), dim=1)
 
 

@@ -22,7 +22,7 @@ from flowguard.image.multiscale import (
 )
 from flowguard.image.tiling import tiled_forward, tiled_inverse
 from flowguard.models._padding import pad_to, pad_to_multiple
-from flowguard.models._tiled import MEMORY, TileSize, bar, groups, pixels_of
+from flowguard.models._tiled import MEMORY, TileSize, bar, check_sampling, groups, pixels_of
 from flowguard.models.checkpoints import (
     DEAD,
     CheckpointError,
@@ -160,7 +160,9 @@ class SuperResolutionFlow(Pretrained, nn.Module):
         self.noise_std = noise_std
         self.import_report: ImportReport | None = None
         own: int | None = getattr(encoder, "channels", None)
-        features = features or own or 64
+        features = (own or 64) if features is None else features
+        if features < 1:
+            raise ValueError(f"features must be positive; got {features}")
         if own not in (None, features):
             raise ValueError(f"features must be the {own} channels of the encoder; got {features}")
         if encoder is None:
@@ -201,11 +203,13 @@ class SuperResolutionFlow(Pretrained, nn.Module):
         dtype = next(self.parameters()).dtype
         if images.dtype != dtype and not torch.is_autocast_enabled(images.device.type):
             raise TypeError(
-                f"{name} must have the dtype {dtype} of the model, with values in [0, 1];"
-                f" got {images.dtype}"
+                f"{name} must have the dtype {dtype} of the model; got {images.dtype}."
+                " Images have values in [0, 1]"
             )
 
     def _check_hr(self, hr: Tensor, lr: Tensor) -> None:
+        if not isinstance(hr, Tensor):
+            raise TypeError(f"hr must be a tensor of HR images; got {type(hr).__name__}")
         h, w = lr.shape[-2:]
         fits = hr.dim() == 4 and tuple(math.ceil(n / self.scale) for n in hr.shape[-2:]) == (h, w)
         if not fits or hr.shape[:2] != lr.shape[:2]:
@@ -215,6 +219,10 @@ class SuperResolutionFlow(Pretrained, nn.Module):
                 f" got {tuple(hr.shape)}"
             )
         self._check_dtype("hr", hr)
+
+    def _check_latents(self, latents: Sequence[Tensor]) -> None:
+        self.flow.check_latents(latents)
+        self._check_dtype("the latents", latents[0])
 
     def condition(self, lr: Tensor, noise: Tensor | float | None = 0.0) -> ImageCondition:
         r"""Computes all that depends on the condition alone, to be shared by many calls.
@@ -404,6 +412,7 @@ class SuperResolutionFlow(Pretrained, nn.Module):
             >>> torch.allclose(model.decode(latents, lr, tile=32), whole, atol=1e-5)
             True
         """
+        self._check_latents(latents)
         if tile is None:
             condition = self._condition(lr)
             x, _ = self.flow.inverse(latents, condition.maps, ladj=False)
@@ -469,10 +478,7 @@ class SuperResolutionFlow(Pretrained, nn.Module):
         Returns:
             The samples, with shape :math:`(n, B, 3, sH, sW)`.
         """
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be positive; got {num_samples}")
-        if not temperature >= 0:
-            raise ValueError(f"temperature must not be negative; got {temperature}")
+        check_sampling(num_samples, temperature)
         shapes = self.latent_shapes(lr)
         given = lr.lr if isinstance(lr, ImageCondition) else lr
         n = given.shape[0]
