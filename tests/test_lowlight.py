@@ -491,6 +491,21 @@ MISTAKES = {
         TypeError,
         "high must be a tensor of bright images; got NoneType",
     ),
+    "a grey level": (
+        lambda: rescale_brightness(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), 0.5),
+        TypeError,
+        "floating-point numbers; got torch.uint8",
+    ),
+    "brightness of NaN": (
+        lambda: rescale_brightness(torch.rand(2, 3, 8, 8), torch.tensor([0.5, math.nan])),
+        ValueError,
+        "brightness must be finite and not negative",
+    ),
+    "negative brightness": (
+        lambda: small().sample(torch.rand(1, 3, 8, 8), brightness=-1.0),
+        ValueError,
+        "brightness must be finite and not negative",
+    ),
     "half a sample": (
         lambda: small().sample(torch.rand(1, 3, 8, 8), 0.5),
         TypeError,

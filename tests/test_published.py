@@ -752,6 +752,14 @@ MISTAKES = {
         lambda: small(noise_std=0.1).condition(LR, torch.zeros(1, 2, 24, 32)),
         r"\(B, 3, H, W\)",
     ),
+    "negative noise": (
+        lambda: small(noise_std=0.1).condition(LR, -1.0),
+        "noise must be finite and not negative; got -1.0",
+    ),
+    "no noise at all": (
+        lambda: small(noise_std=0.1).condition(LR, torch.zeros(1, 3, 0, 0)),
+        r"\(B, 3, H, W\)",
+    ),
     "noise rows": (
         lambda: small(noise_std=0.1).condition(LR, torch.zeros(2, 3, 24, 32)),
         "one noise map for each",

@@ -289,7 +289,7 @@ def fit_noise(noise: Tensor, channels: int, context: Tensor) -> Tensor:
         raise TypeError(
             f"the noise must be a tensor, a number or None; got {type(noise).__name__}"
         )
-    if noise.dim() != 4 or noise.shape[1] not in (1, channels):
+    if noise.dim() != 4 or noise.shape[1] not in (1, channels) or 0 in noise.shape[-2:]:
         raise ValueError(
             f"the noise must have shape (B, {channels}, H, W), with one channel where all are the"
             f" same; got {tuple(noise.shape)}"

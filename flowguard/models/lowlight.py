@@ -77,6 +77,9 @@ def rescale_brightness(image: Tensor, brightness: Tensor | float) -> Tensor:
         >>> rescale_brightness(image, 0.5)[0, 1, 0, :3]
         tensor([0.4950, 0.4950, 0.4950])
     """
+    if not isinstance(image, Tensor) or not image.is_floating_point():
+        given = image.dtype if isinstance(image, Tensor) else type(image).__name__
+        raise TypeError(f"image must be a tensor of floating-point numbers; got {given}")
     known = torch.isfinite(image)
     dtype = torch.promote_types(image.dtype, torch.float32)
     cut = torch.where(known, image, 0.0).clamp(0, 1).flatten(-3).sum(-1, dtype=dtype)
@@ -87,6 +90,8 @@ def rescale_brightness(image: Tensor, brightness: Tensor | float) -> Tensor:
             f"brightness must be a number or have the shape {tuple(mean.shape)}, one for each"
             f" image; got {tuple(wanted.shape)}"
         )
+    if not bool(((wanted >= 0) & wanted.isfinite()).all()):
+        raise ValueError(f"brightness must be finite and not negative; got {brightness}")
     factor = (wanted / mean.clamp_min(1e-3)).to(image.dtype)
     return image * factor[..., None, None, None]
 

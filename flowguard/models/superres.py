@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Self
 
 import torch
@@ -249,9 +250,11 @@ class SuperResolutionFlow(Pretrained, nn.Module):
         r"""The padded LR images, what the flow's residual is added to, and the noise map."""
         padded = self._pad_lr(lr)
         base = self.upsample(padded) if self.residual else None
-        if not self.flow.noise_channels and isinstance(noise, float | int) and noise == 0:
+        if not self.flow.noise_channels and isinstance(noise, Real) and noise == 0:
             noise = None
-        if isinstance(noise, float | int):
+        if isinstance(noise, float | Real):  # a float is one, which type checkers do not know
+            if not 0 <= noise < math.inf:
+                raise ValueError(f"the noise must be finite and not negative; got {noise}")
             noise = lr.new_full((1, 1, 1, 1), float(noise))
         return padded, base, noise
 
