@@ -220,6 +220,8 @@ def lr_psnr(image: Tensor, lr: Tensor, scale: int) -> Tensor:
     Returns:
         One number for each image, with shape :math:`(B)`.
     """
+    if scale <= 0:
+        raise ValueError(f"scale must be positive; got {scale}")
     return psnr(imresize(quantise(image), 1 / scale), quantise(lr))
 
 

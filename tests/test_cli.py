@@ -1,6 +1,7 @@
 r"""The command line on pictures: what is written, what is told of, and mistakes."""
 
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -343,6 +344,7 @@ MISTAKEN_OPTIONS = {
     "a switch as number": ("overwrite: 3", "overwrite"),
     "one for several": ("input: in", "input"),
     "several for one": ("device: [cpu, cuda]", "device"),
+    "several names for one": ("report: [a.html, b.html]", "report"),
     "no format": ("format: gif", "format"),
     "unknown": ("sampels: 3", "sampels"),
     "a list": ("- 3", "config"),
@@ -359,6 +361,15 @@ def test_a_mistake_in_a_file_of_options(text, message, superres, pictures, tmp_p
     code, out, errors = run(capsys, "superres", *arguments)
     assert (code, out, errors.count("\n")) == (2, "", 1)
     assert message in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_coupling_for_several(tmp_path, capsys):
+    (tmp_path / "options.yaml").write_text("couplings: affine\n")
+    options = ("--config", tmp_path / "options.yaml", "--out", tmp_path / "out")
+    code, out, errors = run(capsys, "compare", *options)
+    assert (code, out, errors.count("\n")) == (2, "", 1)
+    assert "config" in errors
     assert not (tmp_path / "out").exists()
 
 
@@ -517,12 +528,14 @@ def test_inspect_an_affine_model_without_guard(tmp_path, capsys):
         assert (code, errors.count("\n")) == (2, 1)
 
 
-def test_convert_says_what_is_wrong(superres, tmp_path, capsys):
+def test_convert_says_what_is_wrong(superres, tmp_path, capsys, recwarn):
     (tmp_path / "text.pth").write_text("no checkpoint")
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
+    (tmp_path / "code.pth").write_bytes(pickle.dumps(print, protocol=4))
     cases = [
         ["srflow", tmp_path / "absent.pth", tmp_path / "out"],
         ["srflow", tmp_path / "text.pth", tmp_path / "out"],
+        ["srflow", tmp_path / "code.pth", tmp_path / "out"],
         ["srflow", tmp_path / "other.pth", tmp_path / "out"],
         ["llflow", tmp_path / "other.pth", tmp_path / "out"],
         ["srflow", tmp_path / "other.pth", superres],
@@ -533,6 +546,8 @@ def test_convert_says_what_is_wrong(superres, tmp_path, capsys):
     for arguments in cases:
         code, _, errors = run(capsys, "convert", *arguments)
         assert (code, errors.count("\n")) == (2, 1), errors
+        assert not (tmp_path / "out").exists()
+    assert not recwarn.list  # they would be lines more
     assert contents(superres) == before
 
 

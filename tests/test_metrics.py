@@ -253,6 +253,7 @@ MISTAKES = {
     "too small": (lambda: metrics.ssim(x[..., :9], x[..., :9]), ValueError, "at least 11×11"),
     "grey of two": (lambda: metrics.ssim(x[:, :2], x[:, :2], grey=True), ValueError, "1 or 3"),
     "scale zero": (lambda: metrics.imresize(x, 0), ValueError, "positive; got 0"),
+    "LR of scale zero": (lambda: metrics.lr_psnr(x, x, 0), ValueError, "positive; got 0"),
     "resize ints": (lambda: metrics.imresize(x.long(), 2), TypeError, "int64"),
     "resize nothing": (lambda: metrics.imresize(x[..., :0], 2), ValueError, "shape"),
     "no samples": (lambda: metrics.diversity(x[None, :0], x), ValueError, "n positive"),

@@ -2,6 +2,8 @@ r"""``flowguard convert``."""
 
 __all__ = ["HELP", "parser", "run"]
 
+import contextlib
+import warnings
 from typing import Any
 
 from flowguard.commands.parsing import Parser, UserError, file, folder, paths, whole, writable
@@ -89,11 +91,17 @@ def run(args: Any) -> int:
         raise UserError(f"FILE: there is no file {args.file}")
     if (args.folder / persistence.CONFIG).exists() and not args.overwrite:
         raise UserError(f"DIR: {args.folder} holds a model already; --overwrite replaces it")
+    new = not args.folder.exists()
     writable(args.folder, "DIR")
     try:
-        model = _imported(args)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"torch\.")  # of pickles that are refused
+            model = _imported(args)
         model.save_pretrained(args.folder)
     except (EOFError, OSError, RuntimeError, TypeError, ValueError) as error:
+        if new:
+            with contextlib.suppress(OSError):  # something is in it after all
+                args.folder.rmdir()
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UserError(f"FILE: {lines[0] if lines else type(error).__name__}") from error
     count = sum(p.numel() for p in model.parameters())

@@ -193,7 +193,7 @@ def prepared(args: Any) -> list[Job]:
         own = args.report.resolve() in {job.source.resolve() for job in work}
         if own or args.report.suffix.lower() not in (".html", ".htm"):
             raise UserError(f"--report must name a page of its own, .html; got {args.report}")
-        writable(args.report.resolve().parent, "--report")
+        writable(args.report.resolve().parent, "the folder of --report")
     return work
 
 

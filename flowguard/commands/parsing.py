@@ -119,6 +119,8 @@ def file(text: Any) -> str:
 
 
 def _name(text: Any, what: str) -> str:
+    if isinstance(text, list | dict):
+        raise WrongValue(f"must name {what}; got {text!r}")
     if not str(text).strip():
         raise WrongValue(f"must name {what}; got nothing")
     if "\0" in str(text):
