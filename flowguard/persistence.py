@@ -3,6 +3,7 @@ r"""Models as folders: a JSON configuration and safetensors weights, nothing tha
 __all__ = ["Pretrained", "PretrainedError", "Recorded", "load"]
 
 import dataclasses
+import functools
 import inspect
 import json
 import math
@@ -104,6 +105,12 @@ class Pretrained(
     Where ``huggingface_hub`` is installed it is its ``PyTorchModelHubMixin``, so that models can
     be pushed to the Hub and loaded from it. Folders need neither that package nor a network.
     """
+
+    @classmethod
+    def _encode_arg(cls, arg: Any) -> Any:
+        # The mixin would take the class of a coupling for a coupling.
+        made = arg() if isinstance(arg, type) and dataclasses.is_dataclass(arg) else arg
+        return super()._encode_arg(made)
 
     def save_pretrained(
         self,
@@ -250,6 +257,9 @@ def encode(value: Any) -> Any:
         return [encode(v) for v in value]
     if isinstance(value, Mapping) and TYPE not in value and all(isinstance(k, str) for k in value):
         return {k: encode(v) for k, v in value.items()}
+    maker = value.func if isinstance(value, functools.partial) else value
+    if isinstance(maker, type) and maker in _couplings().values():
+        value = value()  # stands for the coupling that it makes
     name = known_as(type(value))
     if _couplings().get(name) is type(value):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}

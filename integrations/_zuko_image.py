@@ -19,7 +19,7 @@ from torch.distributions.transforms import _InverseTransform
 from zuko.distributions import DiagNormal, NormalizingFlow
 from zuko.lazy import LazyDistribution, LazyTransform
 
-from flowguard.image import ConditionalMultiscaleFlow, Elementwise
+from flowguard.image import ConditionalMultiscaleFlow, Coupling
 
 __all__ = ["ConditionalMultiscaleTransform", "MultiscaleFlow", "MultiscaleTransform"]
 
@@ -179,7 +179,7 @@ class ConditionalMultiscaleTransform(LazyTransform):
         levels: int = 3,
         steps: int = 8,
         hidden: int = 64,
-        coupling: str | Elementwise = "robust",
+        coupling: Coupling = "robust",
         scale: int = 1,
     ) -> None:
         super().__init__()

@@ -1,6 +1,7 @@
 r"""Laws of the image layers and of the multiscale flow."""
 
 import io
+from functools import partial
 
 import pytest
 import torch
@@ -434,7 +435,7 @@ ERRORS = {
     ),
     "latents": (lambda: FLOW.inverse([IMAGE], CONTEXT), ValueError, "one latent for each"),
     "coupling name": (lambda: elementwise("afine"), ValueError, "affine, bspline"),
-    "coupling type": (lambda: elementwise(3), TypeError, "name or an object"),
+    "coupling type": (lambda: elementwise(3), TypeError, "name, an object"),
     "channels": (lambda: ConditionalCoupling(1, 5), ValueError, "at least 2 channels"),
     "odd size": (lambda: Squeeze()(torch.zeros(1, 3, 3, 4)), ValueError, "multiples of 2"),
     "no levels": (lambda: ConditionalMultiscaleFlow(3, 5, levels=0), ValueError, "positive"),
@@ -486,3 +487,13 @@ def test_only_two_bins_are_worked_out():
     raw = torch.randn(1, 3 * 7, 2, 2)
     for family, numbers in ((Robust(bins=3), raw), (Affine(), raw[:, :6])):
         assert work_out(family, numbers, 3) == (family, numbers)
+
+
+def test_a_callable_stands_for_the_map_that_it_makes():
+    assert elementwise(Robust) == Robust()
+    assert elementwise(partial(Robust, bins=8)) == Robust(bins=8)
+    assert elementwise(lambda: Affine(eps=0.1)) == Affine(eps=0.1)
+    layer = ConditionalCoupling(4, 2, hidden=4, coupling=partial(Robust, bound=2.0))
+    assert layer.map == Robust(bound=2.0)
+    with pytest.raises(TypeError, match="callable that makes one; got int"):
+        elementwise(lambda: 3)

@@ -272,3 +272,24 @@ ERRORS = {
 def test_mistakes_are_told(call, error, match):
     with pytest.raises(error, match=match):
         call()
+
+
+def test_the_base_of_the_residual_stays_within_the_image():
+    model = small()
+    lr = torch.rand(3, 3, 8, 8).round()
+    lr[1] = 5 * lr[1] - 2
+    lr[2, 0, 0, 0] = torch.nan
+    free = torch.nn.functional.interpolate(lr, scale_factor=float(model.scale), mode="bicubic")
+    assert free[0].min() < -0.1  # it overshoots
+    base = model.upsample(lr)
+    assert base[0].min() == 0
+    assert base[0].max() == 1
+    assert base[1].min() == -2
+    assert base[1].max() == 3
+    assert torch.equal(base.isnan(), free.isnan())
+    smooth = 0.5 + 0.1 * torch.rand(1, 3, 8, 8)
+    inside = torch.nn.functional.interpolate(smooth, scale_factor=4.0, mode="bicubic")
+    assert model.scale == 4
+    assert torch.equal(model.upsample(smooth), inside)
+    published = SuperResolutionFlow.published(steps=1, blocks=1, stacked=(0,), hidden=4)
+    assert torch.equal(published.upsample(lr[:1]), free[:1])

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -537,3 +538,15 @@ def test_what_is_pushed_to_the_hub(tmp_path, monkeypatch):
     for name, data in pushed.items():
         (tmp_path / name).write_bytes(data)
     assert_same(model, SuperResolutionFlow.from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "coupling", [maps.Robust, partial(maps.Robust, bins=3), partial(maps.Affine, 0.01)]
+)
+def test_a_coupling_that_is_made_by_a_callable(coupling, tmp_path):
+    model = build(coupling)
+    model.save_pretrained(tmp_path)
+    again = SuperResolutionFlow.from_pretrained(tmp_path)
+    assert again.flow.steps[0][0].coupling.map == coupling()
+    for key, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value)

@@ -12,6 +12,7 @@ from flowguard.image.layers import (
 )
 from flowguard.image.maps import (
     Affine,
+    Coupling,
     CubicBSpline,
     Elementwise,
     ReparametrizedAffine,
@@ -29,6 +30,7 @@ __all__ = [
     "Condition",
     "ConditionalCoupling",
     "ConditionalMultiscaleFlow",
+    "Coupling",
     "CubicBSpline",
     "Elementwise",
     "FixedConv1x1",

@@ -13,6 +13,7 @@ from torch import Tensor
 from flowguard.image.layers import NormedConv2d, ZeroConv2d, folded
 from flowguard.image.maps import (
     Affine,
+    Coupling,
     Elementwise,
     Inscribed,
     ReparametrizedAffine,
@@ -85,7 +86,7 @@ class ConditionalCoupling(nn.Module):
         context_channels: int,
         *,
         hidden: int = 64,
-        coupling: str | Elementwise = "robust",
+        coupling: Coupling = "robust",
         normed: bool = False,
         noise_channels: int = 0,
     ) -> None:

@@ -2,6 +2,7 @@ r"""The univariate maps of a coupling, with their parameters laid out as channel
 
 __all__ = [
     "Affine",
+    "Coupling",
     "CubicBSpline",
     "Elementwise",
     "Inscribed",
@@ -15,7 +16,7 @@ __all__ = [
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -235,16 +236,21 @@ NAMED: dict[str, Callable[[], Elementwise]] = {
 }
 
 
-def elementwise(coupling: str | Elementwise) -> Elementwise:
-    r"""Returns the map of that name, or the given one.
+#: What stands for an elementwise map; see :func:`elementwise`.
+Coupling = str | Elementwise | Callable[[], Elementwise]
+
+
+def elementwise(coupling: Coupling) -> Elementwise:
+    r"""Returns the map of that name, the given one, or the one that a callable makes.
 
     Arguments:
         coupling: ``"affine"``, ``"bspline"``, ``"reparametrized"``, ``"robust"`` (with their
-            defaults for images), or an object such as ``Robust(bins=8)``.
+            defaults for images), an object such as ``Robust(bins=8)``, or a callable without
+            arguments that returns one, such as ``Robust`` or ``partial(Robust, bins=8)``.
 
     Raises:
         ValueError: If there is no map of that name.
-        TypeError: If the object is no elementwise map.
+        TypeError: If it is no elementwise map.
 
     Example:
         >>> elementwise("robust")
@@ -254,12 +260,14 @@ def elementwise(coupling: str | Elementwise) -> Elementwise:
         if coupling not in NAMED:
             raise ValueError(f"coupling must be one of {', '.join(NAMED)}; got {coupling!r}")
         return NAMED[coupling]()
+    if isinstance(coupling, type) or (callable(coupling) and not hasattr(coupling, "transform")):
+        coupling = coupling()
     if not (hasattr(coupling, "parameters") and hasattr(coupling, "transform")):
         raise TypeError(
-            "coupling must be a name or an object with `parameters` and `transform`;"
-            f" got {type(coupling).__name__}"
+            "coupling must be a name, an object with `parameters` and `transform`, or a callable"
+            f" that makes one; got {type(coupling).__name__}"
         )
-    return coupling
+    return cast(Elementwise, coupling)
 
 
 def apply(

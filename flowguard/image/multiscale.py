@@ -13,7 +13,7 @@ from torch import Tensor
 from flowguard.image.conditioning import conditions
 from flowguard.image.coupling import Condition
 from flowguard.image.layers import Squeeze
-from flowguard.image.maps import Elementwise
+from flowguard.image.maps import Coupling
 from flowguard.image.ready import PixelMaps, mixes
 from flowguard.image.split import Split
 from flowguard.image.steps import FlowStep, TransitionStep
@@ -91,7 +91,7 @@ class ConditionalMultiscaleFlow(nn.Module):
         levels: int = 3,
         steps: int | Sequence[int] = 8,
         hidden: int = 64,
-        coupling: str | Elementwise = "robust",
+        coupling: Coupling = "robust",
         mix: str = "free",
         transition_steps: int = 0,
         splits: int | None = None,
@@ -379,7 +379,7 @@ def published_flow(
     levels: int = 3,
     steps: int | Sequence[int] = 16,
     hidden: int = 64,
-    coupling: str | Elementwise = "robust",
+    coupling: Coupling = "robust",
     mix: str = "free",
     transition_steps: int = 2,
     splits: int | None = None,

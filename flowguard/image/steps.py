@@ -13,7 +13,7 @@ from flowguard.image.layers import (
     InvertibleConv1x1,
     OrthogonalConv1x1,
 )
-from flowguard.image.maps import Elementwise
+from flowguard.image.maps import Coupling
 from flowguard.image.ready import Mix, PixelMaps, Ready
 
 MIXES: dict[str, type[Mix]] = {
@@ -84,7 +84,7 @@ class FlowStep(nn.Module):
         context_channels: int,
         *,
         hidden: int = 64,
-        coupling: str | Elementwise = "robust",
+        coupling: Coupling = "robust",
         mix: str = "free",
         normed: bool = False,
         noise_channels: int = 0,

@@ -14,7 +14,7 @@ from torch import Tensor
 from flowguard.bounds import Envelope, Noise, Step, Univariate, rule, within
 from flowguard.image.coupling import repeat_rows
 from flowguard.image.layers import Squeeze
-from flowguard.image.maps import Elementwise
+from flowguard.image.maps import Coupling, Elementwise
 from flowguard.image.multiscale import Conditions, published_flow
 from flowguard.image.tiling import tiled_forward, tiled_inverse
 from flowguard.models._padding import pad_to_multiple
@@ -145,7 +145,7 @@ class LowLightFlow(Pretrained, nn.Module):
         levels: int = 3,
         steps: int | Sequence[int] = 12,
         hidden: int = 64,
-        coupling: str | Elementwise = "robust",
+        coupling: Coupling = "robust",
         encoder: LowLightEncoder | None = None,
         target_ratio: float = 0.2,
         mix: str = "free",
@@ -471,7 +471,7 @@ class LowLightFlow(Pretrained, nn.Module):
         cls,
         *,
         small: bool = False,
-        coupling: str | Elementwise = "robust",
+        coupling: Coupling = "robust",
         **options: Any,
     ) -> Self:
         r"""Returns an untrained model of the published size, with any coupling.

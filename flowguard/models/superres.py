@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowguard.image.coupling import repeat_rows
-from flowguard.image.maps import Elementwise
+from flowguard.image.maps import Coupling, Elementwise
 from flowguard.image.multiscale import (
     ConditionalMultiscaleFlow,
     Conditions,
@@ -133,7 +133,7 @@ class SuperResolutionFlow(Pretrained, nn.Module):
         steps: int | Sequence[int] = 4,
         hidden: int = 64,
         features: int | None = None,
-        coupling: str | Elementwise = "robust",
+        coupling: Coupling = "robust",
         encoder: nn.Module | None = None,
         architecture: str = "bounded",
         mix: str = "free",
@@ -156,6 +156,7 @@ class SuperResolutionFlow(Pretrained, nn.Module):
         if noise_std is not None and not 0 <= noise_std < math.inf:
             raise ValueError(f"noise_std must not be negative, or be None; got {noise_std}")
         self.scale = scale
+        self.overshoots = architecture == "published"
         self.residual = residual
         self.quant = quant
         self.noise_std = noise_std
@@ -264,10 +265,18 @@ class SuperResolutionFlow(Pretrained, nn.Module):
     def upsample(self, lr: Tensor) -> Tensor:
         r"""Returns the bicubic upsampling that the flow's residual is added to.
 
+        Beside hard edges it overshoots. Unless the architecture is the published one, it is cut
+        to the range that :math:`[0, 1]` and the image span.
+
         Arguments:
             lr: The LR images, with shape :math:`(B, 3, H, W)`.
         """
-        return F.interpolate(lr, scale_factor=float(self.scale), mode="bicubic")
+        base = F.interpolate(lr, scale_factor=float(self.scale), mode="bicubic")
+        if self.overshoots:
+            return base
+        known = lr.detach().nan_to_num(0.0, posinf=math.inf, neginf=-math.inf)
+        low = known.amin((1, 2, 3), keepdim=True).clamp(max=0.0)
+        return base.clamp(low, known.amax((1, 2, 3), keepdim=True).clamp(min=1.0))
 
     def nll(
         self,
@@ -514,7 +523,7 @@ class SuperResolutionFlow(Pretrained, nn.Module):
         scale: int = 4,
         levels: int | None = None,
         steps: int | Sequence[int] = 16,
-        coupling: str | Elementwise = "robust",
+        coupling: Coupling = "robust",
         blocks: int = 23,
         stacked: Sequence[int] = (1, 8, 15, 22),
         **options: Any,
