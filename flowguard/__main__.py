@@ -1,5 +1,8 @@
+r"""What ``python -m flowguard`` runs: the same as ``flowguard``."""
+
 import sys
 
 from flowguard.cli import main
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

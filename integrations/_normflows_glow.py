@@ -266,7 +266,7 @@ class RobustGlowBlock(Flow):
         *,
         orthogonal: bool = False,
         num_bins: int = 2,
-        tail_bound: float = 3.0,
+        tail_bound: float = 5.0,
         shift_bound: float | None = 1.0,
         slope: float | None = 1e-3,
     ) -> None:

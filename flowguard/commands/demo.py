@@ -42,7 +42,7 @@ def parser() -> Parser:
         "--steps",
         type=whole(1, 10**9),
         metavar="N",
-        help="training steps of each model (default: 400; 240 of lowlight; 30 with --quick)",
+        help="training steps of each model (default: 400; 30 with --quick)",
     )
     demo.add_argument(
         "--seed",

@@ -50,7 +50,7 @@ class Robust:
     """
 
     bins: int = 2
-    bound: float = 3.0
+    bound: float = 5.0
     shift_bound: float | None = 1.0
     slope: float | None = 1e-3
 
@@ -254,7 +254,7 @@ def elementwise(coupling: Coupling) -> Elementwise:
 
     Example:
         >>> elementwise("robust")
-        Robust(bins=2, bound=3.0, shift_bound=1.0, slope=0.001)
+        Robust(bins=2, bound=5.0, shift_bound=1.0, slope=0.001)
     """
     if isinstance(coupling, str):
         if coupling not in NAMED:
