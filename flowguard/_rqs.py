@@ -18,7 +18,7 @@ from flowguard import _rqs_two as two
 from flowguard import _rqs_two_plain as two_plain
 
 MIN_FRACTION = 1e-3  # the least width and height of a bin, as a share of the box (published: 1e-3)
-CHUNK = 2**16  # elements per thread worked on at a time in eager mode: temporaries stay in cache
+CHUNK = 2**15  # elements per thread worked on at a time in eager mode: temporaries stay in cache
 CHUNK_MANY = 3 * 2**13  # the same for three bins and more
 
 
