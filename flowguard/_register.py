@@ -22,6 +22,13 @@ def register(host: str | None = None) -> None:
         ValueError: If there is no host of that name.
         ImportError: If the host is not installed, or none is.
         RuntimeError: If the host has something else under one of the names.
+
+    Example:
+        >>> flowguard.register("zuko")
+        >>> import zuko
+        >>> zuko.flows.RobustNSF(3, 4, bins=8)  # doctest: +ELLIPSIS
+        RobustNSF(...
+        >>> flowguard.unregister("zuko")
     """
     import_module(ADAPTERS).register(host)
 
@@ -34,5 +41,12 @@ def unregister(host: str | None = None) -> None:
 
     Raises:
         ValueError: If there is no host of that name.
+
+    Example:
+        >>> flowguard.register("zuko")
+        >>> flowguard.unregister("zuko")
+        >>> import zuko
+        >>> hasattr(zuko.flows, "RobustNSF")
+        False
     """
     import_module(ADAPTERS).unregister(host)

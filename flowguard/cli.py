@@ -89,9 +89,7 @@ def _run(argv: Sequence[str] | None) -> int:
         args = parser.parse_args(argv)
     except UnicodeDecodeError as error:
         parser.error(f"config: {error}")
-    except (
-        AssertionError
-    ):  # jsonargparse asserts that choices of which several are taken are a list
+    except AssertionError:  # where several choices are taken, jsonargparse asserts a list
         parser.error("config: what takes several values must be given a list of them")
     parsers[args.command].check(args[args.command])
     try:

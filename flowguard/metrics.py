@@ -120,6 +120,11 @@ def ssim(image: Tensor, target: Tensor, grey: bool = False) -> Tensor:
 
     Raises:
         ImportError: If torchmetrics is not installed.
+
+    Example:
+        >>> image = torch.rand(2, 3, 16, 16)
+        >>> ssim(image, image)
+        tensor([1., 1.], dtype=torch.float64)
     """
     structural = _torchmetrics("structural_similarity_index_measure", "the SSIM")
     image, target = _pair(image, target)
@@ -219,6 +224,11 @@ def lr_psnr(image: Tensor, lr: Tensor, scale: int) -> Tensor:
 
     Returns:
         One number for each image, with shape :math:`(B)`.
+
+    Example:
+        >>> hr = torch.rand(1, 3, 16, 16)
+        >>> lr_psnr(hr, imresize(quantise(hr), 1 / 4), scale=4)
+        tensor([inf], dtype=torch.float64)
     """
     if scale <= 0:
         raise ValueError(f"scale must be positive; got {scale}")
@@ -235,6 +245,11 @@ def gt_mean(image: Tensor, target: Tensor) -> Tensor:
     Arguments:
         image: The images, with shape :math:`(B, C, H, W)`.
         target: The truth, with the same shape.
+
+    Example:
+        >>> target = torch.full((1, 3, 2, 2), 0.8, dtype=torch.float64)
+        >>> torch.allclose(gt_mean(0.5 * target, target), target)
+        True
     """
     image, target = _pair(image, target)
     mean, wanted = (_grey(t).flatten(1).mean(1) for t in (image, target))
@@ -250,6 +265,11 @@ def low_light(image: Tensor, target: Tensor) -> dict[str, Tensor]:
     Arguments:
         image: The images, with shape :math:`(B, C, H, W)`.
         target: The truth, with the same shape.
+
+    Example:
+        >>> image, target = torch.rand(2, 1, 3, 16, 16)
+        >>> sorted(low_light(image, target))
+        ['psnr', 'psnr_gt_mean', 'ssim', 'ssim_gt_mean']
     """
     scaled = gt_mean(image, target)
     return {
@@ -290,6 +310,13 @@ def diversity(samples: Tensor, target: Tensor, distance: Distance | None = None)
 
     Returns:
         One number for each image, with shape :math:`(B)`.
+
+    Example:
+        >>> target = torch.zeros(1, 3, 1, 2)
+        >>> left, right = target.clone(), target.clone()
+        >>> left[..., 0] = right[..., 1] = 1.0
+        >>> diversity(torch.stack((left, right)), target)  # each is right at another pixel
+        tensor([100.], dtype=torch.float64)
     """
     if samples.dim() != 5 or samples.shape[1:] != target.shape or not len(samples):
         raise ValueError(
@@ -342,6 +369,12 @@ def nan_rate(samples: Tensor, per_pixel: bool = False) -> Tensor:
 
     Returns:
         The share, in :math:`[0, 1]`; NaN if there are no samples.
+
+    Example:
+        >>> samples = torch.zeros(4, 3, 2, 2)
+        >>> samples[0, 0, 0, 0] = torch.nan
+        >>> nan_rate(samples), nan_rate(samples, per_pixel=True)
+        (tensor(0.2500), tensor(0.0625))
     """
     return _share(~torch.isfinite(samples), per_pixel)
 
@@ -363,6 +396,10 @@ def bits_per_dim(log_prob: Tensor, dims: int, levels: int = 256) -> Tensor:
             noise of one grey level's width was added.
         dims: The number of dimensions :math:`D = CHW`.
         levels: The number of grey levels, at the multiples of :math:`1 / (\text{levels} - 1)`.
+
+    Example:
+        >>> bits_per_dim(torch.zeros(2), dims=12, levels=257)
+        tensor([8., 8.])
     """
     if dims < 1 or levels < 2:
         raise ValueError(

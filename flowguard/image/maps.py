@@ -47,6 +47,12 @@ class Robust:
         bound: The bound :math:`B` of the box.
         shift_bound: The bound of the shift.
         slope: The least slope.
+
+    Example:
+        >>> family = Robust()
+        >>> f = family.transform(torch.randn(1, 6, family.parameters, 4, 4))
+        >>> f(torch.randn(1, 6, 4, 4)).shape
+        torch.Size([1, 6, 4, 4])
     """
 
     bins: int = 2
@@ -80,6 +86,12 @@ class Affine:
 
     Arguments:
         eps: The least scale.
+
+    Example:
+        >>> family = Affine()
+        >>> f = family.transform(torch.randn(1, 6, family.parameters, 4, 4))
+        >>> f(torch.randn(1, 6, 4, 4)).shape
+        torch.Size([1, 6, 4, 4])
     """
 
     eps: float = 1e-4
@@ -106,6 +118,12 @@ class ReparametrizedAffine:
 
     Arguments:
         eps: The least inverse scale.
+
+    Example:
+        >>> family = ReparametrizedAffine()
+        >>> f = family.transform(torch.randn(1, 6, family.parameters, 4, 4))
+        >>> f(torch.randn(1, 6, 4, 4)).shape
+        torch.Size([1, 6, 4, 4])
     """
 
     eps: float = 1e-4
@@ -132,6 +150,12 @@ class CubicBSpline:
     Arguments:
         bound: The bound :math:`B` of the box.
         shift_bound: The bound of the shift.
+
+    Example:
+        >>> family = CubicBSpline()
+        >>> f = family.transform(torch.randn(1, 6, family.parameters, 4, 4))
+        >>> f(torch.randn(1, 6, 4, 4)).shape
+        torch.Size([1, 6, 4, 4])
     """
 
     bound: float = 3.0
