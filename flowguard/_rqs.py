@@ -11,15 +11,19 @@ from typing import Any
 
 import torch
 from torch import Size, Tensor
+from torch.autograd import forward_ad
 
+from flowguard import _rqs_bin as rq
 from flowguard import _rqs_many as many
 from flowguard import _rqs_many_plain as many_plain
+from flowguard import _rqs_plain as plain
 from flowguard import _rqs_two as two
 from flowguard import _rqs_two_plain as two_plain
+from flowguard._scratch import Layout, Rows, scratch
 
 MIN_FRACTION = 1e-3  # the least width and height of a bin, as a share of the box (published: 1e-3)
 CHUNK = 2**15  # elements per thread worked on at a time in eager mode: temporaries stay in cache
-CHUNK_MANY = 3 * 2**13  # the same for three bins and more
+CHUNK_MANY = 2**15  # the same for three bins and more
 
 
 def least_share(bins: int) -> float:
@@ -45,33 +49,78 @@ def apply(*inputs: Any, steep: bool = True) -> tuple[Tensor, ...]:
     # is not wanted it leaves out by itself.
     if torch.compiler.is_compiling():
         return RationalQuadratic.apply(*inputs)[: 1 + steep]
-    return _Eager.apply(*inputs, steep)
+    if torch._C._are_functorch_transforms_active():
+        return _Transformed.apply(*inputs, steep)
+    if _is_recorded(inputs[:5]):
+        return _Eager.apply(*inputs, steep)
+    return _eager(*inputs, steep)
+
+
+def _is_recorded(tensors: tuple[Tensor | None, ...]) -> bool:
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def knots(
-    width: Tensor, height: Tensor, raw: Tensor, bound: float, slope: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    r"""The inner knot of two-bin splines and the slope there, as constants."""
-    return two_plain.knots(width, height, raw, bound, slope, least_share(2))
+    width: Tensor,
+    height: Tensor,
+    raw: Tensor,
+    shift: Tensor,
+    bound: float,
+    slope: float | None,
+    shift_bound: float | None,
+    dim: int,
+) -> tuple[Tensor, float]:
+    r"""What two-bin splines need to know of parameters, as constants along a new dimension: both
+    coordinates of the inner knot with their signs changed, the slope there, and the shift, which
+    is still to be multiplied by the number that is returned too."""
+    made = width.new_empty((*width.shape[:dim], 4, *width.shape[dim:]))
+    *outs, by = made.unbind(dim)
+    m = scratch(width, width.dtype).rows(two_plain.LAYOUT, width.shape)
+    two_plain.knots(m, outs, width, height, raw, bound, slope, least_share(2))
+    return made, plain.squash(m, shift, shift_bound, by)[1]
 
 
 def apply_at(
-    v: Tensor, kx: Tensor, ky: Tensor, d: Tensor, bound: float, inverse: bool, *, steep: bool
+    v: Tensor, mx: Tensor, my: Tensor, d: Tensor, bound: float, inverse: bool, *, steep: bool
 ) -> tuple[Tensor, ...]:
-    r"""Applies the two-bin spline for known knots, which are taken as constants."""
+    r"""Applies the two-bin spline for what :func:`knots` made, taken as constants."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return two.evaluate_at(v, kx, ky, d, bound, inverse)[: 1 + steep]
-    tensors = (v, *(t.unsqueeze(0) for t in (kx, ky, d)))
-    return _in_pieces(_plain_at, tensors, (v,) * (1 + steep), (v.dtype, bound, inverse, steep))
+        return two.evaluate_at(v, -mx, -my, d, bound, inverse)[: 1 + steep]
+    return _in_pieces(
+        two_plain.evaluate_at,
+        two_plain.LAYOUT,
+        (v, mx, my, d),
+        (v,) * (1 + steep),
+        v.dtype,
+        (bound, inverse),
+    )
 
 
 def _evaluate(
-    v: Tensor, w: Tensor, h: Tensor, d: Tensor, work: torch.dtype, *options: Any
+    v: Tensor,
+    w: Tensor,
+    h: Tensor,
+    d: Tensor,
+    shift: Tensor | None,
+    work: torch.dtype,
+    bound: float,
+    slope: float | None,
+    shift_bound: float | None,
+    inverse: bool,
 ) -> tuple[Tensor, ...]:
     v, w, h, d = v.to(work), w.to(work), h.to(work), d.to(work)
+    by = None if shift is None else rq.squash(shift.to(work), shift_bound)
+    if inverse and by is not None:
+        v = v - by
+    options = (bound, slope, least_share(len(w) + 1), inverse)
     if len(w) == 1:
-        return two.evaluate(v, w[0], h[0], d[0], *options)
-    return many.evaluate(v, *_rows(w, h, d), *options)
+        out, steep = two.evaluate(v, w[0], h[0], d[0], *options)
+    else:
+        rows = _rows(w, h, d)
+        out, steep = many.evaluate(v, rows[0], rows[1], rows[2], *options)
+    return out if inverse or by is None else out + by, steep
 
 
 def _pull_back(
@@ -79,63 +128,87 @@ def _pull_back(
     w: Tensor,
     h: Tensor,
     d: Tensor,
+    shift: Tensor | None,
     gy: Tensor,
     gl: Tensor,
     work: torch.dtype,
-    *options: Any,
-) -> tuple[Tensor, ...]:
+    bound: float,
+    slope: float | None,
+    shift_bound: float | None,
+    inverse: bool,
+) -> tuple[Tensor | None, ...]:
     x, w, h, d = x.to(work), w.to(work), h.to(work), d.to(work)
+    options = (bound, slope, least_share(len(w) + 1), inverse)
     if len(w) == 1:
         to_x, *pulled = two.pull_back(x, w[0], h[0], d[0], gy, gl, *options)
-        return to_x, *(g.unsqueeze(0) for g in pulled)
-    rows = _rows(w, h, d)
-    to_x, *pulled = many.pull_back(x, rows[0], rows[1], rows[2], gy, gl, *options)
-    return to_x, *(g if isinstance(g, Tensor) else torch.stack(g) for g in pulled)
+        grads = to_x, *(g.unsqueeze(0) for g in pulled)
+    else:
+        rows = _rows(w, h, d)
+        to_x, *pulled = many.pull_back(x, rows[0], rows[1], rows[2], gy, gl, *options)
+        grads = to_x, *(g if isinstance(g, Tensor) else torch.stack(g) for g in pulled)
+    to_by = -to_x if inverse else gy
+    return *grads, None if shift is None else rq.squash_pullback(
+        shift.to(work), to_by, shift_bound
+    )
 
 
 def _plain_evaluate(
-    memory: many_plain.Rows | None,
+    m: Rows,
+    outs: Sequence[Tensor],
     v: Tensor,
     w: Tensor,
     h: Tensor,
     d: Tensor,
-    work: torch.dtype,
-    *options: Any,
-) -> tuple[Tensor, ...]:
-    v, w, h, d = v.to(work), w.to(work), h.to(work), d.to(work)
-    if memory is None:
-        return two_plain.evaluate(v, w[0], h[0], d[0], *options)
-    return many_plain.evaluate(memory, v, w, h, d, *options)
+    shift: Tensor | None,
+    bound: float,
+    slope: float | None,
+    shift_bound: float | None,
+    inverse: bool,
+) -> None:
+    if inverse and shift is not None:
+        by, factor = plain.squash(m, shift, shift_bound, m.take())
+        v = torch.sub(v, by, alpha=factor, out=m.take())
+    options = (bound, slope, least_share(len(w) + 1), inverse)
+    if len(w) == 1:
+        two_plain.evaluate(m, outs, v, w[0], h[0], d[0], *options)
+    else:
+        many_plain.evaluate(m, outs, v, w, h, d, *options)
+    if not inverse and shift is not None:
+        m.restart()
+        by, factor = plain.squash(m, shift, shift_bound, m.take())
+        outs[0].add_(by, alpha=factor)
 
 
 def _plain_pull_back(
-    memory: many_plain.Rows | None,
+    m: Rows,
+    outs: Sequence[Tensor],
     x: Tensor,
     w: Tensor,
     h: Tensor,
     d: Tensor,
+    shift: Tensor | None,
     gy: Tensor,
     gl: Tensor,
-    work: torch.dtype,
-    *options: Any,
-) -> tuple[Tensor, ...]:
-    x, w, h, d = x.to(work), w.to(work), h.to(work), d.to(work)
-    if memory is None:
-        to_x, *pulled = two_plain.pull_back(x, w[0], h[0], d[0], gy, gl, *options)
-        return to_x, *(g.unsqueeze(0) for g in pulled)
-    return many_plain.pull_back(memory, x, w, h, d, gy, gl, *options)
+    bound: float,
+    slope: float | None,
+    shift_bound: float | None,
+    inverse: bool,
+) -> None:
+    options = (bound, slope, least_share(len(w) + 1), inverse)
+    if len(w) == 1:
+        to_x, to_w, to_h, to_d = outs[:4]
+        singles = (to_x, to_w[0], to_h[0], to_d[0])
+        two_plain.pull_back(m, singles, x, w[0], h[0], d[0], gy, gl, *options)
+    else:
+        many_plain.pull_back(m, outs[:4], x, w, h, d, gy, gl, *options)
+    if shift is not None:
+        m.restart()
+        to_by = torch.neg(outs[0], out=m.take()) if inverse else gy
+        plain.squash_pullback(m, shift, to_by, shift_bound, outs[4])
 
 
-def _plain_at(
-    memory: None,
-    v: Tensor,
-    kx: Tensor,
-    ky: Tensor,
-    d: Tensor,
-    work: torch.dtype,
-    *options: Any,
-) -> tuple[Tensor, ...]:
-    return two_plain.evaluate_at(v, kx[0], ky[0], d[0], *options)
+def _layout(bins: int) -> Layout:
+    return two_plain.LAYOUT if bins == 2 else many_plain.layout(bins)
 
 
 def _narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -152,60 +225,75 @@ def _cut(shape: Size, chunk: int) -> tuple[int, int]:
     numel = shape.numel()
     fits = (i for i, n in enumerate(shape) if numel // n <= chunk)
     dim = next(fits, max(range(len(shape)), key=lambda i: shape[i]))
-    return dim, max(1, chunk * shape[dim] // numel)
+    return dim, -(-shape[dim] // round(numel / chunk))
 
 
 def _in_pieces(
-    function: Callable[..., tuple[Tensor, ...]],
-    tensors: tuple[Tensor, ...],
-    like: tuple[Tensor, ...],
+    function: Callable[..., None],
+    layout: Layout,
+    tensors: tuple[Tensor | None, ...],
+    like: tuple[Tensor | None, ...],
+    work: torch.dtype,
     options: tuple[Any, ...],
 ) -> tuple[Tensor, ...]:
     r"""Applies an element-wise function to plain tensors, piece by piece where that is faster.
 
-    `like` holds a tensor of the shape of each output.
+    The function writes to tensors that it is given; `like` holds one of the shape of each.
     """
-    x, bins, work = tensors[0], len(tensors[1]) + 1, options[0]
-    chunk = torch.get_num_threads() * (CHUNK if bins == 2 else CHUNK_MANY)
-    whole = x.device.type != "cpu" or x.numel() <= chunk
-    dim, step = (0, x.numel()) if whole else _cut(x.shape, chunk)
-    size = step if whole else x.numel() // x.shape[dim] * step
-    memory = None if bins == 2 else many_plain.Rows(x, bins, size, work)
-    if whole:
-        return function(memory, *tensors, *options)
+    tensors = tuple(t if t is None else t.to(work) for t in tensors)
+    outs = [
+        torch.empty_like(t, dtype=work, memory_format=torch.contiguous_format)
+        for t in like
+        if t is not None
+    ]
+    x = tensors[0]
+    assert x is not None
+    memory = scratch(x, work)
+    chunk = CHUNK if layout is two_plain.LAYOUT else CHUNK_MANY
+    if x.device.type == "cpu":
+        chunk *= torch.get_num_threads()
+    if 2 * x.numel() <= 3 * chunk:
+        function(memory.rows(layout, x.shape), outs, *tensors, *options)
+        return tuple(outs)
 
+    dim, step = _cut(x.shape, chunk)
     dim -= x.dim()  # the parameters have one more dimension, in front
-    outs = tuple(
-        torch.empty_like(t, dtype=work, memory_format=torch.contiguous_format) for t in like
-    )
+    count = -(-x.shape[dim] // step)
     targets = zip(*(t.split(step, dim) for t in outs), strict=True)
-    pieces = zip(*(t.split(step, dim) for t in tensors), strict=True)
+    pieces = zip(
+        *([None] * count if t is None else t.split(step, dim) for t in tensors), strict=True
+    )
     for target, piece in zip(targets, pieces, strict=True):
-        for out, part in zip(target, function(memory, *piece, *options), strict=True):
-            out.copy_(part)
-    return outs
+        assert piece[0] is not None
+        function(memory.rows(layout, piece[0].shape), target, *piece, *options)
+    return tuple(outs)
 
 
 def _batch_first(
-    size: int, dims: Sequence[int | None], tensors: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
+    size: int, dims: Sequence[int | None], tensors: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
     r"""Moves a batch dimension to the front of elements, and behind the bins of parameters."""
-    rank = max(t.dim() - (d is not None) for t, d in zip(tensors[:1], dims[:1], strict=True))
+    x = tensors[0]
+    assert x is not None
+    rank = x.dim() - (dims[0] is not None)
     out = []
     for t, d in zip(tensors, dims, strict=True):
-        to = t.dim() - (d is not None) - rank  # 1 for parameters
-        t = t.unsqueeze(to) if d is None else t.movedim(d, to)
-        out.append(t.expand(*t.shape[:to], size, *t.shape[to + 1 :]))
+        if t is not None:
+            to = t.dim() - (d is not None) - rank  # 1 for parameters
+            t = t.unsqueeze(to) if d is None else t.movedim(d, to)
+            t = t.expand(*t.shape[:to], size, *t.shape[to + 1 :])
+        out.append(t)
     return tuple(out)
 
 
 class RationalQuadratic(torch.autograd.Function):
     r"""The spline with a closed-form backward, which keeps no intermediate tensor alive.
 
-    Takes x of shape :math:`(*)`, parameters of shape :math:`(K - 1, *)`, the dtype to work in,
-    the bound, the least slope and whether to invert; returns the value and the logarithm of the
-    slope, in that dtype. The backward is made of differentiable operations, so that it can be
-    differentiated itself. Gradients to half precision are cut at what it can hold.
+    Takes x of shape :math:`(*)`, parameters of shape :math:`(K - 1, *)`, a shift of shape
+    :math:`(*)` or None, the dtype to work in, the bound, the least slope, the bound of the shift
+    and whether to invert; returns the value and the logarithm of the slope, in that dtype. The
+    backward is made of differentiable operations, so that it can be differentiated itself.
+    Gradients to half precision are cut at what it can hold.
     """
 
     generate_vmap_rule = True
@@ -216,45 +304,49 @@ class RationalQuadratic(torch.autograd.Function):
         widths: Tensor,
         heights: Tensor,
         derivatives: Tensor,
+        shift: Tensor | None,
         work: torch.dtype,
         bound: float,
         slope: float | None,
+        shift_bound: float | None,
         inverse: bool,
     ) -> tuple[Tensor, ...]:
-        least = least_share(len(widths) + 1)
-        return _evaluate(v, widths, heights, derivatives, work, bound, slope, least, inverse)
+        options = work, bound, slope, shift_bound, inverse
+        return _evaluate(v, widths, heights, derivatives, shift, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        v, widths, heights, derivatives, work, bound, slope, inverse = inputs
-        least = least_share(len(widths) + 1)
+        tensors, ctx.options, inverse = inputs[:5], inputs[5:10], inputs[9]
         # The inverse saves its output: there the gradients are those of the forward direction.
-        ctx.save_for_backward(output[0] if inverse else v, widths, heights, derivatives)
-        ctx.options = (work, bound, slope, least, inverse)
-        ctx.dtypes = [t.dtype for t in (v, widths, heights, derivatives)]
+        ctx.save_for_backward(output[0] if inverse else tensors[0], *tensors[1:])
+        ctx.dtypes = [None if t is None else t.dtype for t in tensors]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return _narrowed(ctx, _pull_back(*ctx.saved_tensors, *grads, *ctx.options))
 
 
-class _Eager(RationalQuadratic):
-    r"""The same in place and piece by piece, with forward derivatives."""
+def _eager(*inputs: Any) -> tuple[Tensor, ...]:
+    r"""The same in place and piece by piece. There is one more input, `steep`."""
+    tensors, work, options, steep = inputs[:5], inputs[5], inputs[6:10], inputs[10]
+    layout = _layout(len(tensors[1]) + 1)
+    return _in_pieces(_plain_evaluate, layout, tensors, (tensors[0],) * (1 + steep), work, options)
 
-    generate_vmap_rule = False
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    RationalQuadratic.setup_context(ctx, inputs, output)
+    ctx.steep = inputs[10]
+    ctx.save_for_forward(output[0] if ctx.options[-1] else inputs[0], *inputs[1:5])
+
+
+class _Eager(torch.autograd.Function):
+    r"""The same with gradients, and forward derivatives."""
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        *tensors, work, bound, slope, inverse, steep = inputs
-        options = (work, bound, slope, least_share(len(tensors[1]) + 1), inverse, steep)
-        return _in_pieces(_plain_evaluate, tuple(tensors), (tensors[0],) * (1 + steep), options)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        RationalQuadratic.setup_context(ctx, inputs[:-1], output)
-        v, widths, heights, derivatives, *_ = inputs
-        ctx.steep = inputs[-1]
-        ctx.save_for_forward(output[0] if ctx.options[-1] else v, widths, heights, derivatives)
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        outs = _eager(*inputs)
+        _save(ctx, inputs, outs)
+        return outs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -264,7 +356,8 @@ class _Eager(RationalQuadratic):
             grads = (*grads, torch.zeros_like(grads[0]))
         if recorded or any(map(torch._C._functorch.is_legacy_batchedtensor, grads)):
             return *RationalQuadratic.backward(ctx, *grads), None
-        return *_narrowed(ctx, _PullBack.apply(*ctx.saved_tensors, *grads, *ctx.options)), None
+        pull = _PullBack.apply if torch._C._are_functorch_transforms_active() else _pull
+        return *_narrowed(ctx, pull(*ctx.saved_tensors, *grads, *ctx.options)), None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
@@ -272,21 +365,38 @@ class _Eager(RationalQuadratic):
         one = torch.ones_like(ctx.saved_tensors[0], dtype=ctx.options[0])
         zero = torch.zeros_like(one)
         outs = []
-        for cotangents in ((one, zero), (zero, one))[: 1 + ctx.steep]:
-            grads = _pull_back(*ctx.saved_tensors, *cotangents, *ctx.options)
+        for to_y, to_l in ((one, zero), (zero, one))[: 1 + ctx.steep]:
+            inputs = (*ctx.saved_tensors, to_y, to_l, *ctx.options)
+            grads = _pull_back(*inputs)
             out = zero
             for grad, tangent in zip(grads, tangents, strict=False):
-                if tangent is not None:
+                if grad is not None and tangent is not None:
                     product = grad * tangent
                     out = out + (product if product.dim() == one.dim() else product.sum(0))
             outs.append(out)
         return tuple(outs)
 
+
+class _Transformed(_Eager):
+    r"""The same for the transforms of `torch.func`, whose way to call functions takes longer."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        return _eager(*inputs)
+
+    setup_context = staticmethod(_save)
+
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
         # Nothing may be written in place under vmap: the batch becomes one more dimension.
-        tensors = _batch_first(info.batch_size, in_dims[:4], inputs[:4])
-        return _Eager.apply(*tensors, *inputs[4:]), (0,) * (1 + inputs[-1])
+        tensors = _batch_first(info.batch_size, in_dims[:5], inputs[:5])
+        return _Transformed.apply(*tensors, *inputs[5:]), (0,) * (1 + inputs[10])
+
+
+def _pull(*inputs: Any) -> tuple[Tensor, ...]:
+    tensors, work, options = inputs[:7], inputs[7], inputs[8:]
+    layout = _layout(len(tensors[1]) + 1)
+    return _in_pieces(_plain_pull_back, layout, tensors, tensors[:5], work, options)
 
 
 class _PullBack(torch.autograd.Function):
@@ -294,8 +404,7 @@ class _PullBack(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        tensors = inputs[:6]
-        return _in_pieces(_plain_pull_back, tensors, tensors[:4], inputs[6:])
+        return _pull(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -303,10 +412,16 @@ class _PullBack(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
-        tensors = _batch_first(info.batch_size, in_dims[:6], inputs[:6])
-        return _PullBack.apply(*tensors, *inputs[6:]), (0, 1, 1, 1)
+        tensors = _batch_first(info.batch_size, in_dims[:7], inputs[:7])
+        return _PullBack.apply(*tensors, *inputs[7:]), (0, 1, 1, 1, 0)[
+            : 4 + (tensors[4] is not None)
+        ]
 
 
-def _narrowed(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-    out = (_narrow(g, dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
-    return (*out, None, None, None, None)
+def _narrowed(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    # Without a shift there may be no gradient of one.
+    out = [
+        None if g is None else _narrow(g, dtype)
+        for g, dtype in zip(grads, ctx.dtypes, strict=False)
+    ]
+    return *out, *[None] * (10 - len(out))

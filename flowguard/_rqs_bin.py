@@ -5,11 +5,23 @@ Notation, for the bin of :math:`x` with corner :math:`(x_k, y_k)`, size :math:`w
 https://arxiv.org/abs/1906.04032):
 
 .. math::
-    t &= (x - x_k) / w, \quad r = 1 - t, \quad a = d_0 / s, \quad b = d_1 / s \\
-    P &= t + a r, \quad Q = r + b t, \quad D = t P + r Q, \quad N = t Q + r P \\
-    y &= y_k + h \theta, \quad \theta = t P / D, \quad 1 - \theta = r Q / D, \quad f' = s N / D^2
+    t &= (x - x_k) / w, \quad r = 1 - t, \quad P = s t + d_0 r, \quad Q = s r + d_1 t \\
+    D &= t P + r Q, \quad N = t Q + r P \\
+    y &= y_k + h \theta, \quad \theta = t P / D, \quad 1 - \theta = r Q / D, \quad f' = s^2 N / D^2
 
 All of P, Q, D and N are sums of terms that are not negative, so that no digit is lost in them.
+
+The slopes of a spline stay in :math:`[ε, 1/ε]`, as within a bin
+
+.. math:: \min(d_0, d_1, s^2 / (d_0 + d_1)) \leq f' \leq \max(d_0, d_1, 2 s)
+
+(left: with u = r / t and the end slopes in units of the secant, a = d_0 / s and b = d_1 / s,
+D² / N = (u² + (a+b) u + 1)² / ((1+u)² (a u² + 2 u + b)) is a ratio of two polynomials with
+positive coefficients, hence at most the largest ratio of coefficients of equal power, which is at
+most max(1/a, 1/b, a+b); right: with q = 1 - 2 t r in [1/2, 1] and M = max(a, b),
+N ≤ M q + 1 - q and D ≥ q + M (1 - q) / 2, so N / D² ≤ max(2, M)). All secants are kept in
+[λ, 1/λ] with λ² = 2 ε, so that 2 s ≤ 2 / λ ≤ 1/ε, and an end slope d satisfies both sides if it
+lies in [ε, min(1/ε, s² / 2ε)]. One does, as it is the slope at the ends of the box.
 
 Masks are zeros and ones as floats, made from signs, and selection is a sum over masks: in eager
 mode `where` and booleans cost several times as much. A mask may weigh only what is finite. A NaN
@@ -20,14 +32,16 @@ __all__ = [
     "Pull",
     "evaluate",
     "finish",
-    "inner_slope",
     "inside_mask",
     "mixing",
+    "published_slope",
+    "published_slope_pullback",
     "pull_back",
     "sigmoid",
-    "slope_limits",
-    "slope_pullback",
     "solve",
+    "squash",
+    "squash_pullback",
+    "unit",
 ]
 
 import math
@@ -38,7 +52,6 @@ from torch import Tensor
 
 LOG2_E = 1 / math.log(2)
 MIN_DERIVATIVE = 1e-3  # the least inner derivative of the published parameterisation
-ROOM = 1e-3  # the least room above the mean of two secants for the slope at their knot
 
 
 def max_logit(dtype: torch.dtype) -> float:
@@ -57,12 +70,39 @@ def mixing(slope: float | None) -> float:
     return 0.0 if slope is None else math.sqrt(2.0 * 1.001 * slope)
 
 
+def unit(bound: float) -> tuple[float, float]:
+    r"""A number in [1/2, 1) and a power of two whose product is the bound.
+
+    Scaled by that power, which no digit is lost by, products of sizes of bins are finite.
+    """
+    fraction, exponent = math.frexp(bound)
+    return fraction, math.ldexp(1.0, exponent)
+
+
 def sigmoid(x: Tensor) -> Tensor:
     r"""The logistic function, in the form that is the fastest where it runs."""
     if not torch.compiler.is_compiling():
         return x.sigmoid()
     # Compiled for a CPU, a power of two takes a third of the time of an exponential.
     return 1 / (1 + torch.exp2(x * -LOG2_E))
+
+
+def squash(x: Tensor, bound: float | None) -> Tensor:
+    r"""That of :func:`flowguard.functional.bounded`."""
+    if bound is None:
+        return x
+    scale = 2 * bound / math.pi
+    y = scale * torch.atan(x / scale)
+    # Rounding may land an ulp outside, and certificates rely on the bound. What is too much is
+    # taken as a constant: the backward of a clamp costs more than all the rest.
+    return y - (y - y.clamp(-bound, bound)).detach()
+
+
+def squash_pullback(x: Tensor, grad: Tensor, bound: float | None) -> Tensor:
+    if bound is None:
+        return grad
+    y = x * (math.pi / (2 * bound))
+    return grad / (y * y + 1)
 
 
 def positive(x: Tensor) -> Tensor:
@@ -84,62 +124,68 @@ def finish(v: Tensor, out: Tensor, slope: Tensor, bound: float) -> tuple[Tensor,
     return out, torch.addcmul(outside, slope, inside).log()
 
 
-def _parts(t: Tensor, r: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _parts(
+    t: Tensor, r: Tensor, s: Tensor, d0: Tensor, d1: Tensor | float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     r"""P, Q, D and N."""
-    p, q = torch.addcmul(t, a, r), torch.addcmul(r, b, t)
+    p, q = torch.addcmul(s * t, d0, r), s * r + d1 * t
     return p, q, torch.addcmul(t * p, r, q), torch.addcmul(t * q, r, p)
 
 
-def evaluate(z: Tensor, w: Tensor, s: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def evaluate(
+    z: Tensor, w: Tensor, s: Tensor, d0: Tensor, d1: Tensor | float
+) -> tuple[Tensor, Tensor]:
     r"""The rise above the corner at the distance `z` from it, and the slope.
 
-    Here and below, `z` must not lie outside of the bin by a rounding error: a and b grow it.
+    Here and below, `z` must not lie outside of the bin by a rounding error: steep ends grow it.
     """
     t = z / w
     r = 1 - t
-    p, q, den, num = _parts(t, r, a, b)
+    p, q, den, num = _parts(t, r, s, d0, d1)
     inv = den.reciprocal()
     # θ = t + t r (P - Q) / D: adding the bend to the chord keeps the identity exact.
-    bend = (t * r) * ((p - q) * inv)
-    return s * torch.addcmul(z, w, bend), (num * inv) * (inv * s)
+    bend = r * ((p - q) * inv)
+    g = s * inv
+    return s * torch.addcmul(z, z, bend), (g * g) * num
 
 
 def solve(
-    z: Tensor, w: Tensor, h: Tensor, inv_s: Tensor, a: Tensor, b: Tensor
+    z: Tensor, w: Tensor, h: Tensor, d0: Tensor, d1: Tensor | float
 ) -> tuple[Tensor, Tensor]:
     r"""The distance from the corner at the rise `z` above it, and the slope of the inverse."""
-    # θ D = t P is β t² + (1 - β) t - θ = 0 with β = (1 - a) (1 - θ) - (1 - b) θ, and, seen from
-    # the other corner, -β r² + (1 + β) r - (1 - θ) = 0. With δ = a (1 - θ) - b θ both have the
-    # discriminant δ² + 4 θ (1 - θ), which is not negative for θ in [0, 1]. Of their solutions
+    # With a = d0 / s and b = d1 / s, θ D = t P is β t² + (1 - β) t - θ = 0 with
+    # β = (1 - a) (1 - θ) - (1 - b) θ, and, seen from the other corner,
+    # -β r² + (1 + β) r - (1 - θ) = 0. With δ = a (1 - θ) - b θ both have the discriminant
+    # δ² + 4 θ (1 - θ), which is not negative for θ in [0, 1]. Of their solutions
     #     t = 2 θ / (1 - β + √) and r = 2 (1 - θ) / (1 + β + √)
-    # the one is taken in which no two numbers cancel.
+    # the one is taken in which no two numbers cancel. The root is 2 β t + 1 - β, so that the
+    # derivative of the equation is dt / dθ = (1 + (a + b - 2) t r) / √.
+    inv_s = w / h
+    a, b = d0 * inv_s, d1 * inv_s
     theta = z / h
     rest = 1 - theta
     skew = rest - theta
     delta = torch.addcmul(a * rest, b, theta, value=-1)
     beta = skew - delta  # exactly 0 for the identity
     root = torch.addcmul(delta * delta, theta, rest, value=4).sqrt()
-    right = positive(beta)
-    near = torch.addcmul(theta, right, skew)
+    near = torch.addcmul(theta, positive(beta), skew)
     u = (2 * near / (beta.abs() + root + 1)).clamp(max=1.0)
-    far = 1 - u
-    t = torch.addcmul(u, right, far - u)
-    r = 1 - t
-    _, _, den, num = _parts(t, r, a, b)
-    ratio = den / num
+    both = u * (1 - u)  # t r
     # t = θ + β t r: adding the bend to the chord keeps the identity exact.
-    return torch.addcmul(z * inv_s, w, beta * (u * far)), ratio * (den * inv_s)
+    slope = torch.addcmul(inv_s, (a + b - 2) * inv_s, both) / root
+    return torch.addcmul(z * inv_s, w, beta * both), slope
 
 
 class Pull(NamedTuple):
-    r"""The gradients of one bin: to x, to z = x - x_k, to y_k, to log s, a and b; and t, θ."""
+    r"""The gradients of one bin: to x, to z = x - x_k, to y_k, to log s and to the end slopes; and
+    t, r, θ and 1 - θ."""
 
     grad: Tensor
     z: Tensor
     y: Tensor
     log_s: Tensor
-    a: Tensor
-    b: Tensor
+    d0: Tensor
+    d1: Tensor
     t: Tensor
     r: Tensor
     theta: Tensor
@@ -151,8 +197,8 @@ def pull_back(
     w: Tensor,
     h: Tensor,
     s: Tensor,
-    a: Tensor,
-    b: Tensor,
+    d0: Tensor,
+    d1: Tensor | float,
     grad_y: Tensor,
     grad_l: Tensor,
     inverse: bool,
@@ -166,12 +212,13 @@ def pull_back(
     """
     t = z / w
     r = 1 - t
-    p, q, den, num = _parts(t, r, a, b)
+    p, q, den, num = _parts(t, r, s, d0, d1)
     inv_den, inv_num = den.reciprocal(), num.reciprocal()
     tau = (t * r) * inv_den
     theta, rest = (t * p) * inv_den, (r * q) * inv_den
-    theta_t = (num * inv_den) * inv_den
-    log_t = 2 * torch.addcmul((q - p) * inv_num, (a + b - 2) * inv_den, t - r)
+    theta_t = (s * inv_den) * (num * inv_den)
+    turn = (d0 + d1 - 2 * s) * inv_den
+    log_t = 2 * torch.addcmul((q - p) * inv_num, turn, t - r)
 
     if inverse:
         to_z = -grad_y
@@ -183,75 +230,21 @@ def pull_back(
         to_z = grad = torch.addcmul(to_theta * theta_t, grad_l, log_t) / w
 
     bent, both = to_theta * tau, 2 * tau
-    to_a = torch.addcmul(bent * rest, grad_l, torch.addcmul(-both, r * r, inv_num))
-    to_b = torch.addcmul(-bent * theta, grad_l, torch.addcmul(-both, t * t, inv_num))
-    # a and b are inverse to s.
-    to_log_s = grad_l - torch.addcmul(a * to_a, b, to_b)
-    return Pull(grad, to_z, grad_y, to_log_s, to_a, to_b, t, r, theta, rest)
+    to_d0 = torch.addcmul(bent * rest, grad_l, r * r * inv_num - both)
+    to_d1 = torch.addcmul(-bent * theta, grad_l, t * t * inv_num - both)
+    # Where s and both end slopes grow alike, θ stays, and so does f' / s.
+    to_log_s = grad_l - to_d0 * d0 - to_d1 * d1
+    return Pull(grad, to_z, grad_y, to_log_s, to_d0, to_d1, t, r, theta, rest)
 
 
-def slope_limits(s0: Tensor, s1: Tensor, slope: float) -> tuple[Tensor, float, Tensor]:
-    r"""The slope for a raw zero at the knot between two secants, the least and the largest."""
-    low = 1.001 * slope
-    least = torch.minimum(s0, s1)
-    return (s0 * s1).sqrt(), low, (least * least * (0.5 / low)).clamp(max=1 / low)
+def published_slope(raw: Tensor) -> tuple[Tensor, Tensor]:
+    r"""The slope at an inner knot of the published parameterisation; and the share of it that
+    grows with `raw`."""
+    grown = raw.clamp(max=max_logit(raw.dtype)).exp() * (1 - MIN_DERIVATIVE)
+    d = grown + MIN_DERIVATIVE
+    return d, grown / d
 
 
-def inner_slope(
-    raw: Tensor, s0: Tensor, s1: Tensor, slope: float | None
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    r"""The slope at the knot between two bins with secants `s0` and `s1`.
-
-    The whole spline has slopes in :math:`[ε, 1/ε]`. Within a bin,
-
-    .. math:: \min(d_0, d_1, s^2 / (d_0 + d_1)) \leq f' \leq \max(d_0, d_1, 2 s)
-
-    (left: with u = r / t, D² / N = (u² + (a+b) u + 1)² / ((1+u)² (a u² + 2 u + b)) is a ratio of
-    two polynomials with positive coefficients, hence at most the largest ratio of coefficients of
-    equal power, which is at most max(1/a, 1/b, a+b); right: with q = 1 - 2τ in [1/2, 1] and
-    M = max(a, b), N ≤ M q + 1 - q and D ≥ q + M (1 - q) / 2, so N / D² ≤ max(2, M)).
-    With all secants in [√(2ε), 1/√(2ε)], end slopes of 1 and inner slopes in
-    [ε, min(1/ε, s0² / 2ε, s1² / 2ε)], both sides stay in [ε, 1/ε].
-
-    In that interval the slope is :math:`g e^{raw}`, with :math:`g` the geometric mean of the two
-    secants, saturating smoothly at both ends: a Möbius function of :math:`e^{raw}`.
-
-    Without a least slope, it is that of the published parameterisation. What the slope is made of
-    is returned for its pullback.
-    """
-    if slope is None:
-        grown = raw.clamp(max=max_logit(raw.dtype)).exp() * (1 - MIN_DERIVATIVE)
-        return grown + MIN_DERIVATIVE, (grown,)
-
-    mean, low, high = slope_limits(s0, s1, slope)
-    p = sigmoid(raw)
-    # Of two weights one is always away from zero, as there is always some room.
-    room = (high - mean).clamp(min=ROOM)
-    up = (mean - low) * p
-    inv = torch.addcmul(room + up, room, p, value=-1).reciprocal()
-    ratio = up * inv
-    return (high - low) * ratio + low, (p, ratio, inv, mean, high)
-
-
-def slope_pullback(
-    grad: Tensor,
-    raw: Tensor,
-    s0: Tensor,
-    s1: Tensor,
-    slope: float | None,
-    parts: tuple[Tensor, ...],
-) -> tuple[Tensor, Tensor, Tensor]:
-    r"""The gradients of :func:`inner_slope` to `raw` and to the logarithms of the secants."""
-    if slope is None:
-        none = torch.zeros_like(grad)
-        return grad * parts[0] * positive(max_logit(raw.dtype) - raw), none, none
-
-    low = 1.001 * slope
-    p, ratio, inv, mean, high = parts
-    span, other, rest = high - low, 1 - p, 1 - ratio
-    pulled = grad * span
-    half = (0.5 * pulled) * (mean * inv) * torch.addcmul(ratio * other, rest, p)
-    twice = 2 * high * positive(1 / low - high)  # a constant where it is cut
-    to_high = (grad * ratio * twice) * (1 - span * (other * inv))
-    to_first = (0.5 * (s1 - s0).detach().sign() + 0.5) * to_high  # a half each for equal ones
-    return pulled * (ratio * rest), half + to_first, half + (to_high - to_first)
+def published_slope_pullback(grad: Tensor, raw: Tensor, share: Tensor) -> Tensor:
+    r"""The gradient to `raw` for that to the logarithm of the slope."""
+    return grad * share * positive(max_logit(raw.dtype) - raw)

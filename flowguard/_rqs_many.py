@@ -9,7 +9,7 @@ A tensor needs few calls, which is faster in eager mode; of a list the compiler 
 the elements, without reductions in it.
 """
 
-__all__ = ["Rows", "evaluate", "pull_back"]
+__all__ = ["ROOM", "Rows", "evaluate", "pull_back", "slope_limits"]
 
 from collections.abc import Callable
 from itertools import accumulate
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from flowguard import _rqs_bin as rq
 
+ROOM = 1e-3  # the least room above the mean of two secants for the slope at their knot
 Rows = Any  # Tensor | list[Tensor]; both can be indexed, sliced and iterated
 
 
@@ -134,18 +135,72 @@ def _locate(
     return Bin(own, passed, near, sums, w, h, s, (raw0, raw1))
 
 
+def slope_limits(s0: Tensor, s1: Tensor, slope: float) -> tuple[Tensor, float, Tensor]:
+    r"""The slope for a raw zero at the knot between two secants, the least and the largest."""
+    low = 1.001 * slope
+    least = torch.minimum(s0, s1)
+    return (s0 * s1).sqrt(), low, (least * least * (0.5 / low)).clamp(max=1 / low)
+
+
+def _inner_slope(
+    raw: Tensor, s0: Tensor, s1: Tensor, slope: float | None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    r"""The slope at the knot between two bins with secants `s0` and `s1`.
+
+    It is :math:`g e^{raw}`, with :math:`g` the geometric mean of the two secants, saturating
+    smoothly at both ends of the interval that :mod:`flowguard._rqs_bin` allows: a Möbius function
+    of :math:`e^{raw}`. Without a least slope, it is that of the published parameterisation. What
+    the slope is made of is returned for its pullback.
+    """
+    if slope is None:
+        parts = rq.published_slope(raw)
+        return parts[0], parts
+    mean, low, high = slope_limits(s0, s1, slope)
+    p = rq.sigmoid(raw)
+    # Of two weights one is always away from zero, as there is always some room.
+    room = (high - mean).clamp(min=ROOM)
+    up = (mean - low) * p
+    inv = torch.addcmul(room + up, room, p, value=-1).reciprocal()
+    ratio = up * inv
+    return (high - low) * ratio + low, (p, ratio, inv, mean, high)
+
+
+def _slope_pullback(
+    grad: Tensor,
+    raw: Tensor,
+    s0: Tensor,
+    s1: Tensor,
+    slope: float | None,
+    parts: tuple[Tensor, ...],
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""The gradients to `raw` and to the logarithms of the secants."""
+    if slope is None:
+        none = torch.zeros_like(grad)
+        d, share = parts
+        return rq.published_slope_pullback(grad * d, raw, share), none, none
+    low = 1.001 * slope
+    p, ratio, inv, mean, high = parts
+    span, other, rest = high - low, 1 - p, 1 - ratio
+    pulled = grad * span
+    half = (0.5 * pulled) * (mean * inv) * torch.addcmul(ratio * other, rest, p)
+    twice = 2 * high * rq.positive(1 / low - high)  # a constant where it is cut
+    to_high = (grad * ratio * twice) * (1 - span * (other * inv))
+    to_first = (0.5 * (s1 - s0).detach().sign() + 0.5) * to_high  # a half each for equal ones
+    return pulled * (ratio * rest), half + to_first, half + (to_high - to_first)
+
+
 class State(NamedTuple):
-    r"""The bin of each element and the slopes at its ends, relative to its secant."""
+    r"""The bin of each element and the slopes at its ends; with what these come from."""
 
     u: Rows
     v: Rows
     bin: Bin
     x0: Tensor
     y0: Tensor
-    inv_s: Tensor
-    a: Tensor
-    b: Tensor
-    parts: list[tuple[Tensor, ...]]
+    d0: Tensor
+    d1: Tensor
+    left: tuple[Tensor, ...]  # what the pullback of the slope at the left knot needs
+    right: tuple[Tensor, ...]
 
 
 def _prepare(
@@ -161,18 +216,17 @@ def _prepare(
     scale = _scale(len(widths) + 1, bound, slope, least)
     u, v = _softmax(widths, *scale), _softmax(heights, *scale)
     found = _locate(x, u, v, derivatives, bound, slope, vertical)
-    own, s = found.own, found.s
-    d0, left = rq.inner_slope(found.raw[0], s[1], s[0], slope)
-    d1, right = rq.inner_slope(found.raw[1], s[0], s[2], slope)
+    own, (s, s0, s1) = found.own, found.s
+    d0, left = _inner_slope(found.raw[0], s0, s, slope)
+    d1, right = _inner_slope(found.raw[1], s, s1, slope)
     # The slope is one at both ends of the box.
     d0 = torch.addcmul(own[0], found.passed[0], d0)
     d1 = torch.addcmul(own[-1], 1 - own[-1], d1)
-    inv_s = found.w[0] / found.h[0]
     share = rq.mixing(slope)
     p, q = found.sums
     x0 = torch.add(p, q, alpha=share) - bound
     y0 = torch.add(q, p, alpha=share) - bound
-    return State(u, v, found, x0, y0, inv_s, d0 * inv_s, d1 * inv_s, [left, right])
+    return State(u, v, found, x0, y0, d0, d1, left, right)
 
 
 def _within(z: Tensor, size: Tensor) -> Tensor:
@@ -194,9 +248,9 @@ def evaluate(
     state = _prepare(inside, widths, heights, derivatives, bound, slope, least, inverse)
     w, h, s = state.bin.w[0], state.bin.h[0], state.bin.s[0]
     if inverse:
-        rise, steep = rq.solve(_within(inside - state.y0, h), w, h, state.inv_s, state.a, state.b)
+        rise, steep = rq.solve(_within(inside - state.y0, h), w, h, state.d0, state.d1)
         return rq.finish(v, state.x0 + rise, steep, bound)
-    rise, steep = rq.evaluate(_within(inside - state.x0, w), w, s, state.a, state.b)
+    rise, steep = rq.evaluate(_within(inside - state.x0, w), w, s, state.d0, state.d1)
     return rq.finish(v, state.y0 + rise, steep, bound)
 
 
@@ -215,18 +269,19 @@ def pull_back(
     r"""The gradients to the input and to all parameters; see :func:`_rqs_bin.pull_back`."""
     inner = x.clamp(-bound, bound)
     state = _prepare(inner, widths, heights, derivatives, bound, slope, least, False)
-    found, a, b, (left, right) = state.bin, state.a, state.b, state.parts
+    found = state.bin
     own, passed, w, h, s = found.own, found.passed, found.w, found.h, found.s
 
     inside = rq.inside_mask(x, bound)
     z = _within(inner - state.x0, w[0])
-    pull = rq.pull_back(z, w[0], h[0], s[0], a, b, grad_y * inside, grad_l * inside, inverse)
+    pull = rq.pull_back(
+        z, w[0], h[0], s[0], state.d0, state.d1, grad_y * inside, grad_l * inside, inverse
+    )
     grad_x = torch.addcmul(pull.grad * inside, grad_y, 1 - inside)
 
-    to_d0 = pull.a * state.inv_s * passed[0]
-    to_d1 = pull.b * state.inv_s * (1 - own[-1])
-    raw0, log0, log = rq.slope_pullback(to_d0, found.raw[0], s[1], s[0], slope, left)
-    raw1, own_log, log1 = rq.slope_pullback(to_d1, found.raw[1], s[0], s[2], slope, right)
+    to_d0, to_d1 = pull.d0 * passed[0], pull.d1 * (1 - own[-1])
+    raw0, log0, log = _slope_pullback(to_d0, found.raw[0], s[1], s[0], slope, state.left)
+    raw1, own_log, log1 = _slope_pullback(to_d1, found.raw[1], s[0], s[2], slope, state.right)
     log = pull.log_s + log + own_log
 
     # To the sizes of the bin, of its neighbours, and of all bins to its left, which push it.

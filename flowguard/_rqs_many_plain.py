@@ -1,13 +1,13 @@
 r"""The spline of three and more bins in eager mode, without gradients recorded: in place.
 
-The numbers are those of :mod:`flowguard._rqs_many`, which says why the formulas hold. Here what
-belongs to the bin of an element is fetched by its index, with one row of padding on either side for
-its neighbours, and slopes are left unscaled as in :mod:`flowguard._rqs_two_plain`.
+The numbers are those of :mod:`flowguard._rqs_many`, which says why the formulas hold, computed as
+in :mod:`flowguard._rqs_plain`. What belongs to the bin of an element is fetched by its index, with
+one row of padding on either side for its neighbours.
 """
 
-__all__ = ["Rows", "evaluate", "pull_back"]
+__all__ = ["evaluate", "layout", "pull_back"]
 
-import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,86 +15,73 @@ from torch import Tensor
 
 from flowguard import _rqs_bin as rq
 from flowguard import _rqs_plain as plain
+from flowguard._rqs_many import ROOM
+from flowguard._scratch import Layout, Pair, Rows
 
 RAW = 1e3  # beyond, all maps of a raw slope are constant; a sum of these is finite
 
 
-class Rows:
-    r"""Memory for rows of numbers, taken one after the other.
-
-    One large block is cheaper than many of medium size, which the system hands out and takes back.
-    """
-
-    def __init__(self, like: Tensor, bins: int, size: int, dtype: torch.dtype) -> None:
-        self.memory = like.new_empty((10 * bins + 22) * size, dtype=dtype)
-        self.size = size
-        self.taken = 0
-
-    def restart(self, size: int) -> None:
-        r"""Makes all memory free again, for rows of that size."""
-        self.size = size
-        self.taken = 0
-
-    def take(self, *rows: int) -> Tensor:
-        start = self.taken
-        self.taken += math.prod(rows) * self.size
-        return self.memory[start : self.taken].view(*rows, self.size)
+def layout(bins: int) -> Layout:
+    r"""The memory that the functions need: blocks for both softmaxes, padded, for their sums, for
+    the knots, for the raw slopes and for masks of the bins."""
+    blocks = (2, bins + 2), (2, bins), (bins - 1,), (bins + 1,), (bins,)
+    return Layout(pairs=22, singles=16, blocks=blocks)
 
 
 def _finite(x: Tensor, out: Tensor, limit: float) -> None:
     r"""Copies with bins first in memory: far faster by way of this operation than by a copy."""
-    torch.clamp(x, -limit, limit, out=out.view(x.shape))
+    torch.clamp(x, -limit, limit, out=out)
 
 
-def _softmax(widths: Tensor, heights: Tensor, scale: float, memory: Rows) -> Tensor:
+def _softmax(m: Rows, widths: Tensor, heights: Tensor, scale: float, padded: Tensor) -> None:
     r"""The scaled softmaxes over the given logits and a zero; first and last row come twice."""
     bins = len(widths) + 1
-    padded = memory.take(2, bins + 2)
     for part, logits in zip(padded.unbind(), (widths, heights), strict=True):
         # inf - inf would be NaN
         _finite(logits, part[1:-2], torch.finfo(logits.dtype).max / 4)
-    out = padded[:, 1:-1]
+    out, top = padded[:, 1:-1], m.pair()
     out[:, -1].zero_()
-    out.sub_(out.amax(1, keepdim=True)).mul_(rq.LOG2_E).exp2_()  # thrice as fast as exp
-    out.mul_(out.sum(1, keepdim=True).reciprocal_().mul_(scale))
+    torch.amax(out, 1, out=top[0])
+    # thrice as fast as exp
+    out.sub_(top[0].unsqueeze(1)).mul_(m.number(rq.LOG2_E)).exp2_()
+    torch.sum(out, 1, out=top[0])
+    out.mul_(torch.div(m.number(scale), top[0], out=top[0]).unsqueeze(1))
     padded[:, :: bins + 1].copy_(padded[:, 1 :: bins - 1])
-    return padded
+    m.give_pair(top)
 
 
-def _cumulated(padded: Tensor, memory: Rows) -> Tensor:
+def _cumulated(padded: Tensor, out: Tensor) -> None:
     r"""The sum of all bins to the left, for each bin."""
-    out = memory.take(2, padded.shape[1] - 2)
     total, *rest = out.unbind(1)
     total.zero_()
     for row, total_row in zip(padded[:, 1:].unbind(1), rest, strict=False):
         total = torch.add(total, row, out=total_row)
+
+
+def _mixed(to_u: Tensor, to_v: Tensor, share: float, out: Pair) -> Pair:
+    torch.add(to_u, to_v, alpha=share, out=out[1])
+    torch.add(to_v, to_u, alpha=share, out=out[2])
     return out
-
-
-def _mixed(uv: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    u, v = uv.unbind()
-    return torch.add(u, v, alpha=share), torch.add(v, u, alpha=share)
 
 
 class State(NamedTuple):
     r"""All that is known of each element's bin. Softmaxes are of widths and of heights, without
-    their floors; pairs are of the left and of the right side."""
+    their floors; what has a side is a pair of the left and of the right one."""
 
     softmax: Tensor  # padded
     passed: Tensor  # a one for each inner knot to its left, or on which it lies
-    own: Tensor  # softmaxes of its bin
-    near: Tensor  # pairs of its neighbours'
-    sums: Tensor  # over all bins to its left
-    x0: Tensor
-    y0: Tensor
-    w: Tensor
-    h: Tensor
+    own: Pair  # softmaxes of its bin
+    left: Pair  # softmaxes of its left neighbour
+    right: Pair
+    sums: Pair  # over all bins to its left
+    corner: Pair
+    size: Pair
     s: Tensor
-    ws: Tensor  # pairs of its neighbours
-    hs: Tensor
-    ss: Tensor
-    raw: Tensor  # a pair
-    inner: Tensor  # a pair: zero at the ends of the box, where the slope is one
+    ws: Pair  # of its neighbours
+    hs: Pair
+    ss: Pair
+    raw: Pair
+    inner: Pair  # zero at the ends of the box, where the slope is one
 
 
 def _scales(bins: int, bound: float, slope: float | None, least: float) -> tuple[float, float]:
@@ -104,6 +91,7 @@ def _scales(bins: int, bound: float, slope: float | None, least: float) -> tuple
 
 
 def _locate(
+    m: Rows,
     x: Tensor,
     widths: Tensor,
     heights: Tensor,
@@ -112,60 +100,155 @@ def _locate(
     slope: float | None,
     least: float,
     vertical: bool,
-    memory: Rows,
 ) -> State:
-    bins, size = len(widths) + 1, x.numel()
-    memory.restart(size)
+    bins = len(widths) + 1
     share = rq.mixing(slope)
     scale, floor = _scales(bins, bound, slope, least)
-    softmax = _softmax(widths, heights, scale, memory)
-    left = _cumulated(softmax, memory)
-    along, across = reversed(left[:, 1:].unbind()) if vertical else left[:, 1:].unbind()
-    passed = memory.take(bins - 1)
-    offset = torch.arange(1, bins, dtype=x.dtype, device=x.device).unsqueeze(1)
-    offset.mul_(-floor * (1 + share)).add_(bound)
+    softmax, cumulated, passed, raws, _ = m.blocks
+    _softmax(m, widths, heights, scale, softmax)
+    _cumulated(softmax, cumulated)
+    along, across = cumulated[:, 1:].unbind()
+    if vertical:
+        along, across = across, along
+    offset = torch.arange(1, bins, dtype=x.dtype, device=x.device)
+    offset = offset.mul_(-floor * (1 + share)).add_(bound).view(-1, *(1,) * x.dim())
     torch.add(along, across, alpha=share, out=passed).sub_(offset)
     torch.ge(x, passed, out=passed)
-    number = passed.sum(0)
-    place = number.long().mul_(size).add_(torch.arange(size, device=x.device))
+    number = torch.sum(passed, 0, out=m.take())
+    place = m.places(number, bins + 2)
 
-    raws = memory.take(bins + 1)
     raws[::bins].zero_()
     _finite(derivatives, raws[1:-1], RAW)
-    own, near, sums, raw = memory.take(2), memory.take(2, 2), memory.take(2), memory.take(2)
+    own, left, right, sums, raw = (m.pair() for _ in range(5))
 
     def fetch(rows: Tensor, *outs: Tensor) -> None:
         for k, out in enumerate(outs):
-            torch.index_select(rows[k:].view(-1), 0, place, out=out)
+            torch.index_select(rows[k:].view(-1), 0, place, out=out.view(-1))
 
-    for rows, cumulated, one, pair, total in zip(
-        *(t.unbind() for t in (softmax, left, own, near, sums)), strict=True
-    ):
-        fetch(rows, pair[0], one, pair[1])
-        fetch(cumulated, total)
-    fetch(raws, *raw.unbind())
+    for k in range(2):
+        fetch(softmax[k], left[k + 1], own[k + 1], right[k + 1])
+        fetch(cumulated[k], sums[k + 1])
+    fetch(raws, *raw[1:])
     # A NaN anywhere is one of the element: those of the logits are in every bin already.
-    sums.add_(raws.sum(0).mul_(0))
-    x0, y0 = _mixed(torch.add(sums, number, alpha=floor), share)
-    w, h = _mixed(own + floor, share)
-    ws, hs = _mixed(near + floor, share)
-    inner = memory.take(2)
-    before, after = inner.unbind()
-    torch.clamp(number, max=1, out=before)
-    torch.clamp(number.neg_().add_(bins - 1), max=1, out=after)
-    x0.sub_(bound)
-    y0.sub_(bound)
-    return State(
-        softmax, passed, own, near, sums, x0, y0, w, h, h / w, ws, hs, hs / ws, raw, inner
-    )
+    bad = torch.sum(raws, 0, out=m.take()).mul_(m.number(0.0))
+    sums[0].add_(bad)
+
+    raised = m.pair()
+
+    def mix(pair: Pair, floor: Tensor, out: Pair) -> Pair:
+        torch.add(pair[0], floor, out=raised[0])
+        return _mixed(raised[1], raised[2], share, out)
+
+    least_size = m.number(floor)
+    corner = mix(sums, torch.mul(number, least_size, out=bad), m.pair())
+    corner[0].sub_(m.number(bound))
+    its = mix(own, least_size, m.pair())
+    # of the left and of the right one each: widths and heights, then sorted by these
+    ws, hs, ss = m.pair(), m.pair(), m.pair()
+    for side, near in enumerate((left, right), 1):
+        torch.add(near[0], least_size, out=raised[0])
+        torch.add(raised[1], raised[2], alpha=share, out=ws[side])
+        torch.add(raised[2], raised[1], alpha=share, out=hs[side])
+    torch.div(hs[0], ws[0], out=ss[0])
+    s = torch.div(its[2], its[1], out=bad)
+    inner = m.pair()
+    torch.clamp(number, max=1, out=inner[1])
+    torch.sub(m.number(bins - 1.0), number, out=inner[2]).clamp_(max=1)
+
+    m.give_pair(raised)
+    m.give(number)
+    return State(softmax, passed, own, left, right, sums, corner, its, s, ws, hs, ss, raw, inner)
 
 
-def _within(z: Tensor, size: Tensor) -> Tensor:
+def _limits(m: Rows, high: Tensor, mean: Tensor, s0: Tensor, s1: Tensor, slope: float) -> Tensor:
+    r"""Writes the largest slope at the knot and that for a raw zero; returns the least one."""
+    low = 1.001 * slope
+    torch.minimum(s0, s1, out=high)
+    torch.addcmul(m.number(0.0), high, high, value=0.5 / low, out=high).clamp_(max=1 / low)
+    torch.mul(s0, s1, out=mean).sqrt_()
+    return m.number(low)
+
+
+def _inner_slope(
+    m: Rows, rows: Sequence[Tensor], raw: Tensor, s0: Tensor, s1: Tensor, slope: float | None
+) -> Tensor:
+    r"""The slope at the knot between two bins with secants `s0` and `s1`; takes four rows."""
+    high, mean, p, room = rows
+    if slope is None:
+        plain.published_slope(m, raw, p, high)
+        return high
+    low = _limits(m, high, mean, s0, s1, slope)
+    torch.sigmoid(raw, out=p)
+    torch.sub(high, mean, out=room).clamp_(min=ROOM)
+    mean.sub_(low)
+    # The mean of both weights is away from zero, as one of them is.
+    room.lerp_(mean, p)
+    high.sub_(low)
+    return torch.addcdiv(low, mean.mul_(p).mul_(high), room, out=high)
+
+
+def _inner_slope_parts(
+    m: Rows, rows: Sequence[Tensor], raw: Tensor, s0: Tensor, s1: Tensor, slope: float | None
+) -> None:
+    r"""The same in the first of eight rows; the others hold what :func:`_slope_pullback` needs."""
+    d, p, ratio, part, gain, mean, high, span = rows
+    if slope is None:
+        plain.published_slope(m, raw, p, d)
+        return
+    low = _limits(m, high, mean, s0, s1, slope)
+    torch.sigmoid(raw, out=p)
+    torch.sub(mean, low, out=part)
+    torch.sub(high, mean, out=gain).clamp_(min=ROOM).lerp_(part, p).reciprocal_()
+    torch.mul(part.mul_(gain), p, out=ratio)
+    torch.sub(high, low, out=span)
+    gain.mul_(span)
+    torch.addcmul(low, span, ratio, out=d)
+
+
+def _slope_pullback(
+    m: Rows,
+    rows: Sequence[Tensor],
+    grad: Tensor,
+    raw: Tensor,
+    s0: Tensor,
+    s1: Tensor,
+    slope: float | None,
+    out: Tensor,
+) -> tuple[Tensor, Tensor] | None:
+    r"""Writes the gradient to `raw`; returns *twice* those to the logarithms of both secants, if
+    there are any. Overwrites the rows."""
+    # With up = mean - low, room = high - mean and span = up + room, the slope is
+    #     d = low + span ratio, ratio = part p, part = up / R, R = up p + room (1 - p)
+    # and, as R - span (1 - p) = up (2 p - 1), with gain = span / R
+    #     ∂d / ∂raw = span ratio (1 - ratio), ∂d / ∂mean = gain² p (1 - p),
+    #     ∂d / ∂high = part² p (2 p - 1).
+    d, p, ratio, part, gain, mean, high, span = rows
+    if slope is None:
+        plain.published_slope_pullback(m, d.mul_(grad), raw, p, out)
+        return None
+    squashed = torch.ops.aten.sigmoid_backward.grad_input
+    squashed(span.mul_(grad), ratio, grad_input=out)
+    to_mean = squashed(mean.mul_(grad), p, grad_input=mean).mul_(gain).mul_(gain)
+    uncut = torch.lt(high, m.number(1 / (1.001 * slope)), out=gain)
+    high.mul_(uncut).mul_(grad)
+    to_high = p.addcmul_(p, p, value=-2).mul_(part).mul_(part).mul_(high)  # negative
+    # The logarithm of the mean is half of each, that of the highest slope twice the smaller one:
+    # once each for equal ones.
+    smaller = torch.sub(s0, s1, out=part).sign_()
+    both = to_mean.sub_(to_high, alpha=2)
+    to_high.mul_(smaller)
+    to_first = torch.add(both, to_high, alpha=2, out=high)
+    return to_first, both.sub_(to_high, alpha=2)
+
+
+def _within(z: Tensor, corner: Tensor, size: Tensor) -> Tensor:
+    z.sub_(corner)
     return torch.minimum(z, size, out=z).clamp_(min=0.0)
 
 
 def evaluate(
-    memory: Rows,
+    m: Rows,
+    outs: Sequence[Tensor],
     v: Tensor,
     widths: Tensor,
     heights: Tensor,
@@ -174,38 +257,28 @@ def evaluate(
     slope: float | None,
     least: float,
     inverse: bool,
-    steep: bool,
-) -> tuple[Tensor, ...]:
-    r"""The spline or its inverse, and the logarithm of its slope if that is wanted."""
-    shape, v = v.shape, v.reshape(-1)
-    z = v.clamp(-bound, bound)
-    at = _locate(z, widths, heights, derivatives, bound, slope, least, inverse, memory)
-    w, h, s = at.w, at.h, at.s
-    d = plain.inner_slope(at.raw, s, at.ss, slope)
-    d = torch.lerp(torch.ones_like(s), d, at.inner)
+) -> None:
+    r"""Writes the spline or its inverse, and the logarithm of its slope if there are two tensors
+    to write to."""
+    z = torch.clamp(v, -bound, bound, out=m.take())
+    at = _locate(m, z, widths, heights, derivatives, bound, slope, least, inverse)
+    (_, x0, y0), (_, w, h) = at.corner, at.size
+    for pair in (at.own, at.left, at.right, at.sums):
+        m.give_pair(pair)
+    rows = [m.pair()[0] for _ in range(4)]
+    d = _inner_slope(m, rows, at.raw[0], at.s, at.ss[0], slope)
+    d0, d1 = torch.lerp(m.number(1.0), d, at.inner[0], out=d)
+    steep = len(outs) > 1
     if inverse:
-        inv_s = w / h
-        a, b = d.mul_(inv_s)
-        rise, grown = plain.solve(_within(z.sub_(at.y0), h), w, h, inv_s, a, b, steep)
-        outs = plain.finish(v, rise.add_(at.x0), grown, bound)
-        return tuple(t.view(shape) for t in outs)
-
-    d0, d1 = d
-    _within(z.sub_(at.x0), w)
-    t = z / w
-    r = 1 - t
-    p, q = (s * t).addcmul_(d0, r), (s * r).addcmul_(d1, t)
-    inv = (t * p).addcmul_(r, q).reciprocal_()
-    num = t.mul_(q).addcmul_(r, p) if steep else None
-    bend = p.sub_(q).mul_(r).mul_(inv)
-    z.mul_(s)
-    grown = None if num is None else s.mul_(inv).square_().mul_(num)
-    outs = plain.finish(v, torch.addcmul(z, z, bend, out=z).add_(at.y0), grown, bound)
-    return tuple(t.view(shape) for t in outs)
+        value, grown = plain.solve(m, _within(z, y0, h), w, h, d0, d1, x0, steep)
+    else:
+        value, grown = plain.advance(m, _within(z, x0, w), w, at.s, d0, d1, y0, steep)
+    plain.finish(m, v, value, grown, bound, outs)
 
 
 def pull_back(
-    memory: Rows,
+    m: Rows,
+    outs: Sequence[Tensor],
     x: Tensor,
     widths: Tensor,
     heights: Tensor,
@@ -216,61 +289,69 @@ def pull_back(
     slope: float | None,
     least: float,
     inverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    r"""The gradients to the input and to all parameters; see :func:`_rqs_bin.pull_back`."""
-    shape = x.shape
-    x, grad_y, grad_l = x.reshape(-1), grad_y.reshape(-1), grad_l.reshape(-1)
-    z = x.clamp(-bound, bound)
-    at = _locate(z, widths, heights, derivatives, bound, slope, least, False, memory)
-    w, h, s = at.w, at.h, at.s
-    d, parts = plain.inner_slope_parts(at.raw, s, at.ss, slope)
-    d0, d1 = torch.lerp(torch.ones_like(s), d, at.inner)
+) -> None:
+    r"""Writes the gradients to the input and to all parameters; see :func:`_rqs_bin.pull_back`."""
+    bins, one = len(widths) + 1, m.number(1.0)
+    z = torch.clamp(x, -bound, bound, out=m.take())
+    at = _locate(m, z, widths, heights, derivatives, bound, slope, least, False)
+    (_, x0, _), (_, w, h), s = at.corner, at.size, at.s
+    pairs = [m.pair() for _ in range(8)]
+    rows = [p[0] for p in pairs]
+    _inner_slope_parts(m, rows, at.raw[0], s, at.ss[0], slope)
+    d = m.pair()
+    d0, d1 = torch.lerp(one, rows[0], at.inner[0], out=d[0])
 
-    outside = x.abs().ge_(bound)
-    inside = 1 - outside
-    pull = plain.pull_back(
-        _within(z.sub_(at.x0), w), w, h, s, d0, d1, grad_y * inside, grad_l * inside, inverse
-    )
-    grad_x = torch.addcmul(pull.grad, grad_y, outside, out=outside)
-    to_d = torch.stack((pull.d0, pull.d1)).mul_(at.inner)
-    to_raw, to_log, to_logs = plain.slope_pullback(to_d, at.raw, s, at.ss, slope, parts)
-    log_s = pull.log_s
-    if isinstance(to_log, Tensor):
-        log_s.add_(to_log.sum(0))
+    masked = torch.ops.aten.hardtanh_backward.grad_input
+    gy = masked(grad_y, x, -bound, bound, grad_input=m.take())
+    gl = masked(grad_l, x, -bound, bound, grad_input=m.take())
+    torch.sub(grad_y, gy, out=outs[0])
+    pull = plain.pull_back(m, _within(z, x0, w), w, h, s, d0, d1, gy, gl, inverse)
+    outs[0].add_(pull.grad)
+    to_raw, log_s = at.corner, pull.log_s
+    to_d = pull.d[0].mul_(at.inner[0])
+    logs = _slope_pullback(m, rows, to_d, at.raw[0], s, at.ss[0], slope, to_raw[0])
+    if logs is not None:
+        for to_log in logs[0].unbind():
+            log_s.add_(to_log, alpha=0.5)
+    # Of the rows only the logarithms of the neighbours' secants are still needed.
+    for pair in pairs:
+        if logs is None or pair[0] is not logs[1]:
+            m.give_pair(pair)
+    m.give_pair(d)
+    m.give_pair(pull.d)
 
     # To the sizes of the bin, of its neighbours, and of all bins to its left, which push it.
     share = rq.mixing(slope)
-
-    def mixed(to_w: Tensor, to_h: Tensor) -> Tensor:
-        out = memory.take(2, *to_w.shape[:-1])
-        u, v = out.unbind()
-        torch.add(to_w, to_h, alpha=share, out=u)
-        torch.add(to_h, to_w, alpha=share, out=v)
-        return out
-
-    of_own = mixed(
-        (log_s / w).addcmul_(pull.z, pull.t).neg_(), (log_s / h).addcmul_(pull.y, pull.theta)
-    )
-    of_near = mixed(to_logs / at.ws.neg_(), to_logs / at.hs)
-    of_left = mixed(-pull.z, pull.y)
-    bins = len(widths) + 1
-    own = memory.take(bins)
-    torch.sub(at.passed[:-1], at.passed[1:], out=own[1:-1])
-    first, last = own[:: bins - 1].unbind()
-    torch.sub(torch.ones_like(s), at.passed[0], out=first)
-    last.copy_(at.passed[-1])
+    to_size, corner = m.pair(), m.pair()
+    torch.div(log_s, at.size[0], out=to_size[0])
+    to_size[1].addcmul_(pull.z, pull.t).neg_()
+    to_size[2].addcmul_(pull.y, torch.sub(one, pull.rest, out=pull.rest))
+    of_own = _mixed(to_size[1], to_size[2], share, m.pair())
+    torch.neg(pull.z, out=corner[1])
+    of_passed = _mixed(corner[1], pull.y, share, m.pair())
+    of_near = []
+    if logs is not None:
+        to_ws = torch.div(logs[1], at.ws[0], out=to_size[0]).mul_(m.number(-0.5))
+        to_hs = torch.div(logs[1], at.hs[0], out=corner[0]).mul_(m.number(0.5))
+        of_near = [_mixed(to_ws[k], to_hs[k], share, m.pair()) for k in range(2)]
 
     # To the bins that they belong to, and through the softmax. The last bin takes what is left of
     # the box; as probabilities add up, so does its softmax.
-    mean = torch.mul(at.own, of_own).add_(at.near.mul_(of_near).sum(1))
-    mean.addcmul_(at.sums, of_left).mul_(-1 / _scales(bins, bound, slope, least)[0])
-    out = memory.take(3, bins - 1)
-    pulled = out[:2]
-    mean, of_own, of_left = mean.unsqueeze(1), of_own.unsqueeze(1), of_left.unsqueeze(1)
-    torch.addcmul(mean, own[:-1], of_own, out=pulled)
-    pulled.addcmul_(own[1:], of_near[:, :1]).addcmul_(at.passed, of_left)
-    pulled[:, 1:].addcmul_(own[:-2], of_near[:, 1:])
-    pulled.mul_(at.softmax[:, 1:-2])
-    before, after = to_raw.unbind()
-    torch.mul(own[:-1], after, out=out[2]).addcmul_(own[1:], before)
-    return grad_x.view(shape), *out.view(3, bins - 1, *shape).unbind()  # type: ignore[return-value]
+    softmax, cumulated, passed, _, own = m.blocks
+    torch.sub(passed[:-1], passed[1:], out=own[1:-1])
+    torch.sub(one, passed[0], out=own[0])
+    own[-1].copy_(passed[-1])
+    mean = torch.mul(at.own[0], of_own[0], out=at.own[0]).addcmul_(at.sums[0], of_passed[0])
+    for side, of_side in zip((at.left, at.right), of_near, strict=False):
+        mean.addcmul_(side[0], of_side[0])
+    mean.mul_(m.number(-1 / _scales(bins, bound, slope, least)[0]))
+    pulled = cumulated[:, :-1]
+    torch.addcmul(mean.unsqueeze(1), own[:-1], of_own[0].unsqueeze(1), out=pulled)
+    pulled.addcmul_(passed, of_passed[0].unsqueeze(1))
+    if of_near:
+        pulled.addcmul_(own[1:], of_near[0][0].unsqueeze(1))
+        pulled[:, 1:].addcmul_(own[:-2], of_near[1][0].unsqueeze(1))
+    for k in range(2):
+        torch.mul(pulled[k], softmax[k, 1:-2], out=outs[1 + k])
+    torch.mul(own[:-1], to_raw[2], out=passed).addcmul_(own[1:], to_raw[1])
+    outs[3].copy_(passed)

@@ -5,9 +5,17 @@ element as their other corner: their sizes, :math:`e - k_x` and :math:`e - k_y`,
 right and negative on the left, and so is the distance of the element. So no bin has to be picked:
 the rational quadratic only sees ratios. Distances are differences of the same knot as sizes are,
 hence never the greater, as rounding is monotone. The notation is that of :mod:`flowguard._rqs_bin`.
+
+Knots, sizes and distances are in the units of :func:`flowguard._rqs_bin.unit`. In these, with the
+box :math:`[-b, b]`, the secants of both bins have the harmonic mean
+:math:`H = (b^2 - k_y^2) / (b^2 - k_x k_y)`. The slope at the knot is in :math:`[H / R, H R]` with
+:math:`R = (1 + λ^2) / (2 λ)`, and with the smaller secant m that mean is in
+:math:`[m, 2 m / (1 + λ^2)]`. So the slope is at least λ / R ≥ λ² > ε, and at most m / λ, which is
+at most 1 / λ² < 1 / ε and, as m ≥ λ, at most m² / λ² = m² / 2ε. In that interval it is
+:math:`H (1 + κ u) / (1 - κ u)` with u = tanh(raw / 2) and (1 + κ) / (1 - κ) = R.
 """
 
-__all__ = ["evaluate", "evaluate_at", "pull_back"]
+__all__ = ["evaluate", "evaluate_at", "knot_scale", "lean", "pull_back"]
 
 import torch
 from torch import Tensor
@@ -15,23 +23,54 @@ from torch import Tensor
 from flowguard import _rqs_bin as rq
 
 Pair = tuple[Tensor, Tensor]
+MOST_LEAN = 1 - 1e-5  # for the slope at the knot to stay finite in single precision
 
 
-def _scale(bound: float, slope: float | None, least: float) -> float:
-    return 2 * bound * (1 - 2 * least) / (1 + rq.mixing(slope))
+def lean(slope: float) -> float:
+    r"""The :math:`\kappa` of the slope at the knot."""
+    share = rq.mixing(slope)
+    return min(((1 - share) / (1 + share)) ** 2, MOST_LEAN)
+
+
+def knot_scale(bound: float, slope: float | None, least: float) -> float:
+    r"""The knot for logits that are infinite, without what the other one adds."""
+    return rq.unit(bound)[0] * (1 - 2 * least) / (1 + rq.mixing(slope))
 
 
 def _knot(p: Tensor, q: Tensor, bound: float, slope: float | None, least: float) -> Pair:
     # With u, v the floored sigmoids, w = (u + λ v) / (1 + λ) and h = (v + λ u) / (1 + λ). As
     # u, v > 0, the secant h / w = (v + λ u) / (u + λ v) lies in [λ, 1 / λ] whatever they are, and
     # so does that of the other bin, with 1 - u and 1 - v. Less one half, both are 0 for zeros.
-    share, scale = rq.mixing(slope), _scale(bound, slope, least)
+    share, scale = rq.mixing(slope), 2 * knot_scale(bound, slope, least)
     p, q = p - 0.5, q - 0.5
     return torch.add(p, q, alpha=share) * scale, torch.add(q, p, alpha=share) * scale
 
 
 def _end(z: Tensor, bound: float) -> Tensor:
     return torch.full((), bound, dtype=z.dtype, device=z.device).copysign(z.detach())
+
+
+def _mean(kx: Tensor, ky: Tensor, bound: float) -> Pair:
+    r"""Numerator and denominator of the harmonic mean of the secants."""
+    square = rq.unit(bound)[0] ** 2
+    return square - ky * ky, square - kx * ky
+
+
+def _slope(raw: Tensor, mean: Pair, slope: float | None) -> Pair:
+    r"""The slope at the knot, and what its pullback needs."""
+    if slope is None:
+        return rq.published_slope(raw)
+    u = 2 * rq.sigmoid(raw) - 1
+    up = lean(slope) * u
+    return (mean[0] * (1 + up)) / (mean[1] * (1 - up)), u
+
+
+def _slope_pullback(grad: Tensor, raw: Tensor, u: Tensor, slope: float | None) -> Tensor:
+    r"""The gradient to `raw` for that to the logarithm of the slope."""
+    if slope is None:
+        return rq.published_slope_pullback(grad, raw, u)
+    square = u * u
+    return grad * (lean(slope) * (1 - square)) / (1 - lean(slope) ** 2 * square)
 
 
 def evaluate(
@@ -46,41 +85,23 @@ def evaluate(
 ) -> Pair:
     r"""The spline or its inverse, and the logarithm of its slope."""
     kx, ky = _knot(rq.sigmoid(width), rq.sigmoid(height), bound, slope, least)
-    z = v.clamp(-bound, bound) - (ky if inverse else kx)
-    end = _end(z, bound)
-    w, h = end - kx, end - ky
-    s = h / w
-    d, _ = rq.inner_slope(raw, s, (end + ky) / (end + kx), slope)
-    return _within(v, z, kx, ky, w, h, s, d, bound, inverse)
+    d, _ = _slope(raw, _mean(kx, ky, bound), slope)
+    return evaluate_at(v, kx, ky, d, bound, inverse)
 
 
 def evaluate_at(v: Tensor, kx: Tensor, ky: Tensor, d: Tensor, bound: float, inverse: bool) -> Pair:
-    r"""The same for a known knot and the slope there, made of differentiable operations."""
-    z = v.clamp(-bound, bound) - (ky if inverse else kx)
-    end = _end(z, bound)
+    r"""The same for a known knot and the slope there."""
+    fraction, scale = rq.unit(bound)
+    z = v.clamp(-bound, bound) * (1 / scale) - (ky if inverse else kx)
+    end = _end(z, fraction)
     w, h = end - kx, end - ky
-    return _within(v, z, kx, ky, w, h, h / w, d, bound, inverse)
-
-
-def _within(
-    v: Tensor,
-    z: Tensor,
-    kx: Tensor,
-    ky: Tensor,
-    w: Tensor,
-    h: Tensor,
-    s: Tensor,
-    d: Tensor,
-    bound: float,
-    inverse: bool,
-) -> Pair:
-    b = w / h
-    a = d * b
     if inverse:
-        rise, steep = rq.solve(z, w, h, b, a, b)
-        return rq.finish(v, kx + rise, steep, bound)
-    rise, steep = rq.evaluate(z, w, s, a, b)
-    return rq.finish(v, ky + rise, steep, bound)
+        rise, steep = rq.solve(z, w, h, d, 1.0)
+        value = kx + rise
+    else:
+        rise, steep = rq.evaluate(z, w, h / w, d, 1.0)
+        value = ky + rise
+    return rq.finish(v, value * scale, steep, bound)
 
 
 def pull_back(
@@ -96,25 +117,30 @@ def pull_back(
     inverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     r"""The gradients to the input and to the parameters; see :func:`_rqs_bin.pull_back`."""
+    fraction, scale = rq.unit(bound)
     p, q = rq.sigmoid(width), rq.sigmoid(height)
     kx, ky = _knot(p, q, bound, slope, least)
-    z = x.clamp(-bound, bound) - kx
-    end = _end(z, bound)
+    top, bottom = mean = _mean(kx, ky, bound)
+    d, u = _slope(raw, mean, slope)
+    z = x.clamp(-bound, bound) * (1 / scale) - kx
+    end = _end(z, fraction)
     w, h = end - kx, end - ky
-    s, b = h / w, w / h
-    w1, h1 = end + kx, end + ky
-    s1 = h1 / w1
-    d, parts = rq.inner_slope(raw, s, s1, slope)
 
     inside = rq.inside_mask(x, bound)
-    pull = rq.pull_back(z, w, h, s, d * b, b, grad_y * inside, grad_l * inside, inverse)
+    # In the units of the box, all gradients but that to x are smaller by the scale.
+    to_l = grad_l * (inside * (1 / scale))
+    pull = rq.pull_back(z, w, h, h / w, d, 1.0, grad_y * inside, to_l, inverse)
     grad_x = torch.addcmul(pull.grad * inside, grad_y, 1 - inside)
-    to_raw, to_log, to_log1 = rq.slope_pullback(pull.a * b, raw, s, s1, slope, parts)
-    to_log = pull.log_s + to_log
-    to_kx = torch.addcmul(to_log / w - to_log1 / w1, pull.z, pull.r, value=-1)
-    to_ky = torch.addcmul(to_log1 / h1 - to_log / h, pull.y, pull.rest)
+    log_d = pull.d0 * d
+    to_raw = _slope_pullback(log_d * scale, raw, u, slope)
+    to_kx = torch.addcmul(pull.log_s / w, pull.z, pull.r, value=-1)
+    to_ky = torch.addcmul(pull.log_s / -h, pull.y, pull.rest)
+    if slope is not None:
+        to_bottom = log_d / bottom
+        to_kx = torch.addcmul(to_kx, to_bottom, ky)
+        to_ky = to_ky + to_bottom * kx - (2 * ky) * (log_d / top)
 
-    share, scale = rq.mixing(slope), _scale(bound, slope, least)
+    share, scale = rq.mixing(slope), scale * 2 * knot_scale(bound, slope, least)
     to_width = torch.add(to_kx, to_ky, alpha=share) * ((p * (1 - p)) * scale)
     to_height = torch.add(to_ky, to_kx, alpha=share) * ((q * (1 - q)) * scale)
     return grad_x, to_width, to_height, to_raw

@@ -1,57 +1,97 @@
 r"""The two-bin spline in eager mode, without gradients recorded: in place, and with fewer passes.
 
-The numbers are those of :mod:`flowguard._rqs_two`, which says why the formulas hold. Here each pass
-over the elements counts: temporaries are overwritten, and slopes are left unscaled. With the secant
-:math:`s`, the slope :math:`d` at the knot and the slope one at the end of the box,
-
-.. math::
-    P &= s t + d r, \quad Q = s r + t, \quad D = t P + r Q, \quad N = t Q + r P \\
-    \theta &= t P / D, \quad f' = s^2 N / D^2
-
-are those of :mod:`flowguard._rqs_bin` times :math:`s`.
+The numbers are those of :mod:`flowguard._rqs_two`, which says why the formulas hold, computed as in
+:mod:`flowguard._rqs_plain`. Knots are held with their sign changed: so that all that is scaled is
+the second term of a sum, which costs nothing.
 """
 
-__all__ = ["evaluate", "evaluate_at", "knots", "pull_back"]
+__all__ = ["LAYOUT", "evaluate", "evaluate_at", "knots", "pull_back"]
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flowguard import _rqs_bin as rq
 from flowguard import _rqs_plain as plain
+from flowguard._rqs_two import knot_scale, lean
+from flowguard._scratch import Layout, Pair, Rows
+
+LAYOUT = Layout(pairs=6, singles=17)
 
 
-def _stack(first: Tensor, second: Tensor) -> Tensor:
-    r"""The sigmoids of both, in one tensor: what they have in common is done in one pass."""
-    out = first.new_empty(2, *first.shape)
-    torch.sigmoid(first, out=out[0])
-    torch.sigmoid(second, out=out[1])
-    return out
+class Knot(NamedTuple):
+    r"""The knot and the slope there."""
+
+    sigmoids: Pair  # of the raw width and height
+    minus: Pair  # the knot, with its sign changed
+    top: Tensor  # of the mean of the secants
+    bottom: Tensor
+    u: Tensor  # what the pullback of the slope needs
+    d: Tensor
 
 
-def _knot(sigmoids: Tensor, bound: float, slope: float | None, least: float) -> Tensor:
-    share = rq.mixing(slope)
-    scale = 2 * bound * (1 - 2 * least) / (1 + share)
-    shares = torch.rsub(sigmoids, -0.5 * scale, alpha=-scale)  # both are 0 for zeros
-    out = torch.empty_like(shares)
-    torch.add(shares[0], shares[1], alpha=share, out=out[0])
-    torch.add(shares[1], shares[0], alpha=share, out=out[1])
-    return out
+def _knot(
+    m: Rows,
+    width: Tensor,
+    height: Tensor,
+    raw: Tensor,
+    bound: float,
+    slope: float | None,
+    least: float,
+) -> Knot:
+    sigmoids, shares, minus = m.pair(), m.pair(), m.pair()
+    torch.sigmoid(width, out=sigmoids[1])
+    torch.sigmoid(height, out=sigmoids[2])
+    share, scale = rq.mixing(slope), knot_scale(bound, slope, least)
+    torch.sub(m.number(scale), sigmoids[0], alpha=2 * scale, out=shares[0])  # 0 for zeros
+    torch.add(shares[1], shares[2], alpha=share, out=minus[1])
+    torch.add(shares[2], shares[1], alpha=share, out=minus[2])
+    m.give_pair(shares)
+    top, bottom, u, d = m.take(), m.take(), m.take(), m.take()
+    if slope is None:
+        plain.published_slope(m, raw, u, d)
+    else:
+        square = m.number(rq.unit(bound)[0] ** 2)
+        torch.addcmul(square, minus[2], minus[2], value=-1, out=top)
+        torch.addcmul(square, minus[1], minus[2], value=-1, out=bottom)
+        low, up = m.take(), lean(slope)
+        plain.tanh_half(m, raw, u)
+        torch.addcmul(bottom, bottom, u, value=-up, out=low)
+        torch.addcmul(top, top, u, value=up, out=d).div_(low)
+        m.give(low)
+    return Knot(sigmoids, minus, top, bottom, u, d)
 
 
-def _end(z: Tensor, bound: float) -> Tensor:
-    return torch.full((), bound, dtype=z.dtype, device=z.device).copysign(z)
+def _distance(m: Rows, v: Tensor, minus: Tensor, bound: float) -> tuple[Tensor, Tensor]:
+    r"""The distance from the knot, and the end of the box on that side."""
+    fraction, scale = rq.unit(bound)
+    z = torch.clamp(v, -bound, bound, out=m.take())
+    torch.add(minus, z, alpha=1 / scale, out=z)
+    return z, torch.copysign(m.number(fraction), z, out=m.take())
 
 
 def knots(
-    width: Tensor, height: Tensor, raw: Tensor, bound: float, slope: float | None, least: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    r"""The inner knot and the slope there: all that the spline needs to know."""
-    kx, ky = _knot(_stack(width, height), bound, slope, least)
-    s, s1 = (bound - ky) / (bound - kx), (bound + ky) / (bound + kx)
-    return kx, ky, plain.inner_slope(raw, s, s1, slope)
+    m: Rows,
+    outs: Sequence[Tensor],
+    width: Tensor,
+    height: Tensor,
+    raw: Tensor,
+    bound: float,
+    slope: float | None,
+    least: float,
+) -> None:
+    r"""Writes the inner knot, with its sign changed, and the slope there: all that the spline
+    needs to know."""
+    knot = _knot(m, width, height, raw, bound, slope, least)
+    for out, made in zip(outs, (*knot.minus[1:], knot.d), strict=True):
+        out.copy_(made)
 
 
 def evaluate(
+    m: Rows,
+    outs: Sequence[Tensor],
     v: Tensor,
     width: Tensor,
     height: Tensor,
@@ -60,69 +100,42 @@ def evaluate(
     slope: float | None,
     least: float,
     inverse: bool,
-    steep: bool,
-) -> tuple[Tensor, ...]:
-    r"""The spline or its inverse, and the logarithm of its slope if that is wanted."""
-    knot = _knot(_stack(width, height), bound, slope, least)
-    kx, ky = knot
-    z = v.clamp(-bound, bound).sub_(ky if inverse else kx)
-    end = _end(z, bound)
-    size, other = end - knot, end + knot
-    w, h = size
-    s = h / w
-    d = plain.inner_slope(raw, s, other[1].div_(other[0]), slope)
-    if inverse:
-        b = w / h
-        return _invert(v, z, kx, w, h, d.mul_(b), b, bound, steep)
-    return _advance(v, z, ky, w, s, d, bound, steep)
+) -> None:
+    r"""Writes the spline or its inverse, and the logarithm of its slope if there are two tensors
+    to write to."""
+    knot = _knot(m, width, height, raw, bound, slope, least)
+    m.give_pair(knot.sigmoids)
+    m.give(knot.top, knot.bottom, knot.u)
+    evaluate_at(m, outs, v, *knot.minus[1:], knot.d, bound, inverse)
 
 
 def evaluate_at(
-    v: Tensor, kx: Tensor, ky: Tensor, d: Tensor, bound: float, inverse: bool, steep: bool
-) -> tuple[Tensor, ...]:
-    r"""The same as :func:`evaluate`, for what :func:`knots` computed."""
-    z = v.clamp(-bound, bound).sub_(ky if inverse else kx)
-    end = _end(z, bound)
-    w, h = end - kx, end.sub_(ky)
-    if inverse:
-        b = w / h
-        return _invert(v, z, kx, w, h, d * b, b, bound, steep)
-    return _advance(v, z, ky, w, h.div_(w), d.clone(), bound, steep)
-
-
-def _invert(
+    m: Rows,
+    outs: Sequence[Tensor],
     v: Tensor,
-    z: Tensor,
-    kx: Tensor,
-    w: Tensor,
-    h: Tensor,
-    a: Tensor,
-    b: Tensor,
+    mx: Tensor,
+    my: Tensor,
+    d: Tensor,
     bound: float,
-    steep: bool,
-) -> tuple[Tensor, ...]:
-    r"""The inverse at the rise `z` above the knot. Overwrites `z`."""
-    rise, slope = plain.solve(z, w, h, b, a, b, steep)
-    return plain.finish(v, rise.add_(kx), slope, bound)
-
-
-def _advance(
-    v: Tensor, z: Tensor, ky: Tensor, w: Tensor, s: Tensor, d: Tensor, bound: float, steep: bool
-) -> tuple[Tensor, ...]:
-    r"""The spline at the distance `z` from the knot. Overwrites `z`, the secant and the slope."""
-    t = z / w
-    r = 1 - t
-    p, q = (s * t).addcmul_(d, r), torch.addcmul(t, s, r, out=d)
-    inv = (t * p).addcmul_(r, q).reciprocal_()
-    num = t.mul_(q).addcmul_(r, p) if steep else None
-    bend = p.sub_(q).mul_(r).mul_(inv)
-    z.mul_(s)
-    slope = None if num is None else s.mul_(inv).square_().mul_(num)
-    # The chord and the bend from it: this keeps the identity exact.
-    return plain.finish(v, torch.addcmul(z, z, bend, out=z).add_(ky), slope, bound)
+    inverse: bool,
+) -> None:
+    r"""The same as :func:`evaluate`, for what :func:`knots` wrote."""
+    z, end = _distance(m, v, my if inverse else mx, bound)
+    w, h = torch.add(end, mx, out=m.take()), torch.add(end, my, out=m.take())
+    steep = len(outs) > 1
+    if inverse:
+        value, grown = plain.solve(m, z, w, h, d, None, mx, steep, sign=-1)
+    else:
+        s = torch.div(h, w, out=m.take())
+        value, grown = plain.advance(m, z, w, s, d, None, my, steep, sign=-1)
+    # Going forward, the end of the box is reached exactly, and so is the slope there.
+    factor = -rq.unit(bound)[1]
+    plain.finish(m, v, value, grown, bound, outs, factor=factor, even=not inverse)
 
 
 def pull_back(
+    m: Rows,
+    outs: Sequence[Tensor],
     x: Tensor,
     width: Tensor,
     height: Tensor,
@@ -133,68 +146,46 @@ def pull_back(
     slope: float | None,
     least: float,
     inverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    r"""The gradients to the input and to the parameters; see :func:`_rqs_bin.pull_back`."""
-    sigmoids = _stack(width, height)
-    knot = _knot(sigmoids, bound, slope, least)
-    z = x.clamp(-bound, bound).sub_(knot[0])
-    end = _end(z, bound)
-    size, other = end - knot, end.add(knot)
-    w, h = size
-    s, s1 = h / w, other[1] / other[0]
-    d, parts = plain.inner_slope_parts(raw, s, s1, slope)
+) -> None:
+    r"""Writes the gradients to the input and to the parameters; see :func:`_rqs_bin.pull_back`."""
+    (_, p, q), minus, top, bottom, u, d = _knot(m, width, height, raw, bound, slope, least)
+    (_, mx, my), size = minus, m.pair()
+    z, end = _distance(m, x, mx, bound)
+    torch.add(minus[0], end, out=size[0])
+    m.give(end)
+    _, w, h = size
+    s = torch.div(h, w, out=m.take())
 
-    outside = x.abs().ge_(bound)
-    inside = 1 - outside
-    gy, gl = grad_y * inside, grad_l * inside
-    del end, knot, inside
-    t = z.div_(w)
-    r = 1 - t
-    p, q = (s * t).addcmul_(d, r), torch.addcmul(t, s, r)
-    rest = r * q  # (1 - θ) D
-    inv_den = torch.addcmul(rest, t, p).reciprocal_()
-    rest.mul_(inv_den)
-    tq, rp = t * q, r * p
-    num = tq + rp
-    inv_num = num.reciprocal()
-    rel = s * inv_den
-    swing = tq.sub_(rp).mul_(rel)  # s D ∂θ/∂s / (t r)
-    theta_t = num.mul_(rel).mul_(inv_den)
-    del rp, rel
-    # ∂ log f' / ∂t, halved
-    log_t = q.sub_(p).mul_(inv_num)
-    log_t.addcmul_(torch.sub(d, s, alpha=2).add_(1).mul_(inv_den), t - r)
-    gl2 = gl * 2
-    if inverse:
-        to_z = -gy
-        grad = gy.sub_(log_t.mul_(gl2).div_(w)).div_(theta_t.mul_(s))
-        gy, gl, gl2 = -grad, gl.neg_(), gl2.neg_()
-        to_theta = gy * h
+    # In the units of the box, all gradients but that to x are smaller by the scale.
+    scale, masked = rq.unit(bound)[1], torch.ops.aten.hardtanh_backward.grad_input
+    gy = masked(grad_y, x, -bound, bound, grad_input=m.take())
+    gl = masked(grad_l, x, -bound, bound, grad_input=m.take()).mul_(m.number(1 / scale))
+    torch.sub(grad_y, gy, out=outs[0])
+    pull = plain.pull_back(m, z, w, h, s, d, None, gy, gl, inverse)
+    outs[0].add_(pull.grad)
+    log_d = pull.d[1].mul_(d)
+    if slope is None:
+        plain.published_slope_pullback(m, log_d, raw, u, outs[3])
+        outs[3].mul_(m.number(scale))
     else:
-        to_theta = gy * h
-        to_z = grad = log_t.mul_(gl2).addcmul_(to_theta, theta_t).div_(w)
-    grad_x = torch.addcmul(grad, grad_y, outside, out=outside)
-    del log_t, theta_t, p, q
+        up, rest = lean(slope), d
+        torch.addcmul(m.number(1 / (up * scale)), u, u, value=-up / scale, out=rest)
+        torch.div(log_d, rest, out=rest)
+        torch.ops.aten.tanh_backward.grad_input(rest, u, grad_input=outs[3])
 
-    u = t * r
-    tau = u * inv_den
-    bent = to_theta.mul_(tau)
-    # d log f' / d log s = 2 + 2 s (t r / N - (t² + r²) / D), and t² + r² = 1 - 2 t r
-    log_s = u.mul_(inv_num).sub_(inv_den).add_(tau, alpha=2).mul_(s).add_(1).mul_(gl2)
-    log_s.addcmul_(swing, bent)
-    to_d = (r * r).mul_(inv_num).sub_(tau, alpha=2).mul_(gl).addcmul_(bent, rest)
-    del u, tau, bent, swing, inv_num, inv_den, t
+    to_size = m.pair()
+    to_kx, to_my = torch.div(pull.log_s, size[0], out=to_size[0]).unbind()
+    to_kx.addcmul_(pull.z, pull.r, value=-1)
+    to_my.addcmul_(pull.y, pull.rest, value=-1)
+    if slope is not None:
+        to_bottom = torch.div(log_d, bottom, out=bottom)
+        to_kx.addcmul_(to_bottom, my, value=-1)
+        to_my.addcmul_(to_bottom, mx)
+        to_my.addcmul_(torch.div(log_d, top, out=top), my, value=-2)
 
-    to_raw, to_log, to_log1 = plain.slope_pullback(to_d, raw, s, s1, slope, parts)
-    to_knot = (to_log1 / other).sub_(log_s.add_(to_log) / size)
-    to_kx, to_ky = to_knot
-    to_kx.addcmul_(to_z, r).neg_()
-    to_ky.addcmul_(gy, rest)
-
-    share = rq.mixing(slope)
-    pulled = size  # overwritten
-    torch.add(to_kx, to_ky, alpha=share, out=pulled[0])
-    torch.add(to_ky, to_kx, alpha=share, out=pulled[1])
-    pulled.mul_(2 * bound * (1 - 2 * least) / (1 + share))
-    pulled = torch.ops.aten.sigmoid_backward(pulled, sigmoids)
-    return grad_x, pulled[0], pulled[1], to_raw
+    share, scale = rq.mixing(slope), scale * 2 * knot_scale(bound, slope, least)
+    torch.sub(to_kx, to_my, alpha=share, out=size[1])
+    torch.sub(to_my, to_kx, alpha=share, out=size[2])
+    for grad, sigmoid, out, by in zip(size[1:], (p, q), outs[1:], (scale, -scale), strict=False):
+        torch.ops.aten.sigmoid_backward.grad_input(grad, sigmoid, grad_input=out)
+        out.mul_(m.number(by))

@@ -7,7 +7,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flowguard._rqs import least_share
-from flowguard._rqs_bin import MIN_DERIVATIVE, ROOM, mixing, slope_limits
+from flowguard._rqs_bin import MIN_DERIVATIVE, mixing
+from flowguard._rqs_many import ROOM, slope_limits
+from flowguard._rqs_two import lean
 
 LEAST = 1e-6  # the least share of a bin that has a finite logit
 LARGEST = 1e20  # what logits are cut at
@@ -44,6 +46,11 @@ def unconstrain(
     scale = (1 - bins * floor) / (1 + share)
     secants = ((v + share * u) * scale + floor) / ((u + share * v) * scale + floor)
     s0, s1 = secants[..., :-1], secants[..., 1:]
+    if bins == 2:
+        # The slope is H (1 + κ u) / (1 - κ u) with u = tanh(raw / 2), H the harmonic mean.
+        ratio = slopes * (s0 + s1) / (2 * s0 * s1)
+        u = (ratio - 1) / (ratio + 1) / lean(slope)
+        return raw_w, raw_h, 2 * torch.atanh(u.clamp(MARGIN - 1, 1 - MARGIN))
     mean, low, high = slope_limits(s0, s1, slope)
     # The slope is (a low + b high) / (a + b) with a = (high - mean) (1 - p), b = (mean - low) p.
     d = torch.minimum(slopes.clamp_min(low * (1 + MARGIN)), high * (1 - MARGIN))

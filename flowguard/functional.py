@@ -14,6 +14,7 @@ import torch
 from torch import Size, Tensor
 
 from flowguard import _rqs
+from flowguard import _rqs_bin as rq
 
 LEAST_BOUND = 1e-30  # its inverse is the largest bound
 
@@ -80,30 +81,39 @@ def rational_quadratic_spline(
         ... )[0]
         tensor([-9.0000,  0.5000,  9.0000])
     """
-    y, ladj = _spline(x, widths, heights, derivatives, bound, slope, inverse, steep=True)
+    _check_spline(widths, heights, derivatives, bound, slope)
+    y, ladj = shifted_spline(
+        x, widths, heights, derivatives, None, bound, slope, None, inverse, steep=True
+    )
     return y, ladj
 
 
-def _spline(
+def shifted_spline(
     x: Tensor,
     widths: Tensor,
     heights: Tensor,
     derivatives: Tensor,
+    shift: Tensor | None,
     bound: float,
     slope: float | None,
+    shift_bound: float | None,
     inverse: bool,
     *,
     steep: bool,
 ) -> tuple[Tensor, ...]:
-    r"""The value and, if it shall be `steep`, the logarithm of the slope."""
-    bins = _check_spline(widths, heights, derivatives, bound, slope)
-    dtype = _result_dtype(x, widths, heights, derivatives)
-    shape = broadcast_shape(x, widths, heights, derivatives)
+    r"""The spline plus a :func:`bounded` shift, if there is one, as one operation. Returns the
+    value and, if it shall be `steep`, the logarithm of the slope."""
+    bins = widths.shape[-1] + 1
+    shifts = () if shift is None else (shift,)
+    dtype = _result_dtype(x, widths, heights, derivatives, *shifts)
+    shape = broadcast_shape(x, widths, heights, derivatives, shift=shift)
     # Half precision has too few digits for knots; autocast must not touch the maths either.
     work = dtype if dtype in (torch.float32, torch.float64) else torch.float32
     full = (*shape, bins - 1)
     params = (_expand(p, full).movedim(-1, 0) for p in (widths, heights, derivatives))
-    outs = _rqs.apply(_expand(x, shape), *params, work, bound, slope, inverse, steep=steep)
+    by = None if shift is None else _expand(shift, shape)
+    options = (work, bound, slope, shift_bound, inverse)
+    outs = _rqs.apply(_expand(x, shape), *params, by, *options, steep=steep)
     return tuple(t.to(dtype) for t in outs)
 
 
@@ -218,8 +228,14 @@ def bounded(x: Tensor, bound: float | None) -> Tensor:
         >>> bounded(torch.tensor([-torch.inf, 0.0, 1e30]), 2.0)
         tensor([-2.,  0.,  2.])
     """
+    check_shift_bound(bound)
+    return rq.squash(x, bound)
+
+
+def check_shift_bound(bound: float | None) -> None:
+    r"""Refuses a bound of a shift that is neither None nor a positive number."""
     if bound is None:
-        return x
+        return
     if isinstance(bound, bool) or not isinstance(bound, Real):
         raise TypeError(
             f"the bound must be a number, or None for no bound; got {type(bound).__name__}"
@@ -228,24 +244,24 @@ def bounded(x: Tensor, bound: float | None) -> Tensor:
         raise ValueError(
             f"the bound must be positive and finite, or None for no bound; got {bound}"
         )
-    scale = 2 * bound / math.pi
-    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return (x / scale).atan_().mul_(scale).clamp_(-bound, bound)
-    y = scale * torch.atan(x / scale)
-    # Rounding may land an ulp outside, and certificates rely on the bound. What is too much is
-    # taken as a constant: the backward of a clamp costs more than all the rest.
-    return y - (y - y.clamp(-bound, bound)).detach()
 
 
-def broadcast_shape(x: Tensor, *params: Tensor) -> Size:
-    r"""The common shape of `x` and of parameters with one more dimension."""
+def broadcast_shape(x: Tensor, *params: Tensor, shift: Tensor | None = None) -> Size:
+    r"""The common shape of `x`, of parameters with one more dimension, and of a shift."""
+    shapes = [x.shape, *(p.shape[:-1] for p in params)]
+    if shift is not None:
+        shapes.append(shift.shape)
+    # Shapes that depend on data cannot be compared.
+    if not torch.compiler.is_compiling() and all(shape == x.shape for shape in shapes):
+        return x.shape
     try:
-        return torch.broadcast_shapes(x.shape, *(p.shape[:-1] for p in params))
+        return torch.broadcast_shapes(*shapes)
     except RuntimeError:
         given = ", ".join(str(tuple(p.shape)) for p in params)
+        also = "" if shift is None else f", and a shift of shape {tuple(shift.shape)}"
         raise ValueError(
             "the shape of x must broadcast with the parameters' without their last dimension;"
-            f" got x of shape {tuple(x.shape)} and parameters of shapes {given}"
+            f" got x of shape {tuple(x.shape)} and parameters of shapes {given}{also}"
         ) from None
 
 

@@ -181,10 +181,11 @@ class RobustSpline(Univariate):
         self.widths = widths
         self.heights = heights
         self.derivatives = derivatives
-        self.shift = None if shift is None else F.bounded(shift, shift_bound)
+        F.check_shift_bound(shift_bound)
         self.bound = bound
         self.shift_bound = shift_bound
         self.slope = slope
+        self._shift = shift
 
     def __repr__(self) -> str:
         return f"{self.__class__.__name__}(bins={self.bins})"
@@ -209,34 +210,35 @@ class RobustSpline(Univariate):
         r"""The number of bins :math:`K`."""
         return self.widths.shape[-1] + 1
 
+    @property
+    def shift(self) -> Tensor | None:
+        r"""The bounded shift, with shape :math:`(*)`, or None."""
+        return None if self._shift is None else F.bounded(self._shift, self.shift_bound)
+
     def _spline(self, x: Tensor, inverse: bool, steep: bool) -> tuple[Tensor, ...]:
-        params = self.widths, self.heights, self.derivatives
-        return F._spline(x, *params, self.bound, self.slope, inverse, steep=steep)
+        params = self.widths, self.heights, self.derivatives, self._shift
+        options = self.bound, self.slope, self.shift_bound, inverse
+        return F.shifted_spline(x, *params, *options, steep=steep)
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y, ladj = self._spline(x, inverse=False, steep=True)
-        return y if self.shift is None else y + self.shift, ladj
+        return y, ladj
 
     def _backward(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        x, ladj = self._spline(self._unshifted(y), inverse=True, steep=True)
+        x, ladj = self._spline(y, inverse=True, steep=True)
         return x, ladj
 
     # Half of the work is for the logarithm of the slope.
 
     def _call(self, x: Tensor) -> Tensor:
-        (y,) = self._spline(x, inverse=False, steep=False)
-        return y if self.shift is None else y + self.shift
+        return self._spline(x, inverse=False, steep=False)[0]
 
     def _inverse(self, y: Tensor) -> Tensor:
-        (x,) = self._spline(self._unshifted(y), inverse=True, steep=False)
-        return x
-
-    def _unshifted(self, y: Tensor) -> Tensor:
-        return y if self.shift is None else y - self.shift
+        return self._spline(y, inverse=True, steep=False)[0]
 
     def inverse_bound(self, radius: float) -> float:
         _check_radius(radius)
-        shift = 0.0 if self.shift is None else self.shift_bound
+        shift = 0.0 if self._shift is None else self.shift_bound
         return math.inf if shift is None else max(self.bound, radius + shift)
 
 

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from flowguard import _rqs, transforms
-from flowguard import functional as F
 
 
 class Elementwise(Protocol):
@@ -198,37 +197,48 @@ class Inscribed:
 
 @dataclass(frozen=True)
 class Knotted:
-    r"""Creates the two-bin spline of a known inner knot, slope there and bounded shift.
+    r"""Creates the two-bin spline of what :func:`flowguard._rqs.knots` made.
 
     Arguments:
         bound: The bound :math:`B` of the box.
+        factor: What the shift is to be multiplied by.
     """
 
     bound: float
+    factor: float
     parameters: ClassVar[int] = 4
 
     def transform(self, phi: Tensor) -> transforms.Univariate:
-        kx, ky, d, shift = phi.unbind(2)
-        return _KnottedSpline(kx, ky, d, shift, self.bound)
+        mx, my, d, arc = phi.unbind(2)
+        return _KnottedSpline((mx, my, d), arc, self.bound, self.factor)
 
 
 class _KnottedSpline(transforms.Univariate):
-    def __init__(self, kx: Tensor, ky: Tensor, d: Tensor, shift: Tensor, bound: float) -> None:
+    def __init__(
+        self, knot: tuple[Tensor, Tensor, Tensor], arc: Tensor, bound: float, factor: float
+    ) -> None:
         super().__init__()
-        self.knot = kx, ky, d
-        self.shift = shift
+        self.knot = knot
+        self.arc = arc
         self.bound = bound
+        self.factor = factor
+
+    def _apply(self, x: Tensor, inverse: bool, steep: bool) -> tuple[Tensor, ...]:
+        if inverse:
+            x = torch.sub(x, self.arc, alpha=self.factor)
+        y, *ladj = _rqs.apply_at(x, *self.knot, self.bound, inverse, steep=steep)
+        return y if inverse else torch.add(y, self.arc, alpha=self.factor), *ladj
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y, ladj = _rqs.apply_at(x, *self.knot, self.bound, inverse=False, steep=True)
-        return y + self.shift, ladj
+        y, ladj = self._apply(x, inverse=False, steep=True)
+        return y, ladj
 
     def _backward(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        x, ladj = _rqs.apply_at(y - self.shift, *self.knot, self.bound, inverse=True, steep=True)
+        x, ladj = self._apply(y, inverse=True, steep=True)
         return x, ladj
 
     def _inverse(self, y: Tensor) -> Tensor:
-        return _rqs.apply_at(y - self.shift, *self.knot, self.bound, inverse=True, steep=False)[0]
+        return self._apply(y, inverse=True, steep=False)[0]
 
 
 def work_out(family: Elementwise, raw: Tensor, channels: int) -> tuple[Elementwise, Tensor]:
@@ -247,9 +257,9 @@ def work_out(family: Elementwise, raw: Tensor, channels: int) -> tuple[Elementwi
     ):
         return family, raw
     width, height, derivative, shift = raw.unflatten(1, (channels, 4)).unbind(2)
-    knot = _rqs.knots(width, height, derivative, family.bound, family.slope)
-    ready = torch.stack((*knot, F.bounded(shift, family.shift_bound)), dim=2)
-    return Knotted(family.bound), ready.flatten(1, 2)
+    options = family.bound, family.slope, family.shift_bound
+    made, factor = _rqs.knots(width, height, derivative, shift, *options, dim=2)
+    return Knotted(family.bound, factor), made.flatten(1, 2)
 
 
 NAMED: dict[str, Callable[[], Elementwise]] = {

@@ -1,0 +1,154 @@
+r"""Memory for temporaries that outlives a call.
+
+A chain of element-wise operations in eager mode spends much of its time in fetching fresh memory:
+the system hands out pages of zeros for each temporary and takes them back. So every thread keeps
+one block for each dtype, and what works in it writes in place.
+"""
+
+__all__ = ["Layout", "Rows", "release", "scratch"]
+
+import math
+import threading
+from typing import NamedTuple
+
+import torch
+from torch import Size, Tensor
+
+LIMIT = 2**25  # bytes that a thread keeps for each dtype; what needs more is not kept
+MOST = 64  # shapes and numbers for which it keeps tensors
+
+Pair = tuple[Tensor, Tensor, Tensor]  # of shape (2, *), and its two rows
+
+_kept = threading.local()
+
+
+class Layout(NamedTuple):
+    r"""What a function needs: pairs of rows, single rows, and blocks of several rows."""
+
+    pairs: int
+    singles: int
+    blocks: tuple[tuple[int, ...], ...] = ()
+
+
+class Rows:
+    r"""Temporaries of one shape, to be taken and given back.
+
+    What was given back last is taken first, as it is in the cache. Pairs are there for what one
+    operation can do at once; :attr:`blocks` are tensors of several rows.
+    """
+
+    def __init__(self, numbers: "_Numbers", memory: Tensor, layout: Layout, shape: Size) -> None:
+        numel = shape.numel()
+        self.number = numbers.__getitem__
+        rows = [(2,)] * layout.pairs + [()] * layout.singles + [*layout.blocks]
+        parts = memory[: _count(layout) * numel].split([math.prod(r) * numel for r in rows])
+        views = [part.view((*r, *shape)) for part, r in zip(parts, rows, strict=True)]
+        singles = layout.pairs + layout.singles
+        self._pairs = [(t, *t.unbind()) for t in views[: layout.pairs]]
+        self._singles = views[layout.pairs : singles]
+        self.blocks = views[singles:]
+        self._counted: Tensor | None = None
+        self.restart()
+
+    def restart(self) -> None:
+        r"""Takes all back that was handed out."""
+        pairs, singles = self._pairs.copy(), self._singles.copy()
+        self.pair, self.give_pair = pairs.pop, pairs.append
+        self.take, self._give = singles.pop, singles.append
+
+    def give(self, *rows: Tensor) -> None:
+        r"""Gives back single rows."""
+        for row in rows:
+            self._give(row)
+
+
+    def places(self, number: Tensor, rows: int) -> Tensor:
+        r"""Returns where each element lies in as many rows, if `number` says in which."""
+        size, narrow = number.numel(), number.dtype == torch.float32
+        kind = torch.int32 if narrow and rows * size < 2**31 else torch.int64
+        if self._counted is None:
+            with torch.inference_mode(False):
+                self._counted = torch.arange(size, dtype=kind, device=number.device)
+        # An index takes as much memory as a number, but for those that are too large.
+        as_large = narrow == (kind == torch.int32)
+        place = self.take().view(kind) if as_large else torch.empty_like(number, dtype=kind)
+        place = place.copy_(number).view(-1)
+        return torch.add(self._counted, place, alpha=size, out=place)
+
+
+class _Numbers(dict[float, Tensor]):
+    r"""Numbers as tensors without dimensions, which must not be written to.
+
+    To make one takes longer than to multiply some thousand elements by it.
+    """
+
+    def __init__(self, memory: Tensor) -> None:
+        super().__init__()
+        self.memory = memory
+
+    def __missing__(self, value: float) -> Tensor:
+        if len(self) >= MOST:
+            self.clear()
+        with torch.inference_mode(False):
+            made = self[value] = self.memory.new_full((), value)
+        return made
+
+
+class Scratch:
+    r"""A block of memory, and the temporaries that it was divided into."""
+
+    def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
+        self._memory = like.new_empty(0, dtype=dtype)
+        self._numbers = _Numbers(self._memory)
+        self._rows: dict[tuple[Layout, Size], Rows] = {}
+
+    def rows(self, layout: Layout, shape: Size) -> Rows:
+        r"""Returns temporaries of a shape. All share the same memory: those of an earlier call
+        must not be used any more."""
+        rows = self._rows.get((layout, shape))
+        if rows is not None:
+            rows.restart()
+            return rows
+
+        memory, count = self._memory, _count(layout) * shape.numel()
+        with torch.inference_mode(False):  # what is made in that mode cannot be used outside of it
+            if count > memory.numel():
+                memory = memory.new_empty(count)
+                if count * memory.element_size() <= LIMIT:
+                    self._memory = memory
+                    self._rows.clear()
+            rows = Rows(self._numbers, memory, layout, shape)
+        if memory is self._memory:
+            if len(self._rows) >= MOST:
+                self._rows.clear()
+            self._rows[layout, shape] = rows
+        return rows
+
+
+def scratch(like: Tensor, dtype: torch.dtype) -> Scratch:
+    r"""Returns this thread's memory, or fresh one where what is computed may outlive the call: in
+    the queue of another device, in a graph that is being recorded, in a tensor that is none."""
+    if (
+        like.device.type != "cpu"
+        or type(like) not in (Tensor, torch.nn.Parameter)
+        or torch._C._is_tracing()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
+        return Scratch(like, dtype)
+
+    kept = _kept.__dict__.setdefault("scratch", {})
+    found: Scratch | None = kept.get(dtype)
+    if found is None:
+        with torch.inference_mode(False):
+            found = kept[dtype] = Scratch(torch.empty(0), dtype)
+    return found
+
+
+def release() -> None:
+    r"""Releases the memory that this thread keeps."""
+    _kept.__dict__.clear()
+
+
+def _count(layout: Layout) -> int:
+    return 2 * layout.pairs + layout.singles + sum(math.prod(b) for b in layout.blocks)
