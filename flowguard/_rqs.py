@@ -6,7 +6,7 @@ r"""The rational-quadratic spline as one operation with closed-form gradients.
 
 __all__ = ["RationalQuadratic", "apply", "apply_at", "knots"]
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from flowguard import _rqs_many_plain as many_plain
 from flowguard import _rqs_plain as plain
 from flowguard import _rqs_two as two
 from flowguard import _rqs_two_plain as two_plain
-from flowguard._scratch import Layout, Rows, scratch
+from flowguard._scratch import Layout, Rows, keep, scratch
 
 MIN_FRACTION = 1e-3  # the least width and height of a bin, as a share of the box (published: 1e-3)
 CHUNK = 2**15  # elements per thread worked on at a time in eager mode: temporaries stay in cache
@@ -31,10 +31,8 @@ def least_share(bins: int) -> float:
     return min(MIN_FRACTION, 0.5 / bins)
 
 
-def _rows(*params: Tensor) -> Sequence[many.Rows]:
-    if not torch.compiler.is_compiling():
-        return params
-    if params[0].stride(-1) != 1:
+def _rows(*params: Tensor) -> list[Sequence[Tensor]]:
+    if torch.compiler.is_compiling() and params[0].stride(-1) != 1:
         # The compiler does not vectorise a loop with many strided loads; this makes it copy first.
         params = torch.cat(params).chunk(3)
     return [p.unbind() for p in params]
@@ -77,9 +75,12 @@ def knots(
     is still to be multiplied by the number that is returned too."""
     made = width.new_empty((*width.shape[:dim], 4, *width.shape[dim:]))
     *outs, by = made.unbind(dim)
-    m = scratch(width, width.dtype).rows(two_plain.LAYOUT, width.shape)
+    memory = scratch(width, width.dtype)
+    m = memory.rows(two_plain.LAYOUT, width.shape)
     two_plain.knots(m, outs, width, height, raw, bound, slope, least_share(2))
-    return made, plain.squash(m, shift, shift_bound, by)[1]
+    _, factor = plain.squash(m, shift, shift_bound, by)
+    keep(memory)
+    return made, factor
 
 
 def apply_at(
@@ -139,13 +140,14 @@ def _pull_back(
 ) -> tuple[Tensor | None, ...]:
     x, w, h, d = x.to(work), w.to(work), h.to(work), d.to(work)
     options = (bound, slope, least_share(len(w) + 1), inverse)
+    grads: tuple[Tensor, ...]
     if len(w) == 1:
         to_x, *pulled = two.pull_back(x, w[0], h[0], d[0], gy, gl, *options)
         grads = to_x, *(g.unsqueeze(0) for g in pulled)
     else:
         rows = _rows(w, h, d)
-        to_x, *pulled = many.pull_back(x, rows[0], rows[1], rows[2], gy, gl, *options)
-        grads = to_x, *(g if isinstance(g, Tensor) else torch.stack(g) for g in pulled)
+        to_x, *of_rows = many.pull_back(x, rows[0], rows[1], rows[2], gy, gl, *options)
+        grads = to_x, *(torch.stack(g) for g in of_rows)
     to_by = -to_x if inverse else gy
     return *grads, None if shift is None else rq.squash_pullback(
         shift.to(work), to_by, shift_bound
@@ -248,25 +250,29 @@ def _in_pieces(
     ]
     x = tensors[0]
     assert x is not None
-    memory = scratch(x, work)
     chunk = CHUNK if layout is two_plain.LAYOUT else CHUNK_MANY
-    if x.device.type == "cpu":
-        chunk *= torch.get_num_threads()
-    if 2 * x.numel() <= 3 * chunk:
-        function(memory.rows(layout, x.shape), outs, *tensors, *options)
-        return tuple(outs)
-
-    dim, step = _cut(x.shape, chunk)
-    dim -= x.dim()  # the parameters have one more dimension, in front
-    count = -(-x.shape[dim] // step)
-    targets = zip(*(t.split(step, dim) for t in outs), strict=True)
-    pieces = zip(
-        *([None] * count if t is None else t.split(step, dim) for t in tensors), strict=True
-    )
-    for target, piece in zip(targets, pieces, strict=True):
-        assert piece[0] is not None
-        function(memory.rows(layout, piece[0].shape), target, *piece, *options)
+    # Elsewhere pieces only save memory.
+    chunk *= torch.get_num_threads() if x.device.type == "cpu" else 2**7
+    memory = scratch(x, work)
+    for target, piece in _pieces(outs, tensors, x.shape, chunk):
+        part = piece[0]
+        assert part is not None
+        function(memory.rows(layout, part.shape), target, *piece, *options)
+    keep(memory)
     return tuple(outs)
+
+
+def _pieces(
+    outs: Sequence[Tensor], tensors: Sequence[Tensor | None], shape: Size, chunk: int
+) -> Iterable[tuple[Sequence[Tensor], Sequence[Tensor | None]]]:
+    if 2 * shape.numel() <= 3 * chunk:
+        return ((outs, tensors),)
+    dim, step = _cut(shape, chunk)
+    count = -(-shape[dim] // step)
+    dim -= len(shape)  # the parameters have one more dimension, in front
+    targets = zip(*(t.split(step, dim) for t in outs), strict=True)
+    parts = ([None] * count if t is None else t.split(step, dim) for t in tensors)
+    return zip(targets, zip(*parts, strict=True), strict=True)
 
 
 def _batch_first(

@@ -23,16 +23,14 @@ N ≤ M q + 1 - q and D ≥ q + M (1 - q) / 2, so N / D² ≤ max(2, M)). All se
 [λ, 1/λ] with λ² = 2 ε, so that 2 s ≤ 2 / λ ≤ 1/ε, and an end slope d satisfies both sides if it
 lies in [ε, min(1/ε, s² / 2ε)]. One does, as it is the slope at the ends of the box.
 
-Masks are zeros and ones as floats, made from signs, and selection is a sum over masks: in eager
-mode `where` and booleans cost several times as much. A mask may weigh only what is finite. A NaN
-passes through every mask, hence is never hidden.
+These functions can be differentiated, and are what the compiler sees. What runs in eager mode is
+:mod:`flowguard._rqs_plain`. A NaN is never hidden by a selection.
 """
 
 __all__ = [
     "Pull",
     "evaluate",
     "finish",
-    "inside_mask",
     "mixing",
     "published_slope",
     "published_slope_pullback",
@@ -105,23 +103,14 @@ def squash_pullback(x: Tensor, grad: Tensor, bound: float | None) -> Tensor:
     return grad / (y * y + 1)
 
 
-def positive(x: Tensor) -> Tensor:
-    r"""A one where `x` is positive, else a zero."""
-    return x.detach().clamp(min=0.0).sign()
-
-
-def inside_mask(x: Tensor, bound: float) -> Tensor:
-    r"""A one where :math:`|x| < B`."""
-    return positive(bound - x.abs())
-
-
 def finish(v: Tensor, out: Tensor, slope: Tensor, bound: float) -> tuple[Tensor, Tensor]:
     r"""The identity outside the box; and the logarithm of the slope."""
-    inside = inside_mask(v, bound)
-    outside = 1 - inside
+    inside = v.abs() < bound
     # Rounding may land an ulp outside of the box, and certificates rely on it.
-    out = torch.addcmul(out.clamp(-bound, bound) * inside, v, outside)
-    return out, torch.addcmul(outside, slope, inside).log()
+    out = out.clamp(-bound, bound)
+    # What is added is zero, or NaN where a parameter is.
+    out = torch.where(inside, out, v + (out - out))
+    return out, torch.where(inside, slope, 1 + (slope - slope)).log()
 
 
 def _parts(
@@ -168,7 +157,7 @@ def solve(
     delta = torch.addcmul(a * rest, b, theta, value=-1)
     beta = skew - delta  # exactly 0 for the identity
     root = torch.addcmul(delta * delta, theta, rest, value=4).sqrt()
-    near = torch.addcmul(theta, positive(beta), skew)
+    near = torch.where(beta > 0, rest, theta)
     u = (2 * near / (beta.abs() + root + 1)).clamp(max=1.0)
     both = u * (1 - u)  # t r
     # t = θ + β t r: adding the bend to the chord keeps the identity exact.
@@ -247,4 +236,4 @@ def published_slope(raw: Tensor) -> tuple[Tensor, Tensor]:
 
 def published_slope_pullback(grad: Tensor, raw: Tensor, share: Tensor) -> Tensor:
     r"""The gradient to `raw` for that to the logarithm of the slope."""
-    return grad * share * positive(max_logit(raw.dtype) - raw)
+    return torch.where(raw < max_logit(raw.dtype), grad * share, share - share)

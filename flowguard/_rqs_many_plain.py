@@ -15,10 +15,8 @@ from torch import Tensor
 
 from flowguard import _rqs_bin as rq
 from flowguard import _rqs_plain as plain
-from flowguard._rqs_many import ROOM
+from flowguard._rqs_many import RAW, ROOM
 from flowguard._scratch import Layout, Pair, Rows
-
-RAW = 1e3  # beyond, all maps of a raw slope are constant; a sum of these is finite
 
 
 def layout(bins: int) -> Layout:

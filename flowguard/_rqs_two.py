@@ -126,11 +126,11 @@ def pull_back(
     end = _end(z, fraction)
     w, h = end - kx, end - ky
 
-    inside = rq.inside_mask(x, bound)
+    inside = x.abs() < bound
     # In the units of the box, all gradients but that to x are smaller by the scale.
-    to_l = grad_l * (inside * (1 / scale))
-    pull = rq.pull_back(z, w, h, h / w, d, 1.0, grad_y * inside, to_l, inverse)
-    grad_x = torch.addcmul(pull.grad * inside, grad_y, 1 - inside)
+    to_y, to_l = torch.where(inside, grad_y, 0.0), torch.where(inside, grad_l * (1 / scale), 0.0)
+    pull = rq.pull_back(z, w, h, h / w, d, 1.0, to_y, to_l, inverse)
+    grad_x = pull.grad + torch.where(inside, 0.0, grad_y)
     log_d = pull.d0 * d
     to_raw = _slope_pullback(log_d * scale, raw, u, slope)
     to_kx = torch.addcmul(pull.log_s / w, pull.z, pull.r, value=-1)

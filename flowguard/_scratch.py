@@ -5,7 +5,7 @@ the system hands out pages of zeros for each temporary and takes them back. So e
 one block for each dtype, and what works in it writes in place.
 """
 
-__all__ = ["Layout", "Rows", "release", "scratch"]
+__all__ = ["Layout", "Rows", "keep", "release", "scratch"]
 
 import math
 import threading
@@ -61,7 +61,6 @@ class Rows:
         for row in rows:
             self._give(row)
 
-
     def places(self, number: Tensor, rows: int) -> Tensor:
         r"""Returns where each element lies in as many rows, if `number` says in which."""
         size, narrow = number.numel(), number.dtype == torch.float32
@@ -97,7 +96,9 @@ class _Numbers(dict[float, Tensor]):
 class Scratch:
     r"""A block of memory, and the temporaries that it was divided into."""
 
-    def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, like: Tensor, dtype: torch.dtype, *, kept: bool) -> None:
+        self.dtype = dtype
+        self.kept = kept
         self._memory = like.new_empty(0, dtype=dtype)
         self._numbers = _Numbers(self._memory)
         self._rows: dict[tuple[Layout, Size], Rows] = {}
@@ -126,8 +127,9 @@ class Scratch:
 
 
 def scratch(like: Tensor, dtype: torch.dtype) -> Scratch:
-    r"""Returns this thread's memory, or fresh one where what is computed may outlive the call: in
-    the queue of another device, in a graph that is being recorded, in a tensor that is none."""
+    r"""Returns this thread's memory, to be given back by :func:`keep`; or fresh one where what is
+    computed may outlive the call: in the queue of another device, in a graph that is being
+    recorded, in a tensor that is none."""
     if (
         like.device.type != "cpu"
         or type(like) not in (Tensor, torch.nn.Parameter)
@@ -135,14 +137,20 @@ def scratch(like: Tensor, dtype: torch.dtype) -> Scratch:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
     ):
-        return Scratch(like, dtype)
+        return Scratch(like, dtype, kept=False)
 
-    kept = _kept.__dict__.setdefault("scratch", {})
-    found: Scratch | None = kept.get(dtype)
+    # What interrupts a call and calls again, a signal's handler say, finds nothing here.
+    found: Scratch | None = _kept.__dict__.pop(str(dtype), None)
     if found is None:
         with torch.inference_mode(False):
-            found = kept[dtype] = Scratch(torch.empty(0), dtype)
+            found = Scratch(torch.empty(0), dtype, kept=True)
     return found
+
+
+def keep(memory: Scratch) -> None:
+    r"""Keeps the memory for the next call, when all that was computed in it has been copied."""
+    if memory.kept:
+        _kept.__dict__[str(memory.dtype)] = memory
 
 
 def release() -> None:
