@@ -184,8 +184,10 @@ def temporaries(call: Call, device: torch.device) -> int:
     r"""Peak bytes of what a call allocates beyond the tensors that it returns.
 
     Every allocation and release of the device's allocator is recorded with its address. What is
-    released before the end is temporary; what stays counts as far as it exceeds the results.
+    released before the end is temporary; what stays counts as far as it exceeds the results, such
+    as memory that is kept for the next call: it is released first, to be counted.
     """
+    importlib.import_module("flowguard._scratch").release()
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:

@@ -19,11 +19,11 @@ from flowguard import _rqs_many_plain as many_plain
 from flowguard import _rqs_plain as plain
 from flowguard import _rqs_two as two
 from flowguard import _rqs_two_plain as two_plain
-from flowguard._scratch import Layout, Rows, keep, scratch
+from flowguard._scratch import LIMIT, Layout, Rows, keep, scratch
 
 MIN_FRACTION = 1e-3  # the least width and height of a bin, as a share of the box (published: 1e-3)
 CHUNK = 2**15  # elements per thread worked on at a time in eager mode: temporaries stay in cache
-CHUNK_MANY = 2**15  # the same for three bins and more
+ELSEWHERE = 2**29  # bytes of temporaries on other devices, where pieces only save memory
 
 
 def least_share(bins: int) -> float:
@@ -74,13 +74,10 @@ def knots(
     coordinates of the inner knot with their signs changed, the slope there, and the shift, which
     is still to be multiplied by the number that is returned too."""
     made = width.new_empty((*width.shape[:dim], 4, *width.shape[dim:]))
-    *outs, by = made.unbind(dim)
-    memory = scratch(width, width.dtype)
-    m = memory.rows(two_plain.LAYOUT, width.shape)
-    two_plain.knots(m, outs, width, height, raw, bound, slope, least_share(2))
-    _, factor = plain.squash(m, shift, shift_bound, by)
-    keep(memory)
-    return made, factor
+    tensors = width, height, raw, shift
+    options = bound, slope, least_share(2), shift_bound
+    _in_pieces(two_plain.knots, two_plain.LAYOUT, made.unbind(dim), tensors, options)
+    return made, plain.squash_factor(shift_bound, width.dtype)
 
 
 def apply_at(
@@ -89,14 +86,9 @@ def apply_at(
     r"""Applies the two-bin spline for what :func:`knots` made, taken as constants."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return two.evaluate_at(v, -mx, -my, d, bound, inverse)[: 1 + steep]
-    return _in_pieces(
-        two_plain.evaluate_at,
-        two_plain.LAYOUT,
-        (v, mx, my, d),
-        (v,) * (1 + steep),
-        v.dtype,
-        (bound, inverse),
-    )
+    outs = _new((v,) * (1 + steep), v.dtype)
+    _in_pieces(two_plain.evaluate_at, two_plain.LAYOUT, outs, (v, mx, my, d), (bound, inverse))
+    return outs
 
 
 def _evaluate(
@@ -154,6 +146,11 @@ def _pull_back(
     )
 
 
+def _shift(m: Rows, shift: Tensor, bound: float | None) -> tuple[Tensor, float]:
+    plain.squash(m, shift, bound, by := m.take())
+    return by, plain.squash_factor(bound, by.dtype)
+
+
 def _plain_evaluate(
     m: Rows,
     outs: Sequence[Tensor],
@@ -168,7 +165,7 @@ def _plain_evaluate(
     inverse: bool,
 ) -> None:
     if inverse and shift is not None:
-        by, factor = plain.squash(m, shift, shift_bound, m.take())
+        by, factor = _shift(m, shift, shift_bound)
         v = torch.sub(v, by, alpha=factor, out=m.take())
     options = (bound, slope, least_share(len(w) + 1), inverse)
     if len(w) == 1:
@@ -177,7 +174,7 @@ def _plain_evaluate(
         many_plain.evaluate(m, outs, v, w, h, d, *options)
     if not inverse and shift is not None:
         m.restart()
-        by, factor = plain.squash(m, shift, shift_bound, m.take())
+        by, factor = _shift(m, shift, shift_bound)
         outs[0].add_(by, alpha=factor)
 
 
@@ -230,36 +227,33 @@ def _cut(shape: Size, chunk: int) -> tuple[int, int]:
     return dim, -(-shape[dim] // round(numel / chunk))
 
 
+def _new(like: Iterable[Tensor | None], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    r"""Makes tensors of these shapes, to be written to."""
+    form = torch.contiguous_format
+    return tuple(
+        torch.empty_like(t, dtype=dtype, memory_format=form) for t in like if t is not None
+    )
+
+
 def _in_pieces(
     function: Callable[..., None],
     layout: Layout,
-    tensors: tuple[Tensor | None, ...],
-    like: tuple[Tensor | None, ...],
-    work: torch.dtype,
+    outs: Sequence[Tensor],
+    tensors: Sequence[Tensor | None],
     options: tuple[Any, ...],
-) -> tuple[Tensor, ...]:
-    r"""Applies an element-wise function to plain tensors, piece by piece where that is faster.
-
-    The function writes to tensors that it is given; `like` holds one of the shape of each.
-    """
-    tensors = tuple(t if t is None else t.to(work) for t in tensors)
-    outs = [
-        torch.empty_like(t, dtype=work, memory_format=torch.contiguous_format)
-        for t in like
-        if t is not None
-    ]
-    x = tensors[0]
-    assert x is not None
-    chunk = CHUNK if layout is two_plain.LAYOUT else CHUNK_MANY
-    # Elsewhere pieces only save memory.
-    chunk *= torch.get_num_threads() if x.device.type == "cpu" else 2**7
-    memory = scratch(x, work)
-    for target, piece in _pieces(outs, tensors, x.shape, chunk):
-        part = piece[0]
-        assert part is not None
-        function(memory.rows(layout, part.shape), target, *piece, *options)
+) -> None:
+    r"""Lets an element-wise function write what it makes of plain tensors, piece by piece where
+    that is faster."""
+    shape, like = outs[0].shape, outs[0]
+    tensors = [t if t is None else t.to(like.dtype) for t in tensors]
+    at_home = like.device.type == "cpu"
+    chunk = (LIMIT if at_home else ELSEWHERE) // (layout.total * like.element_size())
+    if at_home:
+        chunk = min(chunk, CHUNK * torch.get_num_threads())
+    memory = scratch(like, like.dtype)
+    for target, piece in _pieces(outs, tensors, shape, chunk):
+        function(memory.rows(layout, target[0].shape), target, *piece, *options)
     keep(memory)
-    return tuple(outs)
 
 
 def _pieces(
@@ -335,8 +329,9 @@ class RationalQuadratic(torch.autograd.Function):
 def _eager(*inputs: Any) -> tuple[Tensor, ...]:
     r"""The same in place and piece by piece. There is one more input, `steep`."""
     tensors, work, options, steep = inputs[:5], inputs[5], inputs[6:10], inputs[10]
-    layout = _layout(len(tensors[1]) + 1)
-    return _in_pieces(_plain_evaluate, layout, tensors, (tensors[0],) * (1 + steep), work, options)
+    outs = _new((tensors[0],) * (1 + steep), work)
+    _in_pieces(_plain_evaluate, _layout(len(tensors[1]) + 1), outs, tensors, options)
+    return outs
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -401,8 +396,9 @@ class _Transformed(_Eager):
 
 def _pull(*inputs: Any) -> tuple[Tensor, ...]:
     tensors, work, options = inputs[:7], inputs[7], inputs[8:]
-    layout = _layout(len(tensors[1]) + 1)
-    return _in_pieces(_plain_pull_back, layout, tensors, tensors[:5], work, options)
+    outs = _new(tensors[:5], work)
+    _in_pieces(_plain_pull_back, _layout(len(tensors[1]) + 1), outs, tensors, options)
+    return outs
 
 
 class _PullBack(torch.autograd.Function):

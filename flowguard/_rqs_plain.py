@@ -19,6 +19,7 @@ __all__ = [
     "pull_back",
     "solve",
     "squash",
+    "squash_factor",
     "squash_pullback",
     "tanh_half",
 ]
@@ -37,6 +38,26 @@ from flowguard._scratch import Pair, Rows
 
 
 @functools.lru_cache(maxsize=256)
+def _below(bound: float, double: bool) -> float:
+    r"""The next number below the bound, as the dtype sees it."""
+    kind = np.float64 if double else np.float32
+    return float(np.nextafter(kind(bound), kind(0)))
+
+
+def squash(m: Rows, x: Tensor, bound: float | None, out: Tensor) -> None:
+    r"""Writes the shift, but for :func:`squash_factor`."""
+    if bound is None:
+        out.copy_(x)
+    else:
+        torch.atan2(x, m.number(2 * bound / math.pi), out=out)
+
+
+def squash_factor(bound: float | None, dtype: torch.dtype) -> float:
+    r"""What a shift is still to be multiplied by, which is free beside a sum."""
+    return 1.0 if bound is None else _arc(bound, dtype == torch.float64)
+
+
+@functools.lru_cache(maxsize=256)
 def _arc(bound: float, double: bool) -> float:
     r"""The largest number whose product with the arctangent of infinity is not above the bound."""
     kind = np.float64 if double else np.float32
@@ -45,21 +66,6 @@ def _arc(bound: float, double: bool) -> float:
     while float(factor) * right > bound:
         factor = np.nextafter(factor, kind(0))
     return float(factor)
-
-
-@functools.lru_cache(maxsize=256)
-def _below(bound: float, double: bool) -> float:
-    r"""The next number below the bound, as the dtype sees it."""
-    kind = np.float64 if double else np.float32
-    return float(np.nextafter(kind(bound), kind(0)))
-
-
-def squash(m: Rows, x: Tensor, bound: float | None, out: Tensor) -> tuple[Tensor, float]:
-    r"""Writes the shift, but for what it is to be multiplied by, and returns both."""
-    if bound is None:
-        return out.copy_(x), 1.0
-    torch.atan2(x, m.number(2 * bound / math.pi), out=out)
-    return out, _arc(bound, x.dtype == torch.float64)
 
 
 def squash_pullback(m: Rows, x: Tensor, grad: Tensor, bound: float | None, out: Tensor) -> None:

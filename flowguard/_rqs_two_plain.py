@@ -78,15 +78,18 @@ def knots(
     width: Tensor,
     height: Tensor,
     raw: Tensor,
+    shift: Tensor,
     bound: float,
     slope: float | None,
     least: float,
+    shift_bound: float | None,
 ) -> None:
-    r"""Writes the inner knot, with its sign changed, and the slope there: all that the spline
-    needs to know."""
+    r"""Writes the inner knot, with its sign changed, the slope there, and the shift, but for a
+    factor: all that the spline needs to know."""
     knot = _knot(m, width, height, raw, bound, slope, least)
-    for out, made in zip(outs, (*knot.minus[1:], knot.d), strict=True):
+    for out, made in zip(outs, (*knot.minus[1:], knot.d), strict=False):
         out.copy_(made)
+    plain.squash(m, shift, shift_bound, outs[3])
 
 
 def evaluate(

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Size, Tensor
 
-LIMIT = 2**25  # bytes that a thread keeps for each dtype; what needs more is not kept
+LIMIT = 2**26  # bytes that a call should ask for; of each dtype a thread keeps at most twice that
 MOST = 64  # shapes and numbers for which it keeps tensors
 
 Pair = tuple[Tensor, Tensor, Tensor]  # of shape (2, *), and its two rows
@@ -29,6 +29,11 @@ class Layout(NamedTuple):
     singles: int
     blocks: tuple[tuple[int, ...], ...] = ()
 
+    @property
+    def total(self) -> int:
+        r"""The number of rows."""
+        return 2 * self.pairs + self.singles + sum(math.prod(b) for b in self.blocks)
+
 
 class Rows:
     r"""Temporaries of one shape, to be taken and given back.
@@ -41,7 +46,7 @@ class Rows:
         numel = shape.numel()
         self.number = numbers.__getitem__
         rows = [(2,)] * layout.pairs + [()] * layout.singles + [*layout.blocks]
-        parts = memory[: _count(layout) * numel].split([math.prod(r) * numel for r in rows])
+        parts = memory[: layout.total * numel].split([math.prod(r) * numel for r in rows])
         views = [part.view((*r, *shape)) for part, r in zip(parts, rows, strict=True)]
         singles = layout.pairs + layout.singles
         self._pairs = [(t, *t.unbind()) for t in views[: layout.pairs]]
@@ -111,11 +116,11 @@ class Scratch:
             rows.restart()
             return rows
 
-        memory, count = self._memory, _count(layout) * shape.numel()
+        memory, count = self._memory, layout.total * shape.numel()
         with torch.inference_mode(False):  # what is made in that mode cannot be used outside of it
             if count > memory.numel():
                 memory = memory.new_empty(count)
-                if count * memory.element_size() <= LIMIT:
+                if count * memory.element_size() <= 2 * LIMIT:
                     self._memory = memory
                     self._rows.clear()
             rows = Rows(self._numbers, memory, layout, shape)
@@ -156,7 +161,3 @@ def keep(memory: Scratch) -> None:
 def release() -> None:
     r"""Releases the memory that this thread keeps."""
     _kept.__dict__.clear()
-
-
-def _count(layout: Layout) -> int:
-    return 2 * layout.pairs + layout.singles + sum(math.prod(b) for b in layout.blocks)

@@ -49,7 +49,8 @@ def rational_quadratic_spline(
             The logit of the last bin is zero.
         heights: The unconstrained heights of all bins but the last, with shape :math:`(*, K - 1)`.
         derivatives: The unconstrained slopes at the inner knots, with shape :math:`(*, K - 1)`.
-            Zero is the geometric mean of the slopes of the two adjacent bins.
+            Zero is a mean of the slopes of the two adjacent bins: the harmonic mean for two bins,
+            the geometric mean for more.
         bound: The bound :math:`B` of the box.
         slope: The least slope :math:`\epsilon`, in :math:`(0, 0.49]`. If :py:`None`, use the
             published parameterisation, in which the slope has no bound: bins of at least a

@@ -241,6 +241,40 @@ def test_exchanging_axes_inverts(bins):
 
 
 @BINS
+@pytest.mark.parametrize("slope", [1e-3, 0.1])
+def test_slope_at_the_knots(slope, bins):
+    widths, heights, zeros = draw(200, bins, torch.float64, 1.5)
+    zeros = torch.zeros_like(zeros)
+    # both ends of the box are knots too
+    x, y = (
+        torch.nn.functional.pad(
+            torch.nn.functional.pad(k, (1, 0), value=-BOUND), (0, 1), value=BOUND
+        )
+        for k in (knots((widths, heights), slope), knots((heights, widths), slope))
+    )
+    secants = y.diff(dim=-1) / x.diff(dim=-1)
+    before, after = secants[:, :-1], secants[:, 1:]
+
+    def at_knots(raw):
+        args = (p.unsqueeze(1) for p in (widths, heights, raw))
+        return spline(x[:, 1:-1], *args, slope=slope)[1].exp()
+
+    mean = 2 / (1 / before + 1 / after) if bins == 2 else (before * after).sqrt()
+    torch.testing.assert_close(at_knots(zeros), mean, rtol=1e-6, atol=0)
+    least, most = (at_knots(zeros + sign * math.inf) for sign in (-1, 1))
+    if bins == 2:
+        share = math.sqrt(2 * 1.001 * slope)
+        factor = (1 + share**2) / (2 * share)
+        torch.testing.assert_close(least, mean / factor, rtol=1e-6, atol=0)
+        torch.testing.assert_close(most, mean * factor, rtol=1e-6, atol=0)
+    else:
+        smaller = torch.minimum(before, after)
+        most_of_all = (smaller.square() / (2 * 1.001 * slope)).clamp(max=1 / (1.001 * slope))
+        torch.testing.assert_close(least, torch.full_like(least, 1.001 * slope), rtol=1e-6, atol=0)
+        torch.testing.assert_close(most, most_of_all, rtol=1e-6, atol=0)
+
+
+@BINS
 def test_half_precision_is_computed_in_single(bins):
     for dtype in HALF:
         x, params = points(500, dtype), draw(500, bins, dtype, 2.0)
@@ -273,8 +307,7 @@ def test_pieces_change_nothing(shape, bins, monkeypatch):
         return *out, *torch.autograd.grad(out, args, (x, x))
 
     whole = run()
-    for name in ("CHUNK", "CHUNK_MANY"):
-        monkeypatch.setattr(_rqs, name, 64 // torch.get_num_threads())
+    monkeypatch.setattr(_rqs, "CHUNK", 64 // torch.get_num_threads())
     for one, other in zip(run(), whole, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
 

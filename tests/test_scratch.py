@@ -86,7 +86,7 @@ def test_inference_mode_leaves_nothing_that_others_cannot_use():
 def test_little_is_kept():
     spline(*draw(2**20, 5, torch.float32))
     memory = _scratch.scratch(torch.empty(1), torch.float32)
-    assert memory._memory.nbytes <= _scratch.LIMIT
+    assert memory._memory.nbytes <= 2 * _scratch.LIMIT
     for n in range(1, 3 * _scratch.MOST):
         memory.rows(_scratch.Layout(1, 1), torch.Size([n]))
     assert len(memory._rows) <= _scratch.MOST
