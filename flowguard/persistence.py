@@ -34,7 +34,7 @@ except ImportError:  # the extra "hub"; saving and loading folders works without
             super().__init_subclass__()
 
 
-FORMAT = 1  # raised whenever an older flowguard could not read what is written
+FORMAT = 2  # raised whenever flowguards before and after could not read each other's models
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 TYPE = "type"  # the key that names the class of an object
 FOREIGN = "foreign"  # an object that whoever loads has to give
@@ -483,9 +483,15 @@ def _check_config(config: Any, file: Path) -> None:
     ):
         raise PretrainedError(f"{file} was not written by flowguard's save_pretrained")
     if config["format"] != FORMAT:
+        # Before format 2, two-bin splines were other maps of the same parameters.
+        advice = (
+            "upgrade flowguard"
+            if config["format"] > FORMAT
+            else "train the model, or import its checkpoint, again"
+        )
         raise PretrainedError(
             f"{file} has format {config['format']}, written by flowguard {config['flowguard']};"
-            f" this is flowguard {__version__}, which reads format {FORMAT}: upgrade flowguard"
+            f" this is flowguard {__version__}, which reads format {FORMAT}: {advice}"
         )
     for key in ("arguments", "conditioners"):
         if not isinstance(config.get(key), dict):

@@ -314,8 +314,11 @@ def change(folder, **changes):
 
 
 def test_a_newer_version(files):
-    change(files, format=persistence.FORMAT + 1, flowguard="99.0")
-    refused(files, r"format 2, written by flowguard 99\.0.*upgrade flowguard")
+    newer = persistence.FORMAT + 1
+    change(files, format=newer, flowguard="99.0")
+    refused(files, rf"format {newer}, written by flowguard 99\.0.*upgrade flowguard")
+    change(files, format=1, flowguard="0.1.0.dev0")
+    refused(files, r"format 1, written by .*: train the model, or import its checkpoint, again")
 
 
 def test_what_this_version_does_not_know(files):
