@@ -479,7 +479,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def _check_config(config: Any, file: Path) -> None:
     wanted = {"format": int, "flowguard": str, "class": str}
     if not isinstance(config, dict) or not all(
-        isinstance(config.get(k), t) for k, t in wanted.items()
+        isinstance(config.get(k), t) and not isinstance(config[k], bool) for k, t in wanted.items()
     ):
         raise PretrainedError(f"{file} was not written by flowguard's save_pretrained")
     if config["format"] != FORMAT:
