@@ -114,7 +114,7 @@ def _inner_slope(
     # Of two weights one is always away from zero, as there is always some room.
     room = (high - mean).clamp(min=ROOM)
     up = (mean - low) * p
-    inv = torch.addcmul(room + up, room, p, value=-1).reciprocal()
+    inv = torch.addcmul(up, room, 1 - p).reciprocal()
     ratio = up * inv
     return (high - low) * ratio + low, (p, ratio, inv, mean, high)
 
@@ -134,13 +134,17 @@ def _slope_pullback(
         return rq.published_slope_pullback(grad * d, raw, share), none, none
     low = 1.001 * slope
     p, ratio, inv, mean, high = parts
-    span, other, rest = high - low, 1 - p, 1 - ratio
-    pulled = grad * span
-    half = (0.5 * pulled) * (mean * inv) * torch.addcmul(ratio * other, rest, p)
+    # The slope is low + span ratio with ratio = up p / R and R = up p + room (1 - p), where the room
+    # that is left, high - mean, may be less than what is taken for it.
+    span, up, room = high - low, mean - low, high - mean
+    free = room > ROOM
+    mixed = grad * span * inv * (p * (1 - p) * inv)
+    half = 0.5 * mean * mixed * torch.where(free, span, ROOM)
     twice = torch.where(high < 1 / low, 2 * high, 0.0)  # a constant where it is cut
-    to_high = (grad * ratio * twice) * (1 - span * (other * inv))
+    to_high = (grad * ratio - torch.where(free, mixed * up, 0.0)) * twice
     to_first = (0.5 * (s1 - s0).detach().sign() + 0.5) * to_high  # a half each for equal ones
-    return pulled * (ratio * rest), half + to_first, half + (to_high - to_first)
+    to_raw = grad * span * (ratio * (1 - ratio))
+    return to_raw, half + to_first, half + (to_high - to_first)
 
 
 class State(NamedTuple):

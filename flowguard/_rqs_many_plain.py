@@ -23,7 +23,7 @@ def layout(bins: int) -> Layout:
     r"""The memory that the functions need: blocks for both softmaxes, padded, for their sums, for
     the knots, for the raw slopes and for masks of the bins."""
     blocks = (2, bins + 2), (2, bins), (bins - 1,), (bins + 1,), (bins,)
-    return Layout(pairs=22, singles=16, blocks=blocks)
+    return Layout(pairs=23, singles=16, blocks=blocks)
 
 
 def _finite(x: Tensor, out: Tensor, limit: float) -> None:
@@ -220,20 +220,28 @@ def _slope_pullback(
     # and, as R - span (1 - p) = up (2 p - 1), with gain = span / R
     #     ∂d / ∂raw = span ratio (1 - ratio), ∂d / ∂mean = gain² p (1 - p),
     #     ∂d / ∂high = part² p (2 p - 1).
+    # Where the room is taken as a constant, ∂d / ∂mean is smaller by room / span, and
+    # ∂d / ∂high = ratio.
     d, p, ratio, part, gain, mean, high, span = rows
     if slope is None:
         plain.published_slope_pullback(m, d.mul_(grad), raw, p, out)
         return None
+    free = torch.sub(high, mean, out=d)
+    torch.gt(free, m.number(ROOM), out=free)
+    smaller = m.pair()[0]
+    torch.lerp(torch.div(m.number(ROOM), span, out=smaller), m.number(1.0), free, out=smaller)
     squashed = torch.ops.aten.sigmoid_backward.grad_input
+    to_mean = squashed(mean.mul_(grad), p, grad_input=mean)
+    to_mean.mul_(gain).mul_(gain).mul_(smaller)
     squashed(span.mul_(grad), ratio, grad_input=out)
-    to_mean = squashed(mean.mul_(grad), p, grad_input=mean).mul_(gain).mul_(gain)
     uncut = torch.lt(high, m.number(1 / (1.001 * slope)), out=gain)
     high.mul_(uncut).mul_(grad)
-    to_high = p.addcmul_(p, p, value=-2).mul_(part).mul_(part).mul_(high)  # negative
+    to_high = p.addcmul_(p, p, value=-2).mul_(part).mul_(part).neg_()
+    to_high = torch.lerp(ratio, to_high, free, out=p).mul_(high)
     # The logarithm of the mean is half of each, that of the highest slope twice the smaller one:
     # once each for equal ones.
-    smaller = torch.sub(s0, s1, out=part).sign_()
-    both = to_mean.sub_(to_high, alpha=2)
+    smaller = torch.sub(s1, s0, out=smaller).sign_()
+    both = to_mean.add_(to_high, alpha=2)
     to_high.mul_(smaller)
     to_first = torch.add(both, to_high, alpha=2, out=high)
     return to_first, both.sub_(to_high, alpha=2)

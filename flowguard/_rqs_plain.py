@@ -27,6 +27,7 @@ __all__ = [
 import functools
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -61,9 +62,9 @@ def squash_factor(bound: float | None, dtype: torch.dtype) -> float:
 def _arc(bound: float, double: bool) -> float:
     r"""The largest number whose product with the arctangent of infinity is not above the bound."""
     kind = np.float64 if double else np.float32
-    right = float(kind(math.pi / 2))
-    factor = kind(bound / right)
-    while float(factor) * right > bound:
+    right, limit = float(kind(math.pi / 2)), min(bound, float(kind(bound)))
+    factor = kind(limit / right)
+    while Fraction(float(factor)) * Fraction(right) > Fraction(limit):
         factor = np.nextafter(factor, kind(0))
     return float(factor)
 
@@ -144,7 +145,7 @@ def advance(
         s.div_(den)
         slope = s.mul_(s).mul_(torch.lerp(p, q, t, out=q))
     # P / D is exactly one for the identity.
-    value = torch.addcdiv(y0, z.mul_(p), den, value=sign, out=z)
+    value = torch.addcmul(y0, z, p.div_(den), value=sign, out=z)
     m.give(t, p, q, den)
     return value, slope
 

@@ -148,7 +148,7 @@ def scratch(like: Tensor, dtype: torch.dtype) -> Scratch:
     found: Scratch | None = _kept.__dict__.pop(str(dtype), None)
     if found is None:
         with torch.inference_mode(False):
-            found = Scratch(torch.empty(0), dtype, kept=True)
+            found = Scratch(torch.empty(0, device="cpu"), dtype, kept=True)
     return found
 
 

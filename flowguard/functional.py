@@ -16,7 +16,7 @@ from torch import Size, Tensor
 from flowguard import _rqs
 from flowguard import _rqs_bin as rq
 
-LEAST_BOUND = 1e-30  # its inverse is the largest bound
+BOUNDS = 1e-10, 1e10  # of the box, for all to stay finite in single precision
 
 
 def rational_quadratic_spline(
@@ -278,10 +278,11 @@ def check_bound(bound: float, name: str = "bound") -> None:
         raise TypeError(f"{name} must be a number, such as 5.0; got {type(bound).__name__}")
     if not 0 < bound < math.inf:
         raise ValueError(f"{name} must be positive and finite; got {bound}")
-    if not LEAST_BOUND <= bound <= 1 / LEAST_BOUND:
+    least, most = BOUNDS
+    if not least <= bound <= most:
         raise ValueError(
-            f"{name} must lie in [{LEAST_BOUND:g}, {1 / LEAST_BOUND:g}], for products of bounds to"
-            f" be finite in single precision; got {bound}. Rescale x instead."
+            f"{name} must lie in [{least:g}, {most:g}], for all gradients to be finite in single"
+            f" precision; got {bound}. Rescale x instead."
         )
 
 

@@ -83,6 +83,18 @@ def test_inference_mode_leaves_nothing_that_others_cannot_use():
     assert torch.equal(both(args)[0], expected)
 
 
+def test_another_default_device():
+    args = draw(20, 2)
+    expected = spline(*args)[0]
+    _scratch.release()
+    torch.set_default_device("meta")
+    try:
+        y = spline(*args)[0]
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(y, expected)
+
+
 def test_little_is_kept():
     spline(*draw(2**20, 5, torch.float32))
     memory = _scratch.scratch(torch.empty(1), torch.float32)

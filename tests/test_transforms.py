@@ -300,6 +300,18 @@ def test_autocast_leaves_the_maths_alone():
     assert torch.equal(ladj, other)
 
 
+@pytest.mark.parametrize("shift_bound", [0.1, 1 / 3, 1.0, 5.0, 7.3, 1e-5, 1e10])
+@DTYPES
+def test_a_bounded_shift_never_exceeds_its_bound(dtype, shift_bound):
+    z = torch.zeros(20_000, 1, dtype=dtype)
+    shift = torch.full((20_000,), -math.inf, dtype=dtype)
+    f = RobustSpline(z, z, z, shift, bound=1.0, shift_bound=shift_bound)
+    y = torch.rand(20_000, dtype=dtype) * 20
+    limit = torch.maximum(y + torch.tensor(shift_bound, dtype=dtype), torch.tensor(1.0).to(dtype))
+    assert (f.inv(y) <= limit).all()
+    assert (f.shift.abs() <= torch.tensor(shift_bound, dtype=dtype)).all()
+
+
 def test_largest_numbers_keep_their_shift():
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         big = torch.finfo(dtype).max
