@@ -31,8 +31,10 @@ def least_share(bins: int) -> float:
     return min(MIN_FRACTION, 0.5 / bins)
 
 
-def _rows(*params: Tensor) -> list[Sequence[Tensor]]:
-    if torch.compiler.is_compiling() and params[0].stride(-1) != 1:
+def _rows(*params: Tensor) -> Sequence[many.Rows]:
+    if not torch.compiler.is_compiling():
+        return params
+    if params[0].stride(-1) != 1:
         # The compiler does not vectorise a loop with many strided loads; this makes it copy first.
         params = torch.cat(params).chunk(3)
     return [p.unbind() for p in params]
@@ -139,7 +141,7 @@ def _pull_back(
     else:
         rows = _rows(w, h, d)
         to_x, *of_rows = many.pull_back(x, rows[0], rows[1], rows[2], gy, gl, *options)
-        grads = to_x, *(torch.stack(g) for g in of_rows)
+        grads = to_x, *(g if isinstance(g, Tensor) else torch.stack(g) for g in of_rows)
     to_by = -to_x if inverse else gy
     return *grads, None if shift is None else rq.squash_pullback(
         shift.to(work), to_by, shift_bound

@@ -1,38 +1,77 @@
 r"""The spline of three and more bins, whose knots are walked one after the other.
 
-No index and no shape depends on the data. What a bin is made of is picked first, knot by knot; all
-that costs more than a sum is done once, for the bin of the element. What there is for every bin
-comes as a list, of which the compiler makes one loop over the elements, without reductions in it.
-The notation is that of :mod:`flowguard._rqs_bin`.
+No index, mask or shape depends on the data. What a bin is made of is picked first, by masks; all
+that costs more than a sum is done once, for the bin of the element. The notation is that of
+:mod:`flowguard._rqs_bin`.
+
+What there is for every bin comes in rows: as one tensor, the bins first, or as a list of tensors.
+A tensor needs few calls, which is faster in eager mode; of a list the compiler makes one loop over
+the elements, without reductions in it.
 """
 
-__all__ = ["ROOM", "evaluate", "pull_back", "slope_limits"]
+__all__ = ["ROOM", "Rows", "evaluate", "pull_back", "slope_limits"]
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flowguard import _rqs_bin as rq
 
-ROOM = 1e-3  # the least room above the mean of two secants for the slope at their knot
 RAW = 1e3  # beyond, all maps of a raw slope are constant; a sum of these is finite
+ROOM = 1e-3  # the least room above the mean of two secants for the slope at their knot
+Rows = Any  # Tensor | list[Tensor]; both can be indexed, sliced and iterated
 
-Rows = Sequence[Tensor]
-Pair = tuple[Tensor, Tensor]  # of widths and of heights
+
+def _each(function: Callable[..., Tensor], *rows: Rows) -> Rows:
+    r"""Applies an element-wise function to the rows of each bin."""
+    if isinstance(rows[0], Tensor):
+        return function(*rows)
+    return [function(*r) for r in zip(*rows, strict=True)]
+
+
+def _join(*rows: Rows) -> Rows:
+    if isinstance(rows[0], Tensor):
+        return torch.cat(rows)
+    return [r for part in rows for r in part]
+
+
+def _total(rows: Rows) -> Tensor:
+    if isinstance(rows, Tensor):
+        return rows.sum(0)
+    *_, total = accumulate(rows)
+    return total
+
+
+def _pick(own: Rows, values: Rows) -> Tensor:
+    r"""The sum of the values weighed by masks. All are finite, so that zeros may weigh them."""
+    if isinstance(own, Tensor):
+        return (own * values).sum(0)
+    out = own[0] * values[0]
+    for o, v in zip(own[1:], values[1:], strict=True):
+        out = torch.addcmul(out, o, v)
+    return out
+
+
+def _near(own: Rows, x: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    r"""The values of each element's bin, and of its neighbours: itself, where there is none."""
+    left = torch.addcmul(_pick(own[1:], x[:-1]), own[0], x[0])
+    right = torch.addcmul(_pick(own[:-1], x[1:]), own[-1], x[-1])
+    return _pick(own, x), left, right
 
 
 class Bin(NamedTuple):
-    r"""The bin of each element. Sizes are softmaxes: of widths and of heights, not yet mixed."""
+    r"""The bin of each element."""
 
-    passed: list[Tensor]  # for each inner knot, whether it lies to its left, or is where it lies
-    number: Tensor
-    own: Pair
-    left: Pair  # the neighbours: itself, where there is none
-    right: Pair
-    sums: Pair  # of all bins to its left
+    own: Rows  # a one for the bin of the element
+    passed: Rows  # a one for each inner knot to its left, or on which it lies
+    near: list[tuple[Tensor, Tensor]]  # u and v of itself, of its left and of its right neighbour
+    sums: tuple[Tensor, Tensor]  # of u and of v of all bins to its left
+    w: list[Tensor]
+    h: list[Tensor]
+    s: list[Tensor]
     raw: tuple[Tensor, Tensor]  # at its left and right knot
 
 
@@ -42,51 +81,63 @@ def _scale(bins: int, bound: float, slope: float | None, least: float) -> tuple[
     return total * (1 - bins * least), total * least
 
 
-def _softmax(logits: Rows, scale: float, floor: float) -> list[Tensor]:
+def _finite(x: Tensor) -> Tensor:
+    big = torch.finfo(x.dtype).max / 4
+    return x.clamp(-big, big)
+
+
+def _cut(x: Tensor) -> Tensor:
+    return x.clamp(max=torch.finfo(x.dtype).max / 4)
+
+
+def _softmax(logits: Rows, scale: float, floor: float) -> Rows:
     r"""The scaled softmax over the given logits and one more that is fixed at zero."""
-    big = torch.finfo(logits[0].dtype).max / 4
-    logits = [x.clamp(max=big) for x in logits]  # inf - inf would be NaN
-    logits = [*logits, torch.zeros_like(logits[0])]
+    zero = torch.zeros_like(logits[0])
+    logits = _each(_cut, logits)  # inf - inf would be NaN
+    if isinstance(logits, Tensor):
+        return torch.cat((logits, zero.unsqueeze(0))).softmax(0) * scale + floor
+
+    logits = [*logits, zero]
     *_, top = accumulate((x.detach() for x in logits), torch.maximum)
     exps = [((x - top) * rq.LOG2_E).exp2() for x in logits]  # see rq.sigmoid
-    *_, total = accumulate(exps)
-    weight = scale / total
+    weight = scale / _total(exps)
     return [e * weight + floor for e in exps]
-
-
-def _mix(pair: Pair, slope: float | None) -> tuple[Tensor, Tensor]:
-    r"""The width and the height."""
-    # With u, v the floored softmaxes, w = u + λ v and h = v + λ u. As u, v > 0, the secant
-    # h / w = (v + λ u) / (u + λ v) lies in [λ, 1 / λ] whatever they are.
-    share, (u, v) = rq.mixing(slope), pair
-    return torch.add(u, v, alpha=share), torch.add(v, u, alpha=share)
 
 
 def _locate(
     x: Tensor,
     u: Rows,
     v: Rows,
-    raws: Rows,
+    derivatives: Rows,
     bound: float,
     slope: float | None,
     vertical: bool,
 ) -> Bin:
     r"""Walks over the knots and picks each element's bin; the knot itself opens its bin."""
-    sizes = list(zip(u, v, strict=True))
-    sums = list(zip(accumulate(u[:-1]), accumulate(v[:-1]), strict=True))
-    passed = [x >= _mix(total, slope)[vertical] - bound for total in sums]
-    zero = torch.zeros_like(x)
-    # A NaN anywhere is one of the element: those of the logits are in every bin already.
-    *_, bad = accumulate((d != d for d in raws), torch.logical_or)
-    picked = [zero, *sizes[0], *sizes[0], *sizes[1], zero, zero, raws[0], raws[0]]
-    for k, p in enumerate(passed):
-        after, next_raw = sizes[min(k + 2, len(raws))], raws[min(k + 1, len(raws) - 1)]
-        number = zero + (k + 1.0)
-        new = [number, *sizes[k + 1], *sizes[k], *after, *sums[k], raws[k], next_raw]
-        picked = [torch.where(p, a, b) for a, b in zip(new, picked, strict=True)]
-    number, u1, v1, u0, v0, u2, v2, p, q, raw0, raw1 = picked
-    raw = torch.where(bad, torch.nan, raw0), torch.where(bad, torch.nan, raw1)
-    return Bin(passed, number, (u1, v1), (u0, v0), (u2, v2), (p, q), raw)
+    # With u, v the floored softmaxes, w = u + λ v and h = v + λ u. As u, v > 0, the secant
+    # h / w = (v + λ u) / (u + λ v) lies in [λ, 1 / λ] whatever they are.
+    share = rq.mixing(slope)
+
+    def mix(p: Tensor, q: Tensor) -> Tensor:
+        return torch.add(p, q, alpha=share)
+
+    sizes = _each(mix, v[:-1], u[:-1]) if vertical else _each(mix, u[:-1], v[:-1])
+    knots = sizes.cumsum(0) if isinstance(sizes, Tensor) else list(accumulate(sizes))
+    # a one for x ≥ knot: signs are faster than comparisons
+    passed = _each(lambda k: (x - (k - bound)).detach().sign().add(1.0).clamp(max=1.0), knots)
+    own = _join(
+        _each(lambda p: 1 - p, passed[:1]),
+        _each(torch.sub, passed[:-1], passed[1:]),
+        passed[-1:],
+    )
+    near = list(zip(_near(own, u), _near(own, v), strict=True))
+    w, h = [mix(p, q) for p, q in near], [mix(q, p) for p, q in near]
+    s = [hk / wk for wk, hk in zip(w, h, strict=True)]
+    raw = _each(_finite, derivatives)  # zeros may not weigh infinities
+    raw0 = torch.addcmul(_pick(own[1:], raw), own[0], raw[0])
+    raw1 = torch.addcmul(_pick(own[:-1], raw), own[-1], raw[-1])
+    sums = _pick(passed, u[:-1]), _pick(passed, v[:-1])
+    return Bin(own, passed, near, sums, w, h, s, (raw0, raw1))
 
 
 def slope_limits(s0: Tensor, s1: Tensor, slope: float) -> tuple[Tensor, float, Tensor]:
@@ -150,16 +201,15 @@ def _slope_pullback(
 class State(NamedTuple):
     r"""The bin of each element and the slopes at its ends; with what these come from."""
 
-    u: list[Tensor]
-    v: list[Tensor]
+    u: Rows
+    v: Rows
     bin: Bin
-    corner: Pair
-    size: Pair
-    left: Pair  # the sizes of the neighbours
-    right: Pair
-    s: tuple[Tensor, Tensor, Tensor]  # secants: of its own, of its left and its right neighbour
-    d: tuple[Tensor, Tensor]
-    parts: list[tuple[Tensor, ...]]  # what the pullbacks of these slopes need
+    x0: Tensor
+    y0: Tensor
+    d0: Tensor
+    d1: Tensor
+    left: tuple[Tensor, ...]  # what the pullback of the slope at the left knot needs
+    right: tuple[Tensor, ...]
 
 
 def _prepare(
@@ -175,16 +225,17 @@ def _prepare(
     scale = _scale(len(widths) + 1, bound, slope, least)
     u, v = _softmax(widths, *scale), _softmax(heights, *scale)
     found = _locate(x, u, v, derivatives, bound, slope, vertical)
-    size, left, right = (_mix(pair, slope) for pair in (found.own, found.left, found.right))
-    s, s0, s1 = (h / w for w, h in (size, left, right))
-    d0, of_left = _inner_slope(found.raw[0], s0, s, slope)
-    d1, of_right = _inner_slope(found.raw[1], s, s1, slope)
+    own, (s, s0, s1) = found.own, found.s
+    d0, left = _inner_slope(found.raw[0], s0, s, slope)
+    d1, right = _inner_slope(found.raw[1], s, s1, slope)
     # The slope is one at both ends of the box.
-    d0 = torch.where(found.passed[0], d0, 1 + (d0 - d0))
-    d1 = torch.where(found.passed[-1], 1 + (d1 - d1), d1)
-    x0, y0 = (total - bound for total in _mix(found.sums, slope))
-    parts = [of_left, of_right]
-    return State(u, v, found, (x0, y0), size, left, right, (s, s0, s1), (d0, d1), parts)
+    d0 = torch.addcmul(own[0], found.passed[0], d0)
+    d1 = torch.addcmul(own[-1], 1 - own[-1], d1)
+    share = rq.mixing(slope)
+    p, q = found.sums
+    x0 = torch.add(p, q, alpha=share) - bound
+    y0 = torch.add(q, p, alpha=share) - bound
+    return State(u, v, found, x0, y0, d0, d1, left, right)
 
 
 def _within(z: Tensor, size: Tensor) -> Tensor:
@@ -203,13 +254,13 @@ def evaluate(
 ) -> tuple[Tensor, Tensor]:
     r"""The spline or its inverse, and the logarithm of its slope."""
     inside = v.clamp(-bound, bound)
-    at = _prepare(inside, widths, heights, derivatives, bound, slope, least, inverse)
-    (x0, y0), (w, h) = at.corner, at.size
+    state = _prepare(inside, widths, heights, derivatives, bound, slope, least, inverse)
+    w, h, s = state.bin.w[0], state.bin.h[0], state.bin.s[0]
     if inverse:
-        rise, steep = rq.solve(_within(inside - y0, h), w, h, *at.d)
-        return rq.finish(v, x0 + rise, steep, bound)
-    rise, steep = rq.evaluate(_within(inside - x0, w), w, at.s[0], *at.d)
-    return rq.finish(v, y0 + rise, steep, bound)
+        rise, steep = rq.solve(_within(inside - state.y0, h), w, h, state.d0, state.d1)
+        return rq.finish(v, state.x0 + rise, steep, bound)
+    rise, steep = rq.evaluate(_within(inside - state.x0, w), w, s, state.d0, state.d1)
+    return rq.finish(v, state.y0 + rise, steep, bound)
 
 
 def pull_back(
@@ -223,76 +274,72 @@ def pull_back(
     slope: float | None,
     least: float,
     inverse: bool,
-) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+) -> tuple[Tensor, Rows, Rows, Rows]:
     r"""The gradients to the input and to all parameters; see :func:`_rqs_bin.pull_back`."""
     inner = x.clamp(-bound, bound)
-    at = _prepare(inner, widths, heights, derivatives, bound, slope, least, False)
-    found, (w, h), (s, s0, s1) = at.bin, at.size, at.s
-    passed = found.passed
+    state = _prepare(inner, widths, heights, derivatives, bound, slope, least, False)
+    found = state.bin
+    own, passed, w, h, s = found.own, found.passed, found.w, found.h, found.s
 
     inside = x.abs() < bound
-    z = _within(inner - at.corner[0], w)
+    z = _within(inner - state.x0, w[0])
     to_y, to_l = torch.where(inside, grad_y, 0.0), torch.where(inside, grad_l, 0.0)
-    pull = rq.pull_back(z, w, h, s, *at.d, to_y, to_l, inverse)
+    pull = rq.pull_back(z, w[0], h[0], s[0], state.d0, state.d1, to_y, to_l, inverse)
     grad_x = pull.grad + torch.where(inside, 0.0, grad_y)
 
-    to_d0 = torch.where(passed[0], pull.d0, 0.0)
-    to_d1 = torch.where(passed[-1], 0.0, pull.d1)
-    raw0, log0, log = _slope_pullback(to_d0, found.raw[0], s0, s, slope, at.parts[0])
-    raw1, own_log, log1 = _slope_pullback(to_d1, found.raw[1], s, s1, slope, at.parts[1])
+    to_d0, to_d1 = pull.d0 * passed[0], pull.d1 * (1 - own[-1])
+    raw0, log0, log = _slope_pullback(to_d0, found.raw[0], s[1], s[0], slope, state.left)
+    raw1, own_log, log1 = _slope_pullback(to_d1, found.raw[1], s[0], s[2], slope, state.right)
     log = pull.log_s + log + own_log
 
     # To the sizes of the bin, of its neighbours, and of all bins to its left, which push it.
     pairs = (
-        (-torch.addcmul(log / w, pull.z, pull.t), torch.addcmul(log / h, pull.y, pull.theta)),
-        (-log0 / at.left[0], log0 / at.left[1]),
-        (-log1 / at.right[0], log1 / at.right[1]),
+        (
+            -torch.addcmul(log / w[0], pull.z, pull.t),
+            torch.addcmul(log / h[0], pull.y, pull.theta),
+        ),
+        (-log0 / w[1], log0 / h[1]),
+        (-log1 / w[2], log1 / h[2]),
         (-pull.z, pull.y),
     )
-    to_u, to_v = zip(*(_mix(pair, slope) for pair in pairs), strict=True)
-    picked = list(zip(found.own, found.left, found.right, found.sums, strict=True))
-    scale = _scale(len(at.u), bound, slope, least)
-    to_raw = []
-    for k, p in enumerate(passed):
-        before = raw1 if k == 0 else torch.where(passed[k - 1], raw1, 0.0)
-        after = raw0 if k + 1 == len(passed) else torch.where(passed[k + 1], 0.0, raw0)
-        to_raw.append(torch.where(p, after, before))
+    share = rq.mixing(slope)
+    to_u = [torch.add(to_w, to_h, alpha=share) for to_w, to_h in pairs]
+    to_v = [torch.add(to_h, to_w, alpha=share) for to_w, to_h in pairs]
+    scale = _scale(len(own), bound, slope, least)
+    (u, u0, u1), (v, v0, v1) = zip(*found.near, strict=True)
     return (
         grad_x,
-        _softmax_pullback(at.u, picked[0], to_u, found, scale),
-        _softmax_pullback(at.v, picked[1], to_v, found, scale),
-        to_raw,
+        _softmax_pullback(state.u, [u, u0, u1, found.sums[0]], to_u, found, scale),
+        _softmax_pullback(state.v, [v, v0, v1, found.sums[1]], to_v, found, scale),
+        _each(lambda p, q: torch.addcmul(p * raw1, q, raw0), own[:-1], own[1:]),
     )
 
 
 def _softmax_pullback(
     values: Rows,
-    picked: Rows,
-    grads: Rows,
+    picked: list[Tensor],
+    grads: list[Tensor],
     found: Bin,
     scale: tuple[float, float],
-) -> list[Tensor]:
+) -> Rows:
     r"""Hands the gradients to the bins that they belong to, and through the softmax.
 
     The gradients are those of the bin, of its left and its right neighbour, and of all to its left.
     The last bin takes what is left of the box; as probabilities add up, so does its softmax.
     """
-    passed, (of_own, of_left, of_right, of_passed) = found.passed, grads
+    own, passed = found.own, found.passed
+    of_own, of_left, of_right, of_passed = grads
     factor, floor = scale
     mean = torch.addcmul((picked[0] - floor) * of_own, picked[1] - floor, of_left)
     mean = torch.addcmul(mean, picked[2] - floor, of_right)
-    mean = torch.addcmul(mean, picked[3] - found.number * floor, of_passed)
+    mean = torch.addcmul(mean, picked[3] - _total(passed) * floor, of_passed)
     mean = mean * (1 / factor)
 
-    none, before = -mean, of_passed - mean
-    next_to, its, after = before + of_left, of_own - mean, of_right - mean
-    pulled = []
-    for k, p in enumerate(passed):
-        # an element of this bin, of one after it, or of one before it
-        here = its
-        if k > 0:
-            beyond = after if k == 1 else torch.where(passed[k - 2], after, none)
-            here = torch.where(passed[k - 1], its, beyond)
-        far = next_to if k + 1 == len(passed) else torch.where(passed[k + 1], before, next_to)
-        pulled.append((values[k] - floor) * torch.where(p, far, here))
-    return pulled
+    def mine(own: Tensor, right: Tensor, passed: Tensor) -> Tensor:
+        g = torch.addcmul(own * of_own, right, of_left)
+        return torch.addcmul(g, passed, of_passed) - mean
+
+    pulled = _each(mine, own[:-1], own[1:], passed)
+    right = _each(lambda g, left: torch.addcmul(g, left, of_right), pulled[1:], own[:-2])
+    pulled = _join(pulled[:1], right)
+    return _each(lambda g, value: (value - floor) * g, pulled, values[:-1])
