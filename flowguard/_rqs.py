@@ -63,23 +63,22 @@ def _is_recorded(tensors: tuple[Tensor | None, ...]) -> bool:
 
 
 def knots(
-    width: Tensor,
-    height: Tensor,
     raw: Tensor,
-    shift: Tensor,
+    made: Tensor,
+    dim: int,
     bound: float,
     slope: float | None,
     shift_bound: float | None,
-    dim: int,
-) -> tuple[Tensor, float]:
-    r"""What two-bin splines need to know of parameters, as constants along a new dimension: both
-    coordinates of the inner knot with their signs changed, the slope there, and the shift, which
-    is still to be multiplied by the number that is returned too."""
-    made = width.new_empty((*width.shape[:dim], 4, *width.shape[dim:]))
-    tensors = width, height, raw, shift
+) -> float:
+    r"""Writes what two-bin splines need to know of parameters, which are taken as constants.
+
+    Along a dimension the parameters are width, height, derivative and shift, and what is made of
+    them both coordinates of the inner knot with their signs changed, the slope there, and the
+    shift, which is still to be multiplied by the number that is returned. It may take their place.
+    """
     options = bound, slope, least_share(2), shift_bound
-    _in_pieces(two_plain.knots, two_plain.LAYOUT, made.unbind(dim), tensors, options)
-    return made, plain.squash_factor(shift_bound, width.dtype)
+    _in_pieces(two_plain.knots, two_plain.LAYOUT, made.unbind(dim), raw.unbind(dim), options)
+    return plain.squash_factor(shift_bound, raw.dtype)
 
 
 def apply_at(

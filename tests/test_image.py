@@ -461,9 +461,14 @@ def test_parameters_that_are_worked_out_give_the_same_map(dtype):
     family = Robust(bound=2.0, shift_bound=0.7)
     raw = 3 * torch.randn(2, 5 * 4, 6, 7, dtype=dtype)
     x = 2 * torch.randn(2, 5, 6, 7, dtype=dtype)
+    before = raw.clone()
     ready, parameters = work_out(family, raw, 5)
     assert ready != family
     assert parameters.shape == raw.shape
+    assert torch.equal(raw, before)
+    replaced = work_out(family, before, 5, overwrite=True)[1]
+    assert replaced is before
+    assert torch.equal(replaced, parameters)
     for inverse in (False, True):
         with torch.no_grad():
             y, ladj = apply(family, x, raw, inverse=inverse)

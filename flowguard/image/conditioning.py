@@ -52,7 +52,8 @@ def conditions(
         injected = _convolve([c.injector[0] for c in couplings[part]], context)
         for (c, noise, (there, back)), h, i in zip(shared, hidden, injected, strict=True):
             raw = last_layers([_weights(c.injector[2]), _weights(c.injector[4])], i)
-            family, parameters = work_out(c.map_of("injector"), raw, c.kept + c.changed)
+            channels = c.kept + c.changed
+            family, parameters = work_out(c.map_of("injector"), raw, channels, overwrite=True)
             ready = Ready(there, back, _first(c), _rest(c), _noise(c))
             made.append(Condition(parameters, h, c.fit_noise(noise, context), ready, family))
     return made

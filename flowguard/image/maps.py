@@ -241,7 +241,9 @@ class _KnottedSpline(transforms.Univariate):
         return self._apply(y, inverse=True, steep=False)[0]
 
 
-def work_out(family: Elementwise, raw: Tensor, channels: int) -> tuple[Elementwise, Tensor]:
+def work_out(
+    family: Elementwise, raw: Tensor, channels: int, *, overwrite: bool = False
+) -> tuple[Elementwise, Tensor]:
     r"""Returns what `family` makes of constant parameters, to be applied to many images: a map and
     its parameters, laid out in the same way.
 
@@ -249,6 +251,7 @@ def work_out(family: Elementwise, raw: Tensor, channels: int) -> tuple[Elementwi
         family: The elementwise map.
         raw: The raw parameters, with shape :math:`(B, C n, H, W)`.
         channels: The number of channels :math:`C`.
+        overwrite: Whether what is made may take the place of the raw parameters in memory.
     """
     if (
         not isinstance(family, Robust)
@@ -256,10 +259,10 @@ def work_out(family: Elementwise, raw: Tensor, channels: int) -> tuple[Elementwi
         or raw.dtype not in (torch.float32, torch.float64)
     ):
         return family, raw
-    width, height, derivative, shift = raw.unflatten(1, (channels, 4)).unbind(2)
-    options = family.bound, family.slope, family.shift_bound
-    made, factor = _rqs.knots(width, height, derivative, shift, *options, dim=2)
-    return Knotted(family.bound, factor), made.flatten(1, 2)
+    made = raw if overwrite else torch.empty_like(raw)
+    params, outs = (t.unflatten(1, (channels, 4)) for t in (raw, made))
+    factor = _rqs.knots(params, outs, 2, family.bound, family.slope, family.shift_bound)
+    return Knotted(family.bound, factor), made
 
 
 NAMED: dict[str, Callable[[], Elementwise]] = {
