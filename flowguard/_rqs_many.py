@@ -9,7 +9,7 @@ A tensor needs few calls, which is faster in eager mode; of a list the compiler 
 the elements, without reductions in it.
 """
 
-__all__ = ["ROOM", "Rows", "evaluate", "pull_back", "slope_limits"]
+__all__ = ["ROOM", "Rows", "evaluate", "pull_back", "slope_limits", "softmax_scale"]
 
 from collections.abc import Callable
 from itertools import accumulate
@@ -75,7 +75,9 @@ class Bin(NamedTuple):
     raw: tuple[Tensor, Tensor]  # at its left and right knot
 
 
-def _scale(bins: int, bound: float, slope: float | None, least: float) -> tuple[float, float]:
+def softmax_scale(
+    bins: int, bound: float, slope: float | None, least: float
+) -> tuple[float, float]:
     r"""What the softmax is multiplied by, and then raised by."""
     total = 2 * bound / (1 + rq.mixing(slope))
     return total * (1 - bins * least), total * least
@@ -222,7 +224,7 @@ def _prepare(
     least: float,
     vertical: bool,
 ) -> State:
-    scale = _scale(len(widths) + 1, bound, slope, least)
+    scale = softmax_scale(len(widths) + 1, bound, slope, least)
     u, v = _softmax(widths, *scale), _softmax(heights, *scale)
     found = _locate(x, u, v, derivatives, bound, slope, vertical)
     own, (s, s0, s1) = found.own, found.s
@@ -305,7 +307,7 @@ def pull_back(
     share = rq.mixing(slope)
     to_u = [torch.add(to_w, to_h, alpha=share) for to_w, to_h in pairs]
     to_v = [torch.add(to_h, to_w, alpha=share) for to_w, to_h in pairs]
-    scale = _scale(len(own), bound, slope, least)
+    scale = softmax_scale(len(own), bound, slope, least)
     (u, u0, u1), (v, v0, v1) = zip(*found.near, strict=True)
     return (
         grad_x,

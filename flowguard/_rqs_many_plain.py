@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flowguard import _rqs_bin as rq
 from flowguard import _rqs_plain as plain
-from flowguard._rqs_many import RAW, ROOM
+from flowguard._rqs_many import RAW, ROOM, softmax_scale
 from flowguard._scratch import Layout, Pair, Rows
 
 
@@ -82,12 +82,6 @@ class State(NamedTuple):
     inner: Pair  # zero at the ends of the box, where the slope is one
 
 
-def _scales(bins: int, bound: float, slope: float | None, least: float) -> tuple[float, float]:
-    r"""What the softmax is multiplied by, and then raised by."""
-    total = 2 * bound / (1 + rq.mixing(slope))
-    return total * (1 - bins * least), total * least
-
-
 def _locate(
     m: Rows,
     x: Tensor,
@@ -101,7 +95,7 @@ def _locate(
 ) -> State:
     bins = len(widths) + 1
     share = rq.mixing(slope)
-    scale, floor = _scales(bins, bound, slope, least)
+    scale, floor = softmax_scale(bins, bound, slope, least)
     softmax, cumulated, passed, raws, _ = m.blocks
     _softmax(m, widths, heights, scale, softmax)
     _cumulated(softmax, cumulated)
@@ -350,7 +344,7 @@ def pull_back(
     mean = torch.mul(at.own[0], of_own[0], out=at.own[0]).addcmul_(at.sums[0], of_passed[0])
     for side, of_side in zip((at.left, at.right), of_near, strict=False):
         mean.addcmul_(side[0], of_side[0])
-    mean.mul_(m.number(-1 / _scales(bins, bound, slope, least)[0]))
+    mean.mul_(m.number(-1 / softmax_scale(bins, bound, slope, least)[0]))
     pulled = cumulated[:, :-1]
     torch.addcmul(mean.unsqueeze(1), own[:-1], of_own[0].unsqueeze(1), out=pulled)
     pulled.addcmul_(passed, of_passed[0].unsqueeze(1))
