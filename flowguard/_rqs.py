@@ -23,6 +23,7 @@ from flowguard._scratch import LIMIT, Layout, Rows, keep, scratch
 
 MIN_FRACTION = 1e-3  # the least width and height of a bin, as a share of the box (published: 1e-3)
 CHUNK = 2**15  # elements per thread worked on at a time in eager mode: temporaries stay in cache
+FEW = 7  # rows that the compiler reads from strided memory; it makes no vectors of more
 ELSEWHERE = 2**29  # bytes of temporaries on other devices, where pieces only save memory
 
 
@@ -31,13 +32,13 @@ def least_share(bins: int) -> float:
     return min(MIN_FRACTION, 0.5 / bins)
 
 
-def _rows(*params: Tensor) -> Sequence[many.Rows]:
-    if not torch.compiler.is_compiling():
-        return params
-    if params[0].stride(-1) != 1:
-        # The compiler does not vectorise a loop with many strided loads; this makes it copy first.
+def _rows(*params: Tensor) -> list[many.Rows]:
+    r"""The rows of each bin, from left to right."""
+    strided = torch.compiler.is_compiling() and params[0].stride(-1) != 1
+    if strided and len(params[0]) > FEW:
         params = torch.cat(params).chunk(3)
-    return [p.unbind() for p in params]
+    # Of `unbind` all would be kept for the backward, rather than worked out anew.
+    return [[p[k] for k in range(len(p))] for p in params]
 
 
 def apply(*inputs: Any, steep: bool = True) -> tuple[Tensor, ...]:
@@ -140,7 +141,7 @@ def _pull_back(
     else:
         rows = _rows(w, h, d)
         to_x, *of_rows = many.pull_back(x, rows[0], rows[1], rows[2], gy, gl, *options)
-        grads = to_x, *(g if isinstance(g, Tensor) else torch.stack(g) for g in of_rows)
+        grads = to_x, *map(torch.stack, of_rows)
     to_by = -to_x if inverse else gy
     return *grads, None if shift is None else rq.squash_pullback(
         shift.to(work), to_by, shift_bound

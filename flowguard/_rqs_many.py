@@ -1,78 +1,53 @@
 r"""The spline of three and more bins, whose knots are walked one after the other.
 
-No index, mask or shape depends on the data. What a bin is made of is picked first, by masks; all
-that costs more than a sum is done once, for the bin of the element. The notation is that of
+No index or shape depends on the data: what belongs to the bin of an element is picked by its number,
+and all that costs more than a sum is done once, for that bin. The notation is that of
 :mod:`flowguard._rqs_bin`.
 
-What there is for every bin comes in rows: as one tensor, the bins first, or as a list of tensors.
-A tensor needs few calls, which is faster in eager mode; of a list the compiler makes one loop over
-the elements, without reductions in it.
+What there is for every bin comes as a list of tensors. Of that the compiler makes one loop over the
+elements, without reductions in it. It makes no more than one loop of some 64 tensors that are used
+more than once, hence the fewer of these the better.
 """
 
-__all__ = ["ROOM", "Rows", "evaluate", "pull_back", "slope_limits", "softmax_scale"]
+__all__ = ["CUT", "ROOM", "TOP", "evaluate", "pull_back", "slope_limits", "softmax_scale"]
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flowguard import _rqs_bin as rq
 
-RAW = 1e3  # beyond, all maps of a raw slope are constant; a sum of these is finite
+CUT = 60.0  # of logits, as exp(CUT) is finite; and of raw slopes, whose maps are constant beyond
+TOP = math.exp(CUT) * (1 - 1e-5)  # what is above was cut
 ROOM = 1e-3  # the least room above the mean of two secants for the slope at their knot
-Rows = Any  # Tensor | list[Tensor]; both can be indexed, sliced and iterated
+
+Rows = Sequence[Tensor]  # of bins or knots, from left to right
+Pair = tuple[Tensor, Tensor]
 
 
-def _each(function: Callable[..., Tensor], *rows: Rows) -> Rows:
-    r"""Applies an element-wise function to the rows of each bin."""
-    if isinstance(rows[0], Tensor):
-        return function(*rows)
-    return [function(*r) for r in zip(*rows, strict=True)]
+class Softmax(NamedTuple):
+    r"""The softmax of logits and of a zero, scaled: the exponentials, or one for the last bin,
+    times a weight; and that weight times the share that goes to the other side of the bins."""
 
-
-def _join(*rows: Rows) -> Rows:
-    if isinstance(rows[0], Tensor):
-        return torch.cat(rows)
-    return [r for part in rows for r in part]
-
-
-def _total(rows: Rows) -> Tensor:
-    if isinstance(rows, Tensor):
-        return rows.sum(0)
-    *_, total = accumulate(rows)
-    return total
-
-
-def _pick(own: Rows, values: Rows) -> Tensor:
-    r"""The sum of the values weighed by masks. All are finite, so that zeros may weigh them."""
-    if isinstance(own, Tensor):
-        return (own * values).sum(0)
-    out = own[0] * values[0]
-    for o, v in zip(own[1:], values[1:], strict=True):
-        out = torch.addcmul(out, o, v)
-    return out
-
-
-def _near(own: Rows, x: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    r"""The values of each element's bin, and of its neighbours: itself, where there is none."""
-    left = torch.addcmul(_pick(own[1:], x[:-1]), own[0], x[0])
-    right = torch.addcmul(_pick(own[:-1], x[1:]), own[-1], x[-1])
-    return _pick(own, x), left, right
+    exps: Rows
+    sums: Rows  # over the bins to the left of each inner knot
+    weight: Tensor
+    crossed: Tensor
 
 
 class Bin(NamedTuple):
-    r"""The bin of each element."""
+    r"""The bin of each element: its number and what is picked by it, of widths and of heights."""
 
-    own: Rows  # a one for the bin of the element
-    passed: Rows  # a one for each inner knot to its left, or on which it lies
-    near: list[tuple[Tensor, Tensor]]  # u and v of itself, of its left and of its right neighbour
-    sums: tuple[Tensor, Tensor]  # of u and of v of all bins to its left
-    w: list[Tensor]
-    h: list[Tensor]
-    s: list[Tensor]
-    raw: tuple[Tensor, Tensor]  # at its left and right knot
+    number: Tensor
+    own: Pair  # exponentials
+    left: Pair  # those of its neighbours; of some bin, where there is none
+    right: Pair
+    passed: Pair  # their sums over all bins to the left
+    raw: Pair  # the raw slopes at the left and at the right knot
 
 
 def softmax_scale(
@@ -83,63 +58,81 @@ def softmax_scale(
     return total * (1 - bins * least), total * least
 
 
-def _finite(x: Tensor) -> Tensor:
-    big = torch.finfo(x.dtype).max / 4
-    return x.clamp(-big, big)
+def _once(made: Tensor) -> Tensor:
+    r"""Lets the compiler work out once what is used often, as a view wants memory to look at."""
+    return made.as_strided(made.shape, made.stride()) if torch.compiler.is_compiling() else made
 
 
-def _cut(x: Tensor) -> Tensor:
-    return x.clamp(max=torch.finfo(x.dtype).max / 4)
+def _is_strided(x: Tensor) -> bool:
+    # Of a loop with many strided loads the compiler makes no vectors: each should be loaded once.
+    return torch.compiler.is_compiling() and x.dim() > 0 and x.stride(-1) != 1
 
 
-def _softmax(logits: Rows, scale: float, floor: float) -> Rows:
-    r"""The scaled softmax over the given logits and one more that is fixed at zero."""
-    zero = torch.zeros_like(logits[0])
-    logits = _each(_cut, logits)  # inf - inf would be NaN
-    if isinstance(logits, Tensor):
-        return torch.cat((logits, zero.unsqueeze(0))).softmax(0) * scale + floor
+def _exp(x: Tensor) -> Tensor:
+    # What is compiled keeps powers of two for the backward, while it computes exponentials anew. In
+    # eager mode a power takes a third of the time.
+    return x.exp() if torch.compiler.is_compiling() else (x * rq.LOG2_E).exp2()
 
-    logits = [*logits, zero]
-    *_, top = accumulate((x.detach() for x in logits), torch.maximum)
-    exps = [((x - top) * rq.LOG2_E).exp2() for x in logits]  # see rq.sigmoid
-    weight = scale / _total(exps)
-    return [e * weight + floor for e in exps]
+
+def _softmax(logits: Rows, scale: float, share: float) -> Softmax:
+    # The zero keeps the sum away from zero, and the cut keeps it finite: no need for the maximum.
+    exps = [_exp(x.clamp(max=CUT)) for x in logits]
+    if _is_strided(logits[0]):
+        exps = [_once(e) for e in exps]
+    sums = list(accumulate(exps))
+    weight = _once(scale / (sums[-1] + 1))
+    return Softmax(exps, sums, weight, weight * share)
+
+
+def _sizes(u: Softmax, v: Softmax, of: Pair, raised: Tensor | float) -> Pair:
+    r"""Widths and heights for what is weighed."""
+    # With u, v the floored softmaxes, w = u + λ v and h = v + λ u. As u, v > 0, the secant
+    # h / w = (v + λ u) / (u + λ v) lies in [λ, 1 / λ] whatever they are.
+    p, q = of
+    w = torch.addcmul(p * u.weight, q, v.crossed)
+    h = torch.addcmul(q * v.weight, p, u.crossed)
+    return w + raised, h + raised
+
+
+def _pick(number: Tensor, values: Sequence[Tensor | float]) -> Tensor:
+    r"""The value of that number, counted from zero; the last one, if there are not as many."""
+    picked = values[0]
+    for k, value in enumerate(values[1:], 1):
+        picked = torch.where(number >= k, value, picked)
+    assert isinstance(picked, Tensor)
+    return picked
 
 
 def _locate(
     x: Tensor,
-    u: Rows,
-    v: Rows,
+    u: Softmax,
+    v: Softmax,
     derivatives: Rows,
     bound: float,
-    slope: float | None,
+    floor: float,
     vertical: bool,
 ) -> Bin:
     r"""Walks over the knots and picks each element's bin; the knot itself opens its bin."""
-    # With u, v the floored softmaxes, w = u + λ v and h = v + λ u. As u, v > 0, the secant
-    # h / w = (v + λ u) / (u + λ v) lies in [λ, 1 / λ] whatever they are.
-    share = rq.mixing(slope)
+    number = torch.zeros_like(x)
+    for k, sums in enumerate(zip(u.sums, v.sums, strict=True), 1):
+        # Of the sign of a difference the compiler keeps nothing for the backward.
+        beyond = x - _sizes(u, v, sums, k * floor - bound)[vertical]
+        number = torch.where(beyond >= 0, float(k), number)
 
-    def mix(p: Tensor, q: Tensor) -> Tensor:
-        return torch.add(p, q, alpha=share)
+    def pick(values: Callable[[Softmax], Sequence[Tensor | float]]) -> Pair:
+        return _pick(number, values(u)), _pick(number, values(v))
 
-    sizes = _each(mix, v[:-1], u[:-1]) if vertical else _each(mix, u[:-1], v[:-1])
-    knots = sizes.cumsum(0) if isinstance(sizes, Tensor) else list(accumulate(sizes))
-    # a one for x ≥ knot: signs are faster than comparisons
-    passed = _each(lambda k: (x - (k - bound)).detach().sign().add(1.0).clamp(max=1.0), knots)
-    own = _join(
-        _each(lambda p: 1 - p, passed[:1]),
-        _each(torch.sub, passed[:-1], passed[1:]),
-        passed[-1:],
+    # A NaN in any of them is one of the element; this adds it, or else zero.
+    *_, total = accumulate(d.detach().abs() for d in derivatives)
+    bad = (-total).relu()
+    return Bin(
+        number,
+        own=pick(lambda s: [*s.exps, 1.0]),
+        left=pick(lambda s: [s.exps[0], *s.exps]),
+        right=pick(lambda s: [*s.exps[1:], 1.0]),
+        passed=pick(lambda s: [0.0, *s.sums]),
+        raw=(_pick(number, [0.0, *derivatives]) + bad, _pick(number, derivatives) + bad),
     )
-    near = list(zip(_near(own, u), _near(own, v), strict=True))
-    w, h = [mix(p, q) for p, q in near], [mix(q, p) for p, q in near]
-    s = [hk / wk for wk, hk in zip(w, h, strict=True)]
-    raw = _each(_finite, derivatives)  # zeros may not weigh infinities
-    raw0 = torch.addcmul(_pick(own[1:], raw), own[0], raw[0])
-    raw1 = torch.addcmul(_pick(own[:-1], raw), own[-1], raw[-1])
-    sums = _pick(passed, u[:-1]), _pick(passed, v[:-1])
-    return Bin(own, passed, near, sums, w, h, s, (raw0, raw1))
 
 
 def slope_limits(s0: Tensor, s1: Tensor, slope: float) -> tuple[Tensor, float, Tensor]:
@@ -163,13 +156,12 @@ def _inner_slope(
         parts = rq.published_slope(raw)
         return parts[0], parts
     mean, low, high = slope_limits(s0, s1, slope)
-    p = rq.sigmoid(raw)
-    # Of two weights one is always away from zero, as there is always some room.
-    room = (high - mean).clamp(min=ROOM)
-    up = (mean - low) * p
-    inv = torch.addcmul(up, room, 1 - p).reciprocal()
+    decay = _exp(-raw.clamp(-CUT, CUT))
+    # Of two terms one is always away from zero, as there is always some room.
+    up, room = mean - low, (high - mean).clamp(min=ROOM)
+    inv = torch.addcmul(up, room, decay).reciprocal()
     ratio = up * inv
-    return (high - low) * ratio + low, (p, ratio, inv, mean, high)
+    return (high - low) * ratio + low, (decay, ratio, inv, mean, high)
 
 
 def _slope_pullback(
@@ -186,32 +178,34 @@ def _slope_pullback(
         d, share = parts
         return rq.published_slope_pullback(grad * d, raw, share), none, none
     low = 1.001 * slope
-    p, ratio, inv, mean, high = parts
-    # The slope is low + span ratio with ratio = up p / R and R = up p + room (1 - p), where the room
-    # that is left, high - mean, may be less than what is taken for it.
-    span, up, room = high - low, mean - low, high - mean
-    free = room > ROOM
-    mixed = grad * span * inv * (p * (1 - p) * inv)
+    decay, ratio, inv, mean, high = parts
+    # The slope is low + span ratio with ratio = up / R and R = up + room e, e = exp(-raw), where the
+    # room that is left, high - mean, may be less than what is taken for it. If it is not,
+    #     ∂d / ∂mean = span² e / R², ∂d / ∂high = ratio² (1 - e);
+    # if it is, there is a constant in place of one span, and ∂d / ∂high = ratio.
+    span, free = high - low, high - mean > ROOM
+    mixed = grad * span * inv * (decay * inv)
     half = 0.5 * mean * mixed * torch.where(free, span, ROOM)
     twice = torch.where(high < 1 / low, 2 * high, 0.0)  # a constant where it is cut
-    to_high = (grad * ratio - torch.where(free, mixed * up, 0.0)) * twice
+    to_high = grad * torch.where(free, ratio * ratio * (1 - decay), ratio) * twice
     to_first = (0.5 * (s1 - s0).detach().sign() + 0.5) * to_high  # a half each for equal ones
     to_raw = grad * span * (ratio * (1 - ratio))
     return to_raw, half + to_first, half + (to_high - to_first)
 
 
 class State(NamedTuple):
-    r"""The bin of each element and the slopes at its ends; with what these come from."""
+    r"""The bin of each element, its size and the slopes at its ends; with what these come from."""
 
-    u: Rows
-    v: Rows
+    u: Softmax
+    v: Softmax
     bin: Bin
     x0: Tensor
     y0: Tensor
-    d0: Tensor
-    d1: Tensor
-    left: tuple[Tensor, ...]  # what the pullback of the slope at the left knot needs
-    right: tuple[Tensor, ...]
+    w: tuple[Tensor, ...]  # of the bin, of its left and of its right neighbour
+    h: tuple[Tensor, ...]
+    s: tuple[Tensor, ...]
+    d: Pair
+    ends: tuple[tuple[Tensor, ...], ...]  # what the pullbacks of the slopes need
 
 
 def _prepare(
@@ -224,20 +218,23 @@ def _prepare(
     least: float,
     vertical: bool,
 ) -> State:
-    scale = softmax_scale(len(widths) + 1, bound, slope, least)
-    u, v = _softmax(widths, *scale), _softmax(heights, *scale)
-    found = _locate(x, u, v, derivatives, bound, slope, vertical)
-    own, (s, s0, s1) = found.own, found.s
+    if _is_strided(derivatives[0]):
+        derivatives = [_once(d.clone()) for d in derivatives]
+    bins, share = len(widths) + 1, rq.mixing(slope)
+    scale, floor = softmax_scale(bins, bound, slope, least)
+    floor *= 1 + share
+    u, v = _softmax(widths, scale, share), _softmax(heights, scale, share)
+    found = _locate(x, u, v, derivatives, bound, floor, vertical)
+    x0, y0 = _sizes(u, v, found.passed, found.number * floor - bound)
+    near = (found.own, found.left, found.right)
+    w, h = zip(*(_sizes(u, v, of, floor) for of in near), strict=True)
+    s, s0, s1 = secants = tuple(_once(q / p) for p, q in zip(w, h, strict=True))
     d0, left = _inner_slope(found.raw[0], s0, s, slope)
     d1, right = _inner_slope(found.raw[1], s, s1, slope)
     # The slope is one at both ends of the box.
-    d0 = torch.addcmul(own[0], found.passed[0], d0)
-    d1 = torch.addcmul(own[-1], 1 - own[-1], d1)
-    share = rq.mixing(slope)
-    p, q = found.sums
-    x0 = torch.add(p, q, alpha=share) - bound
-    y0 = torch.add(q, p, alpha=share) - bound
-    return State(u, v, found, x0, y0, d0, d1, left, right)
+    d0 = torch.where(found.number >= 1, d0, 1.0)
+    d1 = torch.where(found.number >= bins - 1, 1.0, d1)
+    return State(u, v, found, x0, y0, w, h, secants, (d0, d1), (left, right))
 
 
 def _within(z: Tensor, size: Tensor) -> Tensor:
@@ -256,13 +253,13 @@ def evaluate(
 ) -> tuple[Tensor, Tensor]:
     r"""The spline or its inverse, and the logarithm of its slope."""
     inside = v.clamp(-bound, bound)
-    state = _prepare(inside, widths, heights, derivatives, bound, slope, least, inverse)
-    w, h, s = state.bin.w[0], state.bin.h[0], state.bin.s[0]
+    at = _prepare(inside, widths, heights, derivatives, bound, slope, least, inverse)
+    w, h, s = at.w[0], at.h[0], at.s[0]
     if inverse:
-        rise, steep = rq.solve(_within(inside - state.y0, h), w, h, state.d0, state.d1)
-        return rq.finish(v, state.x0 + rise, steep, bound)
-    rise, steep = rq.evaluate(_within(inside - state.x0, w), w, s, state.d0, state.d1)
-    return rq.finish(v, state.y0 + rise, steep, bound)
+        rise, steep = rq.solve(_within(inside - at.y0, h), w, h, *at.d)
+        return rq.finish(v, at.x0 + rise, steep, bound)
+    rise, steep = rq.evaluate(_within(inside - at.x0, w), w, s, *at.d)
+    return rq.finish(v, at.y0 + rise, steep, bound)
 
 
 def pull_back(
@@ -276,72 +273,88 @@ def pull_back(
     slope: float | None,
     least: float,
     inverse: bool,
-) -> tuple[Tensor, Rows, Rows, Rows]:
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     r"""The gradients to the input and to all parameters; see :func:`_rqs_bin.pull_back`."""
+    bins, share = len(widths) + 1, rq.mixing(slope)
     inner = x.clamp(-bound, bound)
-    state = _prepare(inner, widths, heights, derivatives, bound, slope, least, False)
-    found = state.bin
-    own, passed, w, h, s = found.own, found.passed, found.w, found.h, found.s
+    at = _prepare(inner, widths, heights, derivatives, bound, slope, least, False)
+    w, h, s, found = at.w, at.h, at.s, at.bin
 
     inside = x.abs() < bound
-    z = _within(inner - state.x0, w[0])
+    z = _within(inner - at.x0, w[0])
     to_y, to_l = torch.where(inside, grad_y, 0.0), torch.where(inside, grad_l, 0.0)
-    pull = rq.pull_back(z, w[0], h[0], s[0], state.d0, state.d1, to_y, to_l, inverse)
+    pull = rq.pull_back(z, w[0], h[0], s[0], *at.d, to_y, to_l, inverse)
     grad_x = pull.grad + torch.where(inside, 0.0, grad_y)
 
-    to_d0, to_d1 = pull.d0 * passed[0], pull.d1 * (1 - own[-1])
-    raw0, log0, log = _slope_pullback(to_d0, found.raw[0], s[1], s[0], slope, state.left)
-    raw1, own_log, log1 = _slope_pullback(to_d1, found.raw[1], s[0], s[2], slope, state.right)
+    to_d0 = torch.where(found.number >= 1, pull.d0, 0.0)
+    to_d1 = torch.where(found.number >= bins - 1, 0.0, pull.d1)
+    raw0, log0, log = _slope_pullback(to_d0, found.raw[0], s[1], s[0], slope, at.ends[0])
+    raw1, own_log, log1 = _slope_pullback(to_d1, found.raw[1], s[0], s[2], slope, at.ends[1])
     log = pull.log_s + log + own_log
 
-    # To the sizes of the bin, of its neighbours, and of all bins to its left, which push it.
-    pairs = (
-        (
-            -torch.addcmul(log / w[0], pull.z, pull.t),
-            torch.addcmul(log / h[0], pull.y, pull.theta),
-        ),
-        (-log0 / w[1], log0 / h[1]),
-        (-log1 / w[2], log1 / h[2]),
-        (-pull.z, pull.y),
-    )
-    share = rq.mixing(slope)
-    to_u = [torch.add(to_w, to_h, alpha=share) for to_w, to_h in pairs]
-    to_v = [torch.add(to_h, to_w, alpha=share) for to_w, to_h in pairs]
-    scale = softmax_scale(len(own), bound, slope, least)
-    (u, u0, u1), (v, v0, v1) = zip(*found.near, strict=True)
+    # To the softmaxes of the bin, of its neighbours, and of all bins to its left, which push it.
+    logs = log, log0, log1
+    to_u = [g * (share / hk - 1 / wk) for g, wk, hk in zip(logs, w, h, strict=True)]
+    to_v = [g * (1 / hk - share / wk) for g, wk, hk in zip(logs, w, h, strict=True)]
+    to_w, to_h = -pull.z * pull.t, pull.y * pull.theta
+    to_u[0] = to_u[0] + torch.add(to_w, to_h, alpha=share)
+    to_v[0] = to_v[0] + torch.add(to_h, to_w, alpha=share)
+    to_u.append(torch.add(-pull.z, pull.y, alpha=share))
+    to_v.append(torch.add(pull.y, pull.z, alpha=-share))
+    scale, _ = softmax_scale(bins, bound, slope, least)
+    spread = [
+        raw1,
+        raw0,
+        *_softmax_pullback(at.u, found, 0, to_u, scale),
+        *_softmax_pullback(at.v, found, 1, to_v, scale),
+    ]
+    if torch.compiler.is_compiling():
+        # A second loop begins here, which needs no more than these of the first one.
+        spread = list(torch.stack(spread).unbind())
+    number = found.number
     return (
         grad_x,
-        _softmax_pullback(state.u, [u, u0, u1, found.sums[0]], to_u, found, scale),
-        _softmax_pullback(state.v, [v, v0, v1, found.sums[1]], to_v, found, scale),
-        _each(lambda p, q: torch.addcmul(p * raw1, q, raw0), own[:-1], own[1:]),
+        _spread_softmax(number, widths, spread[2:7]),
+        _spread_softmax(number, heights, spread[7:]),
+        [_for_bin(k, number, (*spread[:2], 0.0)) for k in range(1, bins)],
     )
+
+
+def _for_bin(bin: int, number: Tensor, values: Sequence[Tensor | float]) -> Tensor:
+    r"""The first value where the bin is the right neighbour of the element's bin, the second where
+    it is that bin, and so on; the last one also where it is further to the left."""
+    out: Tensor | float = 0.0
+    for k, value in enumerate(values, bin - 1):
+        out = value if k <= 0 else torch.where(number >= k, value, out)
+    assert isinstance(out, Tensor)
+    return out
 
 
 def _softmax_pullback(
-    values: Rows,
-    picked: list[Tensor],
-    grads: list[Tensor],
-    found: Bin,
-    scale: tuple[float, float],
-) -> Rows:
+    softmax: Softmax, found: Bin, which: int, grads: Sequence[Tensor], scale: float
+) -> tuple[Tensor, ...]:
+    r"""What :func:`_spread_softmax` needs. The gradients are those to the bin, to its left and its
+    right neighbour, and to all to its left."""
+    own, left, right, passed = (g * softmax.weight for g in grads)
+    mean = torch.addcmul(found.own[which] * own, found.left[which], left)
+    mean = torch.addcmul(mean, found.right[which], right)
+    mean = torch.addcmul(mean, found.passed[which], passed) * (softmax.weight * (1 / scale))
+    return mean, right, own, left + passed, passed
+
+
+def _spread_softmax(number: Tensor, logits: Rows, values: Rows) -> list[Tensor]:
     r"""Hands the gradients to the bins that they belong to, and through the softmax.
 
-    The gradients are those of the bin, of its left and its right neighbour, and of all to its left.
     The last bin takes what is left of the box; as probabilities add up, so does its softmax.
     """
-    own, passed = found.own, found.passed
-    of_own, of_left, of_right, of_passed = grads
-    factor, floor = scale
-    mean = torch.addcmul((picked[0] - floor) * of_own, picked[1] - floor, of_left)
-    mean = torch.addcmul(mean, picked[2] - floor, of_right)
-    mean = torch.addcmul(mean, picked[3] - _total(passed) * floor, of_passed)
-    mean = mean * (1 / factor)
-
-    def mine(own: Tensor, right: Tensor, passed: Tensor) -> Tensor:
-        g = torch.addcmul(own * of_own, right, of_left)
-        return torch.addcmul(g, passed, of_passed) - mean
-
-    pulled = _each(mine, own[:-1], own[1:], passed)
-    right = _each(lambda g, left: torch.addcmul(g, left, of_right), pulled[1:], own[:-2])
-    pulled = _join(pulled[:1], right)
-    return _each(lambda g, value: (value - floor) * g, pulled, values[:-1])
+    mean, *grads = values
+    out = []
+    for k, x in enumerate(logits):
+        e = (
+            x.clamp(max=CUT) * rq.LOG2_E
+        ).exp2()  # other than above, or the compiler would keep it
+        if _is_strided(x):
+            e = _once(e)
+        pulled = e * (_for_bin(k, number, grads) - mean)
+        out.append(torch.where(e > TOP, 0.0, pulled))
+    return out

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from flowguard import _rqs_bin as rq
 from flowguard import _rqs_plain as plain
-from flowguard._rqs_many import RAW, ROOM, softmax_scale
+from flowguard._rqs_many import CUT, ROOM, TOP, softmax_scale
 from flowguard._scratch import Layout, Pair, Rows
+
+RAW = 1e3  # beyond, all maps of a raw slope are constant; a sum of these is finite
 
 
 def layout(bins: int) -> Layout:
@@ -26,26 +28,30 @@ def layout(bins: int) -> Layout:
     return Layout(pairs=23, singles=16, blocks=blocks)
 
 
-def _finite(x: Tensor, out: Tensor, limit: float) -> None:
-    r"""Copies with bins first in memory: far faster by way of this operation than by a copy."""
-    torch.clamp(x, -limit, limit, out=out)
-
-
-def _softmax(m: Rows, widths: Tensor, heights: Tensor, scale: float, padded: Tensor) -> None:
-    r"""The scaled softmaxes over the given logits and a zero; first and last row come twice."""
+def _softmax(
+    m: Rows,
+    widths: Tensor,
+    heights: Tensor,
+    scale: float,
+    padded: Tensor,
+    uncut: Sequence[Tensor] | None,
+) -> None:
+    r"""The scaled softmaxes over the given logits and a zero; first and last row come twice. If
+    wanted, writes ones to where no logit was cut."""
     bins = len(widths) + 1
-    for part, logits in zip(padded.unbind(), (widths, heights), strict=True):
-        # inf - inf would be NaN
-        _finite(logits, part[1:-2], torch.finfo(logits.dtype).max / 4)
-    out, top = padded[:, 1:-1], m.pair()
+    out, total = padded[:, 1:-1], m.pair()
+    for part, logits in zip(out.unbind(), (widths, heights), strict=True):
+        # copies with bins first in memory: far faster by way of this operation than by a copy
+        torch.clamp(logits, max=CUT, out=part[:-1])
     out[:, -1].zero_()
-    torch.amax(out, 1, out=top[0])
-    # thrice as fast as exp
-    out.sub_(top[0].unsqueeze(1)).mul_(m.number(rq.LOG2_E)).exp2_()
-    torch.sum(out, 1, out=top[0])
-    out.mul_(torch.div(m.number(scale), top[0], out=top[0]).unsqueeze(1))
+    out.mul_(m.number(rq.LOG2_E)).exp2_()  # thrice as fast as exp
+    if uncut is not None:
+        for part, ones in zip(out.unbind(), uncut, strict=True):
+            torch.le(part[:-1], m.number(TOP), out=ones)
+    torch.sum(out, 1, out=total[0])
+    out.mul_(torch.div(m.number(scale), total[0], out=total[0]).unsqueeze(1))
     padded[:, :: bins + 1].copy_(padded[:, 1 :: bins - 1])
-    m.give_pair(top)
+    m.give_pair(total)
 
 
 def _cumulated(padded: Tensor, out: Tensor) -> None:
@@ -92,12 +98,13 @@ def _locate(
     slope: float | None,
     least: float,
     vertical: bool,
+    uncut: Sequence[Tensor] | None = None,
 ) -> State:
     bins = len(widths) + 1
     share = rq.mixing(slope)
     scale, floor = softmax_scale(bins, bound, slope, least)
     softmax, cumulated, passed, raws, _ = m.blocks
-    _softmax(m, widths, heights, scale, softmax)
+    _softmax(m, widths, heights, scale, softmax, uncut)
     _cumulated(softmax, cumulated)
     along, across = cumulated[:, 1:].unbind()
     if vertical:
@@ -110,7 +117,7 @@ def _locate(
     place = m.places(number, bins + 2)
 
     raws[::bins].zero_()
-    _finite(derivatives, raws[1:-1], RAW)
+    torch.clamp(derivatives, -RAW, RAW, out=raws[1:-1])
     own, left, right, sums, raw = (m.pair() for _ in range(5))
 
     def fetch(rows: Tensor, *outs: Tensor) -> None:
@@ -293,7 +300,7 @@ def pull_back(
     r"""Writes the gradients to the input and to all parameters; see :func:`_rqs_bin.pull_back`."""
     bins, one = len(widths) + 1, m.number(1.0)
     z = torch.clamp(x, -bound, bound, out=m.take())
-    at = _locate(m, z, widths, heights, derivatives, bound, slope, least, False)
+    at = _locate(m, z, widths, heights, derivatives, bound, slope, least, False, outs[1:3])
     (_, x0, _), (_, w, h), s = at.corner, at.size, at.s
     pairs = [m.pair() for _ in range(8)]
     rows = [p[0] for p in pairs]
@@ -351,7 +358,8 @@ def pull_back(
     if of_near:
         pulled.addcmul_(own[1:], of_near[0][0].unsqueeze(1))
         pulled[:, 1:].addcmul_(own[:-2], of_near[1][0].unsqueeze(1))
-    for k in range(2):
-        torch.mul(pulled[k], softmax[k, 1:-2], out=outs[1 + k])
+    pulled.mul_(softmax[:, 1:-2])
+    for out, part in zip(outs[1:], pulled.unbind(), strict=False):
+        out.mul_(part)
     torch.mul(own[:-1], to_raw[2], out=passed).addcmul_(own[1:], to_raw[1])
     outs[3].copy_(passed)
