@@ -46,7 +46,8 @@ def rational_quadratic_spline(
     Arguments:
         x: The input, with shape :math:`(*)`.
         widths: The unconstrained widths of all bins but the last, with shape :math:`(*, K - 1)`.
-            The logit of the last bin is zero.
+            The logit of the last bin is zero. With three and more bins, logits are cut at 60,
+            where the exponential is still finite.
         heights: The unconstrained heights of all bins but the last, with shape :math:`(*, K - 1)`.
         derivatives: The unconstrained slopes at the inner knots, with shape :math:`(*, K - 1)`.
             Zero is a mean of the slopes of the two adjacent bins: the harmonic mean for two bins,

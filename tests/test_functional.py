@@ -380,6 +380,27 @@ def test_vmap_is_not_slow_in_silence(bins):
         torch.vmap(torch.func.grad(lambda *args: spline(*args)[0]))(x, *params)
 
 
+@pytest.mark.parametrize("bins", [3, 8])
+def test_logits_are_cut(bins):
+    x = torch.randn(50, dtype=torch.float64)
+    widths, heights, derivatives = 40 + 40 * torch.randn(3, 50, bins - 1, dtype=torch.float64)
+    leaves = [p.requires_grad_() for p in (widths, heights, derivatives)]
+    y, ladj = rational_quadratic_spline(x, *leaves, bound=5.0)
+    cut = rational_quadratic_spline(
+        x, widths.clamp(max=60), heights.clamp(max=60), derivatives, bound=5.0
+    )
+    assert torch.equal(y, cut[0])
+    assert torch.equal(ladj, cut[1])
+
+    grads = torch.autograd.grad((y.sum() + ladj.sum(),), leaves)
+    # What was cut is a constant; the others get what automatic differentiation gives.
+    by_autograd = torch.autograd.grad(cut[0].sum() + cut[1].sum(), leaves)
+    for grad, expected, logits in zip(grads, by_autograd, leaves[:2], strict=False):
+        assert (logits > 60).any()
+        assert (grad[logits > 60] == 0).all()
+        torch.testing.assert_close(grad, expected)
+
+
 @pytest.mark.slow
 def test_compiled_by_the_default_backend():
     for bins, inverse in itertools.product((2, 8), (False, True)):
