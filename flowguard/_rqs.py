@@ -23,7 +23,7 @@ from flowguard._scratch import LIMIT, Layout, Rows, keep, scratch
 
 MIN_FRACTION = 1e-3  # the least width and height of a bin, as a share of the box (published: 1e-3)
 CHUNK = 2**15  # elements per thread worked on at a time in eager mode: temporaries stay in cache
-FEW = 7  # rows that the compiler reads from strided memory; it makes no vectors of more
+FEW = 7  # rows of parameters that the compiler reads from strided memory; more it copies first
 ELSEWHERE = 2**29  # bytes of temporaries on other devices, where pieces only save memory
 
 
@@ -34,8 +34,7 @@ def least_share(bins: int) -> float:
 
 def _rows(*params: Tensor) -> list[many.Rows]:
     r"""The rows of each bin, from left to right."""
-    strided = torch.compiler.is_compiling() and params[0].stride(-1) != 1
-    if strided and len(params[0]) > FEW:
+    if many.is_strided(params[0]) and len(params[0]) > FEW:
         params = torch.cat(params).chunk(3)
     # Of `unbind` all would be kept for the backward, rather than worked out anew.
     return [[p[k] for k in range(len(p))] for p in params]

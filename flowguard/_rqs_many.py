@@ -9,7 +9,16 @@ elements, without reductions in it. It makes no more than one loop of some 64 te
 more than once, hence the fewer of these the better.
 """
 
-__all__ = ["CUT", "ROOM", "TOP", "evaluate", "pull_back", "slope_limits", "softmax_scale"]
+__all__ = [
+    "CUT",
+    "ROOM",
+    "TOP",
+    "evaluate",
+    "is_strided",
+    "pull_back",
+    "slope_limits",
+    "softmax_scale",
+]
 
 import math
 from collections.abc import Callable, Sequence
@@ -63,9 +72,14 @@ def _once(made: Tensor) -> Tensor:
     return made.as_strided(made.shape, made.stride()) if torch.compiler.is_compiling() else made
 
 
-def _is_strided(x: Tensor) -> bool:
-    # Of a loop with many strided loads the compiler makes no vectors: each should be loaded once.
+def is_strided(x: Tensor) -> bool:
+    r"""Whether the compiler would see strided loads."""
     return torch.compiler.is_compiling() and x.dim() > 0 and x.stride(-1) != 1
+
+
+def _loaded_once(made: Tensor, source: Tensor) -> Tensor:
+    # Of a loop with many strided loads the compiler makes no vectors.
+    return _once(made) if is_strided(source) else made
 
 
 def _exp(x: Tensor) -> Tensor:
@@ -76,9 +90,7 @@ def _exp(x: Tensor) -> Tensor:
 
 def _softmax(logits: Rows, scale: float, share: float) -> Softmax:
     # The zero keeps the sum away from zero, and the cut keeps it finite: no need for the maximum.
-    exps = [_exp(x.clamp(max=CUT)) for x in logits]
-    if _is_strided(logits[0]):
-        exps = [_once(e) for e in exps]
+    exps = [_loaded_once(_exp(x.clamp(max=CUT)), x) for x in logits]
     sums = list(accumulate(exps))
     weight = _once(scale / (sums[-1] + 1))
     return Softmax(exps, sums, weight, weight * share)
@@ -218,7 +230,7 @@ def _prepare(
     least: float,
     vertical: bool,
 ) -> State:
-    if _is_strided(derivatives[0]):
+    if is_strided(derivatives[0]):
         derivatives = [_once(d.clone()) for d in derivatives]
     bins, share = len(widths) + 1, rq.mixing(slope)
     scale, floor = softmax_scale(bins, bound, slope, least)
@@ -350,11 +362,8 @@ def _spread_softmax(number: Tensor, logits: Rows, values: Rows) -> list[Tensor]:
     mean, *grads = values
     out = []
     for k, x in enumerate(logits):
-        e = (
-            x.clamp(max=CUT) * rq.LOG2_E
-        ).exp2()  # other than above, or the compiler would keep it
-        if _is_strided(x):
-            e = _once(e)
+        # Other than above, or the compiler would keep that one for the second loop.
+        e = _loaded_once((x.clamp(max=CUT) * rq.LOG2_E).exp2(), x)
         pulled = e * (_for_bin(k, number, grads) - mean)
         out.append(torch.where(e > TOP, 0.0, pulled))
     return out
