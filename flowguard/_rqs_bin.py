@@ -30,6 +30,7 @@ These functions can be differentiated, and are what the compiler sees. What runs
 __all__ = [
     "Pull",
     "evaluate",
+    "exact",
     "finish",
     "mixing",
     "published_slope",
@@ -113,6 +114,11 @@ def finish(v: Tensor, out: Tensor, slope: Tensor, bound: float) -> tuple[Tensor,
     return out, torch.where(inside, slope, 1 + (slope - slope)).log()
 
 
+def exact(x: Tensor, where: Tensor, value: Tensor | float) -> Tensor:
+    r"""What is known to be this value, but for rounding; with the gradients of what it was."""
+    return x + torch.where(where, value - x, 0.0).detach()
+
+
 def _parts(
     t: Tensor, r: Tensor, s: Tensor, d0: Tensor, d1: Tensor | float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -157,6 +163,7 @@ def solve(
     delta = torch.addcmul(a * rest, b, theta, value=-1)
     beta = skew - delta  # exactly 0 for the identity
     root = torch.addcmul(delta * delta, theta, rest, value=4).sqrt()
+    root = exact(root, beta == 0, 1.0)  # as that of the identity
     near = torch.where(beta > 0, rest, theta)
     u = (2 * near / (beta.abs() + root + 1)).clamp(max=1.0)
     both = u * (1 - u)  # t r

@@ -170,10 +170,11 @@ def _inner_slope(
     mean, low, high = slope_limits(s0, s1, slope)
     decay = _exp(-raw.clamp(-CUT, CUT))
     # Of two terms one is always away from zero, as there is always some room.
-    up, room = mean - low, (high - mean).clamp(min=ROOM)
-    inv = torch.addcmul(up, room, decay).reciprocal()
-    ratio = up * inv
-    return (high - low) * ratio + low, (decay, ratio, inv, mean, high)
+    up, room = mean - low, high - mean
+    whole = torch.addcmul(up, room.clamp(min=ROOM), decay)
+    inv = whole.reciprocal()
+    # For a raw zero the fraction is exactly one, and so is the slope between two secants of one.
+    return up * ((up + room) / whole) + low, (decay, up * inv, inv, mean, high)
 
 
 def _slope_pullback(
@@ -268,10 +269,14 @@ def evaluate(
     at = _prepare(inside, widths, heights, derivatives, bound, slope, least, inverse)
     w, h, s = at.w[0], at.h[0], at.s[0]
     if inverse:
-        rise, steep = rq.solve(_within(inside - at.y0, h), w, h, *at.d)
-        return rq.finish(v, at.x0 + rise, steep, bound)
-    rise, steep = rq.evaluate(_within(inside - at.x0, w), w, s, *at.d)
-    return rq.finish(v, at.y0 + rise, steep, bound)
+        start, end, z = at.y0, at.x0, _within(inside - at.y0, h)
+        rise, steep = rq.solve(z, w, h, *at.d)
+    else:
+        start, end, z = at.x0, at.y0, _within(inside - at.x0, w)
+        rise, steep = rq.evaluate(z, w, s, *at.d)
+    # What the identity adds to the corner is what the distance was rounded to.
+    value, back = end + rise, start + z
+    return rq.finish(v, torch.where(value == back, inside, value), steep, bound)
 
 
 def pull_back(

@@ -25,7 +25,7 @@ def layout(bins: int) -> Layout:
     r"""The memory that the functions need: blocks for both softmaxes, padded, for their sums, for
     the knots, for the raw slopes and for masks of the bins."""
     blocks = (2, bins + 2), (2, bins), (bins - 1,), (bins + 1,), (bins,)
-    return Layout(pairs=23, singles=16, blocks=blocks)
+    return Layout(pairs=23, singles=17, blocks=blocks)
 
 
 def _softmax(
@@ -85,7 +85,7 @@ class State(NamedTuple):
     hs: Pair
     ss: Pair
     raw: Pair
-    inner: Pair  # zero at the ends of the box, where the slope is one
+    number: Tensor  # of its bin
 
 
 def _locate(
@@ -150,13 +150,17 @@ def _locate(
         torch.add(raised[2], raised[1], alpha=share, out=hs[side])
     torch.div(hs[0], ws[0], out=ss[0])
     s = torch.div(its[2], its[1], out=bad)
-    inner = m.pair()
-    torch.clamp(number, max=1, out=inner[1])
-    torch.sub(m.number(bins - 1.0), number, out=inner[2]).clamp_(max=1)
-
     m.give_pair(raised)
-    m.give(number)
-    return State(softmax, passed, own, left, right, sums, corner, its, s, ws, hs, ss, raw, inner)
+    return State(softmax, passed, own, left, right, sums, corner, its, s, ws, hs, ss, raw, number)
+
+
+def _inner(m: Rows, number: Tensor, bins: int, most: Sequence[Tensor]) -> Tensor:
+    r"""Zeros for the knots at the ends of the box, where the slope is one; `most` for others."""
+    both, left, right = m.pair()
+    torch.minimum(number, most[0], out=left)
+    torch.sub(m.number(bins - 1.0), number, out=right)
+    torch.minimum(right, most[1], out=right)
+    return both
 
 
 def _limits(m: Rows, high: Tensor, mean: Tensor, s0: Tensor, s1: Tensor, slope: float) -> Tensor:
@@ -169,21 +173,30 @@ def _limits(m: Rows, high: Tensor, mean: Tensor, s0: Tensor, s1: Tensor, slope: 
 
 
 def _inner_slope(
-    m: Rows, rows: Sequence[Tensor], raw: Tensor, s0: Tensor, s1: Tensor, slope: float | None
-) -> Tensor:
-    r"""The slope at the knot between two bins with secants `s0` and `s1`; takes four rows."""
-    high, mean, p, room = rows
+    m: Rows,
+    rows: Sequence[Tensor],
+    raw: Tensor,
+    s0: Tensor,
+    s1: Tensor,
+    slope: float | None,
+) -> tuple[Tensor, Sequence[Tensor]]:
+    r"""The slope at the knot between two bins with secants `s0` and `s1`; and a zero where it is
+    one, but for rounding, or else a one. Takes five rows."""
+    high, mean, p, room, bent = rows
+    one = m.number(1.0)
     if slope is None:
         plain.published_slope(m, raw, p, high)
-        return high
+        return high, (one, one)
     low = _limits(m, high, mean, s0, s1, slope)
+    # A zero between two secants of one gives a slope of one.
+    torch.ne(torch.add(mean, raw, alpha=1e30, out=bent), one, out=bent)
     torch.sigmoid(raw, out=p)
     torch.sub(high, mean, out=room).clamp_(min=ROOM)
     mean.sub_(low)
     # The mean of both weights is away from zero, as one of them is.
     room.lerp_(mean, p)
     high.sub_(low)
-    return torch.addcdiv(low, mean.mul_(p).mul_(high), room, out=high)
+    return torch.addcdiv(low, mean.mul_(p).mul_(high), room, out=high), bent.unbind()
 
 
 def _inner_slope_parts(
@@ -248,9 +261,9 @@ def _slope_pullback(
     return to_first, both.sub_(to_high, alpha=2)
 
 
-def _within(z: Tensor, corner: Tensor, size: Tensor) -> Tensor:
-    z.sub_(corner)
-    return torch.minimum(z, size, out=z).clamp_(min=0.0)
+def _within(m: Rows, x: Tensor, corner: Tensor, size: Tensor) -> Tensor:
+    z = torch.sub(x, corner, out=m.take())
+    return torch.clamp(z, m.number(0.0), size, out=z)
 
 
 def evaluate(
@@ -267,19 +280,26 @@ def evaluate(
 ) -> None:
     r"""Writes the spline or its inverse, and the logarithm of its slope if there are two tensors
     to write to."""
-    z = torch.clamp(v, -bound, bound, out=m.take())
-    at = _locate(m, z, widths, heights, derivatives, bound, slope, least, inverse)
+    x = torch.clamp(v, -bound, bound, out=m.take())
+    at = _locate(m, x, widths, heights, derivatives, bound, slope, least, inverse)
     (_, x0, y0), (_, w, h) = at.corner, at.size
     for pair in (at.own, at.left, at.right, at.sums):
         m.give_pair(pair)
-    rows = [m.pair()[0] for _ in range(4)]
-    d = _inner_slope(m, rows, at.raw[0], at.s, at.ss[0], slope)
-    d0, d1 = torch.lerp(m.number(1.0), d, at.inner[0], out=d)
+    rows = [m.pair()[0] for _ in range(5)]
+    d, bent = _inner_slope(m, rows, at.raw[0], at.s, at.ss[0], slope)
+    d0, d1 = torch.lerp(m.number(1.0), d, _inner(m, at.number, len(widths) + 1, bent), out=d)
     steep = len(outs) > 1
+    start, size = (y0, h) if inverse else (x0, w)
+    z = _within(m, x, start, size)
+    back = torch.add(start, z, out=m.take())
     if inverse:
-        value, grown = plain.solve(m, _within(z, y0, h), w, h, d0, d1, x0, steep)
+        value, grown = plain.solve(m, z, w, h, d0, d1, x0, steep)
     else:
-        value, grown = plain.advance(m, _within(z, x0, w), w, at.s, d0, d1, y0, steep)
+        value, grown = plain.advance(m, z, w, at.s, d0, d1, y0, steep)
+    # What the identity adds to the corner is what the distance was rounded to: it is undone.
+    same = torch.eq(value, back, out=m.take())
+    value.lerp_(x, same)
+    m.give(back, same, x)
     plain.finish(m, v, value, grown, bound, outs)
 
 
@@ -306,16 +326,17 @@ def pull_back(
     rows = [p[0] for p in pairs]
     _inner_slope_parts(m, rows, at.raw[0], s, at.ss[0], slope)
     d = m.pair()
-    d0, d1 = torch.lerp(one, rows[0], at.inner[0], out=d[0])
+    inner = _inner(m, at.number, bins, (one, one))
+    d0, d1 = torch.lerp(one, rows[0], inner, out=d[0])
 
     masked = torch.ops.aten.hardtanh_backward.grad_input
     gy = masked(grad_y, x, -bound, bound, grad_input=m.take())
     gl = masked(grad_l, x, -bound, bound, grad_input=m.take())
     torch.sub(grad_y, gy, out=outs[0])
-    pull = plain.pull_back(m, _within(z, x0, w), w, h, s, d0, d1, gy, gl, inverse)
+    pull = plain.pull_back(m, _within(m, z, x0, w), w, h, s, d0, d1, gy, gl, inverse)
     outs[0].add_(pull.grad)
     to_raw, log_s = at.corner, pull.log_s
-    to_d = pull.d[0].mul_(at.inner[0])
+    to_d = pull.d[0].mul_(inner)
     logs = _slope_pullback(m, rows, to_d, at.raw[0], s, at.ss[0], slope, to_raw[0])
     if logs is not None:
         for to_log in logs[0].unbind():

@@ -91,7 +91,7 @@ def _log(m: Rows, x: Tensor, out: Tensor) -> None:
     """
     y = torch.sub(x, m.number(1.0), out=m.take())
     y.div_(x.clamp_(max=1.0))
-    torch.copysign(torch.abs(y, out=x).log1p_(), y, out=out)
+    torch.mul(torch.abs(y, out=x).log1p_(), y.sign_(), out=out)
     m.give(y)
 
 
@@ -174,6 +174,9 @@ def solve(
     delta = torch.mul(a, rest, out=m.take()).addcmul_(b, theta, value=-1)
     beta = torch.sub(skew, delta, out=m.take())
     root = delta.mul_(delta).addcmul_(theta, rest, value=4).sqrt_()
+    bent = torch.ne(beta, m.number(0.0), out=m.take())
+    torch.lerp(one, root, bent, out=root)  # one for β = 0, which rounding would miss
+    m.give(bent)
     near = theta.addcmul_(torch.gt(beta, m.number(0.0), out=rest), skew)
     half = near.div_(torch.abs(beta, out=rest).add_(root).add_(one)).clamp_(max=0.5)
     # half of t r

@@ -1,11 +1,16 @@
 r"""What all tests share: a seed for each, and nothing of torch's global state left changed."""
 
+import hypothesis
 import pytest
 import torch
 
 # The tensors of the tests are small: a second thread costs more than it brings, and the processes
 # that share the tests need the cores.
 torch.set_num_threads(1)
+
+# No test depends on how busy the machine is.
+hypothesis.settings.register_profile("flowguard", deadline=None)
+hypothesis.settings.load_profile("flowguard")
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn as nn
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import AffineTransform as Constant
 
@@ -299,7 +299,6 @@ def test_infinite_contexts_give_finite_images_and_nan_stays_nan():
     bound=st.floats(0.1, 10),
     shift_bound=st.floats(0.1, 10),
 )
-@settings(deadline=None)
 def test_a_spline_keeps_its_bound_for_all_parameters(shift, knots, z, bound, shift_bound):
     params = torch.tensor(knots).unsqueeze(1)
     f = RobustSpline(*params, torch.tensor(shift), bound=bound, shift_bound=shift_bound)

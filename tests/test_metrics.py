@@ -89,7 +89,7 @@ def test_resizing_is_the_antialiased_bicubic_of_torch_over_symmetric_padding():
     width=st.integers(1, 20),
     scale=st.sampled_from([1 / 8, 1 / 4, 1 / 3, 1 / 2, 1, 2, 3]),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_resizing_keeps_constants_and_any_size(height, width, scale):
     x = torch.full((1, 2, height, width), 0.25, dtype=torch.float64)
     y = metrics.imresize(x, scale)

@@ -344,7 +344,7 @@ def test_nan_is_not_hidden():
     assert bool(y[torch.arange(N) != 3].isfinite().all())
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     features=st.integers(1, 7),
     seed=st.integers(0, 100),

@@ -25,7 +25,7 @@ def calibrated(scores, features=4):
     scores=st.lists(st.integers(0, 21), min_size=1, max_size=10),
     alpha=st.floats(0.01, 0.9),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_p_values_and_thresholds_count(reference, scores, alpha):
     calibration = calibrated(torch.tensor(reference).double())
     wanted = [(1 + sum(r >= s for r in reference)) / (len(reference) + 1) for s in scores]

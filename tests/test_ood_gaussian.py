@@ -51,7 +51,7 @@ def test_moments_of_400000_vectors_with_mean_20_agree_with_numpy():
 
 
 @given(cuts=st.lists(st.integers(1, 59), max_size=6), seed=st.integers(0, 99))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_moments_do_not_depend_on_the_batches(cuts, seed):
     rows = correlated(60, 4, seed) + 100
     whole, parts = StreamingGaussian(), StreamingGaussian()
