@@ -21,12 +21,12 @@ from torch import Tensor
 from zuko_toy import moons, train
 
 from flowguard import data
-from flowguard.adversary import attack, sampler
-from flowguard.certificate import certify
+from flowguard.bounds import certify
+from flowguard.bounds.attack import attack, sampler
 from flowguard.image import ConditionalMultiscaleFlow, Robust
 from flowguard.integrations.zuko import RobustCouplingFlow, RobustNSF
 from flowguard.models import SuperResolutionFlow
-from flowguard.training import train as train_images
+from flowguard.training.loop import train as train_images
 
 RADIUS = 4.0
 Build = Callable[[], Any]

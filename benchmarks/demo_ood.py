@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flowguard import data, demo
+from flowguard import data
+from flowguard.demo import run as demo
 from flowguard.ood import OODReport, metrics
 
 

@@ -9,12 +9,13 @@ import argparse
 
 import torch
 
-from flowguard import data, demo
-from flowguard.certificate import certify
-from flowguard.demo_task import BATCH, CROP, NOISE, psnr
+from flowguard import data
+from flowguard.bounds import certify
+from flowguard.demo import run as demo
+from flowguard.demo.task import BATCH, CROP, NOISE, psnr
 from flowguard.image import Elementwise, Robust
 from flowguard.models import SuperResolutionFlow
-from flowguard.training import train
+from flowguard.training.loop import train
 
 SCALE, TEMPERATURE = demo.SUPERRES.scale, demo.SUPERRES.temperature
 SETTINGS: dict[str, str | Elementwise] = {

@@ -20,7 +20,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from flowguard.certificate import certify
+from flowguard.bounds import certify
 from flowguard.migration import migrate
 
 DISTANCES = (1.0, 10.0, 100.0, 1e4, 1e30)  # in standard deviations of the contexts

@@ -16,9 +16,9 @@ import torch
 import zuko_toy
 from torch import Tensor
 
-from flowguard import _rqs_plain as plain
-from flowguard._scratch import Rows
 from flowguard.integrations.zuko import RobustNSF
+from flowguard.spline.inplace import bin as plain
+from flowguard.spline.inplace.memory import Rows
 
 BOUNDS = (0.5, 1.0, 2.0, 5.0, 20.0, None)
 

@@ -187,7 +187,7 @@ def temporaries(call: Call, device: torch.device) -> int:
     released before the end is temporary; what stays counts as far as it exceeds the results, such
     as memory that is kept for the next call: it is released first, to be counted.
     """
-    importlib.import_module("flowguard._scratch").release()
+    importlib.import_module("flowguard.spline.inplace.memory").release()
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:

@@ -25,7 +25,7 @@ SIZES = {"scale": SCALE, "levels": 2, "steps": 4, "hidden": 64, "features": 64}
 
 
 def step(model: SuperResolutionFlow, optimizer: torch.optim.Optimizer) -> Callable[..., None]:
-    r"""One step of training, as `flowguard.training.train` does it."""
+    r"""One step of training, as `flowguard.training.loop.train` does it."""
 
     def run(hr: Tensor, lr: Tensor) -> None:
         optimizer.zero_grad(set_to_none=True)

@@ -17,7 +17,7 @@ import torch
 import zuko
 from torch import Tensor
 
-from flowguard.certificate import certify
+from flowguard.bounds import certify
 from flowguard.integrations.zuko import RobustCouplingFlow, RobustNSF
 from flowguard.migration import migrate
 

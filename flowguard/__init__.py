@@ -1,10 +1,9 @@
 r"""Robust conditional normalizing flows, and a warning where the condition is unknown."""
 
 from flowguard import bounds, functional, image, models, ood, transforms
-from flowguard._register import register, unregister
 from flowguard._version import __version__
-from flowguard.adversary import attack
-from flowguard.certificate import Certificate, certify
+from flowguard.bounds import Certificate, attack, certify
+from flowguard.hosts import register, unregister
 from flowguard.migration import Migration, migrate
 from flowguard.ood import OODConditioner, OODContextError, OODContextWarning, monitor
 from flowguard.transforms import RobustSpline

@@ -2,7 +2,7 @@ r"""What ``python -m flowguard`` runs: the same as ``flowguard``."""
 
 import sys
 
-from flowguard.cli import main
+from flowguard.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -331,7 +331,7 @@ def save_image(image: Tensor, path: Path) -> None:
     """
     from PIL import Image
 
-    from flowguard.files import atomic
+    from flowguard.io.atomic import atomic
 
     with atomic(path) as temporary:
         Image.fromarray(to_uint8(image)).save(temporary, format="PNG")

@@ -13,8 +13,8 @@ from numbers import Real
 import torch
 from torch import Size, Tensor
 
-from flowguard import _rqs
-from flowguard import _rqs_bin as rq
+from flowguard.spline import autograd
+from flowguard.spline import bin as rq
 
 BOUNDS = 1e-10, 1e10  # of the box, for all to stay finite in single precision
 
@@ -115,7 +115,7 @@ def shifted_spline(
     params = (_expand(p, full).movedim(-1, 0) for p in (widths, heights, derivatives))
     by = None if shift is None else _expand(shift, shape)
     options = (work, bound, slope, shift_bound, inverse)
-    outs = _rqs.apply(_expand(x, shape), *params, by, *options, steep=steep)
+    outs = autograd.apply(_expand(x, shape), *params, by, *options, steep=steep)
     return tuple(t.to(dtype) for t in outs)
 
 

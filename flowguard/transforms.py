@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributions import Transform, constraints
 
 from flowguard import functional as F
-from flowguard._bspline import cubic_b_spline
+from flowguard.spline.cubic import cubic_b_spline
 
 SHIFT_BOUND = 5.0
 
@@ -79,7 +79,7 @@ class Univariate(Transform):
         r"""The inverse transform."""
         inverse = None if self._mirror is None else self._mirror()
         if inverse is None:
-            inverse = _Inverse(self)
+            inverse = InverseTransform(self)
             self._mirror = weakref.ref(inverse)
         return inverse
 
@@ -100,7 +100,7 @@ class Univariate(Transform):
         return state
 
 
-class _Inverse(torch.distributions.transforms._InverseTransform):
+class InverseTransform(torch.distributions.transforms._InverseTransform):
     r"""The inverse of a univariate transform, which knows its slope without a second pass."""
 
     def __init__(self, transform: Univariate) -> None:

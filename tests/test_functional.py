@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from flowguard import _rqs
 from flowguard.functional import (
     affine,
     bounded,
     rational_quadratic_spline,
     reparametrized_affine,
 )
+from flowguard.spline import autograd
 
 BOUND = 5.0
 SCALES = [1.0, 10.0, 100.0, 1e4, math.inf]
@@ -230,7 +230,7 @@ def test_identity_for_zeros_to_the_last_bit(bins):
         y, ladj = rational_quadratic_spline(x, *params, **options)
         assert torch.equal(y, x)
         assert torch.equal(ladj, torch.zeros_like(x))
-        traced, slopes = _rqs._evaluate(
+        traced, slopes = autograd._evaluate(
             x.detach(), *(p.unsqueeze(-1).expand(-1, len(x)) for p in params), None, dtype,
             bound, slope, None, bool(inverse),
         )  # fmt: skip
@@ -322,7 +322,7 @@ def test_gradients_where_the_slope_at_a_knot_has_no_room(inverse, slope):
     first = [a.movedim(-1, 0) if a.dim() > 1 else a for a in args]
     # what automatic differentiation makes of the formulas themselves
     expected = torch.autograd.grad(
-        _rqs._evaluate(*first, None, *options), args, (x.cos(), x.sin())
+        autograd._evaluate(*first, None, *options), args, (x.cos(), x.sin())
     )
     out = spline(*args, slope=slope, inverse=inverse)
     for create_graph in (False, True):
@@ -346,7 +346,7 @@ def test_finite_at_extreme_bounds_and_slopes(slope, bound, bins):
         out = rational_quadratic_spline(*args, bound=bound, slope=slope, inverse=inverse)
         first = [a.movedim(-1, 0) if a.dim() > 1 else a for a in args]
         options = torch.float32, bound, slope, None, inverse
-        plain = _rqs._evaluate(*first, None, *options)  # what is compiled
+        plain = autograd._evaluate(*first, None, *options)  # what is compiled
         for tensor in (*out, *plain, *torch.autograd.grad(out, args, (torch.ones(4000),) * 2)):
             assert tensor.isfinite().all()
 
@@ -374,7 +374,7 @@ def test_pieces_change_nothing(shape, bins, monkeypatch):
         return *out, *torch.autograd.grad(out, args, (x, x))
 
     whole = run()
-    monkeypatch.setattr(_rqs, "CHUNK", 64 // torch.get_num_threads())
+    monkeypatch.setattr(autograd, "CHUNK", 64 // torch.get_num_threads())
     for one, other in zip(run(), whole, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
 

@@ -1,6 +1,8 @@
 r"""Conditional multiscale flows over images, for any image size."""
 
+from flowguard.image import rules as rules
 from flowguard.image.coupling import Condition, ConditionalCoupling
+from flowguard.image.flow import ConditionalMultiscaleFlow, published_flow
 from flowguard.image.layers import (
     ActNorm,
     FixedConv1x1,
@@ -19,10 +21,9 @@ from flowguard.image.maps import (
     Robust,
     elementwise,
 )
-from flowguard.image.multiscale import ConditionalMultiscaleFlow, published_flow
+from flowguard.image.migration import ImageSurgeon
 from flowguard.image.split import Split
 from flowguard.image.steps import FlowStep, TransitionStep
-from flowguard.image.surgery import ImageSurgeon
 
 __all__ = [
     "ActNorm",

@@ -21,7 +21,8 @@ from typing import ClassVar, Protocol, cast
 import torch
 from torch import Tensor
 
-from flowguard import _rqs, transforms
+from flowguard import transforms
+from flowguard.spline import autograd
 
 
 class Elementwise(Protocol):
@@ -197,7 +198,7 @@ class Inscribed:
 
 @dataclass(frozen=True)
 class Knotted:
-    r"""Creates the two-bin spline of what :func:`flowguard._rqs.knots` made.
+    r"""Creates the two-bin spline of what :func:`flowguard.spline.autograd.knots` made.
 
     Arguments:
         bound: The bound :math:`B` of the box.
@@ -226,7 +227,7 @@ class _KnottedSpline(transforms.Univariate):
     def _apply(self, x: Tensor, inverse: bool, steep: bool) -> tuple[Tensor, ...]:
         if inverse:
             x = torch.sub(x, self.arc, alpha=self.factor)
-        y, *ladj = _rqs.apply_at(x, *self.knot, self.bound, inverse, steep=steep)
+        y, *ladj = autograd.apply_at(x, *self.knot, self.bound, inverse, steep=steep)
         return y if inverse else torch.add(y, self.arc, alpha=self.factor), *ladj
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -261,7 +262,7 @@ def work_out(
         return family, raw
     made = raw if overwrite else torch.empty_like(raw)
     params, outs = (t.unflatten(1, (channels, 4)) for t in (raw, made))
-    factor = _rqs.knots(params, outs, 2, family.bound, family.slope, family.shift_bound)
+    factor = autograd.knots(params, outs, 2, family.bound, family.slope, family.shift_bound)
     return Knotted(family.bound, factor), made
 
 

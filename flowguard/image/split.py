@@ -6,10 +6,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from flowguard._inscribe import saturate
 from flowguard.functional import bounded
 from flowguard.image.coupling import Inner, crop, repeat_rows
 from flowguard.image.layers import ZeroConv2d
+from flowguard.migration.inscribe import saturate
 
 
 class Split(nn.Module):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flowguard.image.coupling import Condition, ConditionalCoupling, Inner, crop, fit_noise
-from flowguard.image.multiscale import ConditionalMultiscaleFlow, cut
+from flowguard.image.flow import ConditionalMultiscaleFlow, cut
 from flowguard.image.split import Split
 
 #: How many cells around a tile a coupling sees: two 3×3 convolutions of what two others made.

@@ -1,12 +1,12 @@
 r"""Image models: encoders, and flows for super-resolution and low-light enhancement."""
 
-from flowguard._surgery import surgeon
-from flowguard.image import ImageSurgeon
+from flowguard.models import rules as rules
 from flowguard.models.checkpoints import CheckpointError, ImportReport
-from flowguard.models.encoders import PyramidEncoder
+from flowguard.models.encoders.lowlight import LowLightEncoder
+from flowguard.models.encoders.pyramid import PyramidEncoder
+from flowguard.models.encoders.rrdb import RRDBEncoder
 from flowguard.models.lowlight import LowLightFlow
-from flowguard.models.lowlight_encoder import LowLightEncoder
-from flowguard.models.rrdb import RRDBEncoder
+from flowguard.models.store import PretrainedError, Recorded, load
 from flowguard.models.superres import ImageCondition, SuperResolutionFlow
 
 __all__ = [
@@ -15,10 +15,10 @@ __all__ = [
     "ImportReport",
     "LowLightEncoder",
     "LowLightFlow",
+    "PretrainedError",
     "PyramidEncoder",
     "RRDBEncoder",
+    "Recorded",
     "SuperResolutionFlow",
+    "load",
 ]
-
-for model in (LowLightFlow, SuperResolutionFlow):
-    surgeon.register(model, ImageSurgeon)

@@ -3,7 +3,7 @@ r"""Low-light enhancement by a conditional flow."""
 __all__ = ["LowLightFlow", "rescale_brightness"]
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self, cast
 
@@ -11,14 +11,13 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from flowguard.bounds import Envelope, Noise, Step, Univariate, rule, within
 from flowguard.image.coupling import repeat_rows
+from flowguard.image.flow import Conditions, published_flow
 from flowguard.image.layers import Squeeze
 from flowguard.image.maps import Coupling, Elementwise
-from flowguard.image.multiscale import Conditions, published_flow
 from flowguard.image.tiling import tiled_forward, tiled_inverse
 from flowguard.models._padding import pad_to_multiple
-from flowguard.models._tiled import MEMORY, TileSize, bar, check_sampling, groups, pixels_of
+from flowguard.models.base import MEMORY, TileSize, bar, check_sampling, groups, pixels_of
 from flowguard.models.checkpoints import (
     DEAD,
     CheckpointError,
@@ -34,9 +33,9 @@ from flowguard.models.checkpoints import (
     read_flow_layout,
     read_state,
 )
-from flowguard.models.lowlight_encoder import LowLightEncoder, color_map
+from flowguard.models.encoders.lowlight import LowLightEncoder, color_map
+from flowguard.models.store import Pretrained
 from flowguard.ood import OODConditioner
-from flowguard.persistence import Pretrained
 
 BITS = ("dim", "pixel")
 #: What LLFlow's encoder carries along and never reads, beside the last of its ``downconv``.
@@ -126,7 +125,7 @@ class LowLightFlow(Pretrained, nn.Module):
 
     Images are RGB, with values in :math:`[0, 1]` and shape :math:`(B, 3, H, W)`, of any size:
     internally they are padded to what the flow needs, and cropped. In place of dark images, all
-    methods take what :func:`flowguard.models.lowlight_encoder.low_light_input` made of them, with
+    methods take what :func:`flowguard.models.encoders.lowlight.low_light_input` made of them, with
     shape :math:`(B, 6, H, W)`, such as a crop of a larger image whose histogram was equalised.
 
     Example:
@@ -580,16 +579,3 @@ def _encoder_options(state: State, label: str, context_channels: int) -> dict[st
         "blocks": count_blocks(state, "RRDB.RRDB_trunk."),
         "stacked": tuple(2 * i + 1 for i in range(count)),
     }
-
-
-@rule(LowLightFlow)
-def _low_light(model: LowLightFlow, inverse: bool) -> Iterator[Step]:
-    for step in within("flow", model.flow, inverse):
-        yield step
-        if isinstance(step, Noise):
-            yield Univariate(
-                name="mean",
-                kind="colour map",
-                envelope=Envelope(1.0, 1.0, displacement=1.0),
-                depends="adds a colour map in (0, 1)",
-            )

@@ -15,15 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowguard.image.coupling import repeat_rows
-from flowguard.image.maps import Coupling, Elementwise
-from flowguard.image.multiscale import (
+from flowguard.image.flow import (
     ConditionalMultiscaleFlow,
     Conditions,
     published_flow,
 )
+from flowguard.image.maps import Coupling, Elementwise
 from flowguard.image.tiling import tiled_forward, tiled_inverse
 from flowguard.models._padding import pad_to, pad_to_multiple
-from flowguard.models._tiled import MEMORY, TileSize, bar, check_sampling, groups, pixels_of
+from flowguard.models.base import MEMORY, TileSize, bar, check_sampling, groups, pixels_of
 from flowguard.models.checkpoints import (
     DEAD,
     CheckpointError,
@@ -39,10 +39,10 @@ from flowguard.models.checkpoints import (
     read_flow_layout,
     read_state,
 )
-from flowguard.models.encoders import PyramidEncoder
-from flowguard.models.rrdb import RRDBEncoder
+from flowguard.models.encoders.pyramid import PyramidEncoder
+from flowguard.models.encoders.rrdb import RRDBEncoder
+from flowguard.models.store import Pretrained
 from flowguard.ood import OODConditioner
-from flowguard.persistence import Pretrained
 
 BITS = ("dim", "pixel")
 FLOWS: dict[str, Callable[..., ConditionalMultiscaleFlow]] = {

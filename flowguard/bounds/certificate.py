@@ -1,0 +1,293 @@
+r"""The certificate: a number that no sample can exceed, whatever the condition is."""
+
+__all__ = ["Certificate", "Row", "Table", "certify"]
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+
+from flowguard.bounds.regions import Region
+from flowguard.bounds.rules import steps
+from flowguard.bounds.steps import Noise, Refused, Step
+
+#: A radius beside which all shifts vanish, and whose square is finite.
+FAR = 1e60
+BROKEN = "it holds numbers that are not finite"
+
+
+class Row(NamedTuple):
+    r"""A layer in the table of a certificate.
+
+    Arguments:
+        name: The name of the layer within the model.
+        type: The class of the layer.
+        bound_in: The largest absolute value before the layer.
+        bound_out: The largest absolute value after it, :math:`\infty` if there is no bound.
+        depends: How the layer depends on the condition, in words.
+        reason: Why the layer is not certified, in words; empty if it is.
+        gain: By how much a layer that is not certified may multiply its input, if that is known.
+    """
+
+    name: str
+    type: str
+    bound_in: float
+    bound_out: float
+    depends: str
+    reason: str = ""
+    gain: float | None = None
+
+
+class Table(list[Row]):
+    r"""The rows of a certificate, which print as a table."""
+
+    def __str__(self) -> str:
+        lines = [("layer", "type", "bound in", "bound out", "depends on the condition")]
+        for row in self:
+            depends = f"{row.depends}; not certified: {row.reason}" if row.reason else row.depends
+            if row.gain is not None:
+                depends += f" (gain up to {row.gain:.4g})"
+            lines.append(
+                (row.name, row.type, f"{row.bound_in:.4g}", f"{row.bound_out:.4g}", depends)
+            )
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        )
+
+
+@dataclass(frozen=True)
+class Certificate:
+    r"""What a flow can be proved to do to noise, whatever the condition is; see :func:`certify`.
+
+    It holds for the weights that the model had when it was made.
+
+    Arguments:
+        model: The class of the model.
+        steps: What the layers do, in sampling order.
+        roundoff: The relative error of one operation of the model.
+        largest: The largest number that the model can hold.
+    """
+
+    model: str
+    steps: tuple[Step, ...]
+    roundoff: float
+    largest: float = math.inf
+
+    @property
+    def certified(self) -> bool:
+        r"""Whether there is a bound: no layer was refused."""
+        return not self.refused
+
+    @property
+    def refused(self) -> list[Refused]:
+        r"""The layers that stand in the way of a bound."""
+        return [s for s in self.steps if isinstance(s, Refused)]
+
+    @property
+    def event_size(self) -> int | None:
+        r"""The number of elements of the noise, :py:`None` if it varies or is not known."""
+        return next((s.event for s in self.steps if isinstance(s, Noise)), None)
+
+    @property
+    def growth(self) -> float:
+        r"""The limit of ``bound(radius) / radius`` for large radii, :math:`\infty` without bound.
+
+        Far out, this is the only factor by which noise can be amplified.
+        """
+        rows = replace(self, largest=math.inf)._table(FAR)
+        return rows[-1].bound_out / FAR if rows else 1.0
+
+    def bound(
+        self,
+        radius: float | None = None,
+        *,
+        confidence: float | None = None,
+        temperature: float = 1.0,
+        event_size: int | None = None,
+    ) -> float:
+        r"""Returns a number that no element of a sample can exceed in absolute value.
+
+        Arguments:
+            radius: The largest absolute value of the noise.
+            confidence: In place of `radius`, the probability with which all elements of Gaussian
+                noise shall be smaller than the radius.
+            temperature: The standard deviation of that noise.
+            event_size: The number of its elements, if the model does not tell, as of an image
+                model, whose images may have any size.
+
+        Raises:
+            ValueError: If not exactly one of `radius` and `confidence` is given, if one of the
+                numbers is out of range, or if the size of the noise is not known.
+        """
+        if (radius is None) == (confidence is None):
+            raise ValueError(
+                f"give either radius or confidence; got radius={radius}, confidence={confidence}"
+            )
+        if confidence is not None:
+            radius = self._radius(confidence, temperature, event_size)
+        rows = self._table(float(radius))  # type: ignore[arg-type]
+        return rows[-1].bound_out if rows else float(radius)  # type: ignore[arg-type]
+
+    def table(self, radius: float = 4.0) -> Table:
+        r"""Returns a row for each layer, in sampling order. It prints as a table.
+
+        Arguments:
+            radius: The largest absolute value of the noise.
+        """
+        return self._table(radius)
+
+    def to_dict(self, radius: float = 4.0) -> dict[str, Any]:
+        r"""Returns the certificate as plain numbers, strings, lists and dictionaries.
+
+        Arguments:
+            radius: The largest absolute value of the noise that the bounds are for.
+        """
+        return {
+            "model": self.model,
+            "certified": self.certified,
+            "radius": radius,
+            "bound": self.bound(radius),
+            "growth": self.growth,
+            "roundoff": self.roundoff,
+            "layers": [row._asdict() for row in self.table(radius)],
+        }
+
+    def __str__(self) -> str:
+        if self.certified:
+            head = f"{self.model}: certified, growth {self.growth:.4g}; for noise up to 4:"
+        else:
+            names = ", ".join(f"{s.name or s.kind} ({s.kind})" for s in self.refused[:3])
+            more = len(self.refused) - 3
+            names += f" and {more} more" if more > 0 else ""
+            head = f"{self.model}: not certified, because of {names}; for noise up to 4:"
+        return f"{head}\n{self.table()}"
+
+    def _table(self, radius: float) -> Table:
+        if not 0 <= radius < math.inf:
+            raise ValueError(f"radius must be finite and not negative; got {radius}")
+        features = next((s.features for s in self.steps if s.features is not None), 1)
+        box = torch.full((1, features), radius, dtype=torch.float64)
+        region: Region | None = Region.cube(box)
+        before = radius
+        rows = Table()
+        for step in self.steps:
+            reason, gain = "", None
+            if isinstance(step, Refused):
+                region, reason, gain = None, step.reason, step.gain
+            elif region is not None:
+                if step.features not in (None, region.box.shape[1]):
+                    box = region.box.new_full((1, step.features), region.largest)
+                    region = Region.cube(box)
+                if isinstance(step, Noise):
+                    radius = region.largest
+                region = step.through(region, radius, self.roundoff)
+                region = region if region.largest <= self.largest else None
+            after = math.inf if region is None else region.largest
+            rows.append(Row(step.name, step.kind, before, after, step.depends, reason, gain))
+            before = after
+        return rows
+
+    def _radius(self, confidence: float, temperature: float, event_size: int | None) -> float:
+        if not 0 < confidence < 1:
+            raise ValueError(f"confidence must lie between 0 and 1; got {confidence}")
+        if not temperature >= 0:
+            raise ValueError(f"temperature must not be negative; got {temperature}")
+        if not all(s.normal for s in self.steps if isinstance(s, Noise)):
+            raise ValueError(
+                "the noise of this model is not standard normal: give a radius, not a confidence"
+            )
+        size = self.event_size if event_size is None else event_size
+        if size is None or size < 1:
+            raise ValueError(
+                f"the noise of {self.model} has no fixed size: give event_size, the number of all"
+                f" elements of an image; got {event_size}"
+            )
+        # (1 - 2 Φ(-r))^n = p, without the cancellation of 1 - p^(1/n)
+        tail = -math.expm1(math.log(confidence) / size)
+        quantile = torch.special.ndtri(torch.tensor(tail / 2, dtype=torch.float64))
+        return -temperature * quantile.item()
+
+
+def certify(model: Any, *, roundoff: float | None = None) -> Certificate:
+    r"""Proves that no condition can make a flow explode, from its weights alone.
+
+    Walks the layers in sampling order and composes what is known of each, such that for the
+    certificate `c`
+
+    .. math:: |f^{-1}(z; y)|_\infty \leq c.\mathrm{bound}(R)
+        \quad \text{for all } |z|_\infty \leq R \text{ and all } y
+
+    A layer that depends on the condition without bound, or that flowguard has no rule for, is
+    named, and the certificate is then not `certified`. See "What is guaranteed, and what is not"
+    in the documentation for the proof and its assumptions.
+
+    References:
+        | On the Robustness of Normalizing Flows for Inverse Problems in Imaging (Hong et al., 2023)
+        | https://arxiv.org/abs/2212.04319
+
+    Arguments:
+        model: A flow or a layer of flowguard, or of a library that it has rules for. Of a
+            :class:`flowguard.models.SuperResolutionFlow`, the residual over the upsampled
+            condition is bounded.
+        roundoff: The relative error of one operation of the model, for which the bound allows.
+            If :py:`None`, that of the coarsest dtype of its weights; zero proves the bound for
+            exact arithmetic. On GPUs, :py:`2**-11` allows for TF32.
+
+    Example:
+        >>> flow = flowguard.image.ConditionalMultiscaleFlow(3, 8, levels=2, steps=1, hidden=16)
+        >>> certificate = flowguard.certify(flow)
+        >>> certificate.certified
+        True
+        >>> certificate.bound(4.0) > 4.0
+        True
+        >>> print(flowguard.certify(flowguard.RobustSpline(*torch.zeros(3, 1), torch.zeros(()))))
+        RobustSpline: certified, growth 1; for noise up to 4:
+        layer  type          bound in  bound out  depends on the condition
+               RobustSpline  4         9          within a box of 5 and a shift of 5
+    """
+    dtypes = _dtypes(model)
+    if roundoff is None:
+        # The certificate itself is computed in float64, whose own rounding shall not count.
+        roundoff = max(2.0**-50, *(torch.finfo(d).eps / 2 for d in dtypes))
+    if not 0 <= roundoff < 0.01:
+        raise ValueError(f"roundoff must lie between 0 and 0.01; got {roundoff}")
+    # Where weights are broken, so is all that rules would make of them: they alone are told.
+    walk: list[Step] = [
+        Refused(name=name, kind=what, reason=BROKEN) for name, what in _broken(model)
+    ]
+    walk = walk or [_told(step) for step in steps(model)]
+    kind = type(getattr(model, "_orig_mod", model)).__name__
+    return Certificate(kind, tuple(walk), roundoff, min(torch.finfo(d).max for d in dtypes))
+
+
+def _dtypes(model: Any) -> set[torch.dtype]:
+    tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
+    return {t.dtype for t in tensors if t.is_floating_point()} or {torch.get_default_dtype()}
+
+
+def _broken(model: Any) -> Iterator[tuple[str, str]]:
+    r"""Goes over the names of the tensors that spoil all samples."""
+    if not isinstance(model, nn.Module):
+        return
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            yield name, "Parameter"
+    for prefix, module in model.named_modules():
+        if type(module).__module__.startswith("flowguard.ood"):
+            continue  # what tells of strange conditions has NaN where it knows nothing yet
+        for name, buffer in module.named_buffers(prefix, recurse=False):
+            # Masks may well be infinite.
+            if bool(buffer.isnan().any()):
+                yield name, "Buffer"
+
+
+def _told(step: Step) -> Step:
+    r"""The step, refused if its numbers are not finite."""
+    if step.finite:
+        return step
+    return Refused(name=step.name, kind=step.kind, reason=BROKEN, depends=step.depends)

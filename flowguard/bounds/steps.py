@@ -1,0 +1,239 @@
+r"""What the parts of a layer do on the way from noise to data, and what holds after each."""
+
+__all__ = [
+    "Flatten",
+    "Join",
+    "Linear",
+    "Noise",
+    "Permute",
+    "Pointwise",
+    "Refused",
+    "Remark",
+    "Scale",
+    "Step",
+    "Unsqueeze",
+    "constant",
+]
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowguard.bounds.regions import Envelope, Region
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    r"""What one part of a layer does on the way from noise to data.
+
+    Arguments:
+        name: The name of the layer within the model.
+        kind: The class of the layer.
+        depends: How the step depends on the condition, in words.
+    """
+
+    name: str = ""
+    kind: str = ""
+    depends: str = "not at all"
+
+    @property
+    def features(self) -> int | None:
+        r"""The number of features that the step takes, if it tells."""
+        return None
+
+    @property
+    def finite(self) -> bool:
+        r"""Whether all numbers of the step are finite, without which it bounds nothing."""
+        return all(_is_finite(getattr(self, f.name)) for f in fields(self))
+
+    def through(self, region: Region, radius: float, roundoff: float) -> Region:
+        r"""Returns a region that holds all outputs.
+
+        Arguments:
+            region: The region that holds all inputs.
+            radius: The largest absolute value of the noise.
+            roundoff: The relative error of one operation.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise(Step):
+    r"""The noise that a flow starts from, at each of its positions.
+
+    Arguments:
+        size: The number of features of a position.
+        event: The number of elements of all the noise, or :py:`None` if it varies.
+        normal: Whether the noise is standard normal.
+    """
+
+    size: int
+    event: int | None = None
+    normal: bool = True
+
+    @property
+    def features(self) -> int:
+        return self.size
+
+    def through(self, region: Region, radius: float, roundoff: float) -> Region:
+        return region
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(Step):
+    r"""A constant linear map :math:`x \mapsto W x` of the features of a position.
+
+    Arguments:
+        matrix: The matrix :math:`W`, with shape :math:`(C, C)`.
+        error: A matrix :math:`E \geq 0` such that the rounding error of the layer is at most
+            :math:`C u E |x|`, with `u` that of one operation. If :py:`None`, use :math:`|W|`, which
+            holds for products.
+    """
+
+    matrix: Tensor
+    error: Tensor | None = None
+
+    @property
+    def features(self) -> int:
+        return self.matrix.shape[1]
+
+    def through(self, region: Region, radius: float, roundoff: float) -> Region:
+        matrix = constant(self.matrix)
+        error = matrix.abs() if self.error is None else constant(self.error)
+        return region.linear(matrix, error, roundoff)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale(Step):
+    r"""A constant elementwise map :math:`x_i \mapsto s_i x_i + b_i`."""
+
+    factor: Tensor
+    offset: Tensor
+
+    @property
+    def features(self) -> int | None:
+        n = max(self.factor.numel(), self.offset.numel())
+        return n if n > 1 else None
+
+    def through(self, region: Region, radius: float, roundoff: float) -> Region:
+        shape = region.box.shape[1]
+        factor, offset = (constant(t).flatten().expand(shape) for t in (self.factor, self.offset))
+        return region.scale(factor, offset, roundoff)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Permute(Step):
+    r"""A permutation: feature `i` of the output is feature `order[i]` of the input."""
+
+    order: Tensor
+
+    @property
+    def features(self) -> int:
+        return self.order.numel()
+
+    def through(self, region: Region, radius: float, roundoff: float) -> Region:
+        return region.permute(self.order.detach().cpu())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pointwise(Step):
+    r"""A univariate map of some features, with parameters that depend on anything.
+
+    Arguments:
+        envelope: What holds for the map whatever its parameters are.
+        mask: Which features are transformed, with shape :math:`(C)`. :py:`None` means all.
+    """
+
+    envelope: Envelope
+    mask: Tensor | None = None
+
+    @property
+    def features(self) -> int | None:
+        return None if self.mask is None else self.mask.numel()
+
+    def through(self, region: Region, radius: float, roundoff: float) -> Region:
+        everywhere = torch.ones(region.box.shape[1], dtype=torch.bool)
+        mask = everywhere if self.mask is None else self.mask.detach().cpu()
+        return region.elementwise(self.envelope, mask, roundoff)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Join(Step):
+    r"""The inverse of a split: further features :math:`m + e^s z` come in, with bounded m and s.
+
+    Arguments:
+        joined: The number of features that come in.
+        mean_bound: The bound of :math:`m`.
+        scale_bound: The bound of :math:`s`.
+    """
+
+    joined: int
+    mean_bound: float
+    scale_bound: float
+
+    def through(self, region: Region, radius: float, roundoff: float) -> Region:
+        largest = torch.tensor(self.scale_bound, dtype=torch.float64).exp().item()
+        largest = self.mean_bound + largest * radius
+        # The exponential of a rounded s, two units of its own, a product and a sum.
+        return region.join(self.joined, largest * (1 + (8 + self.scale_bound) * roundoff))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unsqueeze(Step):
+    r"""The inverse of a squeeze: features become positions."""
+
+    factor: int
+
+    def through(self, region: Region, radius: float, roundoff: float) -> Region:
+        return region.unsqueeze(self.factor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flatten(Step):
+    r"""The end of a layer after which features are no longer told apart, as those of an image."""
+
+    def through(self, region: Region, radius: float, roundoff: float) -> Region:
+        return Region.cube(region.box.new_full((1, 1), region.largest))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remark(Step):
+    r"""A row in the table for what the bound leaves out, such as an image that is added last."""
+
+    def through(self, region: Region, radius: float, roundoff: float) -> Region:
+        return region
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refused(Step):
+    r"""A layer that no bound is known for.
+
+    Arguments:
+        reason: Why, in words.
+        gain: By how much it may multiply its input at worst, if that is known.
+    """
+
+    reason: str
+    gain: float | None = None
+    depends: str = "without bound"
+
+    @property
+    def finite(self) -> bool:
+        return True  # it claims nothing
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return bool(value.isfinite().all())
+    if isinstance(value, Envelope):
+        known = (value.offset, value.floor, value.gain) if value.limit is None else ()
+        return all(map(math.isfinite, known)) and not math.isnan(value.displacement)
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def constant(t: Tensor) -> Tensor:
+    r"""A constant of a layer, as the certificate computes with it."""
+    return t.detach().to("cpu", torch.float64)

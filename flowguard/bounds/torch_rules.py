@@ -1,0 +1,80 @@
+r"""The rules of torch's own transforms, with constants, and of what combines transforms."""
+
+__all__ = ["affine", "after"]
+
+from collections.abc import Iterator
+from functools import partial, reduce
+
+import torch
+from torch import Tensor
+from torch.distributions import transforms
+
+from flowguard.bounds.regions import Envelope
+from flowguard.bounds.rules import envelope, envelope_rule, rule, steps, within
+from flowguard.bounds.steps import Refused, Scale, Step, constant
+from flowguard.transforms import InverseTransform
+
+
+@rule(transforms.ComposeTransform)
+def _compose(f: transforms.ComposeTransform, inverse: bool) -> Iterator[Step]:
+    parts = list(enumerate(f.parts))
+    for i, part in reversed(parts) if inverse else parts:
+        yield from within(f"parts.{i}", part, inverse)
+
+
+@rule(transforms._InverseTransform, InverseTransform)
+def _inverse(f: transforms._InverseTransform, inverse: bool) -> Iterator[Step]:
+    yield from steps(f._inv, not inverse)
+
+
+@rule(transforms.IndependentTransform)
+def _independent(f: transforms.IndependentTransform, inverse: bool) -> Iterator[Step]:
+    yield from steps(f.base_transform, inverse)
+
+
+def affine(factor: Tensor, shift: Tensor, inverse: bool) -> Step:
+    r"""The step of x -> factor x + shift with constants."""
+    if max(factor.dim(), shift.dim()) > 1:
+        return Refused(reason="its constants differ from one row of a batch to another")
+    if inverse:
+        return Scale(factor=1 / factor, offset=-shift / factor)
+    return Scale(factor=factor, offset=shift)
+
+
+@rule(transforms.AffineTransform)
+def _constant_affine(f: transforms.AffineTransform, inverse: bool) -> Iterator[Step]:
+    yield affine(constant(torch.as_tensor(f.scale)), constant(torch.as_tensor(f.loc)), inverse)
+
+
+@envelope_rule(transforms.ComposeTransform)
+def _compose_envelope(f: transforms.ComposeTransform, inverse: bool) -> Envelope:
+    parts = [envelope(part, inverse) for part in f.parts]
+    return reduce(after, reversed(parts) if inverse else parts)
+
+
+@envelope_rule(transforms._InverseTransform, InverseTransform)
+def _inverse_envelope(f: transforms._InverseTransform, inverse: bool) -> Envelope:
+    return envelope(f._inv, not inverse)
+
+
+def after(first: Envelope, second: Envelope) -> Envelope:
+    r"""What is known of one map after another, in sampling order."""
+    if first.reason or second.reason:
+        return first if first.reason else second
+    depends = f"{first.depends}, then {second.depends}"
+    roundings = first.roundings + second.roundings
+    if first.limit is not None or second.limit is not None:
+        limit = partial(_reach, first, second)
+        return Envelope(limit=limit, depends=depends, roundings=roundings)
+    return Envelope(
+        gain=second.gain * first.gain,
+        offset=second.offset + second.gain * first.offset,
+        floor=max(second.floor - second.gain * first.offset, second.gain * first.floor),
+        displacement=first.displacement + second.displacement,
+        depends=depends,
+        roundings=roundings,
+    )
+
+
+def _reach(first: Envelope, second: Envelope, radius: float) -> float:
+    return second.reach(first.reach(radius))

@@ -1,0 +1,75 @@
+r"""What is known of the core's univariate maps, whatever their parameters are."""
+
+__all__ = ["conditional"]
+
+import math
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from flowguard import transforms
+from flowguard.bounds.regions import Envelope
+from flowguard.bounds.rules import envelope, envelope_rule, rule
+from flowguard.bounds.steps import Pointwise, Refused, Step
+
+FREE = "its shift is free; give a shift_bound"
+
+
+def conditional(
+    g: Envelope, name: str = "", kind: str = "", mask: Tensor | None = None
+) -> Pointwise | Refused:
+    r"""The step of a univariate map with conditional parameters, refused where it has no bound."""
+    if g.reason:
+        gain = g.gain if math.isfinite(g.gain) else None
+        return Refused(name=name, kind=kind, reason=g.reason, gain=gain)
+    return Pointwise(name=name, kind=kind, depends=g.depends, envelope=g, mask=mask)
+
+
+@envelope_rule(transforms.RobustSpline, transforms.CubicBSpline)
+def _spline(f: transforms.RobustSpline | transforms.CubicBSpline, inverse: bool) -> Envelope:
+    shift = 0.0 if f.shift is None else f.shift_bound
+    if shift is None:
+        return Envelope(1.0, math.inf, reason=FREE)
+    # Sampling subtracts the shift before the box, where the forward direction adds it after.
+    return Envelope(
+        gain=1.0,
+        offset=shift,
+        floor=max(f.bound - shift, 0.0) if inverse else f.bound,
+        displacement=2 * f.bound + shift,
+        depends=f"within a box of {f.bound:g} and a shift of {shift:g}",
+    )
+
+
+@envelope_rule(transforms.AdditiveTransform)
+def _additive(f: transforms.AdditiveTransform, inverse: bool) -> Envelope:
+    if f.shift_bound is None:
+        return Envelope(1.0, math.inf, reason=FREE)
+    shift = f.shift_bound
+    return Envelope(1.0, shift, displacement=shift, depends=f"within a shift of {shift:g}")
+
+
+@envelope_rule(transforms.AffineTransform)
+def _affine(f: transforms.AffineTransform, inverse: bool) -> Envelope:
+    return Envelope(
+        1 / f.eps if inverse else 1 + f.eps,
+        math.inf,
+        reason=f"its shift is free, and its slope may fall to {f.eps:g}",
+    )
+
+
+@envelope_rule(transforms.ReparametrizedAffineTransform)
+def _reparametrized(f: transforms.ReparametrizedAffineTransform, inverse: bool) -> Envelope:
+    gain = 1 + f.eps if inverse else 1 / f.eps
+    return Envelope(gain, math.inf, reason="its shift is free")
+
+
+@rule(
+    transforms.AdditiveTransform,
+    transforms.AffineTransform,
+    transforms.CubicBSpline,
+    transforms.ReparametrizedAffineTransform,
+    transforms.RobustSpline,
+    transforms.Univariate,
+)
+def _univariate(f: transforms.Univariate, inverse: bool) -> Iterator[Step]:
+    yield conditional(envelope(f, inverse))

@@ -1,0 +1,198 @@
+r"""``flowguard compare``."""
+
+__all__ = ["HELP", "parser", "run"]
+
+from pathlib import Path
+from typing import Any
+
+from flowguard.cli.parsing import (
+    Parser,
+    UserError,
+    add_machine,
+    check_device,
+    folder,
+    need,
+    paths,
+    threads,
+    whole,
+    writable,
+)
+
+HELP = "train or load flows with several couplings and compare them"
+NAMES = ("affine", "reparametrized", "robust2", "robust8", "bspline")
+
+
+def parser() -> Parser:
+    r"""Returns the parser."""
+    compare = Parser(
+        description=(
+            "Train flows that differ in their coupling only, under one budget, and measure them"
+            " on a held-out picture and on conditions from other worlds, beside models that were"
+            " trained before. Writes report.html, metrics.json and a folder for each model that"
+            " was trained, which --model of other commands takes."
+        )
+    )
+    compare.add_argument(
+        "--couplings",
+        nargs="*",
+        default=list(NAMES),
+        choices=NAMES,
+        metavar="NAME",
+        help=(
+            f"couplings to train, of {', '.join(NAMES)} (default: all); robust2 and robust8 are"
+            " robust splines of 2 and 8 bins; none if only models are given: --couplings"
+        ),
+    )
+    compare.add_argument(
+        "--models",
+        nargs="+",
+        default=[],
+        type=folder,
+        metavar="DIR",
+        help="folders of models to compare as they are, named by their folders (default: none)",
+    )
+    compare.add_argument(
+        "--images",
+        type=folder,
+        metavar="DIR",
+        help=(
+            "folder of pictures to learn from, the last of which is held out; smaller ones than"
+            " 96 rows and 384 columns are left out (default: photographs that scikit-image ships)"
+        ),
+    )
+    compare.add_argument(
+        "--task",
+        default="superres",
+        choices=("superres", "lowlight"),
+        help="what the flows do (default: superres, four times)",
+    )
+    compare.add_argument(
+        "--steps",
+        type=whole(1, 10**9),
+        metavar="N",
+        help="training steps of each (default: 400; 30 with --quick)",
+    )
+    compare.add_argument(
+        "--samples",
+        type=whole(1, 1000),
+        default=5,
+        metavar="N",
+        help="samples of each condition (default: 5)",
+    )
+    compare.add_argument(
+        "--seed",
+        type=whole(0, 2**63 - 1),
+        default=0,
+        metavar="N",
+        help="seed of all randomness (default: 0)",
+    )
+    compare.add_argument(
+        "--out",
+        type=folder,
+        default="flowguard-compare",
+        metavar="DIR",
+        help="folder to write (default: flowguard-compare)",
+    )
+    add_machine(compare)
+    compare.add_argument(
+        "--quick", action="store_true", help="tiny models and 30 steps, to see that all works"
+    )
+    compare.add_config()
+    return compare
+
+
+def _loaded(args: Any) -> dict[str, Any]:
+    from flowguard.cli.enhance import load_model
+
+    kind = "SuperResolutionFlow" if args.task == "superres" else "LowLightFlow"
+    found: dict[str, Any] = {}
+    for path in args.models:
+        name = path.resolve().name
+        if name in found or name in args.couplings:
+            name = str(path)
+        if name in found or name in args.couplings:
+            raise UserError(f"--models: two are called {name}; copy one to another folder")
+        model = load_model(path, kind, args.device)
+        if getattr(model, "scale", 4) != 4:
+            raise UserError(f"--models: flows must enlarge by 4; {path} enlarges by {model.scale}")
+        found[name] = model
+    return found
+
+
+def _images(path: Path | None) -> tuple[list[Any], list[str]]:
+    """The pictures of a folder, and what is said of those that are left out."""
+    from flowguard.demo.compare import LEAST
+    from flowguard.io import pictures
+
+    if path is None:
+        return [], []
+    if not path.is_dir():
+        raise UserError(f"--images: there is no folder {path}")
+    images, left = [], []
+    for file in sorted(p for p in path.iterdir() if p.suffix.lower() in pictures.SUFFIXES):
+        try:
+            colour = pictures.read(file).colour
+        except pictures.ImageError as error:
+            left.append(f"{file}: {error}")
+            continue
+        if colour.shape[-2] < LEAST[0] or colour.shape[-1] < LEAST[1]:
+            left.append(f"{file}: it is smaller than {LEAST[0]} × {LEAST[1]}")
+        else:
+            images.append(colour)
+    if len(images) < 2:
+        raise UserError(
+            f"--images: there must be two pictures or more of at least {LEAST[0]} rows and"
+            f" {LEAST[1]} columns in {path}; got {len(images)}"
+        )
+    return images, left
+
+
+def run(args: Any) -> int:
+    r"""Compares couplings.
+
+    Arguments:
+        args: The arguments.
+    """
+    need(
+        ("skimage", "scikit-image"), ("matplotlib", "matplotlib"), ("torchmetrics", "torchmetrics")
+    )
+    from flowguard.demo import compare, compare_report
+    from flowguard.models.store import PretrainedError
+
+    paths(args, "out", "models", "images")
+    if not args.couplings and not args.models:
+        raise UserError("--couplings: there is nothing to compare; name one, or --models")
+    check_device(args.device)
+    images, left = _images(args.images)
+    loaded = _loaded(args)
+    out = writable(args.out, "--out")
+    for name in ("report.html", "metrics.json"):
+        if (out / name).is_dir():
+            raise UserError(f"--out: {out / name} is a folder, and shall become a file")
+    for name in args.couplings:
+        if (out / name).is_file():
+            raise UserError(f"--out: {out / name} is a file, and shall become a folder")
+        if (out / name).resolve() in (path.resolve() for path in args.models):
+            raise UserError(f"--out: the model of {out / name} would be replaced; name another")
+    options = compare.CompareOptions(
+        couplings=tuple(dict.fromkeys(args.couplings)),
+        loaded=loaded,
+        images=images,
+        task=args.task,
+        steps=args.steps or (30 if args.quick else compare.CompareOptions.steps),
+        samples=args.samples,
+        seed=args.seed,
+        device=args.device,
+        quick=args.quick,
+    )
+    with threads(args.threads):
+        result = compare.compare(options)
+    print(compare_report.table(result))
+    try:
+        files = compare_report.write(result, out)
+    except (OSError, PretrainedError) as error:
+        raise UserError(f"--out: cannot write to {args.out}: {error}") from None
+    for line in left:
+        print(f"left out: {line}")
+    print(f"\nOpen {files[0]} for the pictures; the models are in {args.out}.")
+    return 0

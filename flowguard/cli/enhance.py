@@ -1,0 +1,340 @@
+r"""What ``superres`` and ``lowlight`` share: pictures in, pictures out, and an account of it."""
+
+__all__ = ["Outcome", "add_arguments", "enhance"]
+
+import contextlib
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flowguard.cli.jobs import Job, jobs
+from flowguard.cli.parsing import (
+    Parser,
+    UserError,
+    add_machine,
+    check_device,
+    file,
+    folder,
+    need,
+    number,
+    threads,
+    whole,
+    writable,
+)
+
+THUMBNAIL = 320  # rows and columns of the report's pictures, at most
+
+
+@dataclass
+class Outcome:
+    r"""What became of a picture."""
+
+    source: Path
+    targets: tuple[Path, ...]
+    status: str = "written"  # or "skipped", "failed"
+    reason: str = ""
+    size: tuple[int, int] = (0, 0)  # rows and columns of the result
+    seconds: float = 0.0
+    p_value: float | None = None
+    flagged: bool = False
+    artefacts: float = 0.0  # the largest share of erroneous pixels of a sample
+    pictures: list[tuple[str, bytes]] = field(default_factory=list)  # for the report, as PNG
+
+
+def tile_size(text: Any) -> int | str:
+    r"""Reads the size of a tile: auto, none, or a whole number."""
+    return str(text) if text in ("auto", "none") else whole(8, 10**6)(text)
+
+
+def add_arguments(parser: Parser, *, temperature: float) -> None:
+    r"""Adds the arguments that both commands have."""
+    parser.add_argument(
+        "input",
+        nargs="+",
+        type=file,
+        metavar="INPUT",
+        help=(
+            "pictures: files, folders (without the folders within), globs; PNG, JPEG, TIFF, WebP"
+            " or BMP"
+        ),
+    )
+    parser.add_argument(
+        "output",
+        type=folder,
+        metavar="OUTPUT",
+        help=(
+            "folder to write, under the names of the pictures; several samples are numbered. For"
+            " one picture and one sample it may be a file that ends in .png or .tif"
+        ),
+    )
+    parser.add_argument(
+        "--model",
+        type=folder,
+        required=True,
+        metavar="DIR",
+        help="folder of the model, as save_pretrained or `flowguard convert` wrote it (required)",
+    )
+    parser.add_argument(
+        "--samples",
+        type=whole(1, 1000),
+        default=1,
+        metavar="N",
+        help="samples of each picture (default: 1)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=number(0, 100),
+        default=temperature,
+        metavar="T",
+        help=f"standard deviation of the noise (default: {temperature:g})",
+    )
+    parser.add_argument(
+        "--seed",
+        type=whole(0, 2**63 - 1),
+        default=0,
+        metavar="N",
+        help="seed of the noise (default: 0); each picture's is made of it and of its name",
+    )
+    parser.add_argument(
+        "--tile",
+        type=tile_size,
+        default="auto",
+        metavar="SIZE",
+        help=(
+            "rows and columns of the tiles that a large picture is made in, in pixels of the"
+            " result, 8 or more; auto (default) cuts where the result is larger than about 640 ×"
+            " 640; none never cuts"
+        ),
+    )
+    parser.add_argument(
+        "--format",
+        default="png",
+        choices=("png", "tiff"),
+        help="what is written (default: png); pictures of 16 bits stay so",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="write pictures that exist already again; by default they are skipped",
+    )
+    parser.add_argument(
+        "--report",
+        type=file,
+        metavar="FILE",
+        help="write an account of all pictures, as a page, whose name ends in .html",
+    )
+    add_machine(parser)
+    parser.add_config()
+
+
+Prepare = Callable[[Any, Any], Any]
+
+
+def load_model(path: Path, kind: str, device: str) -> Any:
+    r"""Returns the model of a folder.
+
+    Arguments:
+        path: The folder.
+        kind: The name of the class that it must have.
+        device: The device.
+    """
+    from flowguard.models import store
+
+    try:
+        model = store.load(path, device)
+    except store.PretrainedError as error:
+        raise UserError(f"--model: {error}") from None
+    if type(model).__name__ != kind:
+        raise UserError(f"--model: {path} holds a {type(model).__name__}; this needs a {kind}")
+    return model
+
+
+def enhance(
+    args: Any, model: Any, finish: Callable[[Any], Any], grow: Callable[[Any], Any]
+) -> int:
+    r"""Enhances all pictures and tells of them; returns the exit code.
+
+    Arguments:
+        args: The arguments.
+        model: The model.
+        finish: What is done to each sample.
+        grow: What is done to the opacity.
+    """
+    need(("PIL", "Pillow"))
+    work = prepared(args)
+    outcomes = []
+    with threads(args.threads):
+        for job in _bar(work):
+            outcomes.append(_one(job, args, model, finish, grow))
+    if args.report is not None:
+        from flowguard.cli.page import write_page
+
+        try:
+            write_page(args.report, outcomes, args)
+        except OSError as error:
+            raise UserError(f"--report: cannot write {args.report}: {error.strerror}") from None
+    return tell(outcomes, args)
+
+
+def prepared(args: Any) -> list[Job]:
+    r"""Returns the jobs, once all arguments are known to be usable."""
+    suffix = ".png" if args.format == "png" else ".tif"
+    work = jobs(args.input, args.output, args.samples, suffix)
+    if args.format == "tiff":
+        need(("tifffile", "tifffile"))
+    writable(work[0].targets[0].parent, "OUTPUT")
+    if args.report is not None:
+        if args.report.is_dir():
+            raise UserError(f"--report must name a file; {args.report} is a folder")
+        own = args.report.resolve() in {job.source.resolve() for job in work}
+        if own or args.report.suffix.lower() not in (".html", ".htm"):
+            raise UserError(f"--report must name a page of its own, .html; got {args.report}")
+        writable(args.report.resolve().parent, "the folder of --report")
+    return work
+
+
+def _bar(work: list[Job]) -> Iterator[Job]:
+    from tqdm.auto import tqdm
+
+    with tqdm(work, unit="picture") as bar:
+        for job in bar:
+            bar.set_postfix_str(job.source.name[:40], refresh=True)
+            yield job
+
+
+def _one(
+    job: Job, args: Any, model: Any, finish: Callable[[Any], Any], grow: Callable[[Any], Any]
+) -> Outcome:
+    outcome = Outcome(job.source, job.targets)
+    missing = [i for i, t in enumerate(job.targets) if args.overwrite or not t.exists()]
+    if not missing:
+        outcome.status, outcome.reason = "skipped", "it exists already"
+        return outcome
+    start = time.perf_counter()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a guard's warning is told of at the end
+            _write(outcome, missing, args, model, finish, grow)
+    except Exception as error:  # one picture must not end the others
+        outcome.status = "failed"
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        outcome.reason = lines[0] if lines else type(error).__name__
+    outcome.seconds = time.perf_counter() - start
+    return outcome
+
+
+def _write(
+    outcome: Outcome,
+    missing: list[int],
+    args: Any,
+    model: Any,
+    finish: Callable[[Any], Any],
+    grow: Callable[[Any], Any],
+) -> None:
+    from flowguard import metrics
+    from flowguard.cli.sampling import latents_for, sample, seed_of
+    from flowguard.io import pictures
+
+    picture = pictures.read(outcome.source)
+    parameter = next(model.parameters())
+    y = picture.colour[None].to(parameter.device, parameter.dtype)
+    alpha = None if picture.alpha is None else grow(picture.alpha[None])[0].clamp(0, 1)
+    thumbnails = args.report is not None
+    tile = None if args.tile == "none" else args.tile
+    if thumbnails:
+        outcome.pictures.append(("input", thumbnail(picture.colour)))
+    for i in missing:
+        seed = seed_of(args.seed, outcome.source.name, i)
+        x, reports = sample(model, y, latents_for(model, y, args.temperature, seed), tile)
+        if reports:
+            outcome.p_value = min(float(r.p_value.min()) for r in reports)
+            outcome.flagged = any(bool(r.flagged.any()) for r in reports)
+        outcome.artefacts = max(outcome.artefacts, float(metrics.error_rate(x, per_pixel=True)))
+        x = finish(x)[0].float().cpu()
+        outcome.size = (x.shape[-2], x.shape[-1])
+        made = pictures.Picture(x, alpha, picture.grey, picture.bits, picture.icc)
+        pictures.write(outcome.targets[i], made)
+        if thumbnails and len(outcome.pictures) < 4:
+            outcome.pictures.append((outcome.targets[i].name, thumbnail(x)))
+            if len(reports) == 1:
+                outcome.pictures += maps(reports[0])
+
+
+def thumbnail(image: Any) -> bytes:
+    r"""Returns a small PNG of an image with shape :math:`(3, H, W)`."""
+    import io
+
+    from PIL import Image
+    from torch.nn.functional import avg_pool2d
+
+    from flowguard.data import to_uint8
+
+    factor = max(image.shape) // (4 * THUMBNAIL)
+    if factor > 1:  # whole numbers of a large picture would fill the memory
+        image = avg_pool2d(image[None].float(), factor, ceil_mode=True)[0]
+    small = Image.fromarray(to_uint8(image))
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    stream = io.BytesIO()
+    small.save(stream, format="PNG")
+    return stream.getvalue()
+
+
+def maps(report: Any) -> list[tuple[str, bytes]]:
+    r"""Returns how far each pixel is from the training set, at each level, if it can be drawn."""
+    with contextlib.suppress(ImportError):
+        import io
+
+        from matplotlib import colormaps
+        from PIL import Image
+
+        from flowguard.ood.plot import NINES, nines
+
+        drawn = []
+        for name, level in report.levels.items():
+            if level.map is None:
+                continue
+            scaled = (nines(level)[0].float().cpu() / NINES).clamp(0, 1).nan_to_num(1.0).numpy()
+            colours = (255 * colormaps["inferno"](scaled)[..., :3]).round().astype("uint8")
+            image = Image.fromarray(colours)
+            factor = max(1, 160 // max(image.size))
+            image = image.resize(
+                (image.width * factor, image.height * factor), Image.Resampling.NEAREST
+            )
+            image.thumbnail((THUMBNAIL, THUMBNAIL))
+            stream = io.BytesIO()
+            image.save(stream, format="PNG")
+            drawn.append((f"OOD {name}", stream.getvalue()))
+        return drawn
+    return []
+
+
+def tell(outcomes: list[Outcome], args: Any) -> int:
+    r"""Prints what was done and what was not; returns the exit code."""
+    by_status = {
+        s: [o for o in outcomes if o.status == s] for s in ("written", "skipped", "failed")
+    }
+    counts = ", ".join(f"{len(found)} {status}" for status, found in by_status.items())
+    print(f"{len(outcomes)} picture(s): {counts}. Output: {args.output}")
+    if by_status["skipped"]:
+        print("Skipped pictures exist already; --overwrite writes them again.")
+    for o in outcomes:
+        if o.flagged:
+            print(f"unlike the training set: {o.source} (p = {o.p_value:.2g})")
+        if o.artefacts > 0:
+            print(
+                f"artefacts: {o.source}, up to {100 * o.artefacts:.2g} % of the pixels of a sample"
+            )
+    if args.report is not None:
+        print(f"Report: {args.report}")
+    for o in by_status["failed"]:
+        print(f"flowguard: failed: {o.source}: {o.reason}", file=sys.stderr)
+    return 1 if by_status["failed"] else 0
+
+
+def ready(args: Any) -> None:
+    r"""Refuses arguments before any work."""
+    check_device(args.device)

@@ -1,0 +1,49 @@
+r"""``flowguard lowlight``."""
+
+__all__ = ["HELP", "parser", "run"]
+
+from typing import Any
+
+from flowguard.cli.enhance import add_arguments, enhance, load_model
+from flowguard.cli.parsing import Parser, check_device, number, paths
+
+HELP = "brighten dark pictures"
+
+
+def parser() -> Parser:
+    r"""Returns the parser."""
+    lowlight = Parser(
+        description=(
+            "Brighten dark pictures by a low-light flow. Pictures that exist already are skipped,"
+            " so that an interrupted run is resumed by the same command; what cannot be read is"
+            " told of at the end, and the exit code is then 1."
+        )
+    )
+    add_arguments(lowlight, temperature=0.0)
+    lowlight.add_argument(
+        "--brightness",
+        type=number(0, 1),
+        metavar="B",
+        help="mean that each sample is scaled to, from 0 to 1 (default: as the model makes it)",
+    )
+    return lowlight
+
+
+def run(args: Any) -> int:
+    r"""Brightens pictures.
+
+    Arguments:
+        args: The arguments.
+    """
+    paths(args, "output", "model", "report")
+    check_device(args.device)
+    model = load_model(args.model, "LowLightFlow", args.device)
+
+    def finish(x: Any) -> Any:
+        if args.brightness is None:
+            return x
+        from flowguard.models.lowlight import rescale_brightness
+
+        return rescale_brightness(x, args.brightness)
+
+    return enhance(args, model, finish, lambda alpha: alpha)

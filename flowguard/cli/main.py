@@ -1,0 +1,109 @@
+r"""The command line: ``flowguard superres``, ``lowlight``, ``convert``, ``inspect``, ``compare``
+and ``demo``."""
+
+__all__ = ["main"]
+
+import contextlib
+import importlib
+import io
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
+
+from flowguard._version import __version__
+from flowguard.cli import COMMANDS
+
+
+class Terminated(BaseException):
+    r"""Raised by SIGTERM, so that files are cleared away as after Ctrl-C."""
+
+
+def _terminate(*_: Any) -> NoReturn:
+    raise Terminated
+
+
+@contextlib.contextmanager
+def _termination() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _commands() -> dict[str, Any]:
+    return {name: importlib.import_module(f"flowguard.cli.{name}") for name in COMMANDS}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    r"""Runs the command line.
+
+    Arguments:
+        argv: The arguments; by default those of the process.
+
+    Returns:
+        The exit code: 0, or 1 if some images could not be done, or 2 for a mistake of the user,
+        or 130 after Ctrl-C, or 143 after SIGTERM.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")  # a letter must not end the work
+    try:
+        with _termination():
+            return _run(argv)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        sys.stdout = open(os.devnull, "w")  # closed with the process
+        return 1
+    except (KeyboardInterrupt, Terminated) as stop:
+        print("\nflowguard: interrupted; no half-written file was left", file=sys.stderr)
+        return 143 if isinstance(stop, Terminated) else 130
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        from flowguard.cli.parsing import Parser, UserError
+    except ImportError:
+        print(
+            'flowguard: error: jsonargparse is missing: pip install "flowguard-nf[demo]"',
+            file=sys.stderr,
+        )
+        return 2
+    parser = Parser(
+        prog="flowguard",
+        description="Robust conditional normalizing flows.",
+        version=f"flowguard {__version__}",
+    )
+    subcommands = parser.add_subcommands(required=True, dest="command", metavar="COMMAND")
+    commands, parsers = _commands(), {}
+    for name, command in commands.items():
+        sub = parsers[name] = command.parser()
+        subcommands.add_subcommand(name, sub, help=command.HELP)
+        sub.prog = f"flowguard {name}"
+    try:
+        args = parser.parse_args(argv)
+    except UnicodeDecodeError as error:
+        parser.error(f"config: {error}")
+    except AssertionError:  # where several choices are taken, jsonargparse asserts a list
+        parser.error("config: what takes several values must be given a list of them")
+    parsers[args.command].check(args[args.command])
+    try:
+        code: int = commands[args.command].run(args[args.command])
+        return code
+    except UserError as error:
+        print(f"flowguard: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # a folder that may not be read, a name that is too long
+        print(f"flowguard: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+r"""How the command line is read: mistakes get one line, and exit code 2."""
+
+__all__ = ["Parser", "UserError", "check_device", "folder", "number", "threads", "whole"]
+
+import argparse
+import contextlib
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jsonargparse
+
+from flowguard.cli import COMMANDS
+
+
+class UserError(Exception):
+    r"""A mistake of the user, told in one line."""
+
+
+class WrongValue(argparse.ArgumentTypeError, ValueError):
+    r"""A value that cannot be taken: the first kind of error on the command line, the second in
+    a file of options."""
+
+
+class Formatter(argparse.HelpFormatter):
+    r"""The help as it is written: it names the defaults."""
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        super().__init__(prog, max_help_position=26, **options)
+
+
+class Parser(jsonargparse.ArgumentParser):
+    r"""A parser that tells a mistake in one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=Formatter, **options)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        # jsonargparse puts the command before each name: superres.output.
+        names = "|".join(COMMANDS)
+        plain = re.sub(rf'(?<=[ "])(?:{names})\.(?=[a-z_]+(?:[",:]|$))', "", message)
+        line = " ".join(plain.split())
+        self.exit(2, f"{self.prog}: error: {line} (see {self.prog} --help)\n")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        if message:
+            sys.stderr.write(message)
+        raise SystemExit(status)
+
+    def check(self, values: Any) -> None:
+        r"""Refuses what a file of options can give and the command line cannot: nothing, one
+        value for several, several for one, words for a switch.
+
+        Arguments:
+            values: The values that were read.
+        """
+        for action in self._actions:
+            if action.dest in ("config", "help", "print_config"):
+                continue
+            value, several = values[action.dest], action.nargs in ("+", "*")
+            if action.nargs == 0 and not isinstance(value, bool):
+                self.error(f"{action.dest} must be true or false; got {value!r}")
+            elif value is None and action.default is not None:
+                self.error(f"{action.dest} must be given a value; got none")
+            elif value is not None and several != isinstance(value, list):
+                self.error(f"{action.dest} must be {'a list' if several else 'one value'}")
+
+    def add_config(self) -> None:
+        r"""Lets a YAML file give options."""
+        self.add_argument(
+            "--config",
+            action="config",
+            metavar="FILE",
+            help="a YAML file of options; those given on the command line win when they follow it",
+        )
+
+
+def whole(least: int, most: int) -> Callable[[Any], int]:
+    r"""Returns a reader of whole numbers within bounds."""
+
+    def read(text: Any) -> int:
+        try:
+            value = int(str(text))
+        except ValueError:
+            raise WrongValue(f"must be a whole number; got {text!r}") from None
+        if not least <= value <= most:
+            raise WrongValue(f"must be at least {least} and at most {most}; got {value}")
+        return value
+
+    return read
+
+
+def number(least: float, most: float) -> Callable[[Any], float]:
+    r"""Returns a reader of numbers within bounds."""
+
+    def read(text: Any) -> float:
+        try:
+            value = float(text)
+        except (TypeError, ValueError):
+            raise WrongValue(f"must be a number; got {text!r}") from None
+        if not least <= value <= most:
+            raise WrongValue(f"must be at least {least:g} and at most {most:g}; got {value:g}")
+        return value
+
+    return read
+
+
+def folder(text: Any) -> str:
+    r"""Reads the name of a folder; see :func:`paths`."""
+    return _name(text, "a folder")
+
+
+def file(text: Any) -> str:
+    r"""Reads the name of a file; see :func:`paths`."""
+    return _name(text, "a file")
+
+
+def _name(text: Any, what: str) -> str:
+    if isinstance(text, list | dict):
+        raise WrongValue(f"must name {what}; got {text!r}")
+    if not str(text).strip():
+        raise WrongValue(f"must name {what}; got nothing")
+    if "\0" in str(text):
+        raise WrongValue(f"must name {what}; got a name with a zero byte")
+    return str(text)
+
+
+def paths(args: Any, *names: str) -> None:
+    r"""Makes paths of arguments; until then they are texts, which ``--print_config`` can print."""
+    for name in names:
+        value = getattr(args, name)
+        if isinstance(value, list):
+            setattr(args, name, [Path(v) for v in value])
+        elif value is not None:
+            setattr(args, name, Path(value))
+
+
+def check_device(name: str) -> None:
+    r"""Refuses a device that cannot be used."""
+    import torch
+
+    try:
+        torch.ones(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise UserError(f"--device: {name!r} cannot be used here: {reason}") from None
+
+
+@contextlib.contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    r"""Computes with that many threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(count or before)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def add_machine(parser: Parser) -> None:
+    r"""Adds the options of the machine."""
+    parser.add_argument(
+        "--device", default="cpu", metavar="NAME", help="cpu (default), cuda, cuda:1, mps, …"
+    )
+    parser.add_argument(
+        "--threads", type=whole(1, 1024), metavar="N", help="CPU threads (default: all cores)"
+    )
+
+
+def need(*packages: tuple[str, str]) -> None:
+    r"""Refuses to go on without some packages, given as module and distribution."""
+    for module, package in packages:
+        try:
+            __import__(module)
+        except ImportError:
+            raise UserError(f'{package} is missing: pip install "flowguard-nf[demo]"') from None
+
+
+def writable(path: Path, option: str) -> Path:
+    r"""Returns a folder to write to, made if it is missing and known to be writable."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{option} must be a folder; {path} is, or lies below, a file") from None
+    except OSError as error:
+        raise UserError(f"{option}: cannot make the folder {path}: {error.strerror}") from None
+    try:
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f"{option}: cannot write to the folder {path}: {error.strerror}") from None
+    return path

@@ -1,0 +1,51 @@
+r"""``flowguard superres``."""
+
+__all__ = ["HELP", "parser", "run"]
+
+from typing import Any
+
+from flowguard.cli.enhance import add_arguments, enhance, load_model
+from flowguard.cli.parsing import Parser, UserError, check_device, paths, whole
+
+HELP = "enlarge pictures"
+
+
+def parser() -> Parser:
+    r"""Returns the parser."""
+    superres = Parser(
+        description=(
+            "Enlarge pictures by a super-resolution flow. Pictures that exist already are skipped,"
+            " so that an interrupted run is resumed by the same command; what cannot be read is"
+            " told of at the end, and the exit code is then 1."
+        )
+    )
+    add_arguments(superres, temperature=0.9)
+    superres.add_argument(
+        "--scale",
+        type=whole(2, 64),
+        metavar="N",
+        help="the factor, to be sure that the model is the one that is meant (default: its own)",
+    )
+    return superres
+
+
+def run(args: Any) -> int:
+    r"""Enlarges pictures.
+
+    Arguments:
+        args: The arguments.
+    """
+    import torch.nn.functional as F
+
+    paths(args, "output", "model", "report")
+    check_device(args.device)
+    model = load_model(args.model, "SuperResolutionFlow", args.device)
+    if args.scale is not None and args.scale != model.scale:
+        raise UserError(
+            f"--scale: the model of {args.model} enlarges by {model.scale}; got {args.scale}"
+        )
+
+    def grow(alpha: Any) -> Any:
+        return F.interpolate(alpha, scale_factor=float(model.scale), mode="bicubic")
+
+    return enhance(args, model, lambda x: x, grow)

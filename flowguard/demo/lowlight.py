@@ -1,0 +1,159 @@
+r"""The demo's second task: photographs taken in the dark."""
+
+__all__ = ["LowLightTask", "jpeg"]
+
+import io
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowguard import data, metrics
+from flowguard.demo.task import (
+    BATCH,
+    CALIBRATION_BATCH,
+    CROP,
+    Condition,
+    Task,
+    other_worlds,
+    psnr,
+    ssim,
+)
+from flowguard.image.maps import Elementwise
+from flowguard.models import LowLightEncoder, LowLightFlow
+from flowguard.models.encoders.lowlight import low_light_input
+
+#: The exposures of training, as shares of that of the bright photograph: of light, not of sRGB.
+DARKEST, BRIGHTEST = 1 / 24, 1 / 12
+HELD_OUT = 1 / 17
+SHOTS = 3  # how often each photograph is taken in the dark
+
+
+def jpeg(image: Tensor, quality: int) -> Tensor:
+    r"""Returns an image as it is read back from a JPEG file.
+
+    Arguments:
+        image: The image in :math:`[0, 1]`, with shape :math:`(1, 3, H, W)`.
+        quality: The quality, from 1 to 95.
+    """
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.fromarray(data.to_uint8(image[0])).save(stream, format="JPEG", quality=quality)
+    stream.seek(0)
+    return data.read_image(stream)[None]
+
+
+def spotlight(height: int, width: int) -> Tensor:
+    r"""Returns the light of a lamp near the middle, 1 at its centre."""
+    y = torch.linspace(-1, 1, height)[:, None]
+    x = torch.linspace(-1, 1, width)
+    return torch.exp(-((x - 0.2) ** 2 + (y + 0.2) ** 2) / (2 * 0.15**2))
+
+
+class LowLightTask(Task):
+    r"""Creates the task of brightening photographs that were taken in the dark.
+
+    The dark photographs are made of the bright ones by a model of a camera; see
+    :func:`flowguard.data.expose`.
+    """
+
+    title = "low-light enhancement"
+    condition = "condition"
+    bounded = "sample |x|"
+    baseline = "exact gain"
+    headline = "lamp 5"
+    temperature = 0.5
+    steps = 400
+    columns = {  # noqa: RUF012  # never changed
+        "psnr": ("PSNR", ".2f"),
+        "psnr_gt_mean": ("with GT mean", ".2f"),
+        "ssim": ("SSIM", ".3f"),
+        "psnr_temperature_0": ("PSNR τ=0", ".2f"),
+        "psnr_gt_mean_temperature_0": ("with GT mean", ".2f"),
+        "ssim_temperature_0": ("SSIM τ=0", ".3f"),
+    }
+
+    def model(self, coupling: str | Elementwise, quick: bool) -> LowLightFlow:
+        features, blocks, steps, hidden = (8, 1, 1, 16) if quick else (16, 2, 4, 48)
+        encoder = LowLightEncoder(
+            features, growth=8, blocks=blocks, stacked=tuple(range(blocks)), levels=2
+        )
+        return LowLightFlow(
+            levels=2, steps=steps, hidden=hidden, coupling=coupling, encoder=encoder
+        )
+
+    def _shots(self, parts: list[Tensor], seed: int) -> list[tuple[Tensor, Tensor]]:
+        """Each photograph, taken in the dark several times and prepared as a whole."""
+        rng = np.random.default_rng(seed)
+        generator = torch.Generator().manual_seed(seed)
+        pairs = []
+        for part in parts:
+            for _ in range(SHOTS):
+                exposure = DARKEST * (BRIGHTEST / DARKEST) ** rng.random()
+                dark = data.expose(part, exposure, generator)
+                pairs.append((part, low_light_input(dark[None])[0]))
+        return pairs
+
+    def crops(self, parts: list[Tensor], seed: int) -> Iterable[tuple[Tensor, Tensor]]:
+        return data.AlignedCrops(self._shots(parts, seed), size=CROP, batch=BATCH, seed=seed)
+
+    def contexts(self, parts: list[Tensor], seed: int) -> list[Tensor]:
+        return [dark[None] for _, dark in self._shots(parts, seed)]
+
+    def calibration(self, parts: list[Tensor], seed: int, count: int) -> Iterator[Tensor]:
+        pairs = self._shots(parts, seed)
+        crops = data.AlignedCrops(pairs, size=64, batch=CALIBRATION_BATCH, seed=seed)
+        for _, (_, dark) in zip(range(count // CALIBRATION_BATCH), crops, strict=False):
+            yield dark
+
+    def held_out(self, seed: int) -> tuple[Tensor, Tensor]:
+        high = data.photograph(data.HELD_OUT_PHOTOGRAPH)[None]
+        return high, data.expose(high, HELD_OUT, torch.Generator().manual_seed(seed))
+
+    def conditions(self, held_out: Tensor, seed: int, quick: bool) -> Iterator[Condition]:
+        high = data.photograph(data.HELD_OUT_PHOTOGRAPH)[None]
+        generator = torch.Generator()
+
+        def shot(image: Tensor, exposure: Tensor | float) -> Tensor:
+            return data.expose(image, exposure, generator.manual_seed(seed))
+
+        yield Condition("held-out photograph", held_out)
+        for name, image in other_worlds(quick):
+            yield Condition(f"{name}, dark", shot(image[None], HELD_OUT))
+            if not quick:
+                yield Condition(f"{name}, lit", image[None])
+        lamp = spotlight(*high.shape[-2:])
+        warm, cold = torch.tensor([1.0, 0.3, 0.05]), torch.tensor([0.05, 0.3, 1.0])
+        for name, strengths, made in (
+            ("exposure 1/", (100, 1000), lambda s: shot(high, 1 / s)),
+            ("exposure ", (0.3, 1.0, 3.0), lambda s: shot(high, s)),
+            ("lamp ", (1.0, 5.0), lambda s: shot(high, HELD_OUT + s * lamp)),
+            ("warm cast ", (1.0, 5.0), lambda s: shot(high, HELD_OUT * s * warm[:, None, None])),
+            ("cold cast ", (1.0, 5.0), lambda s: shot(high, HELD_OUT * s * cold[:, None, None])),
+            ("dark JPEG q", (20, 5), lambda s: jpeg(held_out, s)),
+            ("lit JPEG q", (20, 5), lambda s: jpeg(high, s)),
+        ):
+            for strength in strengths[-1:] if quick else strengths:
+                yield Condition(f"{name}{strength:g}", made(strength), strength == strengths[-1])
+        for corruption in data.corruptions(seed):
+            if corruption.name in ("noise σ", "clamped noise σ", "gain"):
+                strength = corruption.strengths[-1]
+                yield Condition(f"{corruption.name} {strength:g}", corruption(held_out, strength))
+
+    def restored(self, condition: Tensor) -> Tensor:
+        light = data.linearize(condition.clamp(0, 1)) / HELD_OUT
+        return data.delinearize(light.clamp(0, 1))
+
+    def measures(self, image: Tensor, target: Tensor) -> dict[str, float]:
+        return {
+            "psnr": psnr(image, target),
+            "psnr_gt_mean": psnr(metrics.gt_mean(image, target).float(), target),
+            "ssim": ssim(image, target),
+        }
+
+    def sampler(self, model: Any, condition: Tensor) -> tuple[Any, Tensor]:
+        # What is prepared can be changed smoothly; a histogram cannot.
+        return model.decode, low_light_input(condition)[..., 96:128, 160:192]

@@ -1,0 +1,148 @@
+r"""The libraries that flowguard plugs into: the only place of the core that names them.
+
+The adapters (``flowguard.integrations.<host>``) import the core, so the core looks for them only
+when it is asked to. An adapter is a package named after its host. It imports the host at its own
+top and holds ``EXPORTS``, which maps a namespace of the host to the names that belong there; its
+rules of bounds are in its module ``rules``, its surgeon for migrations in ``migration``.
+"""
+
+__all__ = ["HOSTS", "load", "missing", "register", "unregister"]
+
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any, Literal
+
+ADAPTERS = "flowguard.integrations"
+HOSTS = ("nflows", "normflows", "zuko")
+
+#: The packages that an adapter can work with, where that is not the one it is named after alone.
+PACKAGES = {"nflows": ("nflows", "glasflow")}
+
+#: The module that knows a library whose adapter is that of another one.
+FORKS = {"glasflow": "nflows.glasflow"}
+
+
+def load(model: Any, part: Literal["rules", "migration"]) -> None:
+    r"""Imports what the adapters know of the library that a class, or one of its bases, comes from.
+
+    Arguments:
+        model: The object of that class.
+        part: The module of the adapter.
+    """
+    for library in {c.__module__.partition(".")[0] for c in type(model).__mro__}:
+        if library in FORKS:
+            import_module(f"{ADAPTERS}.{FORKS[library]}")
+        elif library in HOSTS:
+            import_module(f"{ADAPTERS}.{library}.{part}")
+
+
+def register(host: str | None = None) -> None:
+    r"""Puts the public names of an adapter into the namespaces of its host.
+
+    ``register("zuko")`` puts :class:`flowguard.RobustSpline` into ``zuko.transforms`` and
+    ``RobustNSF`` and others into ``zuko.flows``. It can be called again and taken back with
+    :func:`unregister`. Either all names are put in place, or none.
+
+    Arguments:
+        host: ``"zuko"``, ``"nflows"`` or ``"normflows"``. If :py:`None`, all that are installed.
+
+    Raises:
+        ValueError: If there is no host of that name.
+        ImportError: If the host is not installed, or none is.
+        RuntimeError: If the host has something else under one of the names.
+
+    Example:
+        >>> flowguard.register("zuko")
+        >>> import zuko
+        >>> zuko.flows.RobustNSF(3, 4, bins=8)  # doctest: +ELLIPSIS
+        RobustNSF(...
+        >>> flowguard.unregister("zuko")
+    """
+    hosts = [h for h in HOSTS if _available(h)] if host is None else [_known(host)]
+    if not hosts:
+        raise ImportError(
+            "none of the libraries that flowguard has an adapter for is installed;"
+            ' try: pip install "flowguard-nf[zuko]"'
+        )
+    names = [entry for h in hosts for entry in _exports(_adapter(h))]
+    for namespace, name, ours in names:
+        if getattr(namespace, name, ours) is not ours:
+            raise RuntimeError(
+                f"{namespace.__name__} has a {name} of its own, which flowguard does not hide;"
+                f" nothing was registered. Import flowguard's from {ours.__module__}."
+            )
+    for namespace, name, ours in names:
+        setattr(namespace, name, ours)
+        listed = getattr(namespace, "__all__", None)
+        if isinstance(listed, list) and name not in listed:
+            listed.append(name)
+
+
+def unregister(host: str | None = None) -> None:
+    r"""Takes the names of an adapter out of its host again; does nothing if there are none.
+
+    What the host or the user has put under one of the names meanwhile stays.
+
+    Arguments:
+        host: ``"zuko"``, ``"nflows"`` or ``"normflows"``. If :py:`None`, all of them.
+
+    Raises:
+        ValueError: If there is no host of that name.
+
+    Example:
+        >>> flowguard.register("zuko")
+        >>> flowguard.unregister("zuko")
+        >>> import zuko
+        >>> hasattr(zuko.flows, "RobustNSF")
+        False
+    """
+    for h in HOSTS if host is None else [_known(host)]:
+        adapter = sys.modules.get(f"{ADAPTERS}.{h}")
+        for namespace, name, ours in () if adapter is None else _exports(adapter):
+            if getattr(namespace, name, None) is ours:
+                delattr(namespace, name)
+                listed = getattr(namespace, "__all__", None)
+                if isinstance(listed, list) and name in listed:
+                    listed.remove(name)
+
+
+def missing(host: str) -> ImportError:
+    r"""Returns the error that says how to install a host.
+
+    Arguments:
+        host: The name of the host.
+    """
+    return ImportError(
+        f"flowguard.integrations.{host} needs {host}, which could not be imported;"
+        f' try: pip install "flowguard-nf[{host}]"',
+        name=host,
+    )
+
+
+def _known(host: str) -> str:
+    if host not in HOSTS:
+        raise ValueError(f"host must be one of {', '.join(HOSTS)}, or None; got {host!r}")
+    return host
+
+
+def _available(host: str) -> bool:
+    packages = PACKAGES.get(host, (host,))
+    return any(map(find_spec, packages)) and find_spec(f"{ADAPTERS}.{host}") is not None
+
+
+def _adapter(host: str) -> ModuleType:
+    name = f"{ADAPTERS}.{host}"
+    if find_spec(name) is None:
+        raise ImportError(f"this version of flowguard has no adapter for {host}", name=name)
+    return import_module(name)
+
+
+def _exports(adapter: ModuleType) -> Iterator[tuple[ModuleType, str, type]]:
+    r"""Yields namespace, name and object of each name that the adapter registers."""
+    exports: dict[str, tuple[str, ...]] = adapter.EXPORTS
+    for namespace, names in exports.items():
+        for name in names:
+            yield import_module(namespace), name, getattr(adapter, name)

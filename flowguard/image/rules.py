@@ -1,0 +1,150 @@
+r"""The rules of image flows, for certificates and attacks."""
+
+__all__: list[str] = []
+
+from collections.abc import Iterator
+
+import torch
+
+from flowguard.bounds import (
+    Join,
+    Linear,
+    Noise,
+    Refused,
+    Scale,
+    Step,
+    Unsqueeze,
+    conditional,
+    constant,
+    envelope,
+    rule,
+    sampler,
+    within,
+)
+from flowguard.bounds.attack import Sampler, Tensors
+from flowguard.image.coupling import ConditionalCoupling
+from flowguard.image.flow import ConditionalMultiscaleFlow
+from flowguard.image.layers import (
+    ActNorm,
+    FixedConv1x1,
+    InvertibleConv1x1,
+    OrthogonalConv1x1,
+    Squeeze,
+)
+from flowguard.image.split import Split
+from flowguard.image.steps import FlowStep, TransitionStep
+
+
+@rule(Squeeze)
+def _squeeze(layer: Squeeze, inverse: bool) -> Iterator[Step]:
+    if inverse:
+        yield Unsqueeze(factor=layer.factor)
+    else:
+        yield Refused(reason="a squeeze is bounded in its inverse direction only")
+
+
+@rule(ActNorm)
+def _actnorm(layer: ActNorm, inverse: bool) -> Iterator[Step]:
+    logs, bias = constant(layer.logs), constant(layer.bias)
+    if inverse:
+        yield Scale(factor=torch.exp(-logs), offset=-bias)
+    else:
+        yield Scale(factor=torch.exp(logs), offset=bias * torch.exp(logs))
+
+
+@rule(InvertibleConv1x1)
+def _conv1x1(layer: InvertibleConv1x1, inverse: bool) -> Iterator[Step]:
+    matrix = constant(layer.weight)
+    if inverse:
+        matrix, info = torch.linalg.inv_ex(matrix)
+        if info.item():
+            yield Refused(reason="its matrix is singular", depends="not at all")
+            return
+    yield Linear(matrix=matrix)
+
+
+@rule(OrthogonalConv1x1)
+def _orthogonal(layer: OrthogonalConv1x1, inverse: bool) -> Iterator[Step]:
+    matrix = layer.weight.detach()
+    yield Linear(matrix=matrix.T if inverse else matrix)
+
+
+@rule(ConditionalCoupling)
+def _coupling(layer: ConditionalCoupling, inverse: bool) -> Iterator[Step]:
+    everything = torch.ones(layer.kept + layer.changed, dtype=torch.bool)
+    changed = torch.arange(len(everything)) >= layer.kept
+    masks = {"rest": changed, "noise": changed, "injector": everything}
+    parts = []
+    for part, mask in masks.items():
+        if part == "noise" and layer.noise is None:
+            continue
+        family = layer.map_of(part)
+        weight = layer.first_context.weight
+        phi = weight.new_zeros(1, int(mask.sum()), family.parameters, 1, 1)
+        f = family.transform(phi)
+        kind = f"{type(layer).__name__}[{type(f).__name__}]"
+        parts.append(conditional(envelope(f, inverse), part, kind, mask=mask))
+    yield from parts if inverse else reversed(parts)
+
+
+@rule(FixedConv1x1)
+def _fixed(layer: FixedConv1x1, inverse: bool) -> Iterator[Step]:
+    yield Linear(matrix=layer.transpose if inverse else layer.weight)
+
+
+@rule(TransitionStep)
+def _transition(layer: TransitionStep, inverse: bool) -> Iterator[Step]:
+    for name in ("mix", "actnorm") if inverse else ("actnorm", "mix"):
+        yield from within(name, getattr(layer, name), inverse)
+
+
+@rule(FlowStep)
+def _step(layer: FlowStep, inverse: bool) -> Iterator[Step]:
+    order = ("coupling", "mix", "actnorm") if inverse else ("actnorm", "mix", "coupling")
+    for name in order:
+        yield from within(name, getattr(layer, name), inverse)
+
+
+@rule(Split)
+def _split(layer: Split, inverse: bool) -> Iterator[Step]:
+    if not inverse:
+        yield Refused(reason="a split is bounded in its inverse direction only")
+    elif layer.mean_bound is None or layer.scale_bound is None:
+        yield Refused(reason="its prior is free; give mean_bound and scale_bound")
+    else:
+        mean, scale = layer.mean_bound, layer.scale_bound
+        yield Join(
+            joined=layer.dropped,
+            mean_bound=mean,
+            scale_bound=scale,
+            depends=f"within a mean of {mean:g} and a scale of exp({scale:g})",
+        )
+
+
+@rule(ConditionalMultiscaleFlow)
+def _multiscale(flow: ConditionalMultiscaleFlow, inverse: bool) -> Iterator[Step]:
+    if not inverse:
+        yield Refused(reason="a multiscale flow is bounded in its inverse direction only")
+        return
+    # Split by split, the channels of the last level; any even size gives the same.
+    size = 2**flow.levels
+    yield Noise(name="noise", size=flow.latent_shapes(size, size)[-1][0])
+    for level in reversed(range(flow.levels)):
+        if level < len(flow.splits):
+            yield from within(f"splits.{level}", flow.splits[level])
+        for kind in ("steps", "transitions"):
+            stack = flow.get_submodule(f"{kind}.{level}")
+            for name, step in reversed(list(stack.named_children())):
+                unused = kind == "steps" and not flow.is_noisy(level, int(name))
+                for part in within(f"{kind}.{level}.{name}", step):
+                    # A step that is never told of noise may have learned what to do with it.
+                    if not (unused and part.name.endswith("coupling.noise")):
+                        yield part
+        yield from within("squeeze", flow.squeeze)
+
+
+@sampler.register
+def _(model: ConditionalMultiscaleFlow, context: Tensors) -> tuple[Sampler, Tensors]:
+    shapes = model.latent_shapes(*(2 * n for n in context[0].shape[-2:]))
+    latents = [context[0].new_zeros(context[0].shape[0], *shape) for shape in shapes]
+    return lambda z, y: model.inverse(z, y)[0], latents

@@ -1,0 +1,1 @@
+r"""Files that are written whole or not at all, and pictures."""

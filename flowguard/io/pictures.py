@@ -1,0 +1,301 @@
+r"""Pictures in files: 8 and 16 bits, grey and colour, with and without alpha, upright."""
+
+__all__ = ["SUFFIXES", "ImageError", "Picture", "read", "write"]
+
+import os
+import struct
+import warnings
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowguard.io.atomic import atomic
+
+Array = np.ndarray[Any, Any]
+
+#: What a file of a picture is called.
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+GREY = (0.299, 0.587, 0.114)
+MPO = "MPO"  # JPEG with a second view behind the first, as some phones write it
+DEEP_PNG = ("RGB;16B", "RGBA;16B", "LA;16B")
+ORIENTATION = 0x0112  # the tag of EXIF and TIFF
+
+
+class ImageError(ValueError):
+    r"""Raised when a file holds no picture that can be read."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    r"""A picture as it is seen: upright, with its values in [0, 1].
+
+    Arguments:
+        colour: The colours, with shape :math:`(3, H, W)`; three equal channels if it is grey.
+        alpha: The opacity, with shape :math:`(1, H, W)`, if there is one.
+        grey: Whether it is a greyscale picture.
+        bits: The bits of a channel, 8 or 16.
+        icc: The colour profile.
+    """
+
+    colour: Tensor
+    alpha: Tensor | None = None
+    grey: bool = False
+    bits: int = 8
+    icc: bytes | None = None
+
+
+def read(path: str | os.PathLike[str]) -> Picture:
+    r"""Reads a picture and turns it as its EXIF orientation says.
+
+    Arguments:
+        path: The file, of any kind that Pillow reads; 16 bits are kept for PNG and TIFF.
+
+    Raises:
+        ImageError: If it is truncated, holds no picture or several, or is of a kind (float, 32
+            bits) that has no range.
+        ImportError: If Pillow, or for a deep TIFF tifffile, is not installed.
+    """
+    Image = _pillow()
+    path = Path(path)
+    if path.is_dir():
+        raise ImageError("it is a folder")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of many pixels, odd EXIF: they are read all the same
+            if _is_deep_tiff(path):
+                return _deep_tiff(path)
+            with Image.open(path) as image:
+                if getattr(image, "n_frames", 1) > 1 and image.format != MPO:
+                    raise ImageError(f"it holds {image.n_frames} pictures, not one")
+                return _read(image)
+    except (ImageError, ImportError):
+        raise
+    except Exception as error:  # a broken file makes Pillow raise nearly anything
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = lines[0].replace(str(path), path.name)
+        if "cannot identify" in reason:
+            reason = "it is no picture, or of an unknown kind"
+        raise ImageError(reason) from error
+
+
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError(
+            'reading and writing images needs Pillow: pip install "flowguard-nf[demo]"'
+        ) from error
+    return Image
+
+
+def _read(image: Any) -> Picture:
+    deep = _deep_png(image) if image.format == "PNG" else None
+    mode = image.mode
+    if deep is None and (mode.startswith("I;16") or (mode == "I" and image.format == "PNG")):
+        deep = np.asarray(image).astype(np.uint16)[..., None]
+    profile = image.info.get("icc_profile") if mode not in ("CMYK", "YCbCr") else None
+    if deep is None:
+        pixels, grey = _shallow(image)
+        return _picture(pixels, grey, 8, _orientation(image), profile)
+    if "transparency" in image.info and deep.shape[-1] in (1, 3):
+        opaque = (deep != np.asarray(image.info["transparency"])).any(-1, keepdims=True)
+        deep = np.concatenate((deep, np.where(opaque, 65535, 0).astype(np.uint16)), -1)
+    return _picture(deep, deep.shape[-1] < 3, 16, _orientation(image), profile)
+
+
+def _picture(pixels: Array, grey: bool, bits: int, orientation: int, icc: bytes | None) -> Picture:
+    """A picture of whole numbers with shape (H, W, channels)."""
+    exact = torch.from_numpy(pixels.astype(np.float32) / (2**bits - 1)).movedim(-1, 0)
+    exact = _upright(exact, orientation).contiguous()
+    count = 1 if grey else 3
+    alpha = exact[count:] if len(exact) > count else None
+    return Picture(exact[:count].expand(3, -1, -1).contiguous(), alpha, grey, bits, icc)
+
+
+def _shallow(image: Any) -> tuple[Array, bool]:
+    """The pixels of a picture of 8 bits, and whether it is grey."""
+    mode = image.mode
+    if mode not in ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr"):
+        raise ImageError(f"pictures have 8 or 16 bits per channel; this one has the mode {mode!r}")
+    grey = mode in ("1", "L", "LA", "La")
+    alpha = mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
+    wanted = ("LA" if alpha else "L") if grey else ("RGBA" if alpha else "RGB")
+    if wanted == "LA" and mode != "LA":  # Pillow goes there by way of RGBA only
+        image = image.convert("LA" if mode == "La" else "RGBA")
+    pixels = np.asarray(image.convert(wanted))
+    return pixels if pixels.ndim == 3 else pixels[..., None], grey
+
+
+def _deep_png(image: Any) -> Array | None:
+    """The pixels of a PNG of 16 bits in colour or with alpha, of which Pillow has but the upper
+    bytes: the same stream is read once more for the lower ones."""
+    kind = image.tile[0][3] if image.tile else None
+    if kind not in DEEP_PNG:
+        return None
+    with _pillow().open(image.filename) as again:
+        # Little-endian unpacking takes the second byte. For grey with alpha there is no such
+        # unpacking, but its four bytes are those of RGBA.
+        low = "RGBA" if kind == "LA;16B" else kind.replace("16B", "16L")
+        again.tile = [(*again.tile[0][:3], low)]
+        lower = np.asarray(again).astype(np.uint16)
+    if kind == "LA;16B":
+        image.load()  # checks what the stream ends with
+        return lower[..., 0::2] * 256 + lower[..., 1::2]
+    return np.asarray(image).astype(np.uint16) * 256 + lower
+
+
+def _is_deep_tiff(path: Path) -> bool:
+    """Whether it is a TIFF of more than 8 bits: Pillow keeps 8 of them, or knows it not at all."""
+    with path.open("rb") as stream:
+        if stream.read(4) not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+            return False
+    try:
+        import tifffile
+    except ImportError as error:
+        raise ImportError('TIFF needs tifffile: pip install "flowguard-nf[demo]"') from error
+    with tifffile.TiffFile(path) as file:
+        page: Any = file.pages[0]
+        return bool(page.bitspersample > 8)
+
+
+def _deep_tiff(path: Path) -> Picture:
+    import tifffile
+
+    with tifffile.TiffFile(path) as file:
+        if len(file.pages) > 1:
+            raise ImageError(f"it holds {len(file.pages)} pictures, not one")
+        page: Any = file.pages[0]
+        pixels, axes, kind = page.asarray(), page.axes, page.photometric.name
+        extra = [int(e) for e in page.extrasamples]
+        orientation = int(page.tags.valueof(ORIENTATION, default=1))
+        profile = page.iccprofile
+    if pixels.dtype != np.uint16:
+        raise ImageError(f"pictures have 8 or 16 bits per channel; this one is {pixels.dtype}")
+    if axes == "SYX":
+        pixels = np.moveaxis(pixels, 0, -1)
+    elif axes == "YX":
+        pixels = pixels[..., None]
+    channels = {"MINISWHITE": 1, "MINISBLACK": 1, "RGB": 3}.get(kind, 0)
+    if not channels or pixels.shape[-1] not in (channels, channels + 1):
+        raise ImageError(f"a TIFF of 16 bits must be grey or RGB; this one is {kind} {axes}")
+    if kind == "MINISWHITE":
+        pixels = np.concatenate((65535 - pixels[..., :1], pixels[..., 1:]), -1)
+    if extra == [1] and pixels.shape[-1] > channels:  # colours were multiplied by the opacity
+        opacity = np.maximum(pixels[..., channels:], 1) / 65535
+        colours = np.minimum(pixels[..., :channels] / opacity, 65535).round().astype(np.uint16)
+        pixels = np.concatenate((colours, pixels[..., channels:]), -1)
+    return _picture(pixels, channels == 1, 16, orientation, profile)
+
+
+def _orientation(image: Any) -> int:
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # broken EXIF says nothing
+        return 1
+
+
+def _upright(pixels: Tensor, orientation: int) -> Tensor:
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.mT
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels.flip(-1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels.flip(-2)
+    return pixels
+
+
+STRIP = 256  # rows that are made into whole numbers at a time: large pictures fill the memory
+
+
+def _levels(picture: Picture) -> Array:
+    """The whole numbers of a picture, with shape (H, W, channels)."""
+    height, width = picture.colour.shape[-2:]
+    count = (1 if picture.grey else 3) + (picture.alpha is not None)
+    kind = np.uint16 if picture.bits == 16 else np.uint8
+    whole = np.empty((height, width, count), dtype=kind)
+    for top in range(0, height, STRIP):
+        rows = slice(top, top + STRIP)
+        colour = picture.colour[:, rows].detach().float().cpu()
+        colour = torch.nan_to_num(colour, nan=0.0).clamp(0, 1)
+        if picture.grey:
+            colour = (colour * colour.new_tensor(GREY).reshape(3, 1, 1)).sum(0, keepdim=True)
+        parts = [colour]
+        if picture.alpha is not None:
+            parts.append(picture.alpha[:, rows].detach().float().cpu().clamp(0, 1))
+        levels = (torch.cat(parts) * (2**picture.bits - 1)).round()
+        whole[rows] = levels.movedim(0, -1).numpy().astype(kind)
+    return whole
+
+
+def write(path: str | os.PathLike[str], picture: Picture) -> None:
+    r"""Writes a picture, whole or not at all. Values beyond [0, 1] are cut, NaN is black.
+
+    Arguments:
+        path: The file, whose name ends in ``.png``, ``.tif`` or ``.tiff``.
+        picture: The picture.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in (".png", ".tif", ".tiff"):
+        raise ValueError(f"pictures are written as .png, .tif or .tiff; got {path.name}")
+    pixels = _levels(picture)
+    with atomic(path) as temporary:
+        if suffix != ".png":
+            _write_tiff(temporary, pixels, picture)
+        elif picture.bits == 16:
+            temporary.write_bytes(png16(pixels, picture.icc))
+        else:
+            plain = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+            options = {"icc_profile": picture.icc} if picture.icc else {}
+            _pillow().fromarray(plain).save(temporary, format="PNG", **options)
+
+
+def _write_tiff(path: Path, pixels: Array, picture: Picture) -> None:
+    try:
+        import tifffile
+    except ImportError as error:
+        raise ImportError(
+            'writing TIFF needs tifffile: pip install "flowguard-nf[demo]"'
+        ) from error
+    alone = pixels.shape[-1] == 1
+    tifffile.imwrite(
+        path,
+        pixels[..., 0] if alone else pixels,
+        photometric="minisblack" if picture.grey else "rgb",
+        planarconfig=None if alone else "contig",
+        extrasamples=None if picture.alpha is None else ["unassalpha"],
+        compression="zlib",
+        iccprofile=picture.icc,
+        metadata=None,
+    )
+
+
+def png16(pixels: Array, icc: bytes | None = None) -> bytes:
+    r"""Returns a PNG of 16 bits, which Pillow cannot write in colour.
+
+    Arguments:
+        pixels: The pixels, ``uint16`` with shape :math:`(H, W, C)`, C from 1 to 4.
+        icc: The colour profile.
+    """
+    height, width, channels = pixels.shape
+    rows = pixels.astype(">u2").reshape(height, -1).view(np.uint8)
+    # Filter 2, the difference to the row above: whole arrays, and good for photographs.
+    filtered = np.empty((height, 1 + rows.shape[1]), dtype=np.uint8)
+    filtered[:, 0] = 2
+    filtered[:1, 1:] = rows[:1]
+    np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
+    kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    parts = [_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0))]
+    if icc:
+        parts.append(_chunk(b"iCCP", b"icc\0\0" + zlib.compress(icc)))
+    parts += [_chunk(b"IDAT", zlib.compress(filtered.tobytes(), 6)), _chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def _chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))

@@ -1,0 +1,215 @@
+r"""Affine maps inscribed into the box of a robust spline, and shifts into their bounds.
+
+Where :mod:`flowguard.migration.imitate` fits a network to an affine map, this computes the spline from what
+the old network asks for, in closed form, so that the network is kept as a whole.
+"""
+
+__all__ = ["InscribedAffine", "InscribedShift", "inscribe", "saturate"]
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from flowguard.migration.imitate import SMALLEST, Rescaled, RescaledSpline
+from flowguard.spline.bin import mixing
+from flowguard.spline.invert import unconstrain
+from flowguard.transforms import AdditiveTransform, RobustSpline
+
+FAITHFUL = 0.8  # the share of a shift's bound up to which it is kept as it is
+STRAIGHT = 0.9  # the share of the box in which the map is straight, for slopes up to one
+STRAIGHT_STEEP = 0.75  # and for the steepest ones, which need some room to bend
+INNER = 0.75  # the share of the box that all values which were met shall lie in
+WIDEST = 4.0  # by how much it may be widened for that
+NEAR = 1 - 1e-3  # what a bounded shift may reach: its parameter stays finite
+FAR = 1e6  # what an intercept is cut at first: far beyond any box, and its square is finite
+
+
+def saturate(x: Tensor, bound: float) -> Tensor:
+    r"""Squashes smoothly into :math:`[-\beta, \beta]`; in the inner 80 % it is the identity.
+
+    Arguments:
+        x: The number, with shape :math:`(*)`.
+        bound: The bound :math:`\beta`.
+    """
+    inner = FAITHFUL * bound
+    room = NEAR * bound - inner
+    beyond = (x.abs() - inner).clamp_min(0.0)
+    return x.clamp(-inner, inner) + x.sign() * room * torch.tanh(beyond / room)
+
+
+def inscribe(
+    gain: Tensor,
+    intercept: Tensor,
+    *,
+    bound: float,
+    shift_bound: float | None,
+    slope: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    r"""Returns the unconstrained parameters of a robust spline that follows :math:`a u + b`.
+
+    The shift takes :math:`b` where the map is flat, and little of it where it is steep. What is
+    left is a line through the box :math:`[-B, B]^2`: on its way through the inner square the
+    spline is that line, and on either side one bin leads to a corner of the box. As both end
+    slopes of the middle bin are its secant, it is straight.
+
+    Arguments:
+        gain: The slope :math:`a > 0`, with shape :math:`(*)`.
+        intercept: The value :math:`b` at zero, with shape :math:`(*)`.
+        bound: The bound :math:`B` of the box.
+        shift_bound: The bound of the shift; :py:`None` for none.
+        slope: The least slope of the spline.
+
+    Returns:
+        Widths, heights and derivatives, with shape :math:`(*, 2)`, and shifts.
+    """
+    # A secant of a bin is at least mixing(slope): twice as much leaves room for the bends.
+    least = max(2 * mixing(slope), 1e-3)
+    a = gain.clamp(least, 1 / least)
+    b = intercept.clamp(-FAR, FAR)
+    steep = a.clamp_min(1.0)
+    shift = b / steep.square()
+    if shift_bound is not None:
+        shift = saturate(shift, shift_bound)
+    edge = bound * (STRAIGHT_STEEP + (STRAIGHT - STRAIGHT_STEEP) / steep)
+    rest = steep * saturate((b - shift) / (steep * edge), 1.0) * edge  # crosses the inner square
+    left = torch.maximum(-edge, (-edge - rest) / a)
+    right = torch.minimum(edge, (edge - rest) / a)
+    widths = torch.stack((left + bound, right - left, bound - right), dim=-1)
+    low, high = (a * u + rest for u in (left, right))
+    heights = torch.stack((low + bound, high - low, bound - high), dim=-1)
+    slopes = torch.stack((a, a), dim=-1)
+    share = 1 / (2 * bound)
+    raw = unconstrain(widths * share, heights * share, slopes, slope=slope)
+    if shift_bound is not None:  # what `flowguard.functional.bounded` undoes
+        scale = 2 * shift_bound / math.pi
+        shift = scale * torch.tan(shift / scale)
+    return *raw, shift
+
+
+class _Units(nn.Module):
+    r"""What is in the units of each feature, which older weights know nothing of."""
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # The weights of the flow before its migration fit as they are: the units stay.
+        if any(prefix + name in state_dict for name in self._buffers):
+            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class InscribedAffine(_Units):
+    r"""Creates a constructor of robust splines that follow affine maps.
+
+    The units of a feature are such that a slope in the middle of those that are met is one; of
+    input and output, the one that needs the larger box decides its size. Where values were met
+    far out in the box, or beyond it, the units are up to four times as large, so that it is as
+    rare as can be that the spline cannot follow.
+
+    Arguments:
+        spline: Origins and units of input and output, and the options.
+        x: The inputs that were met, with shape :math:`(N, *, D)`.
+        scale: The slopes that were met.
+        shift: The shifts that were met.
+
+    Example:
+        >>> units = torch.tensor([[0.0], [1.0], [0.0], [1.0]])
+        >>> x, one, zero = torch.randn(9, 1), torch.ones(9, 1), torch.zeros(9, 1)
+        >>> f = InscribedAffine(RescaledSpline(*units), x, one, zero)
+        >>> f(torch.tensor([0.5]), torch.tensor([2.0]))(torch.tensor([3.0]))
+        tensor([3.5000])
+    """
+
+    loc_in: Tensor
+    scale_in: Tensor
+    loc_out: Tensor
+    scale_out: Tensor
+
+    def __init__(self, spline: RescaledSpline, x: Tensor, scale: Tensor, shift: Tensor) -> None:
+        super().__init__()
+        # The middle of the range on a logarithmic scale, as slopes may be either way of it.
+        log = scale.detach().flatten(0, -2).clamp(SMALLEST, 1 / SMALLEST).log()
+        middle = ((log.amax(0) + log.amin(0)) / 2).exp()
+        room = INNER * spline.bound
+        unit = torch.maximum(
+            spline.scale_in * _widening(x, spline.loc_in, spline.scale_in, room),
+            spline.scale_out
+            / middle
+            * _widening(x * scale + shift, spline.loc_out, spline.scale_out, room),
+        )
+        self.register_buffer("loc_in", spline.loc_in)
+        self.register_buffer("scale_in", unit)
+        self.register_buffer("loc_out", spline.loc_out)
+        self.register_buffer("scale_out", unit * middle)
+        self.bound = spline.bound
+        self.shift_bound = spline.shift_bound
+        self.slope = spline.slope
+
+    def extra_repr(self) -> str:
+        return f"bound={self.bound}, shift_bound={self.shift_bound}"
+
+    def forward(self, scale: Tensor, shift: Tensor) -> Rescaled:
+        r"""Returns the spline that follows :math:`s x + t`.
+
+        Arguments:
+            scale: The slope :math:`s`, with shape :math:`(*, D)`.
+            shift: The value :math:`t` at zero, with shape :math:`(*, D)`.
+        """
+        gain = scale * (self.scale_in / self.scale_out)
+        intercept = (scale * self.loc_in + shift - self.loc_out) / self.scale_out
+        options: Any = {
+            "bound": self.bound,
+            "shift_bound": self.shift_bound,
+            "slope": self.slope,
+        }
+        base = RobustSpline(*inscribe(gain, intercept, **options), **options)
+        return Rescaled(base, self.loc_in, self.scale_in, self.loc_out, self.scale_out)
+
+
+def _widening(x: Tensor, loc: Tensor, scale: Tensor, room: float) -> Tensor:
+    r"""By how much a unit has to grow such that all values are within some units."""
+    farthest = ((x.detach() - loc) / scale).abs().flatten(0, -2).amax(0)
+    return (farthest / room).clamp(1.0, WIDEST)
+
+
+class InscribedShift(_Units):
+    r"""Creates a constructor of bounded shifts that follow free ones.
+
+    Arguments:
+        spline: The units of the input, and the bound in these units.
+        shift: The shifts that were met, with shape :math:`(N, *, D)`.
+
+    Example:
+        >>> units = torch.tensor([[0.0], [1.0], [0.0], [1.0]])
+        >>> f = InscribedShift(RescaledSpline(*units), torch.zeros(2, 1))
+        >>> f(torch.tensor([torch.inf]))(torch.tensor([3.0])) <= 3.0 + 5.0
+        tensor([True])
+    """
+
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(self, spline: RescaledSpline, shift: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("loc", shift.detach().flatten(0, -2).mean(0))
+        self.register_buffer("scale", spline.scale_in)
+        self.shift_bound = spline.shift_bound
+
+    def extra_repr(self) -> str:
+        return f"shift_bound={self.shift_bound}"
+
+    def forward(self, shift: Tensor) -> Rescaled:
+        r"""Returns the map :math:`x + t`.
+
+        Arguments:
+            shift: The shift :math:`t`, with shape :math:`(*, D)`.
+        """
+        raw = (shift - self.loc) / self.scale
+        if self.shift_bound is not None:
+            scale = 2 * self.shift_bound / math.pi
+            raw = scale * torch.tan(saturate(raw, self.shift_bound) / scale)
+        base = AdditiveTransform(raw, self.shift_bound)
+        return Rescaled(base, torch.zeros_like(self.loc), self.scale, self.loc, self.scale)

@@ -1,0 +1,113 @@
+r"""What a migration tells."""
+
+__all__ = ["Migration", "Replacement", "SampleError"]
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from flowguard.bounds.certificate import Certificate
+
+
+@dataclass(frozen=True)
+class Replacement:
+    r"""A layer that was replaced.
+
+    Arguments:
+        name: The name of the layer within the model.
+        before: What it was.
+        after: What it is.
+        error: The root mean square error of the imitation on the calibration batch, in standard
+            deviations of the layer's output; NaN without one.
+        ladj_error: The mean absolute error of the logarithm of its slope; NaN without one.
+    """
+
+    name: str
+    before: str
+    after: str
+    error: float
+    ladj_error: float
+
+
+class SampleError(NamedTuple):
+    r"""How far the samples of two flows are apart for the same noise and contexts.
+
+    The noise is what the old flow makes of the calibration data, paired with other contexts. The
+    distances are those of single features, in their standard deviations over the data, where the
+    old flow itself stays within ten of these.
+
+    Arguments:
+        median: The median distance.
+        q99: The distance that one in a hundred exceeds.
+        exploded: The share of samples that the old flow takes farther, which are left out.
+    """
+
+    median: float
+    q99: float
+    exploded: float
+
+
+@dataclass(frozen=True)
+class Migration:
+    r"""The report of a migration. It prints as a table.
+
+    Arguments:
+        replaced: The layers that were replaced.
+        kept: The names of the layers that were not.
+        nll_before: The negative log-likelihood of the given pairs before, in nats.
+        nll_swapped: The same after the layers were replaced.
+        nll_after: The same after fine-tuning; :py:`None` without.
+        certificate_before: The certificate before; see :func:`flowguard.certify`.
+        certificate_after: The certificate after.
+        reasons: Why layers were kept, for the names in `kept` of which the adapter tells.
+        sample_error: How far samples moved when the layers were replaced, before fine-tuning;
+            :py:`None` where the adapter cannot tell.
+        dry_run: Whether nothing of this was done to the model.
+    """
+
+    replaced: tuple[Replacement, ...]
+    kept: tuple[str, ...]
+    nll_before: float | None
+    nll_swapped: float | None
+    nll_after: float | None
+    certificate_before: Certificate
+    certificate_after: Certificate | None
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    sample_error: SampleError | None = None
+    dry_run: bool = False
+
+    def __str__(self) -> str:
+        lines = ["dry run: the model was left as it is"] if self.dry_run else []
+        if not self.replaced:
+            lines.append("nothing to replace: no layer of this model can be made robust")
+        for r in self.replaced:
+            error = f", error {r.error:.3g} (log-slope {r.ladj_error:.3g})"
+            lines.append(f"{r.name}: {r.before} -> {r.after}{error if r.error == r.error else ''}")
+        for name in self.kept:
+            why = self.reasons.get(name)
+            lines.append(f"{name}: kept" + (f", {why}" if why else ""))
+        if self.sample_error is not None and self.replaced:
+            median, q99, exploded = self.sample_error
+            moved = f"samples moved by {median:.2g} in the median, 1 in 100 by more than {q99:.2g}"
+            if exploded > 0:
+                moved += f", but for {exploded:.2%} that exploded before"
+            lines.append(moved)
+        if self.nll_before is not None:
+            nll = f"NLL {self.nll_before:.4f} nats before"
+            if self.replaced:
+                nll += f", {self.nll_swapped:.4f} with the new layers"
+            if self.nll_after is not None:
+                nll += f", {self.nll_after:.4f} after fine-tuning"
+            lines.append(nll)
+        lines.append(f"before: {_told(self.certificate_before)}")
+        if self.certificate_after is not None:
+            lines.append(f"after: {_told(self.certificate_after)}")
+        return "\n".join(lines)
+
+
+def _told(certificate: Certificate) -> str:
+    if certificate.certified:
+        return f"certified, |x| <= {certificate.bound(4.0):.4g} for noise up to 4"
+    names = [step.name or step.kind for step in certificate.refused]
+    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+    return f"not certified, because of {', '.join(names[:2])}{more}"

@@ -1,0 +1,399 @@
+r"""The migration: an existing flow in, a robust flow out that starts where the old one was.
+
+The core knows no library. An adapter derives from :class:`Surgeon` what it takes to operate on the
+flows of its library, and registers it with :func:`surgeon` or :func:`holder`; it is looked for in
+``flowguard.integrations.<library>.migration``.
+"""
+
+__all__ = ["migrate"]
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from flowguard.bounds.certificate import certify
+from flowguard.migration.imitate import SMALLEST, RescaledSpline, compare, imitate, units
+from flowguard.migration.report import Migration, Replacement, SampleError
+from flowguard.migration.surgeon import Site, Surgeon, surgeon
+from flowguard.ood.embeddings import evaluating
+from flowguard.transforms import SHIFT_BOUND
+
+Model = TypeVar("Model", bound=nn.Module)
+
+FIT_ROWS = 4096  # calibration pairs that the imitation is fitted on; fine-tuning takes all
+FIT_NUMBERS = 2**20  # numbers that these may have in all, so that images fit into the memory
+NEVER_ASKED = "the calibration pairs do not reach it"
+AS_ASKED = "additive, and left as asked"
+PLANNED = "a robust map"
+TRIED = 512  # samples that are made before and after
+FARTHEST = 10.0  # standard deviations from the data within which samples are compared
+
+Density = Callable[[Tensor, Any], Tensor]
+
+
+def migrate(
+    model: Model,
+    x: Tensor | None = None,
+    context: Any = None,
+    *,
+    calibration: Any = None,
+    state_dict: Mapping[str, Any] | None = None,
+    log_prob: Callable[[Any, Tensor, Any], Tensor] | None = None,
+    additive: Literal["bound", "keep"] = "bound",
+    dry_run: bool = False,
+    steps: int = 0,
+    lr: float = 1e-3,
+    batch_size: int = 256,
+    bins: int = 8,
+    bound: float = 5.0,
+    shift_bound: float | None = SHIFT_BOUND,
+    slope: float | None = 1e-3,
+    fit_steps: int = 200,
+) -> tuple[Model, Migration]:
+    r"""Makes a trained flow robust.
+
+    Every conditional affine map becomes a :class:`flowguard.RobustSpline`. The hidden layers of
+    the networks that compute its parameters are kept, and the new flow *imitates* the old one:
+    each feature is brought to the units that the calibration pairs have there, a constant affine
+    map, and the spline follows what the old map did beyond that, on the pairs and on samples.
+    Where the old map leaves the box of the spline, it cannot follow, which is the point.
+
+    How the spline comes to follow depends on the library. With zuko the last layer of each network
+    is rebuilt for `bins` bins and fitted in `fit_steps` steps. With nflows and normflows the old
+    network is kept as a whole, and the affine map that it asks for is inscribed into the box of a
+    spline of three bins, exactly: `bins` and `fit_steps` have no say there.
+
+    Every rational-quadratic spline of the host becomes one too, without a shift and with the same
+    knots, as far as `slope` allows: exactly, up to rounding, in the ordinary case.
+
+    The model itself is not changed. Its mode (training or evaluation) is that of the copy.
+
+    Arguments:
+        model: The trained flow, or any module that holds layers of one.
+        x: Calibration data, best some thousand pairs that the flow was trained on, with shape
+            :math:`(N, D)`, or :math:`(N, C, H, W)` for images.
+        context: Their contexts, with :math:`N` rows, or :py:`None`. If the model takes a list of
+            contexts, as for each level of an image, a list.
+        calibration: In place of both, the data, a pair :py:`(x, context)`, or batches of one of
+            these, such as a data loader, all of which are taken.
+        state_dict: The weights of the trained flow, if `model` only is its architecture.
+        log_prob: How to get the log-density of each row, called with the model, data and contexts.
+            By default, what the adapter knows of its library's flows.
+        additive: What to do with couplings that only shift, where the adapter knows them:
+            ``"bound"`` bounds the shift, ``"keep"`` leaves them.
+        dry_run: If :py:`True`, the model itself is returned, with the report of what would become
+            of it. Without calibration pairs the report tells the layers only.
+        steps: The number of fine-tuning steps, with Adam on the calibration pairs.
+        lr: The learning rate of these steps; it falls to zero.
+        batch_size: The number of pairs for each of these steps.
+        bins: The number of bins :math:`K` of the splines that are fitted to affine maps.
+        bound: The bound :math:`B` of their box, in standard deviations of the features.
+        shift_bound: The bound of their shift, in standard deviations of the features.
+        slope: The least slope of all splines.
+        fit_steps: The number of steps of the imitation, for each layer that is fitted.
+
+    Returns:
+        The robust copy and the report.
+
+    Raises:
+        TypeError: If no adapter knows the model, or how to get its log-density.
+        ValueError: If there are no calibration pairs, not as many contexts as data, or if they, or
+            what the model makes of them, are not finite.
+        RuntimeError: If `state_dict` does not fit the model.
+
+    Example:
+        >>> flow = zuko.flows.MAF(2, 3)  # doctest: +SKIP
+        >>> robust, report = flowguard.migrate(flow, x, context, steps=200)  # doctest: +SKIP
+        >>> report.certificate_after.certified  # doctest: +SKIP
+        True
+    """
+    if calibration is not None:
+        if x is not None or context is not None:
+            raise ValueError("give either x and context, or calibration; got both")
+        x, context = _gather(calibration)
+    if x is not None or not dry_run:
+        x = _check(x, context)
+    _check_options(steps, batch_size, additive)
+    result = copy.deepcopy(model)
+    if state_dict is not None:
+        result.load_state_dict(state_dict)
+    with ExitStack() as stack:
+        if dry_run:  # what is tried out shall not move the caller's random numbers
+            stack.enter_context(torch.random.fork_rng())
+        operation = surgeon(result)
+        density: Density = operation.log_prob
+        if log_prob is not None:
+            told = log_prob
+            density = lambda x, context: told(operation.model, x, context)  # noqa: E731
+        options = {"bins": bins, "bound": bound, "shift_bound": shift_bound, "slope": slope}
+        report = _operate(
+            operation, density, x, context, options, fit_steps, additive == "keep", dry_run
+        )
+        if steps > 0 and report.replaced and not dry_run:
+            with operation.tuning():
+                _finetune(operation.model, density, x, context, steps, lr, batch_size)
+            report = replace(
+                report,
+                nll_after=_nll(operation.model, density, x, context),
+                certificate_after=certify(operation.model),
+            )
+    return (model if dry_run else operation.model), report  # type: ignore[return-value]
+
+
+def _operate(
+    operation: Surgeon,
+    density: Density,
+    x: Tensor | None,
+    context: Any,
+    options: dict[str, Any],
+    fit_steps: int,
+    keep_additive: bool,
+    dry_run: bool,
+) -> Migration:
+    r"""Replaces the layers; without calibration pairs it only tells which."""
+    certificate = certify(operation.model)
+    kept, reasons = list(operation.others()), dict(operation.reasons())
+    sites = []
+
+    def keep(site: Site, why: str) -> None:
+        kept.append(f"{site.name} ({site.kind})")
+        reasons[kept[-1]] = why
+
+    for site in operation.sites():
+        if keep_additive and site.additive:
+            keep(site, AS_ASKED)
+        else:
+            sites.append(site)
+    if x is None:
+        planned = [Replacement(s.name, s.kind, PLANNED, math.nan, math.nan) for s in sites]
+        return Migration(
+            tuple(planned),
+            tuple(kept),
+            None,
+            None,
+            None,
+            certificate,
+            None,
+            reasons,
+            dry_run=dry_run,
+        )
+    before = _nll(operation.model, density, x, context)
+    trial = _Trial(operation, x, context)
+    rows = torch.randperm(len(x), device=x.device)[: _at_once(x)]
+    with ExitStack() as stack, evaluating(operation.model):
+        for site in sites:
+            stack.enter_context(site.listen())
+        density(x[rows], _rows(context, rows))
+    replaced = []
+    for site in sites:
+        if site.heard:
+            replaced.append(_replace(site, options, fit_steps))
+        else:
+            keep(site, NEVER_ASKED)
+    return Migration(
+        tuple(replaced),
+        tuple(kept),
+        before,
+        _nll(operation.model, density, x, context) if replaced else before,
+        None,
+        certificate,
+        certify(operation.model) if replaced else certificate,
+        reasons,
+        trial.error(),
+        dry_run,
+    )
+
+
+class _Trial:
+    r"""Samples of the model as it is when this is made, to be made again later.
+
+    Arguments:
+        operation: Who knows how the model samples.
+        x: The calibration data.
+        context: Their contexts.
+    """
+
+    def __init__(self, operation: Surgeon, x: Tensor, context: Any) -> None:
+        rows = torch.arange(min(len(x), _at_once(x), TRIED), device=x.device)
+        self.operation = operation
+        self.context = _rows(context, rows)
+        with evaluating(operation.model):
+            z = operation.encode(x[rows], self.context)
+            self.z = None if z is None else z.roll(1, dims=0)  # noise meets another context
+            self.samples = self._sample()
+        dims = [d for d in range(x.dim()) if d != 1]
+        std, self.mean = torch.std_mean(x[rows], dim=dims, keepdim=True, correction=0)
+        self.unit = std.clamp_min(SMALLEST)
+
+    def _sample(self) -> Tensor | None:
+        try:
+            return None if self.z is None else self.operation.decode(self.z, self.context)
+        except NotImplementedError:
+            return None
+
+    def error(self) -> SampleError | None:
+        r"""Tells how far the samples are from what they were."""
+        with evaluating(self.operation.model):
+            again = self._sample()
+        if again is None or self.samples is None:
+            return None
+        # What is not finite is not near.
+        near = ((self.samples - self.mean).abs() <= FARTHEST * self.unit).flatten(1).all(1)
+        exploded = 1 - near.double().mean().item()
+        moved = ((again - self.samples)[near].abs() / self.unit).double().flatten()
+        if not len(moved):
+            return SampleError(math.nan, math.nan, exploded)
+        median, q99 = moved.quantile(moved.new_tensor([0.5, 0.99])).tolist()
+        return SampleError(median, q99, exploded)
+
+
+def _replace(site: Site, options: dict[str, Any], fit_steps: int) -> Replacement:
+    x, everything = site.inputs, slice(None)
+    if not site.carry(options["slope"]):
+        with torch.no_grad():
+            y = site.old(everything)(x)
+        boxes = (*units(x), *units(y))
+        if not all(unit.isfinite().all() for unit in boxes):
+            raise ValueError(
+                f"the model takes calibration data to NaN or infinity, at {site.name} ({site.kind}):"
+                " give data that the flow was trained on, and leave out what it cannot take"
+            )
+        spline = RescaledSpline(*boxes, **options)
+        if parameters := site.replace(spline):
+            imitate(site.old, site.new, parameters, x, steps=fit_steps)
+    new = site.new(everything)
+    taught = compare(site.old(everything), new, x)
+    return Replacement(site.name, site.kind, repr(new), *taught)
+
+
+def _finetune(
+    model: nn.Module,
+    density: Density,
+    x: Any,
+    context: Any,
+    steps: int,
+    lr: float,
+    batch_size: int,
+) -> None:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError(
+            f"all parameters of the model are frozen, and {steps} steps of fine-tuning were asked"
+            " for: leave steps out, or let some parameters require gradients"
+        )
+    optimizer = torch.optim.Adam(parameters, lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for rows in _batches(len(x), batch_size, steps, x.device):
+        optimizer.zero_grad()
+        (-density(x[rows], _rows(context, rows)).mean()).backward()
+        nn.utils.clip_grad_norm_(parameters, 10.0)
+        optimizer.step()
+        schedule.step()
+    optimizer.zero_grad()
+
+
+def _batches(n: int, size: int, steps: int, device: torch.device) -> Iterator[Tensor]:
+    r"""Yields rows, `steps` times, in epochs without repetition."""
+    size = min(size, n)
+    order = torch.randperm(n, device=device)
+    for _ in range(steps):
+        if len(order) < size:
+            order = torch.randperm(n, device=device)
+        yield order[:size]
+        order = order[size:]
+
+
+@torch.no_grad()
+def _nll(model: nn.Module, density: Density, x: Any, context: Any) -> float:
+    with evaluating(model):
+        total = sum(
+            density(x[rows], _rows(context, rows)).double().sum().item()
+            for rows in torch.arange(len(x), device=x.device).split(_at_once(x))
+        )
+    return -total / len(x)
+
+
+def _at_once(x: Tensor) -> int:
+    return max(1, min(FIT_ROWS, FIT_NUMBERS // max(1, x[0].numel())))
+
+
+def _rows(context: Any, rows: Tensor) -> Any:
+    if isinstance(context, list | tuple):  # one for each level
+        return type(context)(_rows(c, rows) for c in context)
+    return None if context is None else context[rows]
+
+
+def _gather(calibration: Any) -> tuple[Any, Any]:
+    r"""Returns data and contexts of a tensor, of a pair, or of batches."""
+    if isinstance(calibration, Tensor):
+        return calibration, None
+    if isinstance(calibration, tuple):
+        if len(calibration) not in (1, 2):
+            raise ValueError(f"calibration must be a pair (x, context); got {len(calibration)}")
+        return calibration[0], calibration[1] if len(calibration) == 2 else None
+    if not isinstance(calibration, Iterable) or isinstance(calibration, Mapping | str):
+        raise TypeError(
+            "calibration must be a tensor, a pair (x, context), or batches of one of these;"
+            f" got {type(calibration).__name__}"
+        )
+    pairs = [_gather(tuple(b) if isinstance(b, list) else b) for b in calibration]
+    if not pairs:
+        raise ValueError("calibration gave no batch; an iterator is spent after one pass")
+    x, contexts = zip(*pairs, strict=True)
+    try:
+        return torch.cat(x), _cat(contexts)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            "the batches of calibration do not fit together; for a single pair give a tuple"
+            f" (x, context): {error}"
+        ) from error
+
+
+def _cat(contexts: Any) -> Any:
+    if any(c is None for c in contexts):
+        return None
+    if isinstance(contexts[0], list | tuple):
+        return [_cat(level) for level in zip(*contexts, strict=True)]
+    return torch.cat(contexts)
+
+
+def _check(x: Any, context: Any) -> Tensor:
+    if not isinstance(x, Tensor) or x.dim() < 2 or len(x) < 2:
+        given = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"x must be a tensor of calibration data, one row for each; got {given}")
+    for c in context if isinstance(context, list | tuple) else (context,):
+        if c is not None and len(c) != len(x):
+            raise ValueError(
+                f"there must be one context for each row of x; got {len(c)} and {len(x)}"
+            )
+        _check_finite("context", c)
+    _check_finite("x", x)
+    return x
+
+
+def _check_finite(name: str, data: Any) -> None:
+    r"""Refuses data that is not finite: one such number, and the units of a layer are not."""
+    if isinstance(data, Tensor) and not (fine := data.isfinite()).all():
+        rows = (
+            len(data) - int(fine.flatten(1).all(1).sum()) if data.dim() > 1 else int((~fine).sum())
+        )
+        raise ValueError(
+            f"the calibration data must be finite; got {rows} of {len(data)} rows of {name} with"
+            " NaN or infinite values: leave these rows out"
+        )
+
+
+def _check_options(steps: int, batch_size: int, additive: str) -> None:
+    if steps < 0 or batch_size < 1:
+        raise ValueError(
+            f"steps must not be negative, batch_size positive; got {steps} and {batch_size}"
+        )
+    if additive not in ("bound", "keep"):
+        raise ValueError(f"additive must be 'bound' or 'keep'; got {additive!r}")

@@ -1,0 +1,1 @@
+r"""The networks that read the condition of an image model."""

@@ -1,0 +1,337 @@
+r"""The residual-in-residual dense encoder of the published super-resolution flows."""
+
+__all__ = ["RRDBEncoder", "ResidualDenseTrunk", "stack_maps"]
+
+from collections.abc import Callable, Sequence
+from typing import Self
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from flowguard.models._padding import pad_to_multiple
+from flowguard.models.checkpoints import (
+    CheckpointError,
+    ImportReport,
+    Source,
+    count_blocks,
+    load,
+    plan_module,
+    read_state,
+)
+from flowguard.models.store import Recorded
+
+
+def _conv(in_channels: int, out_channels: int) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 3, padding=1)
+
+
+def _leaky(x: Tensor) -> Tensor:
+    return F.leaky_relu(x, 0.2)
+
+
+class DenseBlock(nn.Module):
+    r"""Creates a residual block of five densely connected 3×3 convolutions.
+
+    Each convolution sees the input and the output of all convolutions before it; a fifth of the
+    last one's output is added to the input.
+
+    Arguments:
+        features: The number of channels of input and output.
+        growth: The number of channels that each of the first four convolutions adds.
+    """
+
+    def __init__(self, features: int, growth: int) -> None:
+        super().__init__()
+        self.conv1 = _conv(features, growth)
+        self.conv2 = _conv(features + growth, growth)
+        self.conv3 = _conv(features + 2 * growth, growth)
+        self.conv4 = _conv(features + 3 * growth, growth)
+        self.conv5 = _conv(features + 4 * growth, features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = x
+        for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
+            seen = torch.cat((seen, _leaky(conv(seen))), dim=1)
+        return torch.add(x, self.conv5(seen), alpha=0.2)
+
+
+class ResidualDenseBlock(nn.Module):
+    """Three dense blocks; a fifth of what they make is added to the input."""
+
+    def __init__(self, features: int, growth: int) -> None:
+        super().__init__()
+        self.RDB1 = DenseBlock(features, growth)
+        self.RDB2 = DenseBlock(features, growth)
+        self.RDB3 = DenseBlock(features, growth)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.add(x, self.RDB3(self.RDB2(self.RDB1(x))), alpha=0.2)
+
+
+class ResidualDenseTrunk(nn.Sequential):
+    r"""Creates a chain of residual-in-residual dense blocks that also gives what some of them made.
+
+    References:
+        | ESRGAN: Enhanced Super-Resolution Generative Adversarial Networks (Wang et al., 2018)
+        | https://arxiv.org/abs/1809.00219
+
+    Arguments:
+        features: The number of channels.
+        growth: The number of channels that each convolution of a dense block adds.
+        blocks: The number of blocks.
+        stacked: Which blocks' outputs are also given, by their index from 0.
+
+    Example:
+        >>> trunk = ResidualDenseTrunk(8, 4, blocks=2, stacked=(0,))
+        >>> last, stack = trunk(torch.rand(1, 8, 5, 6))
+        >>> last.shape, len(stack)
+        (torch.Size([1, 8, 5, 6]), 1)
+    """
+
+    def __init__(
+        self, features: int, growth: int, *, blocks: int, stacked: Sequence[int] = ()
+    ) -> None:
+        if blocks < 1 or features < 1 or growth < 1:
+            raise ValueError(
+                "blocks, features and growth must be positive;"
+                f" got {blocks}, {features} and {growth}"
+            )
+        wrong = [i for i in stacked if not 0 <= i < blocks]
+        if wrong:
+            raise ValueError(
+                f"stacked must name blocks from 0 to {blocks - 1} (there are {blocks});"
+                f" got {tuple(stacked)}"
+            )
+        super().__init__(*(ResidualDenseBlock(features, growth) for _ in range(blocks)))
+        self.stacked = tuple(stacked)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        made = {}
+        for i, block in enumerate(self):
+            x = block(x)
+            if i in self.stacked:
+                made[i] = x
+        return x, [made[i] for i in self.stacked]
+
+
+def stack_maps(own: Tensor, others: Sequence[Tensor]) -> Tensor:
+    r"""Concatenates a map with maps of other sizes, which are brought to its size by their
+    nearest neighbours."""
+    size = own.shape[-2:]
+    resized = [o if o.shape[-2:] == size else F.interpolate(o, size=size) for o in others]
+    return torch.cat((own, *resized), dim=1)
+
+
+class RRDBEncoder(Recorded, nn.Module):
+    r"""Creates the encoder of SRFlow, NCSR and their kin: residual-in-residual dense blocks.
+
+    The map of level :math:`l` (1 is the finest) has `scale` :math:`/ 2^l` times the size of the
+    condition. It holds the trunk's features, upsampled or averaged to that size, and beside them
+    the outputs of the `stacked` blocks at their nearest pixels. The parameters bear the published
+    names, so that published weights load as they are.
+
+    References:
+        | ESRGAN: Enhanced Super-Resolution Generative Adversarial Networks (Wang et al., 2018)
+        | https://arxiv.org/abs/1809.00219
+        | SRFlow: Learning the Super-Resolution Space with Normalizing Flow (Lugmayr et al., 2020)
+        | https://arxiv.org/abs/2006.14200
+
+    Arguments:
+        in_channels: The number of channels of the condition.
+        features: The number of channels of the trunk.
+        growth: The number of channels that each convolution of a dense block adds.
+        blocks: The number of blocks :math:`n_b`.
+        stacked: The blocks whose outputs are stacked onto each map, by their index from 0.
+        scale: The upscaling factor, a power of two.
+        levels: The number of levels :math:`L`.
+        head: Whether to keep the head that makes an image of the features; see :meth:`image`.
+
+    The condition has shape :math:`(B, in\_channels, H, W)` with any :math:`H, W \geq 1`. A size
+    that is no multiple of :math:`m = \max(1, 2^L /` `scale` :math:`)` is padded by replication at
+    the bottom and on the right, and the maps are those of the padded condition.
+
+    Attributes:
+        channels: The number of channels of each map, `features` times one more than there are
+            stacked blocks.
+
+    Raises:
+        ValueError: If a size is not positive, `scale` is no power of two, a stacked block does
+            not exist, or a condition has another shape than said above.
+
+    Example:
+        >>> encoder = RRDBEncoder(features=8, growth=4, blocks=2, stacked=(0, 1), levels=3)
+        >>> [tuple(f.shape) for f in encoder(torch.rand(1, 3, 8, 10))]
+        [(1, 24, 16, 20), (1, 24, 8, 10), (1, 24, 4, 5)]
+        >>> encoder.image(torch.rand(1, 3, 8, 10)).shape
+        torch.Size([1, 3, 32, 40])
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        features: int = 64,
+        growth: int = 32,
+        blocks: int = 23,
+        stacked: Sequence[int] = (1, 8, 15, 22),
+        scale: int = 4,
+        levels: int = 3,
+        *,
+        head: bool = True,
+    ) -> None:
+        super().__init__()
+        if scale < 1 or scale & (scale - 1):
+            raise ValueError(f"scale must be a power of two; got {scale}")
+        if levels < 1 or in_channels < 1:
+            raise ValueError(
+                f"levels and in_channels must be positive; got {levels} and {in_channels}"
+            )
+        self.in_channels = in_channels
+        self.channels = features * (1 + len(stacked))
+        self.import_report: ImportReport | None = None
+        self.scale = scale
+        self.levels = levels
+        doublings = scale.bit_length() - 1
+        self.conv_first = _conv(in_channels, features)
+        self.RRDB_trunk = ResidualDenseTrunk(features, growth, blocks=blocks, stacked=stacked)
+        self.trunk_conv = _conv(features, features)
+        # The last doubling reaches the size of the image, which is no level's: it is the head's.
+        for i in range(1, doublings + 1 if head else doublings):
+            self.add_module(f"upconv{i}", _conv(features, features))
+        if head:
+            self.HRconv = _conv(features, features)
+            self.conv_last = _conv(features, in_channels)
+        self.head = head
+
+    def extra_repr(self) -> str:
+        return (
+            f"scale={self.scale}, levels={self.levels}, stacked={self.RRDB_trunk.stacked},"
+            f" channels={self.channels}"
+        )
+
+    @property
+    def multiple(self) -> int:
+        r"""What the size of a condition is padded to a multiple of."""
+        return max(1, 2**self.levels // self.scale)
+
+    def _check(self, y: Tensor) -> None:
+        if y.dim() != 4 or y.shape[1] != self.in_channels or 0 in y.shape[-2:]:
+            raise ValueError(
+                f"the condition must have shape (B, {self.in_channels}, H, W) with H and W at"
+                f" least 1; got {tuple(y.shape)}"
+            )
+
+    def _trunk(self, y: Tensor) -> tuple[Tensor, list[Tensor]]:
+        last, stack = self.RRDB_trunk(self.conv_first(y))
+        # The published long skip starts at the last block, not at the first convolution.
+        return last + self.trunk_conv(last), stack
+
+    def _double(self, x: Tensor, i: int) -> Tensor:
+        conv: Callable[[Tensor], Tensor] = getattr(self, f"upconv{i}")
+        return _leaky(conv(F.interpolate(x, scale_factor=2.0)))
+
+    def forward(self, y: Tensor) -> list[Tensor]:
+        self._check(y)
+        own, stack = self._trunk(pad_to_multiple(y, self.multiple))
+        doublings = self.scale.bit_length() - 1  # the level that has the condition's own size
+        finer = [own]
+        for i in range(1, doublings):
+            finer.insert(0, self._double(finer[0], i))
+        coarser = [
+            F.interpolate(own, scale_factor=0.5**i, mode="bilinear")
+            for i in range(1, self.levels - doublings + 1)
+        ]
+        maps = (finer if doublings else []) + coarser
+        return [stack_maps(m, stack) for m in maps[: self.levels]]
+
+    def image(self, y: Tensor) -> Tensor:
+        r"""Returns the image that the encoder's own head makes: what ESRGAN's network is for.
+
+        Arguments:
+            y: The condition, with shape :math:`(B, in\_channels, H, W)`.
+
+        Returns:
+            The image, with shape :math:`(B, in\_channels, sH, sW)`.
+
+        Raises:
+            RuntimeError: If the encoder was made without a head.
+        """
+        self._check(y)
+        if not self.head:
+            raise RuntimeError("this encoder has no head: make it with head=True")
+        x, _ = self._trunk(y)
+        for i in range(1, self.scale.bit_length()):
+            x = self._double(x, i)
+        image: Tensor = self.conv_last(_leaky(self.HRconv(x)))
+        return image
+
+    @classmethod
+    def from_esrgan(
+        cls,
+        source: Source,
+        *,
+        stacked: Sequence[int] | None = None,
+        levels: int | None = None,
+    ) -> Self:
+        r"""Returns an encoder with the weights of a published one, for evaluation.
+
+        Those are the networks that were trained for themselves, before the flows. The weights of
+        a whole flow's encoder are loaded too, if their names start with ``RRDB.``. All but
+        `stacked` and `levels` is inferred from the shapes; what each key became is told by the
+        attribute `import_report`.
+
+        The encoders of SRFlow and its kin lack the long skip from the first convolution, which
+        ESRGAN's own network has. Weights that were trained with it load, and give the features
+        that SRFlow's code would have made of them, but :meth:`image` then is not ESRGAN's.
+
+        Arguments:
+            source: The path of the checkpoint, or the state dict: raw or nested, with or without
+                ``module.`` before its names.
+            stacked: The blocks whose outputs are stacked. If :py:`None`, 1, 8, 15 and 22, or
+                1, 3, 5 and 7 of fewer than 23 blocks.
+            levels: The number of levels. If :py:`None`, 3 up to a scale of 4, and 4 beyond.
+
+        Raises:
+            CheckpointError: If it is no such checkpoint: if keys are missing, unexpected, or of
+                another shape, with their names. It is a :class:`ValueError`.
+
+        Example:
+            >>> small = RRDBEncoder(features=8, growth=4, blocks=2, stacked=())
+            >>> encoder = RRDBEncoder.from_esrgan(small.state_dict(), stacked=(0, 1))
+            >>> encoder.channels, encoder.scale, encoder.levels
+            (24, 4, 3)
+        """
+        state, label = read_state(source)
+        if any(k.startswith("RRDB.") for k in state):
+            state = {k[5:]: v for k, v in state.items() if k.startswith("RRDB.")}
+        first, growing = "conv_first.weight", "RRDB_trunk.0.RDB1.conv1.weight"
+        lacking = [k for k in (first, growing) if k not in state or state[k].dim() != 4]
+        if lacking:
+            some = ", ".join(list(state)[:4])
+            raise CheckpointError(
+                f"{label} is no checkpoint of an RRDB network with the published names: it lacks"
+                f" {lacking[0]}; it has {some}, ..."
+            )
+        blocks = count_blocks(state, "RRDB_trunk.")
+        scale = 2 ** count_blocks(state, "upconv")
+        if stacked is None:
+            stacked = (1, 8, 15, 22) if blocks > 22 else (1, 3, 5, 7)
+        if levels is None:
+            levels = 3 if scale <= 4 else 4
+        features, in_channels = state[first].shape[:2]
+        options = {
+            "in_channels": in_channels,
+            "features": features,
+            "growth": state[growing].shape[0],
+            "blocks": blocks,
+            "scale": scale,
+        }
+        # Drawing the weights that are overwritten must not disturb the caller's random numbers.
+        with torch.random.fork_rng(devices=[]):
+            encoder = cls(**options, stacked=stacked, levels=levels)
+        encoder.to(state[first].dtype)
+        inferred = {**options, "stacked": tuple(stacked), "levels": levels}
+        plan = plan_module(encoder, "", "")
+        encoder.import_report = load(encoder, plan, state, label=label, dead=(), inferred=inferred)
+        return encoder.eval()

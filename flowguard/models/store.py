@@ -1,0 +1,578 @@
+r"""Models as folders: a JSON configuration and safetensors weights, nothing that can run code."""
+
+__all__ = ["Pretrained", "PretrainedError", "Recorded", "load"]
+
+import dataclasses
+import functools
+import inspect
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from flowguard._version import __version__
+from flowguard.image import maps
+from flowguard.io.atomic import atomic, save_tensors
+from flowguard.ood import OODConditioner
+
+try:
+    from huggingface_hub import PyTorchModelHubMixin as _Hub
+
+    HUB = True
+except ImportError:  # the extra "hub"; saving and loading folders works without it
+    HUB = False
+
+    class _Hub:  # type: ignore[no-redef]
+        def __init_subclass__(cls, **kwargs: Any) -> None:
+            super().__init_subclass__()
+
+
+FORMAT = 2  # raised whenever flowguards before and after could not read each other's models
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+TYPE = "type"  # the key that names the class of an object
+FOREIGN = "foreign"  # an object that whoever loads has to give
+PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
+REGISTRY: dict[str, type[Any]] = {}
+
+P = TypeVar("P", bound="Pretrained")
+
+
+def known_as(cls: type[Any]) -> str:
+    r"""Returns the name of a class in files; no class of a user's takes the name of one of ours."""
+    ours = cls.__module__.startswith("flowguard.")
+    return cls.__name__ if ours else f"{cls.__module__}.{cls.__qualname__}"
+
+
+class PretrainedError(ValueError):
+    r"""Raised when a folder does not hold a model that can be loaded, or a model cannot be saved.
+    Nothing was executed and nothing was overwritten."""
+
+
+class Recorded:
+    r"""Creates an object that remembers the arguments of its constructor, so that it can be
+    saved as a part of a model: an encoder, say.
+
+    A class of yours that derives from it (and from :class:`torch.nn.Module`) can be saved, and
+    loaded wherever it has been imported.
+
+    Example:
+        >>> class Embedding(Recorded, torch.nn.Linear):
+        ...     pass
+        >>> Embedding(3, 2).arguments["in_features"]
+        3
+    """
+
+    arguments: dict[str, Any]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if issubclass(cls, nn.Module):
+            REGISTRY[known_as(cls)] = cls
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        hub = issubclass(cls, _Hub) and HUB
+        self = super().__new__(cls, *args, **kwargs) if hub else super().__new__(cls)
+        try:
+            bound = inspect.signature(cls.__init__).bind(self, *args, **kwargs)
+        except TypeError:  # a mistake, of which the constructor will tell; or a copy in the making
+            return self
+        bound.apply_defaults()
+        found = dict(list(bound.arguments.items())[1:])
+        for name, parameter in bound.signature.parameters.items():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                found |= found.pop(name)
+        # Not through `Module.__setattr__`: an encoder among the arguments is not one more child.
+        self.__dict__["arguments"] = found
+        return self
+
+
+class Pretrained(
+    Recorded,
+    _Hub,
+    library_name="flowguard",
+    tags=["normalizing-flows", "uncertainty"],
+    paper_url="https://arxiv.org/abs/2212.04319",
+):
+    r"""Gives a model :meth:`save_pretrained` and :meth:`from_pretrained`.
+
+    Where ``huggingface_hub`` is installed it is its ``PyTorchModelHubMixin``, so that models can
+    be pushed to the Hub and loaded from it. Folders need neither that package nor a network.
+    """
+
+    @classmethod
+    def _encode_arg(cls, arg: Any) -> Any:
+        # The mixin would take the class of a coupling for a coupling.
+        made = arg() if isinstance(arg, type) and dataclasses.is_dataclass(arg) else arg
+        return super()._encode_arg(made)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        config: Any = None,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **push_to_hub_kwargs: Any,
+    ) -> str | None:
+        r"""Saves the model in a folder: ``config.json`` and ``model.safetensors``.
+
+        Both files are written whole or not at all, the state of the guard (fit, calibration,
+        policy) included. What could not be restored is refused.
+
+        Arguments:
+            save_directory: The folder; it is made if it is missing.
+            config: Not taken: the configuration is that of the model.
+            repo_id: See ``PyTorchModelHubMixin.save_pretrained``, as for all that follow.
+            push_to_hub: Whether to push the folder to the Hub.
+            model_card_kwargs: What the model card says.
+            push_to_hub_kwargs: Passed to ``push_to_hub``.
+
+        Raises:
+            PretrainedError: If the model was changed such that its constructor's arguments do not
+                describe it, or the folder is a file.
+        """
+        if config is not None:
+            raise ValueError("config is made from the model; leave it out")
+        if not HUB and (push_to_hub or push_to_hub_kwargs or repo_id is not None):
+            raise ImportError(
+                'pushing to the Hub needs huggingface_hub: pip install "flowguard-nf[hub]"'
+            )
+        folder, model = Path(save_directory), _module(self)
+        described, state = describe(model), _state(model)
+        _check_twin(model, described, state)
+        write(folder, described, state)
+        if not HUB:
+            return None
+        card = folder / "README.md"
+        if not card.exists():
+            with atomic(card) as temporary:
+                self.generate_model_card(**(model_card_kwargs or {})).save(temporary)
+        if not push_to_hub:
+            return None
+        url: str = self.push_to_hub(
+            repo_id=repo_id or folder.name,
+            model_card_kwargs=model_card_kwargs,
+            **push_to_hub_kwargs,
+        )
+        return url
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        force_download: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
+        map_location: str | torch.device = "cpu",
+        **foreign: Any,
+    ) -> Self:
+        r"""Loads a model that :meth:`save_pretrained` saved, in evaluation mode.
+
+        Every number comes back bit for bit. No code is run, whatever the files hold.
+
+        Arguments:
+            pretrained_model_name_or_path: The folder, or the name of a model on the Hub.
+            force_download: See ``PyTorchModelHubMixin.from_pretrained``, as for all that follow;
+                they concern the Hub only.
+            token: The token for the Hub.
+            cache_dir: Where downloads are kept.
+            local_files_only: Whether to use nothing but earlier downloads.
+            revision: Which revision on the Hub.
+            map_location: The device.
+            foreign: The arguments of the constructor that could not be saved, such as an
+                ``encoder`` of your own.
+
+        Raises:
+            PretrainedError: If the folder holds no such model, or a file is truncated, foreign,
+                or of a newer flowguard.
+        """
+        name = os.fspath(pretrained_model_name_or_path)
+        folder = Path(name)
+        if not folder.is_dir():
+            download = {
+                "force_download": force_download,
+                "token": token,
+                "cache_dir": cache_dir,
+                "local_files_only": local_files_only,
+                "revision": revision,
+            }
+            folder = _downloaded(name, download)
+        return _loaded(cls, folder, torch.device(map_location), foreign)
+
+
+def load(
+    folder: str | os.PathLike[str], map_location: str | torch.device = "cpu", **foreign: Any
+) -> Any:
+    r"""Loads a model of whichever class was saved in a folder.
+
+    Arguments:
+        folder: The folder that ``save_pretrained`` wrote.
+        map_location: The device.
+        foreign: The arguments that could not be saved; see :meth:`Pretrained.from_pretrained`.
+
+    Raises:
+        PretrainedError: If the folder holds no such model.
+    """
+    import flowguard.models  # noqa: F401  # known to the registry from here on
+
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise PretrainedError(f"there is no folder {folder}")
+    return _loaded(Pretrained, folder, torch.device(map_location), foreign)
+
+
+# -- describing ------------------------------------------------------------------------------
+
+
+def _module(model: Any) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"a model must be a torch.nn.Module; got {type(model).__name__}")
+    return model
+
+
+def _couplings() -> dict[str, type[Any]]:
+    found = vars(maps).values()
+    return {c.__name__: c for c in found if isinstance(c, type) and dataclasses.is_dataclass(c)}
+
+
+def encode(value: Any) -> Any:
+    r"""Returns a value as what JSON can hold."""
+    value = getattr(value, "_orig_mod", value)  # of torch.compile
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {TYPE: "float", "value": str(value)}
+    if isinstance(value, list | tuple):
+        return [encode(v) for v in value]
+    if isinstance(value, Mapping) and TYPE not in value and all(isinstance(k, str) for k in value):
+        return {k: encode(v) for k, v in value.items()}
+    maker = value.func if isinstance(value, functools.partial) else value
+    if isinstance(maker, type) and maker in _couplings().values():
+        value = value()  # stands for the coupling that it makes
+    name = known_as(type(value))
+    if _couplings().get(name) is type(value):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return {TYPE: name, **encode(fields)}
+    if REGISTRY.get(name) is type(value):
+        return {TYPE: name, **encode(value.arguments)}
+    return {TYPE: FOREIGN, "class": type(value).__name__}
+
+
+def decode(value: Any, where: str, foreign: Mapping[str, Any]) -> Any:
+    r"""Returns what :func:`encode` encoded; objects are of known classes only.
+
+    Arguments:
+        value: What JSON held.
+        where: The name of the argument.
+        foreign: The objects that could not be encoded, by the name of the argument.
+    """
+    if isinstance(value, list):
+        return [decode(v, where, foreign) for v in value]
+    if not isinstance(value, dict):
+        return value
+    fields = {k: v for k, v in value.items() if k != TYPE}
+    name = value.get(TYPE)
+    if name is None:
+        return {k: decode(v, k, foreign) for k, v in fields.items()}
+    if name == "float":
+        return float(fields["value"])
+    if name == FOREIGN:
+        if where not in foreign:
+            raise PretrainedError(
+                f"the model was saved with a {fields['class']} as `{where}`, which a file cannot"
+                f" hold; pass {where}=... to from_pretrained"
+            )
+        return foreign[where]
+    kind = _couplings().get(name) or REGISTRY.get(name)
+    if kind is None:
+        raise PretrainedError(
+            f"`{where}` is a {name}, which this flowguard ({__version__}) does not know; import"
+            " the module that defines it, or upgrade flowguard"
+        )
+    return kind(**decode(fields, where, foreign))
+
+
+def _conditioners(model: nn.Module) -> dict[str, OODConditioner]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, OODConditioner)}
+
+
+def _options(conditioner: OODConditioner) -> dict[str, Any]:
+    guard = conditioner.guard
+    return {
+        "policy": conditioner.policy,
+        "levels": conditioner.level_names,
+        "alpha": conditioner.alpha,
+        "boundary": conditioner.boundary,
+        "shrinkage": guard.shrinkage,
+        "normalize": guard.normalize,
+        "statistic": guard.statistic,
+    }
+
+
+def _set_options(conditioner: OODConditioner, options: Mapping[str, Any]) -> None:
+    # A fresh one checks the options, and its empty guard is shaped by what it will load.
+    fresh = OODConditioner(None, **options)
+    conditioner.level_names, conditioner.guard = fresh.level_names, fresh.guard
+    conditioner.alpha, conditioner.boundary = fresh.alpha, fresh.boundary
+    conditioner.policy = fresh.policy
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    r"""Returns the configuration of a model.
+
+    Arguments:
+        model: The model.
+    """
+    arguments = dict(getattr(model, "arguments", {}))
+    conditioner = getattr(model, "conditioner", None)
+    if arguments.get("encoder") is not None and isinstance(conditioner, OODConditioner):
+        arguments["encoder"] = conditioner.encoder  # it may have been exchanged
+    return {
+        "format": FORMAT,
+        "flowguard": __version__,
+        "class": known_as(type(model)),
+        "arguments": encode(arguments),
+        "conditioners": {n: encode(_options(c)) for n, c in _conditioners(model).items()},
+    }
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    state = {}
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise PretrainedError(
+                f"{name} is a {type(value).__name__}, which safetensors cannot hold; keep it in a"
+                " tensor"
+            )
+        # A clone: tensors that share memory would be refused.
+        plain = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        state[name.replace("_orig_mod.", "")] = plain
+    return state
+
+
+def _build(config: Mapping[str, Any], foreign: Mapping[str, Any]) -> nn.Module:
+    kind = REGISTRY[config["class"]]
+    with torch.random.fork_rng(devices=[]):  # the weights that are drawn here are replaced
+        model: nn.Module = kind(**decode(config["arguments"], "arguments", foreign))
+    conditioners = _conditioners(model)
+    for name, options in config["conditioners"].items():
+        _set_options(conditioners[name], decode(options, name, {}))
+    return model
+
+
+def _check_twin(model: nn.Module, config: dict[str, Any], state: dict[str, Tensor]) -> None:
+    """Builds the model once more and loads it: what cannot be restored is not saved."""
+    foreign = {
+        name: value
+        for name, value in getattr(model, "arguments", {}).items()
+        if isinstance(config["arguments"].get(name), dict)
+        and config["arguments"][name].get(TYPE) == FOREIGN
+    }
+    if "encoder" in foreign:  # a copy: the twin's encoder is loaded into
+        import copy
+
+        foreign["encoder"] = copy.deepcopy(model.conditioner.encoder)  # type: ignore[union-attr]
+    try:
+        twin = _build(config, foreign)
+        _fill(twin, state)
+        told = [repr(m).replace("OptimizedModule", "") for m in (model, twin)]
+        if told[0] != told[1]:
+            pairs = zip(*(t.splitlines() for t in told), strict=False)
+            first = next((a, b) for a, b in pairs if a != b)
+            raise PretrainedError(f"{first[0].strip()} instead of {first[1].strip()}")
+    except Exception as error:
+        raise PretrainedError(
+            f"this {type(model).__name__} cannot be saved: it was changed after its construction,"
+            f" so that its arguments do not describe it any more ({_first_line(error)})"
+        ) from error
+
+
+def _fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Loads a state bit for bit: first each tensor takes the dtype of what it will hold."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        saved = state.get(name)
+        if saved is not None and saved.dtype != tensor.dtype:
+            tensor.data = tensor.data.to(saved.dtype)
+    model.load_state_dict(dict(state), strict=True)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])[:300] if lines else type(error).__name__
+
+
+# -- files -----------------------------------------------------------------------------------
+
+
+def write(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+    r"""Writes configuration and weights, each whole or not at all."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise PretrainedError(f"{folder} is, or lies below, a file; name a folder") from None
+    for name in (WEIGHTS, CONFIG):  # before the first of the two is replaced
+        if (folder / name).is_dir():
+            raise PretrainedError(f"{folder / name} is a folder, and shall become a file")
+    text = json.dumps(config, indent=2, allow_nan=False) + "\n"
+    # The weights know their configuration, so that a pair of two saves is told apart.
+    metadata = {"format": "pt", "flowguard": json.dumps(config, allow_nan=False)}
+    with atomic(folder / WEIGHTS) as weights, atomic(folder / CONFIG) as configuration:
+        configuration.write_text(text, encoding="utf-8")
+        save_tensors(weights, state, metadata)
+
+
+def _downloaded(name: str, options: dict[str, Any]) -> Path:
+    """The folder of a model of the Hub."""
+    parts = name.split("/")
+    if len(parts) > 2 or not all(parts) or name.startswith((".", "~")) or os.path.exists(name):
+        raise PretrainedError(f"there is no folder {name}")
+    if not HUB:
+        raise PretrainedError(
+            f"there is no folder {name}; to load a model of that name from the Hub install"
+            ' huggingface_hub: pip install "flowguard-nf[hub]"'
+        )
+    from huggingface_hub import hf_hub_download
+
+    try:
+        config, _ = (hf_hub_download(name, filename=f, **options) for f in (CONFIG, WEIGHTS))
+    except Exception as error:  # the network's errors have no common class
+        raise PretrainedError(
+            f"there is no folder {name}, and no such model could be loaded from the Hub:"
+            f" {_first_line(error)}"
+        ) from error
+    return Path(config).parent
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    r"""Returns the configuration of a saved model, checked.
+
+    Arguments:
+        folder: The folder.
+
+    Raises:
+        PretrainedError: If it is missing, truncated, foreign or newer.
+    """
+    file = folder / CONFIG
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PretrainedError(_absent(folder, CONFIG)) from None
+    except OSError as error:
+        raise PretrainedError(f"{file} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # ValueErrors of JSON and of UTF-8
+        raise PretrainedError(f"{file} is truncated or no JSON: {error}") from None
+    _check_config(config, file)
+    return dict(config)
+
+
+def _check_config(config: Any, file: Path) -> None:
+    wanted = {"format": int, "flowguard": str, "class": str}
+    if not isinstance(config, dict) or not all(
+        isinstance(config.get(k), t) and not isinstance(config[k], bool) for k, t in wanted.items()
+    ):
+        raise PretrainedError(f"{file} was not written by flowguard's save_pretrained")
+    if config["format"] != FORMAT:
+        # Before format 2, two-bin splines were other maps of the same parameters.
+        advice = (
+            "upgrade flowguard"
+            if config["format"] > FORMAT
+            else "train the model, or import its checkpoint, again"
+        )
+        raise PretrainedError(
+            f"{file} has format {config['format']}, written by flowguard {config['flowguard']};"
+            f" this is flowguard {__version__}, which reads format {FORMAT}: {advice}"
+        )
+    for key in ("arguments", "conditioners"):
+        if not isinstance(config.get(key), dict):
+            raise PretrainedError(f"{file} lacks {key!r}; it was changed, or written in part")
+
+
+def _absent(folder: Path, name: str) -> str:
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
+    rest = (
+        f"; {pickles[0]} may be a pickle, which can run code, and is not opened (published"
+        " checkpoints are converted by `flowguard convert`)"
+        if pickles
+        else ""
+    )
+    return f"{folder} holds no {name}, which save_pretrained writes{rest}"
+
+
+def _read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
+    file = folder / WEIGHTS
+    if not file.is_file():
+        raise PretrainedError(_absent(folder, WEIGHTS))
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            if "flowguard" not in metadata:
+                raise PretrainedError(
+                    f"{file} is a safetensors file of something else: flowguard's"
+                    " save_pretrained did not write it"
+                )
+            written = json.loads(metadata["flowguard"])
+            _check_config(written, file)
+            if _exact(written) != _exact(config):
+                raise PretrainedError(
+                    f"{file} was not saved together with {folder / CONFIG}: they describe"
+                    " different models; save the model again"
+                )
+            return {name: opened.get_tensor(name) for name in opened.keys()}
+    except PretrainedError:
+        raise
+    except (SafetensorError, ValueError, RecursionError, OSError) as error:
+        raise PretrainedError(
+            f"{file} is truncated, or no safetensors file: {_first_line(error)}"
+        ) from error
+
+
+def _exact(config: dict[str, Any]) -> str:
+    """A text that tells 1, 1.0 and true apart."""
+    return json.dumps(config, sort_keys=True)
+
+
+def _loaded(cls: type[P], folder: Path, device: torch.device, foreign: dict[str, Any]) -> P:
+    config = read_config(folder)
+    kind = REGISTRY.get(config["class"])
+    if kind is None or not issubclass(kind, Pretrained):
+        raise PretrainedError(
+            f"{folder} holds a {config['class']}, which this flowguard ({__version__}) does not"
+            " know; import the module that defines it, or upgrade flowguard"
+        )
+    if not issubclass(kind, cls):
+        raise PretrainedError(
+            f"{folder} holds a {kind.__name__}; load it by {kind.__name__}.from_pretrained"
+        )
+    unknown = [k for k in foreign if not _is_foreign(config["arguments"].get(k))]
+    if unknown:
+        raise TypeError(
+            f"{unknown[0]!r} is not taken: the folder says how the model is built, and only what"
+            " it could not hold is given"
+        )
+    state = _read_weights(folder, config)
+    try:
+        model = _build(config, foreign)
+        _fill(model, state)
+    except PretrainedError:
+        raise
+    except Exception as error:  # whatever a changed configuration makes of the constructor
+        raise PretrainedError(
+            f"the files of {folder} do not fit each other or this flowguard ({__version__}):"
+            f" {_first_line(error)}"
+        ) from error
+    return model.to(device).eval()  # type: ignore[return-value]
+
+
+def _is_foreign(value: Any) -> bool:
+    return isinstance(value, dict) and value.get(TYPE) == FOREIGN

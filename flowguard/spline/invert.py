@@ -1,0 +1,94 @@
+r"""From the knots of a spline back to the parameters that give them."""
+
+__all__ = ["unconstrain", "unconstrain_softmax"]
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from flowguard.spline.autograd import least_share
+from flowguard.spline.bin import MIN_DERIVATIVE, mixing
+from flowguard.spline.many import ROOM, slope_limits
+from flowguard.spline.two import lean
+
+LEAST = 1e-6  # the least share of a bin that has a finite logit
+LARGEST = 1e20  # what logits are cut at
+MARGIN = 1e-4  # how near to its limits, relatively, a slope has a finite logit
+
+
+def unconstrain(
+    widths: Tensor, heights: Tensor, slopes: Tensor, *, slope: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Returns the unconstrained parameters of the spline with these knots.
+
+    It inverts the parameterisation of :func:`flowguard.functional.rational_quadratic_spline`.
+    Where a bin is smaller than it allows, or a slope out of its bounds, the result is the nearest
+    that it can do.
+
+    Arguments:
+        widths: The widths of all bins as shares of the box, with shape :math:`(*, K)`.
+        heights: The heights of all bins as shares of the box, with shape :math:`(*, K)`.
+        slopes: The slopes at the inner knots, with shape :math:`(*, K - 1)`.
+        slope: The least slope of the spline; :py:`None` for the published parameterisation.
+
+    Returns:
+        The unconstrained widths, heights and derivatives, each with shape :math:`(*, K - 1)`.
+    """
+    bins = widths.shape[-1]
+    floor, share = least_share(bins), mixing(slope)
+    # Without the floor the sizes are w = (u + λ v) / (1 + λ) and h = (v + λ u) / (1 + λ).
+    w, h = ((size - floor) / (1 - bins * floor) for size in (widths, heights))
+    u, v = _shares((w - share * h) / (1 - share)), _shares((h - share * w) / (1 - share))
+    raw_w, raw_h = (p[..., :-1].log() - p[..., -1:].log() for p in (u, v))
+    if slope is None:
+        rest = (slopes - MIN_DERIVATIVE).clamp_min(MIN_DERIVATIVE * MARGIN)
+        return raw_w, raw_h, torch.log(rest / (1 - MIN_DERIVATIVE))
+    scale = (1 - bins * floor) / (1 + share)
+    secants = ((v + share * u) * scale + floor) / ((u + share * v) * scale + floor)
+    s0, s1 = secants[..., :-1], secants[..., 1:]
+    if bins == 2:
+        # The slope is H (1 + κ u) / (1 - κ u) with u = tanh(raw / 2), H the harmonic mean.
+        ratio = slopes * (s0 + s1) / (2 * s0 * s1)
+        u = (ratio - 1) / (ratio + 1) / lean(slope)
+        return raw_w, raw_h, 2 * torch.atanh(u.clamp(MARGIN - 1, 1 - MARGIN))
+    mean, low, high = slope_limits(s0, s1, slope)
+    # The slope is (a low + b high) / (a + b) with a = (high - mean) (1 - p), b = (mean - low) p.
+    d = torch.minimum(slopes.clamp_min(low * (1 + MARGIN)), high * (1 - MARGIN))
+    up, down = (high - mean).clamp_min(ROOM) * (d - low), (mean - low) * (high - d)
+    return raw_w, raw_h, torch.log(up / down)
+
+
+def unconstrain_softmax(
+    widths: Tensor,
+    heights: Tensor,
+    slopes: Tensor,
+    *,
+    least: tuple[float, float, float],
+    slope: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Returns the same for a spline whose sizes come from a softmax, and slopes from a softplus.
+
+    References:
+        | Neural Spline Flows (Durkan et al., 2019)
+        | https://arxiv.org/abs/1906.04032
+
+    Arguments:
+        widths: The logits of the widths, with shape :math:`(*, K)`.
+        heights: The logits of the heights, with shape :math:`(*, K)`.
+        slopes: What the slopes at the inner knots come from, with shape :math:`(*, K - 1)`.
+        least: The least width and height, as shares of the box, and the least slope.
+        slope: The least slope of the result.
+    """
+    # A softmax makes NaN of what is infinite.
+    w, h, d = (p.clamp(-LARGEST, LARGEST) for p in (widths, heights, slopes))
+    bins = w.shape[-1]
+    w, h = (
+        size + (1 - size * bins) * F.softmax(p, dim=-1)
+        for size, p in zip(least, (w, h), strict=False)
+    )
+    return unconstrain(w, h, least[2] + F.softplus(d), slope=slope)
+
+
+def _shares(p: Tensor) -> Tensor:
+    p = p.clamp_min(LEAST)
+    return p / p.sum(dim=-1, keepdim=True)

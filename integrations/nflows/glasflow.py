@@ -1,0 +1,36 @@
+r"""How glasflow's layers are bounded, sampled and migrated: those of its fork of nflows, and its
+own flows, which have no embedding network and call the context *conditional*."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor
+
+from flowguard.bounds import rule
+from flowguard.bounds.attack import Sampler, Tensors, sampler
+
+from . import rules as nflows
+from .migration import operate_on
+
+__all__: list[str] = []
+
+
+def _sample(model: Any, context: Tensors) -> tuple[Sampler, Tensors]:
+    base = model._distribution
+    if not nflows._is(base, "StandardNormal"):
+        raise nflows.unknown_noise(base)
+
+    def draw(z: Tensor, y: Tensors) -> Any:
+        return model._transform.inverse(z, context=y)[0]
+
+    like = context if isinstance(context, Tensor) else context[0]
+    return draw, like.new_zeros(like.shape[0], *base._shape)
+
+
+operate_on("glasflow.nflows")
+nflows.register("glasflow.nflows")
+FLOW = import_module("glasflow.flows.base").Flow
+rule(FLOW)(nflows._flow)
+sampler.register(FLOW)(_sample)

@@ -1,0 +1,381 @@
+r"""How nflows' flows are made robust, for :func:`flowguard.migrate`.
+
+Layers are known by the name of their class and of its module within the host, so that nflows and
+its fork in glasflow are met alike, and neither is imported for the other's sake.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from flowguard.migration import Site, Surgeon, holder
+from flowguard.migration.imitate import Affine, AnyTransform, RescaledSpline
+from flowguard.migration.inscribe import InscribedAffine, InscribedShift
+
+from .host import CANDIDATES, HOST, part
+from .migrated import (
+    AffineHead,
+    CarriedHead,
+    CouplingFormula,
+    Head,
+    MaskedFormula,
+    MigratedAutoregressiveTransform,
+    MigratedCouplingTransform,
+    ShiftHead,
+)
+
+__all__ = ["operate_on"]
+
+AFFINE_COUPLING = "transforms.coupling.AffineCouplingTransform"
+ADDITIVE_COUPLING = "transforms.coupling.AdditiveCouplingTransform"
+SPLINE_COUPLING = "transforms.coupling.PiecewiseRationalQuadraticCouplingTransform"
+AFFINE_MASKED = "transforms.autoregressive.MaskedAffineAutoregressiveTransform"
+SPLINE_MASKED = "transforms.autoregressive.MaskedPiecewiseRationalQuadraticAutoregressiveTransform"
+COUPLINGS = (AFFINE_COUPLING, ADDITIVE_COUPLING, SPLINE_COUPLING)
+SPLINES = (SPLINE_COUPLING, SPLINE_MASKED)
+REPLACEABLE = (*COUPLINGS, AFFINE_MASKED, SPLINE_MASKED)
+CONTAINERS = (
+    "transforms.base.CompositeTransform",
+    "transforms.base.MultiscaleCompositeTransform",
+    "transforms.base.InverseTransform",
+)
+#: The modules of the host whose transforms take no notice of a condition.
+CONSTANT = tuple(
+    f"transforms.{module}."
+    for module in (
+        "conv",
+        "linear",
+        "lu",
+        "nonlinearities",
+        "normalization",
+        "orthogonal",
+        "permutations",
+        "qr",
+        "reshape",
+        "standard",
+        "svd",
+    )
+)
+#: From how many passes on, one for each feature, sampling is too slow to try it out.
+MANY_PASSES = 256
+
+
+def _name(cls: type) -> str:
+    r"""The name of a class within its host; empty if it is of no host."""
+    for host in CANDIDATES:
+        if cls.__module__.startswith(f"{host}."):
+            return f"{cls.__module__[len(host) + 1 :]}.{cls.__qualname__}"
+    return ""
+
+
+def _descends(module: Any, *names: str) -> bool:
+    return any(_name(cls) in names for cls in type(module).__mro__)
+
+
+def _kind(layer: Any) -> type | None:
+    r"""The class of the host that a layer works as, if it is one to replace: its own, or the one
+    that its own class overrides nothing of."""
+    mro = type(layer).__mro__
+    base = next((cls for cls in mro if _name(cls) in REPLACEABLE), None)
+    for cls in mro[: 0 if base is None else mro.index(base)]:
+        if any(hasattr(base, name) and not name.startswith("__") for name in vars(cls)):
+            return None
+    return base
+
+
+def _why_not(layer: Any) -> str:
+    r"""Says why a transform is kept; empty if it is one to replace."""
+    kind = _kind(layer)
+    name = _name(type(layer) if kind is None else kind)
+    if name in SPLINES:
+        if layer.tails != "linear":
+            return f"no condition leads out of its box (tails={layer.tails!r})"
+        return "with a single bin it is the identity" if layer.num_bins < 2 else ""
+    if name in REPLACEABLE:
+        return ""
+    if type(layer).__module__.partition(".")[0] == "flowguard":
+        return "robust already"
+    if name.startswith(CONSTANT):
+        return "no condition reaches it"
+    if name.startswith(("transforms.coupling.Piecewise", "transforms.autoregressive.MaskedPiece")):
+        return "of the splines, only rational-quadratic ones are carried over"
+    if known := [cls.__name__ for cls in type(layer).__mro__ if _name(cls) in REPLACEABLE]:
+        return f"a subclass of {known[0]}, which may work in its own way"
+    return "flowguard does not know it"
+
+
+class _HostSpline:
+    r"""Splines of the host, with the parameters that its network gave.
+
+    Arguments:
+        head: The head that takes their knots over.
+        old: The host's layer.
+        raw: The outputs of its network.
+        package: The package of the host that it is from.
+    """
+
+    def __init__(self, head: CarriedHead, old: Any, raw: Tensor, package: str) -> None:
+        self.head, self.old, self.raw, self.package = head, old, raw, package
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        splines = part("splines", self.package)
+        widths, heights, slopes = self.head.logits(self.raw)
+        return splines.unconstrained_rational_quadratic_spline(
+            inputs=x,
+            unnormalized_widths=widths,
+            unnormalized_heights=heights,
+            unnormalized_derivatives=slopes,
+            tails="linear",
+            tail_bound=self.old.tail_bound,
+            min_bin_width=self.old.min_bin_width,
+            min_bin_height=self.old.min_bin_height,
+            min_derivative=self.old.min_derivative,
+        )
+
+
+class _Layer(Site):
+    r"""A coupling or an autoregressive transform, whose network computes univariate maps.
+
+    Arguments:
+        name: The name of the layer within the model.
+        layer: The host's layer.
+        put: Puts another layer in its place.
+    """
+
+    def __init__(self, name: str, layer: Any, put: Callable[[nn.Module], None]) -> None:
+        kind: Any = _kind(layer)
+        self.what = _name(kind)
+        self.package = kind.__module__.rpartition(".")[0]
+        super().__init__(name, type(layer).__name__, additive=self.what == ADDITIVE_COUPLING)
+        self.layer = layer
+        self.put = put
+        self.asked: list[tuple[Tensor, Tensor]] = []
+        self.head: Head
+
+    @contextmanager
+    def listen(self) -> Iterator[None]:
+        layer = self.layer
+        latest: list[Tensor] = []
+
+        def hear(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            latest[:] = [output.detach().clone()]  # the host writes into it
+
+        def witness(run: Any, inverse: bool) -> Any:
+            def call(inputs: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+                outputs, ladj = run(inputs, context)
+                x = (outputs if inverse else inputs).detach()
+                if self.what in COUPLINGS:
+                    x = x[:, layer.transform_features]
+                # One after another, an autoregressive network gets its inputs: the last pass
+                # has them all.
+                self.asked.append((x, latest.pop()))
+                return outputs, ladj
+
+            return call
+
+        net = layer.transform_net if self.what in COUPLINGS else layer.autoregressive_net
+        with ExitStack() as stack:
+            stack.callback(net.register_forward_hook(hear).remove)
+            for direction in ("forward", "inverse"):
+                stack.callback(_restore, layer, direction, vars(layer).get(direction))
+                run = witness(getattr(layer, direction), direction == "inverse")
+                object.__setattr__(layer, direction, run)
+            yield
+
+    @property
+    def heard(self) -> bool:
+        return bool(self.asked)
+
+    @property
+    def inputs(self) -> Tensor:
+        return torch.cat([x for x, _ in self.asked]).movedim(1, -1)
+
+    @property
+    def raw(self) -> Tensor:
+        r"""What the network returned."""
+        raw = torch.cat([raw for _, raw in self.asked])
+        return raw.to(torch.promote_types(raw.dtype, torch.float32))
+
+    def _formula(self) -> CouplingFormula | MaskedFormula:
+        return (CouplingFormula if self.what in COUPLINGS else MaskedFormula)(self.layer)
+
+    def old(self, rows: Tensor | slice) -> AnyTransform:
+        raw = self.raw[rows]
+        if self.what in SPLINES:
+            return _HostSpline(self.head, self.layer, raw, self.package)  # type: ignore[arg-type]
+        scale, shift = self._formula()(raw)
+        return Affine(scale.log(), shift)
+
+    def carry(self, slope: float | None) -> bool:
+        if self.what not in SPLINES:
+            return False
+        self._replace(CarriedHead(self.layer, _width(self.layer, self.what), slope))
+        return True
+
+    def replace(self, spline: RescaledSpline) -> list[nn.Parameter]:
+        scale, shift = self._formula()(self.raw)
+        if self.additive:
+            self._replace(ShiftHead(InscribedShift(spline, shift)))
+        else:
+            map = InscribedAffine(spline, self.inputs, scale, shift)
+            self._replace(AffineHead(self._formula(), map))
+        return []  # there is nothing to fit
+
+    def _replace(self, head: Head) -> None:
+        self.head = head
+        new = (
+            MigratedCouplingTransform(self.layer, head)
+            if self.what in COUPLINGS
+            else MigratedAutoregressiveTransform(self.layer, self.inputs.shape[-1], head)
+        )
+        self.put(new)
+
+    def new(self, rows: Tensor | slice) -> AnyTransform:
+        return self.head.univariate(self.raw[rows])
+
+
+def _restore(layer: Any, name: str, before: Any) -> None:
+    if before is None:
+        object.__delattr__(layer, name)
+    else:
+        object.__setattr__(layer, name, before)
+
+
+def _width(layer: Any, what: str) -> int:
+    r"""What the host divides logits by, squared: the width of the network, if that tells it."""
+    if what == SPLINE_MASKED:
+        return int(getattr(layer.autoregressive_net, "hidden_features", 1))
+    for name in ("hidden_features", "hidden_channels"):
+        if hasattr(layer.transform_net, name):
+            return int(getattr(layer.transform_net, name))
+    return 1
+
+
+class _NFlows(Surgeon):
+    r"""What it takes to operate on anything that holds transforms of the host."""
+
+    def log_prob(self, x: Tensor, context: Any) -> Tensor:
+        model: Any = self.model
+        if hasattr(model, "log_prob"):
+            return model.log_prob(x) if context is None else model.log_prob(x, context)
+        if not _is_transform(model):
+            raise TypeError(
+                f"flowguard does not know how to get the log-density of {type(model).__name__},"
+                " which has no method log_prob: give"
+                " migrate(..., log_prob=lambda model, x, context: ...)"
+            )
+        # A lone transform is taken to standard normal noise.
+        z, ladj = model(x, context)
+        z = z.flatten(1)
+        return ladj - 0.5 * (z.square().sum(1) + z.shape[1] * math.log(2 * math.pi))
+
+    def sites(self) -> list[Site]:
+        return [
+            _Layer(name, module, self._putter(module))
+            for name, module in self.model.named_modules()
+            if _kind(module) is not None and not _why_not(module)
+        ]
+
+    def _putter(self, old: nn.Module) -> Callable[[nn.Module], None]:
+        def put(new: nn.Module) -> None:
+            for parent in list(self.model.modules()):
+                for key, child in list(parent._modules.items()):
+                    if child is old:
+                        parent._modules[key] = new
+            if self.model is old:
+                self.model = new
+
+        return put
+
+    def _kept(self) -> dict[str, str]:
+        kept: dict[str, str] = {}
+        within: list[str] = []  # the parts of a layer are its own affair
+        for name, module in self.model.named_modules():
+            if any(name.startswith(prefix) for prefix in within) or not _is_transform(module):
+                continue
+            if _name(type(module)) in CONTAINERS or _holds_transforms(module):
+                continue
+            within.append(f"{name}." if name else "")
+            if why := _why_not(module):
+                kept[f"{name} ({type(module).__name__})"] = why
+        return kept
+
+    def others(self) -> list[str]:
+        return list(self._kept())
+
+    def reasons(self) -> dict[str, str]:
+        return self._kept()
+
+    def encode(self, x: Tensor, context: Any) -> Tensor | None:
+        parts = _parts(self.model)
+        if parts is None:
+            return None
+        if x[0].numel() > MANY_PASSES and any(_is_masked(m) for m in self.model.modules()):
+            return None
+        transform, embed = parts
+        return transform(x, embed(context))[0]
+
+    def decode(self, z: Tensor, context: Any) -> Tensor:
+        transform, embed = _parts(self.model)  # type: ignore[misc]
+        try:
+            return transform.inverse(z, embed(context))[0]
+        except Exception as error:
+            if _name(type(error)) == "transforms.base.InverseNotAvailable":
+                raise NotImplementedError("the flow cannot be inverted") from error
+            raise
+
+    @contextmanager
+    def tuning(self) -> Iterator[None]:
+        # Outside of training the host's linear layers remember their matrices, if told to.
+        caching = [m for m in self.model.modules() if getattr(m, "using_cache", False) is True]
+        for m in caching:
+            m.using_cache = False  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            for m in caching:
+                m.using_cache = True  # type: ignore[assignment]
+                m.cache.invalidate()  # type: ignore[operator, union-attr]
+
+
+def _is_transform(module: Any) -> bool:
+    return _descends(module, "transforms.base.Transform")
+
+
+def _parts(model: Any) -> tuple[Any, Any] | None:
+    r"""The transform of a flow, or a lone one, and what embeds its context."""
+    if _is_transform(model):
+        return model, nn.Identity()
+    # glasflow has a base class of its own, without an embedding net.
+    if _is_transform(getattr(model, "_transform", None)) and hasattr(model, "_distribution"):
+        return model._transform, getattr(model, "_embedding_net", nn.Identity())
+    return None
+
+
+def _is_masked(module: Any) -> bool:
+    return _descends(module, "transforms.autoregressive.AutoregressiveTransform")
+
+
+def _holds_transforms(module: nn.Module) -> bool:
+    r"""Whether a transform of the user's own is made of layers that are looked at one by one."""
+    ours = _name(type(module)) or type(module).__module__.partition(".")[0] == "flowguard"
+    return not ours and any(_is_transform(m) for m in module.modules() if m is not module)
+
+
+def operate_on(host: str) -> None:
+    r"""Registers who operates on models of a host.
+
+    Arguments:
+        host: The name of the host.
+    """
+    holder(part("transforms.base", host).Transform, part("flows.base", host).Flow)(_NFlows)
+
+
+operate_on(HOST)

@@ -1,0 +1,471 @@
+r"""How normflows' layers are bounded, for :func:`flowguard.certify`, and sampled, for attacks.
+
+Sampling runs the `forward` direction of normflows' layers. The flag `inverse` of a rule tells, here
+as everywhere, whether the layer goes *from noise to data*: it is :py:`True` where `forward` of a
+layer runs, and :py:`False` where its `inverse` does, within :class:`normflows.flows.Reverse`. So
+the certificate of a layer alone is that of its `forward`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import reduce
+from typing import Any
+
+import torch
+from normflows import (
+    ClassCondFlow,
+    ConditionalNormalizingFlow,
+    MultiscaleFlow,
+    NormalizingFlow,
+    distributions,
+    flows,
+    transforms,
+)
+from torch import Tensor
+
+from flowguard.bounds import (
+    Envelope,
+    Join,
+    Linear,
+    Noise,
+    Permute,
+    Pointwise,
+    Refused,
+    Scale,
+    Step,
+    Unsqueeze,
+    conditional,
+    constant,
+    envelope,
+    rule,
+    within,
+)
+from flowguard.bounds.attack import Sampler, Tensors, sampler
+from flowguard.bounds.torch_rules import affine
+
+from .adapter import ContextAdapter
+from .bases import GaussianPrior, from_noise
+from .glow import LUConv1x1, RobustCouplingBlock, RobustGlowBlock
+from .guard import GuardedConditionalFlow
+from .layers import RobustSplineAutoregressive, RobustSplineCoupling
+from .multiscale import ConditionalMultiscaleFlow
+
+__all__: list[str] = []
+
+SAMPLING_ONLY = "a flow is bounded in its sampling direction only"
+FREE_SHIFT = "its shift is free"
+POLES = "its inverse has poles"
+CONSTANT = "not at all"
+
+
+# Flows
+
+
+@rule(NormalizingFlow, ConditionalNormalizingFlow, ClassCondFlow)
+def _flow(flow: Any, inverse: bool) -> Iterator[Step]:
+    if not inverse:
+        yield Refused(reason=SAMPLING_ONLY)
+        return
+    yield from _base("q0", flow.q0)
+    for name, layer in flow.flows.named_children():
+        yield from within(f"flows.{name}", layer)
+
+
+@rule(MultiscaleFlow, ConditionalMultiscaleFlow)
+def _multiscale(flow: Any, inverse: bool) -> Iterator[Step]:
+    if not inverse:
+        yield Refused(reason=SAMPLING_ONLY)
+        return
+    channels: int | None = None
+    for i, base in enumerate(flow.q0):
+        if channels is None:
+            for step in _base(f"q0.{i}", base):
+                # Images of any size have noise of any size, and so have several levels.
+                yield replace(step, event=None) if isinstance(step, Noise) else step
+            channels = _channels(base)
+        else:
+            yield from _join(i, base, flow.merges[i - 1], channels)
+            channels = channels + _channels(base)
+        for name, layer in flow.flows[i].named_children():
+            yield from within(f"flows.{i}.{name}", layer)
+            for part in layer.modules():
+                channels = channels // 4 if isinstance(part, flows.Squeeze) else channels
+    if flow.transform is not None:
+        yield from within("transform", flow.transform)
+
+
+@rule(GuardedConditionalFlow)
+def _guarded(flow: Any, inverse: bool) -> Iterator[Step]:
+    yield from within("flow", flow.flow, inverse)
+
+
+# Bases
+
+#: Bases that depend on nothing, and whose samples are taken as the noise.
+PLAIN = (
+    distributions.GaussianMixture,
+    distributions.GaussianPCA,
+    distributions.UniformGaussian,
+    distributions.base.Uniform,
+)
+
+
+def _channels(base: Any) -> int:
+    return base.num_channels if isinstance(base, GaussianPrior) else base.shape[0]
+
+
+def _reach(base: Any) -> tuple[Tensor, Tensor, str] | None:
+    r"""Mean and log-scale of a Gaussian base, or their largest absolute values and largest values
+    if they depend on anything; :py:`None` if there is no bound or no Gaussian."""
+    if type(base) is distributions.DiagGaussian:
+        return constant(base.loc), constant(base.log_scale), CONSTANT
+    if type(base) is distributions.ClassCondDiagGaussian:
+        return constant(base.loc).abs().amax(-1), constant(base.log_scale).amax(-1), "on its class"
+    if type(base) is distributions.GlowBase:
+        factor = base.logscale_factor
+        loc = constant(base.loc) * torch.exp(factor * constant(base.loc_logs))
+        logs = constant(base.log_scale) * torch.exp(factor * constant(base.log_scale_logs))
+        if not base.class_cond:
+            return loc, logs, CONSTANT
+        to_loc, to_logs = constant(base.loc_cc), constant(base.log_scale_cc)
+        loc = loc.abs().amax() + to_loc.abs().amax()
+        return loc, logs.amax() + to_logs.amax(), "on its class"
+    if type(base) is GaussianPrior:
+        if base.net is None:
+            like = next(base.parameters())[:, : base.num_channels]
+            mean, logs = base.moments(like, None, None)
+            return constant(mean), constant(logs), CONSTANT
+        mean, logs = torch.tensor([base.mean_bound, base.scale_bound], dtype=torch.float64)
+        depends = f"within a mean of {mean:g} and a scale of exp({logs:g})"
+        return mean, logs, depends
+    return None
+
+
+def _base(name: str, base: Any) -> Iterator[Step]:
+    kind, found = type(base).__name__, _reach(base)
+    if found is None:
+        if type(base) in PLAIN:
+            size = getattr(base, "d", None) or getattr(base, "dim", None) or base.ndim
+            yield Noise(name=name, kind=kind, size=int(size), normal=False)
+            return
+        reason = "flowguard does not know how far its noise may reach"
+        if type(base) is distributions.base.ConditionalDiagGaussian:
+            reason = "its mean and its scale depend on the context without bound"
+        yield Refused(name=name, kind=kind, reason=reason)
+        return
+    mean, logs, depends = found
+    event = None if isinstance(base, GaussianPrior) else int(math.prod(base.shape))
+    yield Noise(name=name, kind=kind, size=_channels(base), event=event)
+    if depends == CONSTANT and mean.numel() == logs.numel() == _channels(base):
+        yield Scale(name=name, kind=kind, factor=logs.exp().flatten(), offset=mean.flatten())
+    else:
+        gain, offset = logs.amax().exp().item(), mean.abs().amax().item()
+        g = Envelope(gain, offset, depends=depends, roundings=8)
+        yield Pointwise(name=name, kind=kind, depends=depends, envelope=g)
+
+
+def _join(i: int, base: Any, merge: Any, channels: int) -> Iterator[Step]:
+    r"""The steps of a merge: the channels of a further latent come in."""
+    name, kind, found = f"merges.{i - 1}", type(merge).__name__, _reach(base)
+    if found is None:
+        reason = f"flowguard does not know how far {type(base).__name__} may reach"
+        yield Refused(name=f"q0.{i}", kind=type(base).__name__, reason=reason)
+        return
+    if type(merge) is not flows.Merge or not merge.mode.startswith("channel"):
+        yield Refused(name=name, kind=kind, reason="only merges of channels are bounded")
+        return
+    mean, logs, depends = found
+    joined = _channels(base)
+    yield Join(
+        name=name,
+        kind=kind,
+        depends=depends,
+        joined=joined,
+        mean_bound=mean.abs().amax().item(),
+        scale_bound=max(logs.amax().item(), 0.0),
+    )
+    if merge.mode == "channel_inv":
+        order = torch.arange(channels + joined).roll(joined)
+        yield Permute(name=name, kind=kind, order=order)
+
+
+# Robust layers
+
+
+def _map(layer: Any, inverse: bool) -> tuple[Envelope, str]:
+    # What the parameters are does not matter to an envelope: zeros will do.
+    f = layer.univariate(*(torch.zeros(shape) for shape in layer.shapes))
+    return envelope(f, inverse), f"{type(layer).__name__}[{type(f).__name__}]"
+
+
+@rule(RobustSplineCoupling)
+def _coupling(layer: Any, inverse: bool) -> Iterator[Step]:
+    g, kind = _map(layer, inverse)
+    parts = [conditional(g, kind=kind, mask=layer.mask)]
+    if layer.unconditional is not None:
+        parts.insert(0, conditional(g, "unconditional", kind, mask=~layer.mask))
+    yield from parts if inverse else reversed(parts)
+
+
+@rule(RobustSplineAutoregressive)
+def _autoregressive(layer: Any, inverse: bool) -> Iterator[Step]:
+    g, kind = _map(layer, inverse)
+    yield conditional(g, kind=kind, mask=torch.ones(layer.features, dtype=torch.bool))
+
+
+@rule(RobustCouplingBlock)
+def _coupling_block(layer: Any, inverse: bool) -> Iterator[Step]:
+    # Which features are changed is not known, or changes from one position to the next.
+    g, kind = _map(layer, inverse)
+    yield conditional(_or_identity(g), kind=kind)
+
+
+def _or_identity(g: Envelope) -> Envelope:
+    r"""What is known of a map that is the given one or the identity."""
+    if g.reason:
+        return g
+    if g.limit is not None:
+        return g._replace(limit=lambda radius: max(radius, g.reach(radius)))
+    return g._replace(gain=max(g.gain, 1.0))
+
+
+@rule(RobustGlowBlock)
+def _glow_block(layer: Any, inverse: bool) -> Iterator[Step]:
+    names = [n for n in ("coupling", "mix", "actnorm") if getattr(layer, n) is not None]
+    for name in names if inverse else reversed(names):
+        part = getattr(layer, name)
+        if name != "coupling" or not part.split_mode.startswith("channel"):
+            yield from within(name, part, inverse)
+            continue
+        g, kind = _map(part, inverse)
+        first = torch.arange(layer.channels) < (layer.channels + 1) // 2
+        changed = ~first if part.split_mode == "channel" else first
+        yield conditional(g, name, kind, mask=changed)
+
+
+@rule(LUConv1x1)
+def _lu_conv(layer: Any, inverse: bool) -> Iterator[Step]:
+    with torch.no_grad():
+        p, lower, upper = layer.factors()
+    matrix = constant(p @ lower @ upper)
+    yield from _linear(matrix, inverse)
+
+
+@rule(ContextAdapter)
+def _adapter(layer: Any, inverse: bool) -> Iterator[Step]:
+    yield from within("flow", layer.flow, inverse)
+
+
+# Layers of normflows that the context does not reach
+
+
+@rule(flows.Reverse)
+def _reverse(layer: Any, inverse: bool) -> Iterator[Step]:
+    yield from within("flow", layer.flow, not inverse)
+
+
+@rule(flows.Composite)
+def _composite(layer: Any, inverse: bool) -> Iterator[Step]:
+    parts = list(layer._flows.named_children())
+    for name, part in parts if inverse else reversed(parts):
+        yield from within(f"_flows.{name}", part, inverse)
+
+
+@rule(flows.Squeeze)
+def _squeeze(layer: Any, inverse: bool) -> Iterator[Step]:
+    if inverse:
+        yield Unsqueeze(factor=2)
+    else:
+        yield Refused(reason="a squeeze is bounded in its forward direction only")
+
+
+@rule(flows.ActNorm, flows.AffineConstFlow)
+def _affine_constant(layer: Any, inverse: bool) -> Iterator[Step]:
+    if isinstance(layer, flows.ActNorm) and not bool(layer.data_dep_init_done):
+        yield Refused(reason="its next batch initialises it: run one first", depends=CONSTANT)
+        return
+    factor, shift = constant(layer.s).exp(), constant(layer.t)
+    channels = factor.shape[1] if factor.dim() > 1 else 1
+    if factor.numel() == channels:
+        yield affine(factor.flatten(), shift.flatten(), not inverse)
+        return
+    # The constants differ from one position to the next.
+    if not inverse:
+        factor, shift = 1 / factor, -shift / factor
+    g = Envelope(factor.amax().item(), shift.abs().amax().item(), depends=CONSTANT, roundings=6)
+    yield Pointwise(depends=CONSTANT, envelope=g)
+
+
+@rule(flows.Permute)
+def _permute(layer: Any, inverse: bool) -> Iterator[Step]:
+    if layer.mode == "shuffle":
+        yield Permute(order=layer.perm if inverse else layer.inv_perm)
+    else:
+        n = layer.num_channels
+        yield Permute(order=torch.arange(n).roll(-(n // 2 if inverse else (n + 1) // 2)))
+
+
+@rule(flows.Invertible1x1Conv, flows.InvertibleAffine)
+def _mixing(layer: Any, inverse: bool) -> Iterator[Step]:
+    if layer.use_lu:
+        diagonal = constant(layer.sign_S) * constant(layer.log_S).exp()
+        lower = constant(layer.L).tril(-1) + constant(layer.eye)
+        factors = [constant(layer.P), lower, constant(layer.U).triu(1) + torch.diag(diagonal)]
+    else:
+        factors = [constant(layer.W)]
+    if inverse:
+        found = [torch.linalg.inv_ex(t) for t in reversed(factors)]
+        if any(info.item() for _, info in found):
+            yield Refused(reason="its matrix is singular", depends=CONSTANT)
+            return
+        factors = [t for t, _ in found]
+    matrix = reduce(torch.matmul, factors)
+    # Where there are several, they are multiplied in the dtype of the layer.
+    error = len(factors) * reduce(torch.matmul, [t.abs() for t in factors])
+    if isinstance(layer, flows.InvertibleAffine):  # which multiplies from the right
+        matrix, error = matrix.T, error.T
+    yield Linear(matrix=matrix, error=error)
+
+
+@rule(flows.LULinearPermute)
+def _lu_permute(layer: Any, inverse: bool) -> Iterator[Step]:
+    linear, order = layer.linear, layer.permutation._permutation
+    with torch.no_grad():
+        lower, upper = (constant(t) for t in linear._create_lower_upper())
+    bias = constant(linear.bias)
+    one = torch.ones_like(bias)
+    if not inverse:
+        yield Permute(name="permutation", order=order)
+        yield Linear(name="linear", matrix=upper)
+        yield Linear(name="linear", matrix=lower)
+        yield Scale(name="linear", factor=one, offset=bias)
+        return
+    yield Scale(name="linear", factor=one, offset=-bias)
+    for matrix in (lower, upper):
+        yield from _substitution(matrix)
+    yield Permute(name="permutation", order=torch.argsort(order))
+
+
+def _substitution(t: Tensor) -> Iterator[Step]:
+    matrix, info = torch.linalg.inv_ex(t)
+    if info.item():
+        yield Refused(name="linear", reason="its matrix is singular", depends=CONSTANT)
+        return
+    # Substitution is not a product with the inverse (Higham, 2002, theorem 8.5).
+    yield Linear(name="linear", matrix=matrix, error=matrix.abs() @ t.abs() @ matrix.abs())
+
+
+def _linear(matrix: Tensor, inverse: bool) -> Iterator[Step]:
+    if inverse:
+        matrix, info = torch.linalg.inv_ex(matrix)
+        if info.item():
+            yield Refused(reason="its matrix is singular", depends=CONSTANT)
+            return
+    yield Linear(matrix=matrix)
+
+
+@rule(transforms.Logit)
+def _logit(layer: Any, inverse: bool) -> Iterator[Step]:
+    if not inverse:
+        yield Refused(reason=POLES)
+        return
+    reach = max(layer.alpha, 1 - layer.alpha) / (1 - 2 * layer.alpha)
+    g = Envelope(0.0, 0.0, floor=reach, depends=CONSTANT, roundings=8)
+    yield Pointwise(depends=CONSTANT, envelope=g)
+
+
+@rule(transforms.Shift)
+def _shift(layer: Any, inverse: bool) -> Iterator[Step]:
+    shift = torch.tensor([float(layer.shift)], dtype=torch.float64)
+    yield affine(torch.ones_like(shift), -shift, not inverse)
+
+
+# Layers that no bound is known for, with what is known of their gain
+
+
+def _free(scale: str | None, inverse: bool) -> Refused:
+    r"""An affine coupling with this map from the network to the scale, :py:`None` without scale."""
+    if scale is None:
+        return Refused(reason=FREE_SHIFT, gain=1.0)
+    if scale == "exp":
+        return Refused(reason=f"{FREE_SHIFT}, and so is its scale exp(s)")
+    # "sigmoid" divides by the sigmoid on the way to the data, "sigmoid_inv" multiplies with it.
+    if (scale == "sigmoid") == inverse:
+        return Refused(reason=f"{FREE_SHIFT}, and it divides by a sigmoid, which may fall to zero")
+    return Refused(reason=FREE_SHIFT, gain=1.0)
+
+
+@rule(flows.AffineCoupling)
+def _affine_coupling(layer: Any, inverse: bool) -> Iterator[Step]:
+    yield _free(layer.scale_map if layer.scale else None, inverse)
+
+
+@rule(flows.AffineCouplingBlock)
+def _affine_block(layer: Any, inverse: bool) -> Iterator[Step]:
+    yield from within("flows.1", layer.flows[1], inverse)
+
+
+@rule(flows.MaskedAffineFlow)
+def _masked_affine(layer: Any, inverse: bool) -> Iterator[Step]:
+    yield _free("exp" if isinstance(layer.s, torch.nn.Module) else None, inverse)
+
+
+@rule(flows.GlowBlock)
+def _stock_glow(layer: Any, inverse: bool) -> Iterator[Step]:
+    parts = list(layer.flows.named_children())
+    for name, part in parts if inverse else reversed(parts):
+        yield from within(f"flows.{name}", part, inverse)
+
+
+@rule(flows.MaskedAffineAutoregressive)
+def _masked_autoregressive(layer: Any, inverse: bool) -> Iterator[Step]:
+    gain = 1 + 1e-3 if inverse else 1e3  # its scale is a sigmoid, raised by a thousandth
+    yield Refused(reason=f"{FREE_SHIFT}, and its scale may fall to 0.001", gain=gain)
+
+
+@rule(
+    flows.AutoregressiveRationalQuadraticSpline,
+    flows.CircularAutoregressiveRationalQuadraticSpline,
+    flows.CircularCoupledRationalQuadraticSpline,
+    flows.CoupledRationalQuadraticSpline,
+)
+def _stock_spline(layer: Any, inverse: bool) -> Iterator[Step]:
+    reason = "it is bounded in exact arithmetic only: far contexts make it return NaN, or raise"
+    yield Refused(reason=reason, gain=1.0)
+
+
+# Attacks
+
+
+@sampler.register
+def _sample_flow(model: ConditionalNormalizingFlow, context: Tensors) -> tuple[Sampler, Tensors]:
+    base = model.q0
+    shape = getattr(base, "shape", None)
+    if shape is None:
+        raise TypeError(
+            f"flowguard does not know the noise of {type(base).__name__}: give a function"
+            " (noise, context) -> samples, and latents, an example of its noise"
+        )
+
+    def draw(noise: Tensor, y: Tensor) -> Tensor:
+        return model.forward(from_noise(base, noise, {"context": y}), context=y)
+
+    return draw, context.new_zeros(len(context), *shape)
+
+
+@sampler.register
+def _sample_multiscale(
+    model: ConditionalMultiscaleFlow, context: Tensors
+) -> tuple[Sampler, Tensors]:
+    like = context if isinstance(context, Tensor) else context[0]
+    shapes = model.noise_shapes(context)
+    return model.decode, [like.new_zeros(len(like), *shape) for shape in shapes]
+
+
+@sampler.register
+def _sample_guarded(model: GuardedConditionalFlow, context: Tensors) -> tuple[Sampler, Tensors]:
+    draw, latents = sampler(model.flow, model.conditioner(context))
+    return lambda z, y: draw(z, model.conditioner(y)), latents

@@ -1,0 +1,40 @@
+r"""flowguard in zuko: robust flows, image flows and guarded flows.
+
+zuko's conventions hold: a flow is a lazy module, ``flow(c)`` is a distribution, the transform of
+``flow(c)`` goes from data to noise, ladj is summed over the event, and samples have shape
+``(*sample, *batch, *event)``. ``flowguard.register("zuko")`` puts the names into ``zuko.flows``
+and ``zuko.transforms``; importing this module changes nothing there.
+"""
+
+from flowguard.hosts import missing
+from flowguard.transforms import RobustSpline
+
+try:
+    import zuko  # noqa: F401
+except ImportError as error:
+    raise missing("zuko") from error
+
+from .flows import GuardedFlow, RobustCouplingFlow, RobustNSF
+from .image import ConditionalMultiscaleTransform, MultiscaleFlow, MultiscaleTransform
+
+__all__ = [
+    "EXPORTS",
+    "ConditionalMultiscaleTransform",
+    "GuardedFlow",
+    "MultiscaleFlow",
+    "MultiscaleTransform",
+    "RobustCouplingFlow",
+    "RobustNSF",
+    "RobustSpline",
+]
+
+EXPORTS = {
+    "zuko.transforms": ("MultiscaleTransform", "RobustSpline"),
+    "zuko.flows": (
+        "ConditionalMultiscaleTransform",
+        "GuardedFlow",
+        "MultiscaleFlow",
+        "RobustCouplingFlow",
+        "RobustNSF",
+    ),
+}

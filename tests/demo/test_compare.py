@@ -1,0 +1,170 @@
+r"""Comparisons of couplings, end to end."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from flowguard.cli import main as cli
+from flowguard.demo import compare, compare_report
+from flowguard.demo.run import TASKS
+from flowguard.image.maps import Robust
+from flowguard.models import store
+
+for package in ("jsonargparse", "skimage", "matplotlib", "torchmetrics"):
+    pytest.importorskip(package)
+Image = pytest.importorskip("PIL.Image")
+
+
+def run(capsys, *arguments):
+    try:
+        code = cli.main(["compare", *map(str, arguments)])
+    except SystemExit as stop:
+        code = stop.code
+    told = capsys.readouterr()
+    return code, told.out, told.err
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        coarse = rng.integers(0, 256, (12, 48, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((400, 100), Image.Resampling.BICUBIC).save(
+            folder / f"{i}.png"
+        )
+    Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(folder / "small.png")
+    (folder / "text.png").write_text("This is no picture.")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(pictures, tmp_path_factory):
+    """A trained one and a loaded one, on a folder of pictures."""
+    out = tmp_path_factory.mktemp("out")
+    torch.manual_seed(0)
+    mine = TASKS["superres"].build(Robust(bins=3), quick=True)
+    mine.save_pretrained(out / "mine")
+    arguments = ["compare", "--quick", "--couplings", "affine", "robust8", "--models"]
+    arguments += [out / "mine", "--images", pictures, "--steps", 3, "--samples", 2, "--out", out]
+    assert cli.main([str(a) for a in arguments]) == 0
+    return out, mine
+
+
+def test_it_writes_what_it_says(done):
+    out, _ = done
+    numbers = json.loads((out / "metrics.json").read_text())
+    assert list(numbers["models"]) == ["affine", "robust8", "mine"]
+    assert numbers["options"]["images"] == 3
+    for name, found in numbers["models"].items():
+        for key in ("psnr", "ssim", "bits_per_dim", "diversity", "lr_psnr", "sample_seconds"):
+            assert math.isfinite(found[key]), (name, key)
+        for where in ("in", "out"):
+            for kind in ("error_rate", "error_pixels", "nan_rate", "nan_pixels"):
+                assert 0 <= found[f"{where}_{kind}"] <= 1
+    assert numbers["models"]["affine"]["certificate"] == "inf"
+    assert numbers["models"]["robust8"]["certificate"] < 100
+    assert numbers["models"]["affine"]["step_ms"] > 0
+    assert numbers["models"]["mine"]["step_ms"] == "nan"  # it was not trained here
+    page = (out / "report.html").read_text(encoding="utf-8")
+    sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
+    assert len(sources) > 5
+    assert all(s.startswith("data:image/png;base64,") for s in sources)
+    for title in (
+        "PSNR",
+        "bits/dim",
+        "diversity",
+        "LR-PSNR",
+        "certificate",
+        "ms/step",
+        "s/sample",
+    ):
+        assert f"<th>{title}</th>" in page
+
+
+def test_the_models_can_be_used(done):
+    out, mine = done
+    for name, coupling in (("affine", "affine"), ("robust8", Robust(bins=8))):
+        model = store.load(out / name)
+        assert model.arguments["coupling"] == coupling
+        assert model.conditioner.calibrated
+    before = {k: v.clone() for k, v in mine.state_dict().items()}
+    after = store.load(out / "mine").state_dict()  # loaded models are not written
+    assert list(before) == list(after)
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_the_low_light_task(pictures, tmp_path, capsys):
+    arguments = ("--quick", "--task", "lowlight", "--couplings", "robust2", "--steps", 1)
+    code, told, errors = run(
+        capsys, *arguments, "--samples", 1, "--images", pictures, "--out", tmp_path
+    )
+    assert code == 0, errors
+    assert "with GT mean" in told
+    assert "LR-PSNR" not in told.splitlines()[0]
+    assert "small.png: it is smaller than 96 × 384" in told
+    assert "text.png: it is no picture" in told
+    assert type(store.load(tmp_path / "robust2")).__name__ == "LowLightFlow"
+
+
+def test_cells():
+    assert compare_report._cell(None, ".2f") == ""
+    assert compare_report._cell(math.nan, ".2f") == ""
+    assert compare_report._cell(math.inf, ".4g") == "none"
+    assert compare_report._cell(math.inf, ".2f") == "inf"
+    assert compare_report._cell(0.125, "%") == "12.5 %"
+
+
+image = torch.rand(3, 96, 384)
+WRONG = {
+    "unknown coupling": ({"couplings": ("cubic",)}, "got 'cubic'"),
+    "nothing": ({"couplings": ()}, "got none"),
+    "one picture": ({"images": [image]}, "got 1"),
+    "small": ({"images": [image, image[..., 1:]]}, r"got \(96, 383\)"),
+    "unknown task": ({"task": "deblur"}, "got 'deblur'"),
+    "no steps": ({"steps": 0}, "got 0 and 5"),
+    "same name": ({"loaded": {"affine": torch.nn.Identity()}}, "got 'affine'"),
+}
+
+
+@pytest.mark.parametrize(("options", "match"), WRONG.values(), ids=WRONG)
+def test_wrong_options(options, match):
+    with pytest.raises(ValueError, match=match):
+        compare.CompareOptions(**options)
+
+
+MISTAKES = {
+    "unknown coupling": (["--couplings", "cubic"], "invalid choice: 'cubic'"),
+    "nothing": (["--couplings"], "nothing to compare"),
+    "no steps": (["--steps", "0"], "at least 1"),
+    "absent model": (["--models", "absent"], "there is no folder absent"),
+    "absent pictures": (["--images", "absent"], "there is no folder absent"),
+    "no pictures": (["--images", "empty"], "two pictures or more"),
+    "unknown task": (["--task", "deblur"], "invalid choice: 'deblur'"),
+    "out is a file": (["--out", "file"], "--out must be a folder"),
+    "device": (["--device", "abacus"], "cannot be used here"),
+    "a model that would be lost": (
+        ["--models", "out/affine", "--couplings", "affine", "--out", "out"],
+        "would be replaced",
+    ),
+    "mistyped": (["--step", "3"], "unrecognized arguments: --step 3"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_gets_one_line_and_exit_code_2(
+    arguments, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    TASKS["superres"].build("affine", quick=True).save_pretrained(tmp_path / "out" / "affine")
+    monkeypatch.setattr(compare, "compare", lambda options: pytest.fail("it ran"))
+    code, out, errors = run(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert message in errors
+    assert errors.count("\n") == 1

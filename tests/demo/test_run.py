@@ -1,0 +1,229 @@
+r"""The demo end to end, and what it says to mistakes."""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flowguard.cli import demo as command
+from flowguard.cli import main as cli
+from flowguard.demo import report as demo_report
+from flowguard.demo import run as demo
+from flowguard.io.atomic import atomic
+
+
+def flowguard(*arguments, cwd):
+    return subprocess.run(
+        [sys.executable, "-m", "flowguard.cli.main", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+    )
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    runs = []
+    for name in ("first", "second"):
+        out = folder / name
+        runs.append((flowguard("demo", "--quick", "--steps", 12, "--out", out, cwd=folder), out))
+    return runs
+
+
+def test_the_quick_demo_writes_what_it_says(quick):
+    done, out = quick[0]
+    assert done.returncode == 0, done.stderr
+    assert "affine artefacts" in done.stdout
+    assert "bits/dim" in done.stderr  # the progress bar
+    names = {p.name for p in out.iterdir()}
+    assert {"report.html", "metrics.json", "headline.png"} <= names
+    assert {"affine.safetensors", "robust.safetensors"} <= names
+    assert not [n for n in names if n.endswith(".tmp")]
+    numbers = json.loads((out / "metrics.json").read_text())
+    panels = [n for n in names if n.startswith("panel-")]
+    assert len(panels) == len(numbers["conditions"])
+    for condition in numbers["conditions"]:
+        robust = condition["models"]["robust"]
+        assert robust["non_finite"] == 0, condition["name"]
+        assert math.isfinite(robust["max_abs"])
+        assert set(robust["ood"]) == {"level1", "level2"}
+    for name in ("affine", "robust"):
+        assert 0 < numbers["models"][name]["bits_per_dim"] < 8
+        assert numbers["models"][name]["psnr_temperature_0"] > 25
+
+
+def test_the_report_is_one_self_contained_page(quick):
+    _, out = quick[0]
+    page = (out / "report.html").read_text(encoding="utf-8")
+    sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
+    assert len(sources) == len(list(out.glob("panel-*.png")))
+    assert all(s.startswith("data:image/png;base64,") for s in sources)
+    assert "held-out photograph" in page
+
+
+def test_a_rerun_gives_the_same_numbers(quick):
+    first, second = (json.loads((out / "metrics.json").read_text()) for _, out in quick)
+    for numbers in (first, second):
+        del numbers["timing"]
+    assert first == second
+
+
+@pytest.mark.parametrize("name", ["affine", "robust"])
+def test_the_weights_load_into_the_model(quick, name):
+    _, out = quick[0]
+    model = demo.build(name, quick=True)
+    model.load_state_dict(load_file(out / f"{name}.safetensors"))
+    model.eval()
+    assert model.conditioner.calibrated
+    x = model.sample(torch.rand(1, 3, 8, 8), 1, 0.0)
+    assert torch.isfinite(x).all()
+
+
+MISTAKES = {
+    "no steps": (["--steps", "0"], "must be at least 1 and at most 1000000000; got 0"),
+    "steps in words": (["--steps", "many"], "must be a whole number; got 'many'"),
+    "unknown device": (["--device", "abacus"], "--device: 'abacus' cannot be used here"),
+    "absent device": (["--device", "cuda:99"], "--device: 'cuda:99' cannot be used here"),
+    "out is a file": (["--out", "file"], "--out must be a folder"),
+    "out below a file": (["--out", "file/below"], "--out must be a folder"),
+    "out without a value": (["--out"], "expected one argument"),
+    "unknown coupling": (["--coupling", "cubic"], "invalid choice: 'cubic'"),
+    "no threads": (["--threads", "0"], "must be at least 1"),
+    "too many threads": (["--threads", "999999999"], "at most 1024"),
+    "negative seed": (["--seed", "-1"], "must be at least 0"),
+    "huge seed": (["--seed", "9" * 23], "must be at least 0 and at most"),
+    "huge number of steps": (["--steps", "9" * 20], "must be at least 1 and at most"),
+    "device without numbers": (["--device", "meta"], "--device: 'meta' cannot be used here"),
+    "device without a build": (["--device", "hpu"], "--device: 'hpu' cannot be used here"),
+    "out is nothing": (["--out", ""], "must name a folder"),
+    "a report that is a folder": (["--out", "taken"], "is a folder, and shall become a file"),
+    "weights that are a folder": (["--out", "weights"], "is a folder, and shall become a file"),
+    "unknown task": (["--task", "night"], "invalid choice: 'night'"),
+    "mistyped option": (["--stepz", "3"], "unrecognized arguments: --stepz 3"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_gets_one_line_and_exit_code_2(
+    arguments, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "taken" / "report.html").mkdir(parents=True)
+    (tmp_path / "weights" / "robust.safetensors").mkdir(parents=True)
+    monkeypatch.setattr(demo, "run", lambda options: pytest.fail("it ran"))
+    try:
+        code = cli.main(["demo", *arguments])
+    except SystemExit as stop:
+        code = stop.code
+    told = capsys.readouterr()
+    assert code == 2
+    assert told.out == ""
+    assert message in told.err
+    assert told.err.count("\n") == 1
+    assert {p.name for p in tmp_path.iterdir()} <= {"file", "taken", "weights", "flowguard-demo"}
+    assert [p.name for p in (tmp_path / "taken").iterdir()] == ["report.html"]
+
+
+def test_a_folder_that_is_not_writable(tmp_path):
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    if os.geteuid() == 0:  # who may write everywhere but to what is no folder of a disk
+        locked = pathlib.Path("/proc/self")
+        if not locked.is_dir():
+            pytest.skip("root may write everywhere")
+    done = flowguard("demo", "--quick", "--out", locked, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "cannot write to the folder" in done.stderr
+
+
+def test_the_tasks_of_the_command_are_those_of_the_demo():
+    assert set(command.TASKS) == set(demo.TASKS)
+    with pytest.raises(ValueError, match="superres, lowlight; got 'night'"):
+        demo.DemoOptions(out=pathlib.Path(), task="night")
+
+
+def test_no_command_and_an_unknown_one(tmp_path):
+    for arguments in ((), ("dmeo",)):
+        done = flowguard(*arguments, cwd=tmp_path)
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+def test_interrupting_the_training_leaves_no_half_written_file(tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "flowguard.cli.main", "demo", "--quick", "--steps", "100000"]
+    process = subprocess.Popen([*command, "--out", out], stderr=subprocess.PIPE, cwd=tmp_path)
+    told = b""
+    deadline = time.monotonic() + 120
+    while b"bits/dim" not in told and time.monotonic() < deadline:
+        told += process.stderr.read1()
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert b"interrupted" in rest
+    assert b"Traceback" not in rest
+    assert list(pathlib.Path(out).iterdir()) == []
+
+
+def test_numbers_that_are_not_finite_are_written_as_words(tmp_path, monkeypatch):
+    """A run that goes wrong must not lose what it made."""
+    monkeypatch.setattr(demo, "CALIBRATION_CROPS", 200)
+    options = demo.DemoOptions(out=tmp_path, steps=2, quick=True, progress=False)
+    result = demo.run(options)
+    for trained in result.models.values():
+        trained.training.losses[:] = [math.nan]
+        trained.held_out.update(psnr=math.inf, bits_per_dim=math.nan)
+    files = demo_report.write(result)
+    assert all(f.is_file() for f in files)
+    numbers = json.loads((tmp_path / "metrics.json").read_text())["models"]["robust"]
+    assert (numbers["psnr"], numbers["bits_per_dim"]) == ("inf", "nan")
+
+
+def test_panels_of_an_earlier_run_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "CALIBRATION_CROPS", 200)
+    options = demo.DemoOptions(out=tmp_path, steps=2, quick=True, progress=False)
+    result = demo.run(options)
+    demo_report.write(result)
+    mine = {"panel-99-mine.png", "panel-00-held-out-photograph.txt", "notes.txt"}
+    for name in mine:
+        (tmp_path / name).write_text("mine")
+    before = {p.name for p in tmp_path.iterdir()}
+    fewer = dataclasses.replace(
+        result, conditions=result.conditions[2:], sampled=result.sampled[2:]
+    )
+    written = {p.name for p in demo_report.write(fewer)}
+    after = {p.name for p in tmp_path.iterdir()}
+    assert len([n for n in before if n.startswith("panel-")]) == len(result.conditions) + 2
+    assert after == written | mine
+    for text in ("", "[]", '{"conditions": [{"name": 3}, 4]}', '{"conditions": 5}'):
+        (tmp_path / "metrics.json").write_text(text)
+        demo_report.write(fewer)
+        assert {p.name for p in tmp_path.iterdir()} == after
+
+
+def test_a_file_is_whole_or_untouched(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("before")
+
+    def interrupted():
+        with atomic(file) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert file.read_text() == "before"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]

@@ -1,0 +1,263 @@
+r"""Tests for the migration of zuko's flows."""
+
+import copy
+import math
+from functools import partial
+
+import pytest
+import torch
+import torch.nn as nn
+
+from flowguard.bounds import certify
+from flowguard.migration import migrate
+from flowguard.migration.imitate import Rescaled, RescaledSpline
+from flowguard.ood import OODConditioner
+from flowguard.spline.invert import unconstrain
+from flowguard.transforms import RobustSpline
+
+zuko = pytest.importorskip("zuko")
+
+from flowguard.integrations.zuko import GuardedFlow, RobustNSF  # noqa: E402
+
+NICE, MAF, NSF = zuko.flows.NICE, zuko.flows.MAF, zuko.flows.NSF
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    with torch.random.fork_rng():
+        yield torch.random.manual_seed(0)
+
+
+def moons(n):
+    """Two moons, turned by the context."""
+    c = torch.randn(n, 2)
+    t = math.pi * torch.rand(n)
+    upper = torch.rand(n) < 0.5
+    x = torch.where(upper, t.cos(), 1 - t.cos()) - 0.5
+    y = torch.where(upper, t.sin(), 0.5 - t.sin()) - 0.25
+    points = torch.stack((x, y), -1) + 0.1 * torch.randn(n, 2)
+    cos, sin = c[:, 0].cos(), c[:, 0].sin()
+    turned = torch.stack(
+        (cos * points[:, 0] - sin * points[:, 1], sin * points[:, 0] + cos * points[:, 1]), -1
+    )
+    return 3 * torch.exp(0.3 * c[:, 1:]) * turned + 5, c  # away from standard units
+
+
+@pytest.fixture(scope="module")
+def trained():
+    flows = {}
+
+    def train(name):
+        if name not in flows:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                make = {"RealNVP": partial(NICE, transforms=4), "MAF": partial(MAF, transforms=3)}
+                flow = make[name](2, 2, hidden_features=(32, 32))
+                optimizer = torch.optim.Adam(flow.parameters(), 5e-3)
+                for _ in range(300):
+                    x, c = moons(256)
+                    optimizer.zero_grad()
+                    (-flow(c).log_prob(x).mean()).backward()
+                    optimizer.step()
+                flows[name] = flow
+        return flows[name]
+
+    return train
+
+
+@pytest.mark.parametrize("name", ["RealNVP", "MAF"])
+def test_a_trained_flow_becomes_robust_at_the_same_likelihood(trained, name):
+    flow = trained(name)
+    state = copy.deepcopy(flow.state_dict())
+    x, c = moons(8192)
+    robust, report = migrate(flow, x, c, steps=200, fit_steps=100)
+    x, c = moons(8192)  # pairs that the migration has not seen
+    with torch.no_grad():
+        before, after = (-f(c).log_prob(x).mean().item() for f in (flow, robust))
+    assert after < before + 0.05
+    assert not report.certificate_before.certified
+    assert report.certificate_after.certified
+    assert len(report.replaced) == len(flow.transform.transforms)
+    assert all(r.error < 0.5 for r in report.replaced)
+    assert report.nll_after is not None
+    assert report.nll_after < report.nll_swapped
+    # The given flow stays what it was.
+    for key, value in flow.state_dict().items():
+        assert torch.equal(value, state[key])
+    assert certify(flow).certified is False
+    # And the promise holds where the old flow explodes.
+    far = 1e4 * torch.randn(256, 2)
+    z = robust(far).base.sample((16,))
+    samples = robust(far).transform.inv(z)
+    assert samples.isfinite().all()
+    assert samples.abs().max() <= certify(robust).bound(z.abs().max().item())
+    assert not flow(far).sample((16,)).abs().max() < 1e4
+
+
+def test_the_swap_keeps_hidden_layers_and_imitates(trained):
+    flow = trained("RealNVP")
+    x, c = moons(4096)
+    robust, report = migrate(flow, x, c)
+    assert report.nll_after is None
+    for old, new in zip(flow.transform.transforms, robust.transform.transforms, strict=True):
+        assert type(new) is type(old)
+        assert new.hyper[-1].out_features == new.hyper.out_features == 22
+        for a, b in zip(list(old.hyper)[:-1], list(new.hyper)[:-1], strict=True):
+            for p, q in zip(a.parameters(), b.parameters(), strict=True):
+                assert torch.equal(p, q)
+    # Nearer to the old flow than splines of zero parameters, which know nothing of the context.
+    _, untaught = migrate(flow, x, c, fit_steps=0)
+    taught_gap, untaught_gap = (r.nll_swapped - r.nll_before for r in (report, untaught))
+    assert taught_gap < 0.3 * untaught_gap
+    for r, u in zip(report.replaced, untaught.replaced, strict=True):
+        assert r.error < u.error
+    z = torch.randn(4096, 2)
+    with torch.no_grad():
+        error = (flow(c).transform.inv(z) - robust(c).transform.inv(z)).abs()
+    assert error.median() < 0.1 * x.std()
+
+
+@pytest.mark.parametrize("slope", [1e-3, None])
+@pytest.mark.parametrize("kwargs", [{}, {"passes": 2, "bins": 5}])
+def test_splines_are_carried_over_exactly(kwargs, slope):
+    flow = NSF(3, 2, transforms=2, **kwargs).double()
+    x, c = 2 * torch.randn(512, 3).double(), torch.randn(512, 2).double()
+    robust, report = migrate(flow, x, c, slope=slope)
+    assert torch.allclose(robust(c).log_prob(x), flow(c).log_prob(x), atol=1e-8)
+    z = torch.randn(512, 3).double()
+    assert torch.allclose(robust(c).transform.inv(z), flow(c).transform.inv(z), atol=1e-8)
+    assert report.nll_swapped == pytest.approx(report.nll_before, abs=1e-8)
+    assert report.certificate_after.certified
+    for layer in robust.transform.transforms:
+        assert isinstance(layer.univariate(*map(torch.zeros, layer.shapes)), RobustSpline)
+
+
+def test_steep_splines_are_carried_over_as_far_as_they_may():
+    flow = NSF(2, 2, transforms=1, hidden_features=(8,))
+    with torch.no_grad():
+        flow.transform.transforms[0].hyper[-1].bias.mul_(100)
+    x, c = torch.randn(512, 2), torch.randn(512, 2)
+    robust, report = migrate(flow, x, c)
+    assert report.certificate_after.certified
+    assert robust(c).log_prob(x).isfinite().all()
+    assert robust(1e30 * c).sample().abs().max() <= 6
+
+
+@pytest.mark.parametrize("slope", [1e-3, 1e-2, None])
+@pytest.mark.parametrize("bins", [2, 3, 8])
+def test_unconstrain_gives_the_knots(bins, slope):
+    widths, heights = (torch.rand(64, bins).double() + 0.3 for _ in range(2))
+    widths, heights = (t / t.sum(-1, keepdim=True) for t in (widths, heights))
+    slopes = torch.empty(64, bins - 1).double().uniform_(0.5, 2)
+    raw = unconstrain(widths, heights, slopes, slope=slope)
+    w, h, d = (r[:, None] for r in raw)
+    spline = RobustSpline(w, h, d, bound=3.0, slope=slope)
+    knots, values = (6 * t.cumsum(-1)[:, :-1] - 3 for t in (widths, heights))
+    y, ladj = spline.call_and_ladj(knots)
+    assert torch.allclose(y, values, atol=1e-9)
+    assert torch.allclose(ladj, slopes.log(), atol=1e-7)
+
+
+def test_a_flow_without_a_context_and_other_layers():
+    rotation = zuko.transforms.RotationTransform
+    layers = [
+        zuko.flows.MaskedAutoregressiveTransform(3, 0),
+        zuko.flows.UnconditionalTransform(rotation, torch.randn(3, 3)),
+        zuko.flows.GeneralCouplingTransform(3, 0),
+    ]
+    flow = zuko.flows.Flow(layers, NICE(3, 0).base)
+    x = flow().sample((1024,))
+    robust, report = migrate(flow, x, fit_steps=50)
+    assert report.kept == ("transform.transforms.1 (UnconditionalTransform)",)
+    assert [r.name for r in report.replaced] == [
+        "transform.transforms.0",
+        "transform.transforms.2",
+    ]
+    assert robust().log_prob(x).shape == (1024,)
+    text = str(report)
+    assert "GeneralCouplingTransform[MonotonicAffineTransform]" in text
+    assert "before: not certified" in text
+    assert "after: certified" in text
+
+
+def test_one_feature_and_residual_networks():
+    x, c = torch.randn(256, 1), torch.randn(256, 2)
+    robust, report = migrate(MAF(1, 2, transforms=2), x, c, fit_steps=20)
+    assert report.certificate_after.certified
+    assert robust(c).sample().shape == (256, 1)
+    x = torch.randn(256, 4)
+    robust, report = migrate(MAF(4, 2, residual=True), x, c, fit_steps=20)
+    t = robust(c).transform
+    assert torch.allclose(t.inv(t(x)), x, atol=1e-4)
+    jacobian = torch.autograd.functional.jacobian(robust.transform.transforms[0](c[0]), x[0])
+    assert (jacobian.triu(1) == 0).all()  # still autoregressive
+
+
+def test_a_robust_flow_is_left_alone():
+    flow = RobustNSF(2, 2, transforms=1)
+    x, c = torch.randn(64, 2), torch.randn(64, 2)
+    robust, report = migrate(flow, x, c)
+    assert report.replaced == ()
+    assert torch.equal(robust(c).log_prob(x), flow(c).log_prob(x))
+    _, report = migrate(migrate(MAF(2, 2), x, c, fit_steps=5)[0], x, c)
+    assert report.replaced == ()
+    assert report.certificate_before.certified
+
+
+def test_a_guarded_flow_is_migrated_inside_its_guard():
+    guarded = GuardedFlow(NICE(2, 4), OODConditioner(nn.Linear(2, 4), policy="report"))
+    x, c = torch.randn(256, 2), torch.randn(256, 2)
+    robust, report = migrate(guarded, x, c, fit_steps=20, steps=2)
+    assert isinstance(robust, GuardedFlow)
+    assert report.certificate_after.certified
+    assert robust.training
+
+
+@pytest.mark.parametrize("make", [NICE, MAF, NSF])
+def test_save_and_load(make, tmp_path):
+    x, c = torch.randn(256, 2), torch.randn(256, 3)
+    robust, _ = migrate(make(2, 3, transforms=2).eval(), x, c, fit_steps=5)
+    assert not robust.training
+    torch.save(robust, tmp_path / "flow.pth")
+    again = torch.load(tmp_path / "flow.pth", weights_only=False)
+    assert torch.equal(again(c).log_prob(x), robust(c).log_prob(x))
+    other, _ = migrate(make(2, 3, transforms=2), 2 * x, c, fit_steps=5)
+    other.load_state_dict(robust.state_dict())
+    assert torch.equal(other(c).log_prob(x), robust(c).log_prob(x))
+    assert "RobustSpline(bins=8)" in repr(robust)
+
+
+def test_rescaled_map_and_its_bound():
+    units = torch.tensor([[1.0, -2.0], [0.5, 3.0], [0.0, 4.0], [2.0, 1.0]]).double()
+    spline = RescaledSpline(*units, bins=4)
+    f = spline(*(torch.randn(64, 2, *s).double() for s in spline.shapes))
+    assert isinstance(f, Rescaled)
+    x = 5 * torch.randn(64, 2).double()
+    x.requires_grad_()
+    y, ladj = f.call_and_ladj(x)
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    assert torch.allclose(ladj, slope.log())
+    back, back_ladj = f.inverse_and_ladj(y)
+    assert torch.allclose(back, x)
+    assert torch.allclose(back_ladj, -ladj)
+    for radius in (0.0, 1.0, 50.0):
+        extreme = spline(*(1e6 * torch.randn(512, 2, *s).double() for s in spline.shapes))
+        y = radius * torch.randn(512, 2).sign().double()
+        assert extreme.inv(y).abs().max() <= f.inverse_bound(radius)
+
+
+X = torch.randn(8, 2)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda: migrate(nn.Linear(2, 2), X), TypeError, "how to migrate Linear"),
+        (lambda: migrate(NICE(2), X[0]), ValueError, r"one row for each; got \(2,\)"),
+        (lambda: migrate(NICE(2, 3), X, torch.randn(7, 3)), ValueError, "got 7 and 8"),
+        (lambda: migrate(NICE(2), X, steps=-1), ValueError, "got -1 and 256"),
+    ],
+)
+def test_refusals(call, error, match):
+    with pytest.raises(error, match=match):
+        call()

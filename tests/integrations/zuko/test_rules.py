@@ -1,0 +1,323 @@
+r"""Certificates and attacks of zuko's flows."""
+
+import inspect
+import math
+from functools import partial
+
+import pytest
+import torch
+import torch.nn as nn
+
+from flowguard import bounds
+from flowguard.bounds import certify
+from flowguard.bounds.attack import attack, sampler
+from flowguard.transforms import CubicBSpline, RobustSpline
+
+zuko = pytest.importorskip("zuko")
+
+from flowguard.integrations.zuko import (  # noqa: E402
+    ConditionalMultiscaleTransform,
+    GuardedFlow,
+    MultiscaleFlow,
+    RobustCouplingFlow,
+    RobustNSF,
+)
+from flowguard.ood import OODConditioner  # noqa: E402
+
+RADIUS = 4.0
+T = zuko.transforms
+Constant = zuko.lazy.UnconditionalTransform
+Autoregressive = zuko.flows.autoregressive.MaskedAutoregressiveTransform
+Coupling = zuko.flows.coupling.GeneralCouplingTransform
+SPLINE = {"univariate": RobustSpline, "shapes": RobustSpline.shapes(4)}
+# What differs between the versions of zuko: the name of the affine coupling flow, the least slope
+# of its affine transform, the additive transform (from 1.5 on; UNAF and SOSPF end in one).
+AFFINE_COUPLING = getattr(zuko.flows, "RealNVP", zuko.flows.NICE)
+SLOPE = inspect.signature(T.MonotonicAffineTransform).parameters["slope"].default
+HAS_ADDITIVE = hasattr(T, "AdditiveTransform")
+
+
+def normal(features):
+    zeros, ones = torch.zeros(features), torch.ones(features)
+    return zuko.lazy.UnconditionalDistribution(
+        zuko.distributions.DiagNormal, zeros, ones, buffer=True
+    )
+
+
+def flow_of(*transforms, features=3):
+    return zuko.lazy.Flow(list(transforms), normal(features))
+
+
+def linears():
+    r"""Layers that do not depend on the condition, between others that do."""
+    shifts = [Constant(T.AdditiveTransform, torch.randn(3))] if HAS_ADDITIVE else []
+    return flow_of(
+        Constant(
+            torch.distributions.AffineTransform, torch.randn(3), 0.5 + torch.rand(3), buffer=True
+        ),
+        Autoregressive(3, 2, **SPLINE),
+        Constant(T.RotationTransform, torch.randn(3, 3)),
+        Constant(T.PermutationTransform, torch.randperm(3), buffer=True),
+        Constant(T.LULinearTransform, torch.eye(3) + 0.3 * torch.randn(3, 3)),
+        Constant(T.MonotonicAffineTransform, torch.randn(3), torch.randn(3)),
+        Autoregressive(3, 2, **SPLINE).inv,
+        *shifts,
+        Coupling(3, 2, **SPLINE),
+        Constant(T.RotationTransform, torch.randn(3, 3)).inv,
+    )
+
+
+CERTIFIED = {
+    "RobustNSF": lambda: RobustNSF(3, 2),
+    "RobustNSF(passes=2)": lambda: RobustNSF(3, 2, passes=2, shift_bound=0.3),
+    "RobustCouplingFlow": lambda: RobustCouplingFlow(3, 2, bound=2.0),
+    "MAF of splines": lambda: zuko.flows.MAF(3, 2, **SPLINE),
+    "NICE of splines": lambda: zuko.flows.NICE(3, 2, **SPLINE),
+    "published splines": lambda: zuko.flows.MAF(
+        3,
+        2,
+        univariate=partial(RobustSpline, bound=0.5, slope=None),
+        shapes=RobustSpline.shapes(2),
+    ),
+    "B-splines": lambda: zuko.flows.MAF(
+        3, 2, univariate=partial(CubicBSpline, shift_bound=1.0), shapes=CubicBSpline.shapes()
+    ),
+    "two univariates": lambda: zuko.flows.MAF(
+        3,
+        2,
+        univariate=lambda w, h, d, t: T.ComposedTransform(
+            RobustSpline(w, h, d, t, bound=1.0), RobustSpline(w, h, d, t).inv
+        ),
+        shapes=RobustSpline.shapes(4),
+    ),
+    "elementwise": lambda: flow_of(
+        zuko.flows.gaussianization.ElementWiseTransform(3, 2, **SPLINE)
+    ),
+    "circular": lambda: flow_of(
+        Constant(T.CircularShiftTransform, 3.0), RobustNSF(3, 2).transform
+    ),
+    "constant layers": linears,
+}
+
+ENDS = ("shift is free", 1.0) if HAS_ADDITIVE else ("bisection", None)
+REFUSED = {
+    "RealNVP": (lambda: AFFINE_COUPLING(3, 2), f"slope may fall to {SLOPE:.3g}", 1 / SLOPE),
+    "MAF": (lambda: zuko.flows.MAF(3, 2), f"slope may fall to {SLOPE:.3g}", 1 / SLOPE),
+    "MAF of another slope": (
+        lambda: zuko.flows.MAF(3, 2, univariate=partial(T.MonotonicAffineTransform, slope=0.1)),
+        "slope may fall to 0.1",
+        10.0,
+    ),
+    "NSF": (lambda: zuko.flows.NSF(3, 2), "NaN", 1.0),
+    "NCSF": (lambda: zuko.flows.NCSF(3, 2), "NaN", 1.0),
+    "free shifts": (lambda: RobustNSF(3, 2, shift_bound=None), "give a shift_bound", 1.0),
+    "GF": (lambda: zuko.flows.GF(3, 2), "bisection", None),
+    "NAF": (lambda: zuko.flows.NAF(3, 2), "bisection", None),
+    "UNAF": (lambda: zuko.flows.UNAF(3, 2), *ENDS),
+    "SOSPF": (lambda: zuko.flows.SOSPF(3, 2), *ENDS),
+    "BPF": (lambda: zuko.flows.BPF(3, 2), "bisection", None),
+    "CNF": (lambda: zuko.flows.CNF(3, 2), "no rule for zuko.flows.continuous.FFJ", None),
+    "GMM": (lambda: zuko.mixtures.GMM(3, 2), "no rule for zuko.mixtures.GMM", None),
+    "softclip": (lambda: flow_of(Constant(T.SoftclipTransform, 5.0)), "poles", None),
+    "singular": (
+        lambda: flow_of(Constant(T.LULinearTransform, torch.zeros(3, 3))),
+        "singular",
+        None,
+    ),
+    "torch's affine of parameters": (
+        lambda: zuko.flows.MAF(
+            3, 2, univariate=lambda a, b: torch.distributions.AffineTransform(a, b.exp())
+        ),
+        "no rule for torch.distributions.transforms.AffineTransform",
+        None,
+    ),
+}
+if HAS_ADDITIVE:
+    REFUSED["NICE"] = (
+        lambda: zuko.flows.NICE(3, 2, univariate=T.AdditiveTransform, shapes=[()]),
+        "shift is free",
+        1.0,
+    )
+
+
+def amplified(flow, factor):
+    with torch.no_grad():
+        for name, p in flow.named_parameters():
+            if "hyper" in name:
+                p.mul_(factor)
+    return flow
+
+
+def violations(flow, y, bound):
+    r"""The number of elements above the bound and of those that are NaN."""
+    z = RADIUS * (2 * torch.rand(len(y), 3, dtype=y.dtype) - 1)
+    z = torch.where(torch.rand(len(y), 1) < 0.5, z, RADIUS * z.sign())
+    with torch.no_grad():
+        x = flow(y).transform.inv(z)
+    return int((x.abs() > bound).sum()), int(x.isnan().sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("build", CERTIFIED.values(), ids=CERTIFIED)
+def test_no_sample_of_a_certified_flow_exceeds_its_bound(build, dtype):
+    for factor in (1.0, 10.0):
+        flow = amplified(build().to(dtype), factor)
+        certificate = certify(flow)
+        assert certificate.certified, certificate
+        bound = certificate.bound(RADIUS)
+        for far in (1.0, 1e3, 1e10, 1e30):
+            y = far * torch.randn(64, 2, dtype=dtype)
+            assert violations(flow, y, bound) == (0, 0), (factor, far)
+        infinite = torch.randn(64, 2, dtype=dtype).sign() * math.inf
+        # An infinite context is NaN after the first layer of an ordinary network (inf - inf);
+        # such samples are NaN, never another number above the bound.
+        assert violations(flow, infinite, bound)[0] == 0
+        assert attack(flow, y, steps=5, restarts=1).value <= bound
+
+
+@pytest.mark.parametrize(("build", "match", "gain"), REFUSED.values(), ids=REFUSED)
+def test_what_zuko_cannot_bound_is_named(build, match, gain):
+    certificate = certify(build())
+    assert not certificate.certified
+    assert certificate.bound(RADIUS) == math.inf
+    refused = certificate.refused[0]
+    assert match in refused.reason
+    assert refused.gain is None if gain is None else refused.gain == pytest.approx(gain, rel=1e-3)
+
+
+def test_infinite_contexts_are_bounded_where_the_network_takes_them():
+    class Sign(nn.Module):
+        def forward(self, x):
+            return x.clamp(-1e20, 1e20)
+
+    flow = RobustNSF(3, 2)
+    for t in flow.transform.transforms:
+        t.hyper.insert(0, Sign())
+    y = torch.randn(64, 2).sign() * math.inf
+    assert violations(flow, y, certify(flow).bound(RADIUS)) == (0, 0)
+
+
+@pytest.mark.parametrize("transforms", [1, 2, 8])
+def test_the_bound_of_a_coupling_flow_adds_up_its_shifts_where_they_act(transforms):
+    flow = RobustCouplingFlow(2, 2, transforms=transforms, bound=5.0, shift_bound=5.0)
+    certificate = certify(flow, roundoff=0.0)
+    assert certificate.bound(RADIUS) == RADIUS + 5.0 * math.ceil(transforms / 2)
+    assert certificate.growth == pytest.approx(1.0)
+    assert certificate.event_size == 2
+
+
+def test_the_bound_of_a_coupling_flow_is_reached():
+    flow = RobustCouplingFlow(2, 1, transforms=4, shift_bound=2.0)
+    with torch.no_grad():
+        for t in flow.transform.transforms:
+            t.hyper[-1].bias[-1] = -1e30  # the shift, in the transformed feature
+    x = flow(torch.zeros(1, 1)).transform.inv(torch.full((1, 2), RADIUS))
+    assert x.max().item() == pytest.approx(certify(flow).bound(RADIUS), rel=1e-5)
+
+
+def test_constant_layers_alone_give_the_gain_of_their_product():
+    a, b = torch.randn(2, 4, 4)
+    flow = flow_of(
+        Constant(T.RotationTransform, a), Constant(T.LULinearTransform, b + 4 * torch.eye(4)),
+        Constant(T.RotationTransform, a).inv, features=4,
+    )  # fmt: skip
+    matrix = torch.autograd.functional.jacobian(flow().transform.inv, torch.zeros(4))
+    gain = matrix.double().abs().sum(1).max().item()
+    assert certify(flow).growth == pytest.approx(gain, rel=1e-3)
+
+
+def test_a_layer_in_its_other_direction_is_bounded_by_what_holds_there():
+    flow = flow_of(Autoregressive(3, 2, **SPLINE).inv, Constant(T.SoftclipTransform, 2.0).inv)
+    # At most 2, then anywhere in the box of 5, then a shift of 5.
+    assert certify(flow, roundoff=0.0).bound(100.0) == 10.0
+
+
+def test_a_confidence_gives_a_radius_for_normal_noise_only():
+    assert certify(RobustNSF(3, 2)).bound(confidence=0.999999) > certify(RobustNSF(3, 2)).bound(
+        4.0
+    )
+    flow = RobustNSF(3, 2)
+    flow.base = zuko.lazy.UnconditionalDistribution(
+        zuko.distributions.BoxUniform, -torch.ones(3), torch.ones(3), buffer=True
+    )
+    with pytest.raises(ValueError, match="not standard normal"):
+        certify(flow).bound(confidence=0.5)
+    assert certify(flow).bound(1.0) == 1.0 + 3 * 5.0 or certify(flow).bound(1.0) > 16.0
+
+
+def test_image_flows_are_bounded_alone_and_composed():
+    flow = MultiscaleFlow((3, 8, 8), 2, levels=2, steps=1, hidden=8)
+    certificate = certify(flow)
+    assert certificate.certified
+    assert certificate.event_size == 192
+    assert certificate.bound(1.0) == certify(flow.transform.flow).bound(1.0)
+    composed = flow_of(
+        Constant(torch.distributions.AffineTransform, 0.0, 10.0),
+        ConditionalMultiscaleTransform((3, 8, 8), levels=2, steps=1, hidden=8),
+        Constant(torch.distributions.AffineTransform, 0.0, 0.5),
+        Constant(T.PermutationTransform, torch.randperm(192), buffer=True),
+        features=192,
+    )
+    inner = certify(composed.transform.transforms[1])
+    # Noise times two goes in, a tenth of the image comes out.
+    assert certify(composed).bound(1.0) == pytest.approx(inner.bound(2.0) / 10, rel=1e-4)
+    x = composed().transform.inv(2 * torch.rand(16, 192) - 1)
+    assert x.abs().max().item() <= certify(composed).bound(1.0)
+
+
+def test_guarded_flows_are_their_flows():
+    inner = RobustNSF(3, 4)
+    flow = GuardedFlow(inner, OODConditioner(nn.Linear(2, 4), policy="report"))
+    assert certify(flow).bound(1.0) == certify(inner).bound(1.0)
+    assert certify(flow).table()[-1].name.startswith("flow.transform.transforms.0")
+    assert attack(flow, torch.randn(4, 2), radius=1.0, steps=3).value <= certify(flow).bound(4.0)
+
+
+def test_the_attack_explodes_real_nvp_and_not_robust_couplings():
+    y = torch.zeros(8, 2)
+    values = {}
+    for name, build in (("affine", AFFINE_COUPLING), ("robust", RobustCouplingFlow)):
+        torch.manual_seed(0)
+        flow = amplified(build(2, 2, transforms=8), 4.0)
+        values[name] = attack(flow, y, radius=10.0, norm="l2", steps=50, restarts=2).value
+    assert values["affine"] > 1e5
+    assert values["robust"] <= 24.001
+
+
+def test_contexts_without_batch_of_samples_and_images_have_their_noise():
+    draw, z = sampler(RobustNSF(3, 2), torch.zeros(5, 2))
+    assert z.shape == (5, 3)
+    assert draw(z, torch.zeros(5, 2)).shape == (5, 3)
+    flow = MultiscaleFlow(3, 2, levels=1, steps=1, hidden=8)
+    y = [torch.randn(2, 2, 4, 4)]
+    assert attack(flow, y, radius=1.0, steps=2, restarts=1).sample.shape == (1, 3, 8, 8)
+
+
+def test_a_subclass_of_a_flow_that_overrides_it_is_not_covered():
+    class Louder(zuko.flows.MAF):
+        def forward(self, c=None):
+            return super().forward(c)
+
+    assert "overrides forward of Flow" in certify(Louder(3, 2, **SPLINE)).refused[0].reason
+
+    class Named(zuko.flows.MAF):
+        pass
+
+    assert certify(Named(3, 2, **SPLINE)).certified
+
+
+def test_rules_are_loaded_when_the_first_layer_is_met():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, zuko, flowguard; from flowguard.bounds import certify;"
+        "assert 'flowguard.integrations.zuko.rules' not in sys.modules;"
+        "assert not certify(zuko.flows.MAF(2, 1)).refused[0].reason.startswith('flowguard knows');"
+        "assert 'flowguard.integrations.zuko.rules' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_library_without_rules_is_named_and_not_imported():
+    assert "no rule for" in bounds.envelope(torch.distributions.ExpTransform()).reason

@@ -1,0 +1,560 @@
+r"""Models saved in folders: what comes back, and what is refused."""
+
+import copy
+import json
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from flowguard.image import maps
+from flowguard.models import (
+    LowLightEncoder,
+    LowLightFlow,
+    PyramidEncoder,
+    SuperResolutionFlow,
+    store,
+)
+from flowguard.models.store import PretrainedError
+
+COUPLINGS = {
+    "affine": "affine",
+    "reparametrized": "reparametrized",
+    "bspline": "bspline",
+    "robust": "robust",
+    "eight bins": maps.Robust(bins=8, bound=4.0, slope=None),
+    "free shift": maps.Robust(shift_bound=None),
+    "other eps": maps.Affine(eps=0.01),
+}
+
+
+def build(coupling="robust", **options):
+    torch.manual_seed(0)
+    model = SuperResolutionFlow(
+        **{"scale": 2, "levels": 2, "steps": 1, "hidden": 4, "features": 4, **options},
+        coupling=coupling,
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def guarded(model):
+    model.conditioner.alpha = 0.02
+    model.conditioner.boundary = 0.9
+    dtype = next(model.parameters()).dtype
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.conditioner.fit(torch.rand(16, 3, 8, 8, dtype=dtype), progress=False)
+        model.conditioner.calibrate(torch.rand(99, 3, 8, 8, dtype=dtype), progress=False)
+    return model.eval()
+
+
+def state_of(model):
+    return {k: (v.dtype, v.clone()) for k, v in model.state_dict().items()}
+
+
+def assert_same(first, second):
+    a, b = state_of(first), state_of(second)
+    assert list(a) == list(b)
+    for name in a:
+        assert a[name][0] == b[name][0], name
+        assert torch.equal(*(t[name][1].flatten().view(torch.uint8) for t in (a, b))), name
+    assert repr(first) == repr(second)
+    dtype = next(first.parameters()).dtype
+    lr = torch.rand(2, 3, 7, 5, dtype=dtype)
+    samples = [m.sample(lr, 2, 0.8, torch.Generator().manual_seed(1)) for m in (first, second)]
+    assert torch.equal(*samples)
+    reports = [m.conditioner.report for m in (first, second)]
+    if reports[0] is not None:
+        assert torch.equal(reports[0].p_value, reports[1].p_value)
+        for name, level in reports[0].levels.items():
+            assert level.threshold == reports[1].levels[name].threshold
+            assert torch.equal(level.map, reports[1].levels[name].map)
+
+
+@pytest.mark.parametrize("coupling", COUPLINGS.values(), ids=COUPLINGS)
+def test_everything_comes_back_bit_for_bit(coupling, tmp_path):
+    model = guarded(build(coupling))
+    model.save_pretrained(tmp_path)
+    loaded = SuperResolutionFlow.from_pretrained(tmp_path)
+    assert not loaded.training
+    assert loaded.conditioner.calibrated
+    assert_same(model, loaded)
+    # and once more, from the loaded one
+    loaded.save_pretrained(tmp_path / "again")
+    assert_same(model, store.load(tmp_path / "again"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_dtype_comes_back(dtype, tmp_path):
+    model = guarded(build().to(dtype))
+    model.save_pretrained(tmp_path)
+    assert_same(model, SuperResolutionFlow.from_pretrained(tmp_path))
+
+
+def test_options_of_the_guard_come_back(tmp_path):
+    model = build(encoder=PyramidEncoder(4, scale=2, levels=2, blocks=1))
+    fresh = type(model.conditioner)(
+        model.conditioner.encoder,
+        "shrink",
+        levels=["fine", "coarse"],
+        shrinkage=0.25,
+        statistic="max",
+    )
+    model.conditioner = fresh
+    guarded(model)
+    model.save_pretrained(tmp_path)
+    loaded = SuperResolutionFlow.from_pretrained(tmp_path).conditioner
+    assert (loaded.policy, loaded.level_names, loaded.alpha, loaded.boundary) == (
+        "shrink",
+        ["fine", "coarse"],
+        0.02,
+        0.9,
+    )
+    assert (loaded.guard.shrinkage, loaded.guard.statistic) == (0.25, "max")
+    x = torch.rand(1, 3, 8, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert torch.equal(loaded(x * 9)[0], model.conditioner(x * 9)[0])
+
+
+def test_unfitted_and_fitted_only_guards_come_back(tmp_path):
+    model = build().eval()
+    model.save_pretrained(tmp_path)
+    assert not SuperResolutionFlow.from_pretrained(tmp_path).conditioner.fitted
+    model.conditioner.fit(torch.rand(16, 3, 8, 8), progress=False)
+    model.save_pretrained(tmp_path)
+    loaded = SuperResolutionFlow.from_pretrained(tmp_path).conditioner
+    assert loaded.fitted
+    assert not loaded.calibrated
+
+
+def test_an_initialised_layer_is_not_initialised_again(tmp_path):
+    model = build().train()
+    model.nll(torch.rand(2, 3, 16, 16), torch.rand(2, 3, 8, 8))
+    model.save_pretrained(tmp_path)
+    loaded = SuperResolutionFlow.from_pretrained(tmp_path).train()
+    before = loaded.flow.steps[0][0].actnorm.bias.clone()
+    loaded.nll(5 * torch.rand(2, 3, 16, 16), torch.rand(2, 3, 8, 8))
+    assert torch.equal(loaded.flow.steps[0][0].actnorm.bias, before)
+
+
+def test_copies_can_be_saved(tmp_path):
+    model = guarded(build(maps.Robust(bins=4)))
+    for i, twin in enumerate((copy.deepcopy(model), pickle.loads(pickle.dumps(model)))):
+        twin.save_pretrained(tmp_path / str(i))
+        assert_same(model, SuperResolutionFlow.from_pretrained(tmp_path / str(i)))
+
+
+def test_loading_leaves_the_random_numbers_alone(tmp_path):
+    build().save_pretrained(tmp_path)
+    torch.manual_seed(3)
+    wanted = torch.rand(3)
+    torch.manual_seed(3)
+    SuperResolutionFlow.from_pretrained(tmp_path)
+    assert torch.equal(torch.rand(3), wanted)
+
+
+class Own(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 4, 1)
+
+    def forward(self, y):
+        y = self.conv(y)
+        return [y, torch.nn.functional.avg_pool2d(y, 2)]
+
+
+class Known(store.Recorded, Own):
+    pass
+
+
+def test_an_encoder_of_ones_own_is_given_again(tmp_path):
+    model = guarded(build(encoder=Own()))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(PretrainedError, match=r"a Own as `encoder`.*pass encoder="):
+        SuperResolutionFlow.from_pretrained(tmp_path)
+    assert_same(model, SuperResolutionFlow.from_pretrained(tmp_path, encoder=Own()))
+    with pytest.raises(PretrainedError, match="do not fit"):
+        SuperResolutionFlow.from_pretrained(tmp_path, encoder=torch.nn.Conv2d(3, 5, 1))
+    with pytest.raises(TypeError, match="'coupling' is not taken"):
+        SuperResolutionFlow.from_pretrained(tmp_path, encoder=Own(), coupling="affine")
+
+
+def test_a_recorded_encoder_is_built_again(tmp_path):
+    model = guarded(build(encoder=Known()))
+    model.save_pretrained(tmp_path)
+    assert_same(model, SuperResolutionFlow.from_pretrained(tmp_path))
+
+
+class Shadow(store.Recorded, Own):
+    """Called like one of flowguard's own."""
+
+
+Shadow.__name__ = Shadow.__qualname__ = "PyramidEncoder"
+
+
+class Optioned(store.Recorded, Own):
+    def __init__(self, first=1, **options):
+        super().__init__()
+        self.first, self.options = first, options
+
+
+def test_names_of_users_classes_do_not_collide(tmp_path):
+    store.Recorded.__init_subclass__.__func__(Shadow)  # registered under its new name
+    for i, encoder in enumerate((Shadow(), PyramidEncoder(4, scale=2, levels=2, blocks=1))):
+        model = guarded(build(encoder=encoder))
+        model.save_pretrained(tmp_path / str(i))
+        loaded = SuperResolutionFlow.from_pretrained(tmp_path / str(i))
+        assert type(loaded.conditioner.encoder) is type(encoder)
+        assert_same(model, loaded)
+
+
+def test_keywords_that_a_class_collects_come_back(tmp_path):
+    model = guarded(build(encoder=Optioned(second=2, third=[3.0, None])))
+    model.save_pretrained(tmp_path)
+    encoder = SuperResolutionFlow.from_pretrained(tmp_path).conditioner.encoder
+    assert (encoder.first, encoder.options) == (1, {"second": 2, "third": [3.0, None]})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_comes_back(dtype, tmp_path):
+    model = build().to(dtype)
+    model.save_pretrained(tmp_path)
+    found, wanted = SuperResolutionFlow.from_pretrained(tmp_path).state_dict(), model.state_dict()
+    assert all(found[k].dtype == v.dtype and torch.equal(found[k], v) for k, v in wanted.items())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    guarded(build()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def files(folder, tmp_path):
+    """A copy of a good model, to spoil."""
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    return tmp_path
+
+
+def refused(folder, match, error=PretrainedError):
+    before = {p: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    for loader in (SuperResolutionFlow.from_pretrained, store.load):
+        with pytest.raises(error, match=match) as told:
+            loader(folder)
+        assert len(str(told.value)) < 1000
+    assert {p: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_truncated_file(name, files):
+    whole = (files / name).read_bytes()
+    places = random.Random(0).sample(range(len(whole) - 2), 20)
+    for place in [0, 1, 8, *places]:
+        (files / name).write_bytes(whole[:place])
+        refused(files, "truncated")
+
+
+def test_bytes_behind_the_end(files):
+    with (files / "model.safetensors").open("ab") as file:
+        file.write(b"more")
+    refused(files, "truncated, or no safetensors")
+
+
+def test_a_foreign_safetensors(files):
+    save_file({"weight": torch.rand(3)}, files / "model.safetensors")
+    refused(files, "safetensors file of something else")
+
+
+def test_foreign_configurations(files):
+    for text in ("{}", "[]", "3", '{"model_type": "bert", "format": "x"}'):
+        (files / "config.json").write_text(text)
+        refused(files, "was not written by flowguard's save_pretrained")
+    (files / "config.json").write_text("[" * 100000)
+    refused(files, "no JSON")
+
+
+class Bomb:
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return open, (str(self.file), "w")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "pytorch_model.bin"])
+def test_a_pickle_is_never_opened(name, files, tmp_path_factory):
+    mark = tmp_path_factory.mktemp("mark") / "executed"
+    if name == "pytorch_model.bin":
+        (files / "model.safetensors").unlink()
+    for data in (pickle.dumps(Bomb(mark)), pickle.dumps(Bomb(mark), protocol=0)):
+        (files / name).write_bytes(data)
+        refused(
+            files, "pickle, which can run code" if "bin" in name else "truncated or no|no safe"
+        )
+    torch.save({"x": Bomb(mark)}, files / name)
+    refused(files, "pickle, which can run code" if "bin" in name else "truncated or no|no safe")
+    assert not mark.exists()
+
+
+def change(folder, **changes):
+    """A configuration changed in both of its places."""
+    config = {**json.loads((folder / "config.json").read_text()), **changes}
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights, folder / "model.safetensors", metadata={"flowguard": json.dumps(config)})
+
+
+def test_a_newer_version(files):
+    newer = store.FORMAT + 1
+    change(files, format=newer, flowguard="99.0")
+    refused(files, rf"format {newer}, written by flowguard 99\.0.*upgrade flowguard")
+    change(files, format=1, flowguard="0.1.0.dev0")
+    refused(files, r"format 1, written by .*: train the model, or import its checkpoint, again")
+
+
+def test_what_this_version_does_not_know(files):
+    arguments = json.loads((files / "config.json").read_text())["arguments"]
+    change(files, arguments={**arguments, "depth": 3})
+    refused(files, "do not fit.*depth")
+    change(files, arguments={**arguments, "coupling": {"type": "Quintic"}})
+    refused(files, "`coupling` is a Quintic")
+    change(files, arguments={**arguments, "coupling": {"type": "os.system", "command": "true"}})
+    refused(files, "`coupling` is a os.system")
+    change(files, arguments={**arguments, "hidden": 5})
+    refused(files, "do not fit")
+    change(files, arguments=arguments, **{"class": "Transformer"})
+    refused(files, "holds a Transformer")
+
+
+def test_files_of_two_saves(files, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    build(maps.Robust(bound=4.0)).save_pretrained(other)  # of the same shapes
+    (files / "config.json").write_bytes((other / "config.json").read_bytes())
+    refused(files, "was not saved together with")
+
+
+def test_numbers_of_another_kind(files):
+    """1.0 and true equal 1, and do not mean it."""
+    config = json.loads((files / "config.json").read_text())
+    for name, value in (("format", True), ("arguments", {**config["arguments"], "scale": 2.0})):
+        (files / "config.json").write_text(json.dumps({**config, name: value}))
+        refused(files, "was not saved together with|was not written by")
+
+
+def test_what_is_not_there(tmp_path):
+    refused(tmp_path, r"holds no config\.json")
+    with pytest.raises(PretrainedError, match="there is no folder"):
+        SuperResolutionFlow.from_pretrained(tmp_path / "absent")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PretrainedError, match="there is no folder"):
+        SuperResolutionFlow.from_pretrained(tmp_path / "file")
+
+
+def test_another_class(folder):
+    class Other(store.Pretrained, torch.nn.Module):
+        pass
+
+    with pytest.raises(PretrainedError, match=r"SuperResolutionFlow\.from_pretrained"):
+        Other.from_pretrained(folder)
+    del store.REGISTRY[store.known_as(Other)]
+
+
+def test_a_failing_save_leaves_the_earlier_one(files, monkeypatch):
+    before = {p.name: p.read_bytes() for p in files.iterdir()}
+
+    def fail(*arguments, **options):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    with pytest.raises(OSError, match="No space left"):
+        build("affine").save_pretrained(files)
+    assert {p.name: p.read_bytes() for p in files.iterdir()} == before
+
+
+def test_a_changed_model_is_not_saved(files):
+    before = {p.name: p.read_bytes() for p in files.iterdir()}
+    wider = build()
+    wider.conditioner.encoder = PyramidEncoder(4, scale=2, levels=2, blocks=5)
+    other = build()
+    other.flow.steps[0][0].coupling.map = maps.Robust(bound=7.0)
+    for model in (wider, other):
+        with pytest.raises(PretrainedError, match="changed after its construction"):
+            model.save_pretrained(files)
+    assert {p.name: p.read_bytes() for p in files.iterdir()} == before
+
+
+def test_a_file_where_the_folder_should_be(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for place in ("file", "file/below"):
+        with pytest.raises(PretrainedError, match="name a folder"):
+            build().save_pretrained(tmp_path / place)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_folder_where_a_file_should_be(name, files):
+    (files / name).unlink()
+    (files / name).mkdir()
+    before = {p.name: p.read_bytes() for p in files.iterdir() if p.is_file()}
+    with pytest.raises(PretrainedError, match=f"{name} is a folder"):
+        build().save_pretrained(files)
+    assert {p.name: p.read_bytes() for p in files.iterdir() if p.is_file()} == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of files")
+def test_a_disk_that_is_full(files):
+    """An error of the system, and the earlier files are whole."""
+    import resource
+
+    before = {p.name: p.read_bytes() for p in files.iterdir()}
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            build("affine").save_pretrained(files)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {p.name: p.read_bytes() for p in files.iterdir()} == before
+
+
+def test_a_card_of_ones_own_is_kept(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    build().save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_the_weights_say_what_they_are(folder):
+    with safe_open(folder / "model.safetensors", framework="pt") as opened:
+        config = json.loads(opened.metadata()["flowguard"])
+    assert config == json.loads((folder / "config.json").read_text())
+    assert config["class"] == "SuperResolutionFlow"
+
+
+def test_it_is_a_model_of_the_hub():
+    hub = pytest.importorskip("huggingface_hub")
+    assert issubclass(SuperResolutionFlow, hub.PyTorchModelHubMixin)
+
+
+def test_without_the_hub(tmp_path):
+    code = """
+import sys
+sys.modules["huggingface_hub"] = None
+import torch, pytest
+from flowguard.models import SuperResolutionFlow
+from flowguard.models.store import PretrainedError
+model = SuperResolutionFlow(scale=2, levels=1, steps=1, hidden=4, features=4)
+model.save_pretrained("m")
+SuperResolutionFlow.from_pretrained("m")
+for call in (lambda: model.save_pretrained("m", push_to_hub=True),
+             lambda: SuperResolutionFlow.from_pretrained("name/model")):
+    with pytest.raises((ImportError, PretrainedError), match=r"flowguard-nf\\[hub\\]"):
+        call()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert {p.name for p in (tmp_path / "m").iterdir()} == {"config.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize("coupling", ["affine", "robust"])
+def test_a_low_light_model_comes_back(coupling, tmp_path):
+    torch.manual_seed(0)
+    encoder = LowLightEncoder(features=4, growth=4, blocks=1, stacked=(0,), levels=2)
+    model = LowLightFlow(levels=2, steps=(1, 2), hidden=4, encoder=encoder, coupling=coupling)
+    guarded(model).save_pretrained(tmp_path)
+    loaded = store.load(tmp_path)
+    assert type(loaded) is LowLightFlow
+    assert_same(model, loaded)
+    with pytest.raises(PretrainedError, match=r"LowLightFlow\.from_pretrained"):
+        SuperResolutionFlow.from_pretrained(tmp_path)
+
+
+PUBLISHED = {
+    "srflow": {"coupling": "affine", "residual": False},
+    "robustnf": {"coupling": maps.Robust(bound=0.5, shift_bound=None), "noise_std": 0.05},
+    "rotations": {"coupling": "bspline", "mix": "fixed", "noise_std": 0.05, "noise_steps": [0, 1]},
+}
+
+
+@pytest.mark.parametrize("options", PUBLISHED.values(), ids=PUBLISHED)
+def test_published_architectures_come_back(options, tmp_path):
+    torch.manual_seed(0)
+    model = SuperResolutionFlow.published(
+        scale=2, levels=2, steps=1, blocks=1, stacked=(0,), hidden=4, **options
+    )
+    guarded(model).save_pretrained(tmp_path)
+    assert_same(model, SuperResolutionFlow.from_pretrained(tmp_path))
+
+
+def test_a_model_of_the_hub_is_loaded(folder, monkeypatch):
+    pytest.importorskip("huggingface_hub")
+    asked = []
+
+    def download(repo_id, filename, **options):
+        asked.append((repo_id, filename, options["revision"]))
+        return str(folder / filename)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    model = SuperResolutionFlow.from_pretrained("someone/model", revision="v1")
+    assert model.conditioner.calibrated
+    assert {a[1] for a in asked} == {"config.json", "model.safetensors"}
+    assert {(a[0], a[2]) for a in asked} == {("someone/model", "v1")}
+
+    def fail(*arguments, **options):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    with pytest.raises(PretrainedError, match=r"no folder someone/model, and .*no network"):
+        SuperResolutionFlow.from_pretrained("someone/model")
+
+
+def test_what_is_pushed_to_the_hub(tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    pushed = {}
+
+    class Api:
+        def __init__(self, token=None):
+            pass
+
+        def create_repo(self, repo_id, **options):
+            return type("Repo", (), {"repo_id": repo_id})
+
+        def upload_folder(self, *, folder_path, **options):
+            pushed.update({p.name: p.read_bytes() for p in folder_path.iterdir()})
+            return "https://example.org"
+
+    monkeypatch.setattr(hub.hub_mixin, "HfApi", Api)
+    model = guarded(build())
+    assert model.save_pretrained(tmp_path / "m", push_to_hub=True) == "https://example.org"
+    assert set(pushed) == {"config.json", "model.safetensors", "README.md"}
+    for name, data in pushed.items():
+        (tmp_path / name).write_bytes(data)
+    assert_same(model, SuperResolutionFlow.from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "coupling", [maps.Robust, partial(maps.Robust, bins=3), partial(maps.Affine, 0.01)]
+)
+def test_a_coupling_that_is_made_by_a_callable(coupling, tmp_path):
+    model = build(coupling)
+    model.save_pretrained(tmp_path)
+    again = SuperResolutionFlow.from_pretrained(tmp_path)
+    assert again.flow.steps[0][0].coupling.map == coupling()
+    for key, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value)

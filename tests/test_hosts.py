@@ -1,0 +1,158 @@
+r"""Tests for the registry of hosts."""
+
+import importlib.util
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+
+from flowguard import hosts
+from flowguard.hosts import HOSTS, PACKAGES, register, unregister
+
+ADAPTERS = [
+    host
+    for host in HOSTS
+    if hosts._available(host)  # installed, and flowguard has an adapter for it
+]
+
+
+@pytest.fixture(autouse=True)
+def clean():
+    unregister()
+    yield
+    unregister()
+
+
+def exports(host: str) -> list[tuple[ModuleType, str, type]]:
+    return list(hosts._exports(hosts._adapter(host)))
+
+
+@pytest.mark.parametrize("host", ADAPTERS)
+def test_import_of_adapter_touches_nothing(host):
+    for namespace, name, _ in exports(host):
+        assert not hasattr(namespace, name)
+
+
+@pytest.mark.parametrize("host", ADAPTERS)
+def test_register_is_idempotent_and_reversible(host):
+    before = {m: (set(vars(m)), list(getattr(m, "__all__", ()))) for m, _, _ in exports(host)}
+    register(host)
+    register(host)
+    for namespace, name, ours in exports(host):
+        assert getattr(namespace, name) is ours
+        assert list(getattr(namespace, "__all__", [name])).count(name) == 1
+    unregister(host)
+    unregister(host)
+    for m, (names, listed) in before.items():
+        assert (set(vars(m)), list(getattr(m, "__all__", ()))) == (names, listed)
+
+
+@pytest.mark.parametrize("host", ADAPTERS)
+def test_register_hides_nothing_and_then_registers_nothing(host, monkeypatch):
+    *others, (namespace, name, _) = exports(host)
+    theirs = object()
+    monkeypatch.setattr(namespace, name, theirs, raising=False)
+    with pytest.raises(RuntimeError, match=f"{name} of its own"):
+        register(host)
+    assert getattr(namespace, name) is theirs
+    for other, other_name, _ in others:
+        assert not hasattr(other, other_name)
+
+
+@pytest.mark.parametrize("host", ADAPTERS)
+def test_unregister_leaves_what_others_put_there(host, monkeypatch):
+    register(host)
+    namespace, name, _ = exports(host)[0]
+    theirs = object()
+    monkeypatch.setattr(namespace, name, theirs)
+    unregister(host)
+    assert getattr(namespace, name) is theirs
+    monkeypatch.undo()
+
+
+@pytest.mark.skipif(not ADAPTERS, reason="no host is installed")
+def test_register_without_a_name_takes_all_that_are_installed():
+    hosts.register()
+    for host in ADAPTERS:
+        for namespace, name, ours in exports(host):
+            assert getattr(namespace, name) is ours
+    hosts.unregister()
+    for host in ADAPTERS:
+        for namespace, name, _ in exports(host):
+            assert not hasattr(namespace, name)
+
+
+@pytest.mark.parametrize("call", [register, unregister, hosts.register, hosts.unregister])
+def test_unknown_host(call):
+    with pytest.raises(
+        ValueError, match="one of nflows, normflows, zuko, or None; got 'zucchini'"
+    ):
+        call("zucchini")
+
+
+def run(code: str) -> None:
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_without_the_host_the_error_names_the_pip_command(host):
+    run(
+        f"""
+import sys
+for package in {PACKAGES.get(host, (host,))!r}:
+    sys.modules[package] = None  # what the import system sees of a package that is not there
+import flowguard
+from flowguard.hosts import register, unregister
+unregister()
+unregister({host!r})
+try:
+    register({host!r})
+except ImportError as error:
+    assert 'pip install "flowguard-nf[{host}]"' in str(error) or "no adapter" in str(error), error
+else:
+    raise SystemExit("no error")
+"""
+    )
+
+
+def test_without_any_host():
+    run(
+        f"""
+import sys
+for host in {(*HOSTS, *PACKAGES["nflows"])!r}:
+    sys.modules[host] = None
+from flowguard.hosts import register
+try:
+    register()
+except ImportError as error:
+    assert "pip install" in str(error), error
+else:
+    raise SystemExit("no error")
+"""
+    )
+
+
+def test_import_of_flowguard_imports_no_host():
+    run(
+        f"""
+import sys
+import flowguard, flowguard.integrations, flowguard.hosts
+assert not any(host in sys.modules for host in {HOSTS!r})
+"""
+    )
+
+
+@pytest.mark.skipif(importlib.util.find_spec("glasflow") is None, reason="glasflow is missing")
+def test_the_fork_in_glasflow_stands_in_for_nflows():
+    run(
+        """
+import sys
+sys.modules["nflows"] = None
+import flowguard, glasflow.nflows.transforms as host
+flowguard.register("nflows")
+assert issubclass(host.RobustSplineCouplingTransform, host.coupling.CouplingTransform)
+flowguard.unregister()
+assert not hasattr(host, "RobustSplineCouplingTransform")
+"""
+    )
