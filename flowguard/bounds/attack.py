@@ -2,18 +2,17 @@ r"""The attack: gradient ascent on condition and noise, to make a sample as larg
 
 __all__ = ["Attack", "Sampler", "attack", "sampler"]
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import singledispatch
 from typing import Any
 
 import torch
-import torch.nn as nn
 from torch import Generator, Tensor
 
 from flowguard.hosts import load
+from flowguard.numerics import evaluation_mode
 
 #: A tensor, or a list of tensors of one batch, as the latents of a multiscale flow.
 Tensors = Any
@@ -128,7 +127,7 @@ def attack(
     ball = Ball([t.detach() for t in _listed(context)], radius, norm)
     best = Attack(-math.inf, context, latents, torch.empty(0), torch.empty(0))
     traces = []
-    with _evaluation(model):
+    with evaluation_mode(model):
         for restart in range(restarts):
             y = ball.random(generator) if restart else ball.center
             z = [noise * _uniform(t, generator) for t in _listed(latents)]
@@ -242,18 +241,6 @@ def _listed(tensors: Tensors) -> list[Tensor]:
 
 def _like(example: Tensors, tensors: list[Tensor]) -> Tensors:
     return tensors[0] if isinstance(example, Tensor) else tensors
-
-
-@contextlib.contextmanager
-def _evaluation(model: Any) -> Iterator[None]:
-    modes = [(m, m.training) for m in model.modules()] if isinstance(model, nn.Module) else []
-    for module, _ in modes:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _check(radius: float | None, norm: str, noise: float, steps: int, restarts: int) -> None:

@@ -21,6 +21,7 @@ from flowguard.image.maps import (
     elementwise,
 )
 from flowguard.image.ready import Ready, last_layers
+from flowguard.numerics import repeat_rows
 
 #: The rows and the columns of a tile that are wanted; the others are there for the convolutions.
 Inner = tuple[slice, slice]
@@ -307,17 +308,3 @@ def fit_noise(noise: Tensor, channels: int, context: Tensor) -> Tensor:
             f" got {noise.shape[0]}"
         )
     return noise.expand(rows, channels, *size)
-
-
-def repeat_rows(t: Tensor, x: Tensor) -> Tensor:
-    r"""Repeats the batch of `t` until it has the rows of `x`."""
-    if t.shape[0] == x.shape[0]:
-        return t
-    if t.shape[0] == 0 or x.shape[0] % t.shape[0]:
-        raise ValueError(
-            "the batch must be a multiple of the contexts' number;"
-            f" got a batch of {x.shape[0]} and {t.shape[0]} contexts"
-        )
-    if t.shape[0] == 1:
-        return t.expand(x.shape[0], *t.shape[1:])
-    return t.repeat(x.shape[0] // t.shape[0], *(1,) * (t.dim() - 1))

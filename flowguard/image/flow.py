@@ -2,7 +2,6 @@ r"""The conditional multiscale flow."""
 
 __all__ = ["ConditionalMultiscaleFlow", "cut", "published_flow"]
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, cast
 
@@ -17,6 +16,7 @@ from flowguard.image.maps import Coupling
 from flowguard.image.ready import PixelMaps, mixes
 from flowguard.image.split import Split
 from flowguard.image.steps import FlowStep, TransitionStep
+from flowguard.numerics import cut, normal_log_prob
 
 
 class LevelCondition(NamedTuple):
@@ -29,9 +29,6 @@ class LevelCondition(NamedTuple):
 
 Conditions = list[LevelCondition]
 Context = Sequence[Tensor] | Conditions
-
-#: What contexts are cut at: infinite ones would become NaN (∞ - ∞) in the convolutions.
-FARTHEST = 1e20
 
 
 class ConditionalMultiscaleFlow(nn.Module):
@@ -362,14 +359,7 @@ class ConditionalMultiscaleFlow(nn.Module):
             context: The context maps, or what :meth:`condition` made of them.
         """
         latents, ladj = self(x, context)
-        return ladj + sum(
-            (-0.5 * (z.square() + math.log(2 * math.pi))).flatten(1).sum(1) for z in latents
-        )
-
-
-def cut(context: Tensor) -> Tensor:
-    farthest = min(FARTHEST, torch.finfo(context.dtype).max)
-    return context.clamp(-farthest, farthest)
+        return ladj + normal_log_prob(latents)
 
 
 def published_flow(

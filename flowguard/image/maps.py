@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from flowguard import transforms
+from flowguard.numerics import sum_rows
 from flowguard.spline import autograd
 
 
@@ -320,5 +321,4 @@ def apply(
     if not ladj:
         return (f.inv(x) if inverse else f(x)), x.new_full((), math.nan)
     y, each = f.inverse_and_ladj(x) if inverse else f.call_and_ladj(x)
-    # The log-determinant of an image is a sum of 10^5 numbers and more.
-    return y, each.flatten(1).sum(1, dtype=torch.promote_types(each.dtype, torch.float32))
+    return y, sum_rows(each)

@@ -7,7 +7,6 @@ changes where it was on the calibration data.
 
 __all__ = ["ImageSurgeon"]
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +23,7 @@ from flowguard.migration.imitate import Affine as AffineMap
 from flowguard.migration.imitate import AnyTransform, RescaledSpline
 from flowguard.migration.inscribe import FAITHFUL, InscribedAffine
 from flowguard.migration.surgeon import Site, Surgeon, surgeon
+from flowguard.numerics import normal_log_prob
 from flowguard.transforms import Univariate
 
 PIXELS = 4096  # of those that a layer was asked for, how many are kept
@@ -194,9 +194,7 @@ class ImageSurgeon(Surgeon):
 
     def log_prob(self, x: Tensor, context: Any) -> Tensor:
         latents, ladj = self._latents(x, context)
-        return ladj + sum(
-            (-0.5 * (z.square() + math.log(2 * math.pi))).flatten(1).sum(1) for z in latents
-        )
+        return ladj + normal_log_prob(latents)
 
     def sites(self) -> list[Site]:
         found: list[Site] = []

@@ -7,9 +7,10 @@ import torch.nn as nn
 from torch import Tensor
 
 from flowguard.functional import bounded
-from flowguard.image.coupling import Inner, crop, repeat_rows
+from flowguard.image.coupling import Inner, crop
 from flowguard.image.layers import ZeroConv2d
 from flowguard.migration.inscribe import saturate
+from flowguard.numerics import repeat_rows
 
 
 class Split(nn.Module):

@@ -22,7 +22,7 @@ from flowguard.bounds.certificate import certify
 from flowguard.migration.imitate import SMALLEST, RescaledSpline, compare, imitate, units
 from flowguard.migration.report import Migration, Replacement, SampleError
 from flowguard.migration.surgeon import Site, Surgeon, surgeon
-from flowguard.ood.embeddings import evaluating
+from flowguard.numerics import evaluating
 from flowguard.transforms import SHIFT_BOUND
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -11,7 +11,6 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from flowguard.image.coupling import repeat_rows
 from flowguard.image.flow import Conditions, published_flow
 from flowguard.image.layers import Squeeze
 from flowguard.image.maps import Coupling, Elementwise
@@ -35,6 +34,7 @@ from flowguard.models.checkpoints import (
 )
 from flowguard.models.encoders.lowlight import LowLightEncoder, color_map
 from flowguard.models.store import Pretrained
+from flowguard.numerics import normal_log_prob, repeat_rows
 from flowguard.ood import OODConditioner
 
 BITS = ("dim", "pixel")
@@ -293,7 +293,7 @@ class LowLightFlow(Pretrained, nn.Module):
         (z,) = latents
         if self.training:
             z = self._mixed(z, condition.mean, high)
-        log_prob = ladj - 0.5 * (z.square() + math.log(2 * math.pi)).flatten(1).sum(1)
+        log_prob = ladj + normal_log_prob(z)
         bits = -log_prob / (math.log(2) * math.prod(z.shape[1:]))
         if dequantize:
             bits = bits + math.log2(levels - 1)

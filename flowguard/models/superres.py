@@ -14,7 +14,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowguard.image.coupling import repeat_rows
 from flowguard.image.flow import (
     ConditionalMultiscaleFlow,
     Conditions,
@@ -42,6 +41,7 @@ from flowguard.models.checkpoints import (
 from flowguard.models.encoders.pyramid import PyramidEncoder
 from flowguard.models.encoders.rrdb import RRDBEncoder
 from flowguard.models.store import Pretrained
+from flowguard.numerics import normal_log_prob, repeat_rows
 from flowguard.ood import OODConditioner
 
 BITS = ("dim", "pixel")
@@ -323,9 +323,7 @@ class SuperResolutionFlow(Pretrained, nn.Module):
         if self.noise_std is not None and self.training and isinstance(lr, Tensor):
             hr, lr = self._with_noise(hr, lr, self.noise_std)
         latents, ladj = self.encode(hr, lr)
-        log_prob = ladj + sum(
-            (-0.5 * (z.square() + math.log(2 * math.pi))).flatten(1).sum(1) for z in latents
-        )
+        log_prob = ladj + normal_log_prob(latents)
         dims = sum(math.prod(z.shape[1:]) for z in latents)
         bits = -log_prob / (math.log(2) * dims)
         if dequantize:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
+from flowguard.numerics import evaluating
 from flowguard.ood import recording
 from flowguard.ood.embeddings import (
     Selector,
     contexts,
     device_of,
-    evaluating,
     to_levels,
     with_levels,
 )

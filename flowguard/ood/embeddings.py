@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-__all__ = ["Selector", "contexts", "device_of", "evaluating", "to_levels", "with_levels"]
+__all__ = ["Selector", "contexts", "device_of", "to_levels", "with_levels"]
 
 Selector = int | str | Callable[[Any], Tensor] | None
 
@@ -113,17 +112,3 @@ def device_of(module: nn.Module | None) -> torch.device | None:
     if module is None:
         return None
     return next((t.device for t in (*module.parameters(), *module.buffers())), None)
-
-
-@contextmanager
-def evaluating(module: nn.Module | None) -> Iterator[None]:
-    r"""Evaluation mode and no gradients within, every module's own mode back afterwards."""
-    modules = [m for m in module.modules() if m.training] if module is not None else []
-    try:
-        for m in modules:
-            m.training = False
-        with torch.no_grad():
-            yield
-    finally:
-        for m in modules:
-            m.training = True

@@ -14,9 +14,10 @@ from typing import Any, Literal, Self
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from flowguard.numerics import evaluating
 from flowguard.ood import recording
 from flowguard.ood.conditioner import OODConditioner
-from flowguard.ood.embeddings import Selector, contexts, device_of, evaluating, to_levels
+from flowguard.ood.embeddings import Selector, contexts, device_of, to_levels
 from flowguard.ood.fingerprint import Seal, fingerprint
 from flowguard.ood.gaussian import Shrinkage
 from flowguard.ood.levels import LevelSet, Statistic

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flowguard.numerics import cut
+
 from .host import part
-from .spline import SplineHead, check_floating, check_positive, check_tails, cut, map_of
+from .spline import SplineHead, check_floating, check_positive, check_tails, map_of
 
 __all__ = ["MaskedRobustSplineAutoregressiveTransform"]
 

@@ -2,11 +2,12 @@ r"""The base of image flows in nflows' terms, for images of any size."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from flowguard.numerics import normal_log_prob
 
 from .host import part
 from .image import ConditionalMultiscaleTransform
@@ -61,7 +62,7 @@ class MultiscaleNormal(Distribution):
                 f"with this context, latents must have shape (N, {size});"
                 f" got {tuple(inputs.shape)}"
             )
-        return -0.5 * inputs.square().sum(1) - 0.5 * size * math.log(2 * math.pi)
+        return normal_log_prob(inputs)
 
     def _sample(self, num_samples: int, context: Tensor | None) -> Tensor:
         size = self.latent_size(context)

@@ -10,9 +10,10 @@ import torch.nn as nn
 from torch import Tensor
 
 from flowguard.image import Robust
+from flowguard.numerics import cut
 
 from .host import part
-from .spline import SplineHead, check_floating, check_tails, cut, map_of, run
+from .spline import SplineHead, check_floating, check_tails, map_of, run
 
 __all__ = ["RobustSplineCDF", "RobustSplineCouplingTransform"]
 

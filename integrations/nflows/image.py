@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowguard.image import ActNorm, InvertibleConv1x1, OrthogonalConv1x1
+from flowguard.numerics import cut
 
 from .coupling import RobustSplineCouplingTransform
 from .host import part
 from .maps import unpack_maps
-from .spline import check_positive, cut
+from .spline import check_positive
 
 __all__ = ["ConditionalMultiscaleTransform", "RobustFlowStep"]
 

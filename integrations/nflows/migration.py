@@ -6,7 +6,6 @@ its fork in glasflow are met alike, and neither is imported for the other's sake
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 from flowguard.migration import Site, Surgeon, holder
 from flowguard.migration.imitate import Affine, AnyTransform, RescaledSpline
 from flowguard.migration.inscribe import InscribedAffine, InscribedShift
+from flowguard.numerics import normal_log_prob
 
 from .host import CANDIDATES, HOST, part
 from .migrated import (
@@ -273,8 +273,7 @@ class _NFlows(Surgeon):
             )
         # A lone transform is taken to standard normal noise.
         z, ladj = model(x, context)
-        z = z.flatten(1)
-        return ladj - 0.5 * (z.square().sum(1) + z.shape[1] * math.log(2 * math.pi))
+        return ladj + normal_log_prob(z)
 
     def sites(self) -> list[Site]:
         return [

@@ -11,21 +11,17 @@ import torch.nn as nn
 from torch import Tensor
 
 from flowguard.image import Robust
+from flowguard.numerics import sum_rows
 from flowguard.transforms import Univariate
 
 __all__ = [
-    "FARTHEST",
     "SplineHead",
     "check_floating",
     "check_positive",
     "check_tails",
-    "cut",
     "map_of",
     "run",
 ]
-
-#: What contexts are cut at: infinite ones would become NaN (∞ - ∞) in any network.
-FARTHEST = 1e20
 
 #: How much faster a gain learns than the network behind it. Without it, a coupling that starts
 #: from a gain of zero lags behind one that starts from a last layer of zeros.
@@ -87,19 +83,10 @@ def check_floating(inputs: Any) -> None:
         raise TypeError(f"the inputs must be a floating point tensor; got {given}")
 
 
-def cut(context: Any) -> Any:
-    r"""Cuts a context at :math:`\pm 10^{20}`, so that infinite ones are finite. NaN stays NaN."""
-    if not isinstance(context, Tensor) or not context.is_floating_point():
-        return context
-    farthest = min(FARTHEST, torch.finfo(context.dtype).max)
-    return context.clamp(-farthest, farthest)
-
-
 def run(f: Univariate, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     r"""Applies a univariate map; returns the output and `ladj` with shape :math:`(N)`."""
     y, ladj = f.inverse_and_ladj(x) if inverse else f.call_and_ladj(x)
-    # The log-determinant of an image is a sum of 10^5 numbers and more.
-    return y, ladj.flatten(1).sum(1, dtype=torch.promote_types(ladj.dtype, torch.float32))
+    return y, sum_rows(ladj)
 
 
 class SplineHead(nn.Module):

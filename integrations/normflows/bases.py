@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flowguard.functional import bounded
 from flowguard.image import ZeroConv2d
-from flowguard.image.coupling import repeat_rows
+from flowguard.numerics import normal_log_prob, repeat_rows
 
 from .context import check_sizes, context_like
 
@@ -155,8 +155,7 @@ class GaussianPrior(BaseDistribution):
     def _log_density(self, eps: Tensor, logs: Tensor) -> Tensor:
         if self.temperature is not None:
             logs = logs + (math.log(self.temperature) if self.temperature > 0 else -math.inf)
-        out = -0.5 * (eps.square() + math.log(2 * math.pi)) - logs
-        return out.flatten(1).sum(1)
+        return normal_log_prob(eps) - logs.expand_as(eps).flatten(1).sum(1)
 
 
 def from_noise(base: Any, noise: Tensor, told: Mapping[str, Any]) -> Tensor:

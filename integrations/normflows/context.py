@@ -11,17 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowguard.image.coupling import repeat_rows
-from flowguard.image.flow import FARTHEST
+from flowguard.numerics import cut, repeat_rows, sum_rows
 from flowguard.transforms import AdditiveTransform, RobustSpline, Univariate
 
 __all__ = [
     "Constructor",
     "additive_map",
     "context_like",
-    "cut",
     "robust_map",
-    "sum_rows",
+    "total",
     "unpack",
 ]
 
@@ -93,11 +91,13 @@ def unpack(univariate: Constructor, shapes: Sequence[tuple[int, ...]], raw: Tens
     return univariate(*(p.movedim(2, -1) if shape else p.squeeze(2) for p, shape in parts))
 
 
-def sum_rows(ladj: Tensor) -> Tensor:
-    r"""Sums over all but the batch, in float32 at least."""
-    return (
-        ladj.flatten(1).sum(1, dtype=torch.promote_types(ladj.dtype, torch.float32)).to(ladj.dtype)
-    )
+def total(ladj: Tensor) -> Tensor:
+    r"""Returns the log-determinant of each row in the dtype of its elements, as the host does.
+
+    Arguments:
+        ladj: That of each element, with shape :math:`(B, *)`.
+    """
+    return sum_rows(ladj).to(ladj.dtype)
 
 
 def context_like(z: Tensor, context: Tensor | None, channels: int | None) -> Tensor | None:
@@ -146,15 +146,3 @@ def context_like(z: Tensor, context: Tensor | None, channels: int | None) -> Ten
                 f" or one position for all; got {tuple(context.shape[2:])}"
             )
     return repeat_rows(cut(context), z)
-
-
-def cut(context: Tensor) -> Tensor:
-    r"""Cuts a context at :math:`\pm 10^{20}`: infinite ones would make NaN (:math:`\infty - \infty`).
-
-    Arguments:
-        context: The context; what is not floating point is returned as it is.
-    """
-    if not context.is_floating_point():
-        return context
-    farthest = min(FARTHEST, torch.finfo(context.dtype).max)
-    return context.clamp(-farthest, farthest)

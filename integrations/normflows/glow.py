@@ -23,7 +23,7 @@ from .context import (
     check_sizes,
     context_like,
     robust_map,
-    sum_rows,
+    total,
     unpack,
 )
 
@@ -130,12 +130,12 @@ class RobustCouplingBlock(Flow):
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         kept, changed = self.split(z)
         changed, ladj = self._map(z, kept, context).inverse_and_ladj(changed)
-        return self.merge(kept, changed), sum_rows(ladj)
+        return self.merge(kept, changed), total(ladj)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         kept, changed = self.split(z)
         changed, ladj = self._map(z, kept, context).call_and_ladj(changed)
-        return self.merge(kept, changed), sum_rows(ladj)
+        return self.merge(kept, changed), total(ladj)
 
 
 class LUConv1x1(nn.Module):

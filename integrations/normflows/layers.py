@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flowguard.transforms import SHIFT_BOUND, Univariate
 
-from .context import check_sizes, context_like, robust_map, sum_rows, unpack
+from .context import check_sizes, context_like, robust_map, total, unpack
 
 __all__ = ["RobustSplineAutoregressive", "RobustSplineCoupling"]
 
@@ -157,18 +157,18 @@ class RobustSplineCoupling(Flow):
         if (own := self._own) is not None:
             kept, own_ladj = own.inverse_and_ladj(kept)
         changed, ladj = self._splines(kept, context).inverse_and_ladj(changed)
-        total = sum_rows(ladj) if own_ladj is None else sum_rows(ladj) + sum_rows(own_ladj)
-        return self._merge(kept, changed), total
+        log_det = total(ladj) if own_ladj is None else total(ladj) + total(own_ladj)
+        return self._merge(kept, changed), log_det
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         kept, changed = self._split(z)
         context = context_like(z, context, self.context_channels)
         changed, ladj = self._splines(kept, context).call_and_ladj(changed)
-        total = sum_rows(ladj)
+        log_det = total(ladj)
         if (own := self._own) is not None:
             kept, ladj = own.call_and_ladj(kept)
-            total = total + sum_rows(ladj)
-        return self._merge(kept, changed), total
+            log_det = log_det + total(ladj)
+        return self._merge(kept, changed), log_det
 
 
 class RobustSplineAutoregressive(Flow):
@@ -265,13 +265,13 @@ class RobustSplineAutoregressive(Flow):
         x = torch.zeros_like(z)
         for _ in range(self.features):  # each pass gets one more feature right
             x, ladj = self._splines(x, context).inverse_and_ladj(z)
-        return x, sum_rows(ladj)
+        return x, total(ladj)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         _check_input(z, self.features)
         context = context_like(z, context, self.context_channels)
         out, ladj = self._splines(z, context).call_and_ladj(z)
-        return out, sum_rows(ladj)
+        return out, total(ladj)
 
 
 def _check_input(z: Tensor, features: int) -> None:

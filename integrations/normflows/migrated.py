@@ -32,10 +32,9 @@ from torch.nn import functional as F
 from flowguard.bounds import Envelope, Scale, Step, conditional, constant, envelope, rule, within
 from flowguard.migration.imitate import Rescaled
 from flowguard.migration.inscribe import InscribedAffine, InscribedShift
+from flowguard.numerics import cut
 from flowguard.spline.invert import unconstrain_softmax
 from flowguard.transforms import RobustSpline
-
-from .context import cut
 
 __all__ = [
     "CarriedAutoregressiveSpline",

@@ -37,6 +37,7 @@ from normflows.flows.neural_spline.coupling import (
 from torch import Tensor
 
 from flowguard.migration import Site, Surgeon, holder, surgeon
+from flowguard.numerics import normal_log_prob
 
 from .adapter import ContextAdapter
 from .migrated import (
@@ -138,8 +139,7 @@ class _Normflows(Surgeon):
             )
         # A lone layer is taken to standard normal noise.
         z, ladj = model.inverse(x) if context is None else model.inverse(x, context)
-        z = z.flatten(1)
-        return ladj - 0.5 * (z.square().sum(1) + z.shape[1] * math.log(2 * math.pi))
+        return ladj + normal_log_prob(z)
 
     def sites(self) -> list[Site]:
         return [

@@ -17,12 +17,11 @@ from normflows.flows import Flow, Squeeze
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flowguard.image.coupling import repeat_rows
 from flowguard.io.atomic import atomic
+from flowguard.numerics import cut, repeat_rows
 
 from .adapter import accepts, route, run
 from .bases import from_noise
-from .context import cut
 
 __all__ = ["ConditionalMultiscaleFlow", "Context"]
 

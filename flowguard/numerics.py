@@ -1,0 +1,141 @@
+r"""What several wings need to compute."""
+
+__all__ = [
+    "FARTHEST",
+    "cut",
+    "evaluating",
+    "evaluation_mode",
+    "normal_log_prob",
+    "repeat_rows",
+    "sum_rows",
+]
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+#: What contexts are cut at: infinite ones would become NaN (∞ - ∞) in the networks.
+FARTHEST = 1e20
+
+
+def cut(context: Any) -> Any:
+    r"""Cuts a context at :math:`\pm 10^{20}`, so that infinite ones are finite. NaN stays NaN.
+
+    Arguments:
+        context: The context. What is no floating point tensor is returned as it is.
+
+    Example:
+        >>> cut(torch.tensor([-torch.inf, 2.0]))
+        tensor([-1.0000e+20,  2.0000e+00])
+    """
+    if not isinstance(context, Tensor) or not context.is_floating_point():
+        return context
+    farthest = min(FARTHEST, torch.finfo(context.dtype).max)
+    return context.clamp(-farthest, farthest)
+
+
+def repeat_rows(t: Tensor, x: Tensor) -> Tensor:
+    r"""Repeats the batch of a tensor until it has as many rows as another.
+
+    Arguments:
+        t: The tensor, with shape :math:`(B, *)`.
+        x: The other one, with :math:`n B` rows. Its row :math:`i` belongs to row
+            :math:`i \bmod B` of `t`.
+
+    Raises:
+        ValueError: If the number of rows of `x` is no multiple of that of `t`.
+
+    Example:
+        >>> repeat_rows(torch.tensor([1, 2]), torch.zeros(4))
+        tensor([1, 2, 1, 2])
+    """
+    if t.shape[0] == x.shape[0]:
+        return t
+    if t.shape[0] == 0 or x.shape[0] % t.shape[0]:
+        raise ValueError(
+            "the batch must be a multiple of the contexts' number;"
+            f" got a batch of {x.shape[0]} and {t.shape[0]} contexts"
+        )
+    if t.shape[0] == 1:
+        return t.expand(x.shape[0], *t.shape[1:])
+    return t.repeat(x.shape[0] // t.shape[0], *(1,) * (t.dim() - 1))
+
+
+def sum_rows(ladj: Tensor) -> Tensor:
+    r"""Sums over all but the batch, in float32 at least, and returns that precision.
+
+    The log-determinant of an image is a sum of :math:`10^5` numbers and more.
+
+    Arguments:
+        ladj: The numbers, with shape :math:`(B, *)`.
+
+    Example:
+        >>> sum_rows(torch.ones(2, 300, dtype=torch.bfloat16))
+        tensor([300., 300.])
+    """
+    return ladj.flatten(1).sum(1, dtype=torch.promote_types(ladj.dtype, torch.float32))
+
+
+def normal_log_prob(latents: Tensor | Sequence[Tensor]) -> Tensor:
+    r"""Returns the standard normal log-density of each row, in nats.
+
+    Arguments:
+        latents: The rows, with shape :math:`(B, *)`; or a list of such parts of each row.
+
+    Example:
+        >>> normal_log_prob(torch.zeros(1, 2))
+        tensor([-1.8379])
+    """
+    parts = [latents] if isinstance(latents, Tensor) else latents
+    terms = ((-0.5 * (z.square() + math.log(2 * math.pi))).flatten(1).sum(1) for z in parts)
+    total = next(terms)
+    for term in terms:
+        total = total + term
+    return total
+
+
+@contextmanager
+def evaluation_mode(module: Any) -> Iterator[None]:
+    r"""Evaluation mode within, every module's own mode back afterwards.
+
+    Arguments:
+        module: The module. Nothing is done for what is none.
+
+    Example:
+        >>> layer = torch.nn.Dropout()
+        >>> with evaluation_mode(layer):
+        ...     layer.training
+        False
+        >>> layer.training
+        True
+    """
+    modules = module.modules() if isinstance(module, nn.Module) else ()
+    training = [m for m in modules if m.training]
+    try:
+        for m in training:
+            m.training = False
+        yield
+    finally:
+        for m in training:
+            m.training = True
+
+
+@contextmanager
+def evaluating(module: Any) -> Iterator[None]:
+    r"""The same as :func:`evaluation_mode`, and no gradients.
+
+    Arguments:
+        module: The module. Gradients are off also for what is none.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 2)
+        >>> with evaluating(layer):
+        ...     layer(torch.zeros(1, 2)).requires_grad
+        False
+    """
+    with evaluation_mode(module), torch.no_grad():
+        yield
