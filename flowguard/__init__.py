@@ -1,13 +1,5 @@
 r"""Robust conditional normalizing flows, and a warning where the condition is unknown."""
 
-from flowguard import bounds, functional, image, models, ood, transforms
-from flowguard._version import __version__
-from flowguard.bounds import Certificate, attack, certify
-from flowguard.hosts import register, unregister
-from flowguard.migration import Migration, migrate
-from flowguard.ood import OODConditioner, OODContextError, OODContextWarning, monitor
-from flowguard.transforms import RobustSpline
-
 __all__ = [
     "Certificate",
     "Migration",
@@ -29,3 +21,41 @@ __all__ = [
     "transforms",
     "unregister",
 ]
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from flowguard import functional, transforms
+from flowguard._version import __version__
+from flowguard.hosts import register, unregister
+from flowguard.transforms import RobustSpline
+
+if TYPE_CHECKING:
+    from flowguard import bounds, image, models, ood
+    from flowguard.bounds.attack import attack
+    from flowguard.bounds.certificate import Certificate, certify
+    from flowguard.migration import Migration, migrate
+    from flowguard.ood import OODConditioner, OODContextError, OODContextWarning, monitor
+
+#: The wings that are imported when they are first asked for, and the names of theirs that are ours.
+_LATER = {
+    "bounds": ("Certificate", "attack", "certify"),
+    "image": (),
+    "migration": ("Migration", "migrate"),
+    "models": (),
+    "ood": ("OODConditioner", "OODContextError", "OODContextWarning", "monitor"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "persistence":  # as `flowguard.models.store` was called
+        return import_module(f"{__name__}.models.store")
+    for wing, names in _LATER.items():
+        if name == wing or name in names:
+            module = import_module(f"{__name__}.{wing}")
+            return module if name == wing else getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -55,9 +55,10 @@ def test_the_wheel_holds_what_it_should(wheel):
     for package in PYPROJECT["tool"]["setuptools"]["packages"]:
         assert package.replace(".", "/") + "/__init__.py" in files
     assert "flowguard/py.typed" in files
-    sources = {f"flowguard/{p.name}" for p in (ROOT / "flowguard").glob("*.py")}
-    sources |= {f"flowguard/integrations/{p.name}" for p in (ROOT / "integrations").glob("*.py")}
-    assert sources <= files
+    roots = {"flowguard": ROOT / "flowguard", "flowguard/integrations": ROOT / "integrations"}
+    for package, root in roots.items():
+        sources = {f"{package}/{p.relative_to(root).as_posix()}" for p in root.rglob("*.py")}
+        assert sources <= files
 
 
 def test_importing_flowguard_imports_no_host_and_no_optional_package():
@@ -70,6 +71,34 @@ def test_importing_flowguard_imports_no_host_and_no_optional_package():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/"
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_importing_flowguard_loads_no_wing_that_is_not_asked_for():
+    code = (
+        "import sys, flowguard; flowguard.RobustSpline; "
+        "print(*(m for m in sys.modules if m.partition('.')[0] == 'flowguard'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/"
+    )
+    loaded = done.stdout.split()
+    assert len(loaded) <= 45
+    assert not {"flowguard.models", "flowguard.image", "flowguard.ood"} & set(loaded)
+
+
+def test_the_public_names_are_there_when_asked_for():
+    code = (
+        "import flowguard, types; from flowguard import *; "
+        "assert all(hasattr(flowguard, name) for name in flowguard.__all__);"
+        "assert set(flowguard.__all__) <= set(dir(flowguard));"
+        "assert flowguard.persistence.load is flowguard.models.load\n"
+        "try: flowguard.certifi\n"
+        "except AttributeError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/"
+    )
+    assert done.stdout.strip() == "module 'flowguard' has no attribute 'certifi'"
 
 
 def test_every_public_name_has_a_docstring():

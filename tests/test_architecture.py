@@ -1,0 +1,336 @@
+r"""The rules of the layout, read from the syntax tree; docs/architecture.md draws them.
+
+Each rule is a function from all modules to what breaks it, and is shown to find a planted violation.
+"""
+
+import ast
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = {"flowguard": ROOT / "flowguard", "flowguard.integrations": ROOT / "integrations"}
+
+#: The floors: whatever stands on one imports what is below it, or itself.
+GROUND = {"_version", "numerics", "hosts", "io", "metrics"}
+LADDER = [
+    GROUND,
+    {"spline"},
+    {"functional"},
+    {"transforms"},
+    {"bounds"},
+    {"migration"},
+    {"image"},
+    {"models"},
+    {"training", "data"},
+    {"demo"},
+    {"cli"},
+]
+FLOOR = {wing: floor for floor, wings in enumerate(LADDER) for wing in wings}
+FILES = {"__init__", "__main__", "_version", "hosts"}
+FILES |= {"numerics", "functional", "transforms", "data", "metrics"}
+
+#: Who may import the kernels of the splines, and what else an adapter may take of the core.
+KERNELS = "flowguard.spline"
+KERNEL_USERS = ("flowguard.functional", "flowguard.transforms", "flowguard.image.maps")
+KERNEL_USERS += ("flowguard.migration", KERNELS)
+FOR_ADAPTERS = {w for wings in LADDER[: LADDER.index({"models"})] for w in wings} - {"spline"}
+FOR_ADAPTERS |= {"ood"}
+
+HOSTS = {
+    "zuko": {"zuko"},
+    "nflows": {"nflows", "glasflow"},
+    "normflows": {"normflows"},
+    "sbi": {"sbi"},
+}
+LIBRARIES = set().union(*HOSTS.values())
+
+#: The names of the contract that two hosts, or a host and the core, have in common.
+SHARED_NAMES = {"ConditionalMultiscaleFlow", "ConditionalMultiscaleTransform"}
+
+Modules = dict[str, ast.Module]
+
+
+class Import(NamedTuple):
+    r"""An import of a module, or of a name of it, by whatever it is called then."""
+
+    who: str
+    what: str
+    name: str  # empty for the module itself
+    called: str
+
+
+@pytest.fixture(scope="module")
+def modules() -> Modules:
+    found = {}
+    for package, folder in FOLDERS.items():
+        for file in folder.rglob("*.py"):
+            parts = file.relative_to(folder).with_suffix("").parts
+            name = ".".join((package, *(p for p in parts if p != "__init__")))
+            found[name] = ast.parse(file.read_text(encoding="utf-8"))
+            found[name].is_package = file.stem == "__init__"
+    return found
+
+
+def imports(modules: Modules) -> list[Import]:
+    r"""All imports: those inside functions and for type checkers too."""
+    found = []
+    for who, tree in modules.items():
+        package = who if getattr(tree, "is_package", False) else who.rpartition(".")[0]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                for alias in node.names:
+                    called = alias.asname or alias.name.partition(".")[0]
+                    found.append(Import(who, alias.name, "", called))
+            elif isinstance(node, ast.ImportFrom):
+                base = node.module or ""
+                if node.level:
+                    up = package.split(".")
+                    base = ".".join([*up[: len(up) - node.level + 1], *filter(None, [base])])
+                for alias in node.names:
+                    whole, called = f"{base}.{alias.name}", alias.asname or alias.name
+                    is_module = whole in modules
+                    what, name = (whole, "") if is_module else (base, alias.name)
+                    found.append(Import(who, what, name, called))
+    return found
+
+
+def ours(module: str) -> bool:
+    return module.partition(".")[0] == "flowguard"
+
+
+def adapter(module: str) -> str | None:
+    r"""The host of an adapter's module."""
+    parts = module.split(".")
+    return parts[2] if parts[:2] == ["flowguard", "integrations"] and len(parts) > 2 else None
+
+
+def wing(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def climbs(modules: Modules) -> list[str]:
+    r"""Rule 1: imports of the core that point up, or sideways."""
+    broken = []
+    for who, what, *_ in imports(modules):
+        if not ours(who) or not ours(what) or who.startswith("flowguard.integrations"):
+            continue
+        here, there = wing(who), wing(what)
+        if here in ("", "__main__") or here == there:  # the face of the package sees everything
+            continue
+        if here == "ood":
+            allowed = there in GROUND
+        elif there == "ood":
+            allowed = FLOOR[here] > FLOOR["spline"]
+        else:
+            allowed = there in FLOOR and here in FLOOR and FLOOR[there] < FLOOR[here]
+            allowed |= here in GROUND and there in GROUND
+        if not allowed:
+            broken.append(f"{who} imports {what}")
+    return broken
+
+
+def touches_kernels(modules: Modules) -> list[str]:
+    r"""Rule 2: who imports the kernels, and may not."""
+    broken = []
+    for who, what, *_ in imports(modules):
+        inplace = f"{KERNELS}.inplace"
+        if _within(what, inplace):
+            allowed = _within(who, inplace) or who == f"{KERNELS}.autograd"
+        elif _within(what, KERNELS):
+            allowed = any(_within(who, user) for user in KERNEL_USERS)
+            allowed |= adapter(who) is not None and what == f"{KERNELS}.invert"
+        else:
+            continue
+        if not allowed:
+            broken.append(f"{who} imports {what}")
+    return broken
+
+
+def _within(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+def leaks(modules: Modules) -> list[str]:
+    r"""Rule 3: names with a leading underscore that are used in another file."""
+    broken, known = [], defaultdict(set)
+    for who, what, name, called in imports(modules):
+        if ours(what):
+            known[who] |= set() if name else {called}  # what this file calls modules of ours
+            broken += [f"{who} takes {what}.{name}"] if _private(name) else []
+    for who, tree in modules.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and _private(node.attr):
+                owner = ast.unparse(node.value)
+                root = owner.partition(".")[0]
+                if root in known[who] and (root == "flowguard" or owner == root):
+                    broken.append(f"{who} takes {owner}.{node.attr}")
+    return broken
+
+
+def _private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def strays(modules: Modules) -> list[str]:
+    r"""Rule 4: adapters that reach too high, and hosts outside of their own adapter."""
+    broken = []
+    for who, what, *_ in imports(modules):
+        host = adapter(who)
+        if host is not None and ours(what):
+            other = adapter(what)
+            fine = other == host if other else wing(what) in FOR_ADAPTERS
+            if not fine and not _within(what, f"{KERNELS}.invert"):
+                broken.append(f"{who} imports {what}")
+        library = what.partition(".")[0]
+        if library in LIBRARIES and library not in HOSTS.get(host or "", ()):
+            broken.append(f"{who} imports {what}")
+    for who, tree in modules.items():
+        if adapter(who) is None and who != "flowguard.hosts":
+            broken += [f"{who} names {text!r}" for text in _names(tree) & LIBRARIES]
+    return broken
+
+
+def _names(tree: ast.Module) -> set[str]:
+    r"""The words that a file's code consists of: names, attributes, and strings of one word."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found |= set(node.value.split(".")) if " " not in node.value else set()
+        elif isinstance(node, ast.Name):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            found.add(node.attr)
+    return found
+
+
+def circles(modules: Modules) -> list[str]:
+    r"""Rule 5: modules, or folders, that import each other in a loop."""
+    files, folders = defaultdict(set), defaultdict(set)
+    for who, what, *_ in imports(modules):
+        if what in modules and what != who:
+            files[who].add(what)
+            a, b = _folder(who, modules), _folder(what, modules)
+            if a != b and "flowguard" not in (a, b):
+                folders[a].add(b)
+    return [*_loops(files), *_loops(folders)]
+
+
+def _folder(module: str, modules: Modules) -> str:
+    if getattr(modules[module], "is_package", False) or module.count(".") == 1:
+        return module
+    return module.rpartition(".")[0]
+
+
+def _loops(arrows: dict[str, set[str]]) -> list[str]:
+    r"""A loop through each arrow that closes one."""
+    found, done, path = [], set(), []
+
+    def walk(name: str) -> None:
+        if name in path:
+            found.append(" -> ".join([*path[path.index(name) :], name]))
+        elif name not in done:
+            path.append(name)
+            for other in sorted(arrows.get(name, ())):
+                walk(other)
+            done.add(path.pop())
+
+    for name in sorted(arrows):
+        walk(name)
+    return found
+
+
+def twins(modules: Modules) -> list[str]:
+    r"""Rule 6: public classes of the same name."""
+    homes = defaultdict(list)
+    for who, tree in modules.items():
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                homes[node.name].append(who)
+    return [
+        f"{name} is in {' and in '.join(sorted(places))}"
+        for name, places in homes.items()
+        if len(places) > 1 and name not in SHARED_NAMES
+    ]
+
+
+@pytest.mark.parametrize("rule", [climbs, touches_kernels, leaks, strays, circles, twins])
+def test_the_house_keeps_its_rules(rule, modules):
+    assert rule(modules) == []
+
+
+def test_the_root_holds_these_files_alone():
+    assert {file.stem for file in FOLDERS["flowguard"].glob("*.py")} == FILES
+    wings = {f.name for f in FOLDERS["flowguard"].iterdir() if (f / "__init__.py").exists()}
+    assert wings == {*FLOOR, "ood"} - {file for file in FLOOR if file in FILES}
+    assert {file.stem for file in FOLDERS["flowguard.integrations"].glob("*.py")} == {"__init__"}
+
+
+PLANTED = {
+    "up": (climbs, "flowguard.image.planted", "from flowguard.models import SuperResolutionFlow"),
+    "up, in a function": (
+        climbs,
+        "flowguard.bounds.planted",
+        "def f():\n    import flowguard.cli",
+    ),
+    "up, for types": (
+        climbs,
+        "flowguard.spline.planted",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from flowguard import transforms",
+    ),
+    "sideways": (climbs, "flowguard.training.planted", "from flowguard import data"),
+    "the face": (climbs, "flowguard.demo.planted", "from flowguard import certify"),
+    "ood beyond the ground": (climbs, "flowguard.ood.planted", "import flowguard.functional"),
+    "kernels": (touches_kernels, "flowguard.image.planted", "from flowguard.spline import bin"),
+    "kernels by an adapter": (
+        touches_kernels,
+        "flowguard.integrations.zuko.planted",
+        "from flowguard.spline.two import evaluate",
+    ),
+    "in place": (touches_kernels, "flowguard.spline.planted", "import flowguard.spline.inplace"),
+    "a private name": (leaks, "flowguard.cli.planted", "from flowguard.data import _private"),
+    "a private attribute": (
+        leaks,
+        "flowguard.cli.planted",
+        "from flowguard.models import store\nstore._private()",
+    ),
+    "a sibling's private attribute": (
+        leaks,
+        "flowguard.integrations.nflows.planted",
+        "from . import rules as there\nthere._private()",
+    ),
+    "an adapter above images": (
+        strays,
+        "flowguard.integrations.nflows.planted",
+        "from flowguard.models import LowLightFlow",
+    ),
+    "an adapter of another host": (
+        strays,
+        "flowguard.integrations.nflows.planted",
+        "from flowguard.integrations.zuko import rules",
+    ),
+    "another host": (strays, "flowguard.integrations.zuko.planted", "import normflows.flows"),
+    "a host in the core": (strays, "flowguard.image.planted", "import zuko"),
+    "the name of a host in the core": (
+        strays,
+        "flowguard.migration.planted",
+        "from importlib import import_module\nimport_module('nflows.transforms')",
+    ),
+    "a circle": (circles, "flowguard.image.maps", "from flowguard.image import flow"),
+    "a circle of folders": (
+        circles,
+        "flowguard.spline.planted",
+        "import flowguard.bounds.regions",
+    ),
+    "twins": (twins, "flowguard.image.planted", "class RobustSpline:\n    pass"),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_each_rule_finds_a_planted_violation(name, modules):
+    rule, where, source = PLANTED[name]
+    before = set(rule(modules))
+    found = set(rule({**modules, where: ast.parse(source)})) - before
+    assert any(where.rpartition(".")[0] in told for told in found)
