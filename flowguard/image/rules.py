@@ -31,6 +31,7 @@ from flowguard.image.layers import (
     OrthogonalConv1x1,
     Squeeze,
 )
+from flowguard.image.migration import InscribedCoupling
 from flowguard.image.split import Split
 from flowguard.image.steps import FlowStep, TransitionStep
 
@@ -69,7 +70,7 @@ def _orthogonal(layer: OrthogonalConv1x1, sampling: bool) -> Iterator[Step]:
     yield Linear(matrix=matrix.T if sampling else matrix)
 
 
-@rule(ConditionalCoupling)
+@rule(ConditionalCoupling, InscribedCoupling)
 def _coupling(layer: ConditionalCoupling, sampling: bool) -> Iterator[Step]:
     everything = torch.ones(layer.kept + layer.changed, dtype=torch.bool)
     changed = torch.arange(len(everything)) >= layer.kept

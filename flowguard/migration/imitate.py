@@ -1,6 +1,6 @@
 r"""Robust splines that imitate other univariate maps."""
 
-__all__ = ["Affine", "Rescaled", "RescaledSpline", "Taught", "compare", "imitate", "units"]
+__all__ = ["AffineMap", "Rescaled", "RescaledSpline", "Taught", "compare", "imitate", "units"]
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ SMALLEST = 1e-6  # the least scale of a feature; a feature that never varies has
 ROWS = 512  # rows that a step of the fit looks at
 
 
-class Affine(Univariate):
+class AffineMap(Univariate):
     r"""Creates the affine map :math:`f(x) = e^s x + t` of a host, to be imitated.
 
     Arguments:
@@ -63,6 +63,11 @@ class Rescaled(Univariate):
     def __repr__(self) -> str:
         return f"{self.__class__.__name__}({self.base})"
 
+    @property
+    def units(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        r"""Origin and unit of the input, and origin and unit of the output."""
+        return self.loc_in, self.scale_in, self.loc_out, self.scale_out
+
     def _gain(self, ladj: Tensor) -> Tensor:
         return (self.scale_out / self.scale_in).log().to(ladj.dtype)
 
@@ -75,13 +80,12 @@ class Rescaled(Univariate):
         return x * self.scale_in + self.loc_in, ladj - self._gain(ladj)
 
     def inverse_bound(self, radius: float) -> float:
-        bounds = zip(
-            *(
-                t.detach().double().flatten().tolist()
-                for t in (self.loc_in, self.scale_in, self.loc_out, self.scale_out)
-            ),
-            strict=True,
-        )
+        r"""Returns the bound of the inverse, in the worst of the features.
+
+        Arguments:
+            radius: The bound of its argument.
+        """
+        bounds = zip(*(t.detach().double().flatten().tolist() for t in self.units), strict=True)
         return max(
             abs(loc_in) + scale_in * self.base.inverse_bound((radius + abs(loc_out)) / scale_out)
             for loc_in, scale_in, loc_out, scale_out in bounds

@@ -8,7 +8,7 @@ __all__ = ["InscribedAffine", "InscribedShift", "inscribe", "saturate"]
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn as nn
@@ -17,7 +17,7 @@ from torch import Tensor
 from flowguard.migration.imitate import SMALLEST, Rescaled, RescaledSpline
 from flowguard.spline.bin import mixing
 from flowguard.spline.invert import unconstrain
-from flowguard.transforms import AdditiveTransform, RobustSpline
+from flowguard.transforms import SHIFT_BOUND, AdditiveTransform, RobustSpline
 
 FAITHFUL = 0.8  # the share of a shift's bound up to which it is kept as it is
 STRAIGHT = 0.9  # the share of the box in which the map is straight, for slopes up to one
@@ -102,23 +102,20 @@ class _Units(nn.Module):
 
 
 class InscribedAffine(_Units):
-    r"""Creates a constructor of robust splines that follow affine maps.
-
-    The units of a feature are such that a slope in the middle of those that are met is one; of
-    input and output, the one that needs the larger box decides its size. Where values were met
-    far out in the box, or beyond it, the units are up to four times as large, so that it is as
-    rare as can be that the spline cannot follow.
+    r"""Creates a constructor of robust splines that follow affine maps, in the units of each
+    feature; :meth:`around` finds these.
 
     Arguments:
-        spline: Origins and units of input and output, and the options.
-        x: The inputs that were met, with shape :math:`(N, *, D)`.
-        scale: The slopes that were met.
-        shift: The shifts that were met.
+        loc_in: The origin of the input, with shape :math:`(D)` or one that broadcasts.
+        scale_in: The unit of the input.
+        loc_out: The origin of the output.
+        scale_out: The unit of the output.
+        bound: The bound :math:`B` of the box, in these units.
+        shift_bound: The bound of the shift, in these units.
+        slope: The least slope, in these units.
 
     Example:
-        >>> units = torch.tensor([[0.0], [1.0], [0.0], [1.0]])
-        >>> x, one, zero = torch.randn(9, 1), torch.ones(9, 1), torch.zeros(9, 1)
-        >>> f = InscribedAffine(RescaledSpline(*units), x, one, zero)
+        >>> f = InscribedAffine(*torch.tensor([[0.0], [1.0], [0.0], [1.0]]))
         >>> f(torch.tensor([0.5]), torch.tensor([2.0]))(torch.tensor([3.0]))
         tensor([3.5000])
     """
@@ -128,8 +125,41 @@ class InscribedAffine(_Units):
     loc_out: Tensor
     scale_out: Tensor
 
-    def __init__(self, spline: RescaledSpline, x: Tensor, scale: Tensor, shift: Tensor) -> None:
+    def __init__(
+        self,
+        loc_in: Tensor,
+        scale_in: Tensor,
+        loc_out: Tensor,
+        scale_out: Tensor,
+        *,
+        bound: float = 5.0,
+        shift_bound: float | None = SHIFT_BOUND,
+        slope: float | None = 1e-3,
+    ) -> None:
         super().__init__()
+        self.register_buffer("loc_in", loc_in)
+        self.register_buffer("scale_in", scale_in)
+        self.register_buffer("loc_out", loc_out)
+        self.register_buffer("scale_out", scale_out)
+        self.bound = bound
+        self.shift_bound = shift_bound
+        self.slope = slope
+
+    @classmethod
+    def around(cls, spline: RescaledSpline, x: Tensor, scale: Tensor, shift: Tensor) -> Self:
+        r"""Returns a constructor in units that suit what was met.
+
+        The units of a feature are such that a slope in the middle of those that are met is one;
+        of input and output, the one that needs the larger box decides its size. Where values were
+        met far out in the box, or beyond it, the units are up to four times as large, so that it
+        is as rare as can be that the spline cannot follow.
+
+        Arguments:
+            spline: Origins and units of input and output, and the options.
+            x: The inputs that were met, with shape :math:`(N, *, D)`.
+            scale: The slopes that were met.
+            shift: The shifts that were met.
+        """
         # The middle of the range on a logarithmic scale, as slopes may be either way of it.
         log = scale.detach().flatten(0, -2).clamp(SMALLEST, 1 / SMALLEST).log()
         middle = ((log.amax(0) + log.amin(0)) / 2).exp()
@@ -140,13 +170,25 @@ class InscribedAffine(_Units):
             / middle
             * _widening(x * scale + shift, spline.loc_out, spline.scale_out, room),
         )
-        self.register_buffer("loc_in", spline.loc_in)
-        self.register_buffer("scale_in", unit)
-        self.register_buffer("loc_out", spline.loc_out)
-        self.register_buffer("scale_out", unit * middle)
-        self.bound = spline.bound
-        self.shift_bound = spline.shift_bound
-        self.slope = spline.slope
+        return cls(
+            spline.loc_in,
+            unit,
+            spline.loc_out,
+            unit * middle,
+            bound=spline.bound,
+            shift_bound=spline.shift_bound,
+            slope=spline.slope,
+        )
+
+    @property
+    def units(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        r"""Origin and unit of the input, and origin and unit of the output."""
+        return self.loc_in, self.scale_in, self.loc_out, self.scale_out
+
+    @property
+    def options(self) -> dict[str, Any]:
+        r"""The options of the splines."""
+        return {"bound": self.bound, "shift_bound": self.shift_bound, "slope": self.slope}
 
     def extra_repr(self) -> str:
         return f"bound={self.bound}, shift_bound={self.shift_bound}"
@@ -160,13 +202,8 @@ class InscribedAffine(_Units):
         """
         gain = scale * (self.scale_in / self.scale_out)
         intercept = (scale * self.loc_in + shift - self.loc_out) / self.scale_out
-        options: Any = {
-            "bound": self.bound,
-            "shift_bound": self.shift_bound,
-            "slope": self.slope,
-        }
-        base = RobustSpline(*inscribe(gain, intercept, **options), **options)
-        return Rescaled(base, self.loc_in, self.scale_in, self.loc_out, self.scale_out)
+        base = RobustSpline(*inscribe(gain, intercept, **self.options), **self.options)
+        return Rescaled(base, *self.units)
 
 
 def _widening(x: Tensor, loc: Tensor, scale: Tensor, room: float) -> Tensor:

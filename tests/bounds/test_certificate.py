@@ -165,7 +165,7 @@ def test_no_layer_with_numbers_that_are_not_finite_is_certified(mix, value):
 def test_a_broken_unit_of_a_migrated_coupling_is_named():
     flow = ConditionalMultiscaleFlow(3, 4, levels=1, steps=1, hidden=4, coupling="affine")
     new, _ = migrate(flow.eval(), torch.randn(8, 3, 4, 4), [torch.randn(8, 4, 2, 2)])
-    name = "steps.0.0.coupling.rest_units.scale_in"
+    name = "steps.0.0.coupling.units.rest.scale_in"
     new.get_buffer(name)[0] = math.nan
     assert [s.name for s in certify(new).refused] == [name]
 
