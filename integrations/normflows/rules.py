@@ -50,6 +50,7 @@ from .bases import GaussianPrior, from_noise
 from .glow import LUConv1x1, RobustCouplingBlock, RobustGlowBlock
 from .guard import GuardedConditionalFlow
 from .layers import RobustSplineAutoregressive, RobustSplineCoupling
+from .migrated import CarriedCoupling, CarriedMaskedSpline, MigratedCoupling, block_steps
 from .multiscale import ConditionalMultiscaleFlow
 
 __all__: list[str] = []
@@ -404,7 +405,11 @@ def _affine_coupling(layer: Any, sampling: bool) -> Iterator[Step]:
 
 @rule(flows.AffineCouplingBlock)
 def _affine_block(layer: Any, sampling: bool) -> Iterator[Step]:
-    yield from within("flows.1", layer.flows[1], sampling)
+    coupling = layer.flows[1]
+    if type(coupling) is MigratedCoupling:
+        yield from block_steps(layer, sampling)
+    else:
+        yield from within("flows.1", coupling, sampling)
 
 
 @rule(flows.MaskedAffineFlow)
@@ -432,6 +437,10 @@ def _masked_autoregressive(layer: Any, sampling: bool) -> Iterator[Step]:
     flows.CoupledRationalQuadraticSpline,
 )
 def _stock_spline(layer: Any, sampling: bool) -> Iterator[Step]:
+    for name, kind in (("prqct", CarriedCoupling), ("mprqat", CarriedMaskedSpline)):
+        if type(getattr(layer, name, None)) is kind:
+            yield from within(name, getattr(layer, name), sampling)
+            return
     reason = "it is bounded in exact arithmetic only: far contexts make it return NaN, or raise"
     yield Refused(reason=reason, gain=1.0)
 
