@@ -5,7 +5,7 @@ The rules hold for nflows and for its fork in glasflow alike, whose classes are 
 names: :func:`register` takes the name of the package.
 """
 
-from __future__ import annotations
+__all__ = ["flow_steps", "is_base", "register", "unknown_noise"]
 
 import math
 import sys
@@ -41,15 +41,19 @@ from .coupling import RobustSplineCDF, RobustSplineCouplingTransform
 from .host import CANDIDATES, HOST, part
 from .image import ConditionalMultiscaleTransform, RobustFlowStep
 
-__all__ = ["register", "unknown_noise"]
-
 Rule = Callable[[Any, bool], Iterator[Step]]
 
 #: What counts as no bound, of an activation that is tried out.
 FAR = 1e6
 
 
-def _flow(flow: Any, sampling: bool) -> Iterator[Step]:
+def flow_steps(flow: Any, sampling: bool) -> Iterator[Step]:
+    r"""The rule of a flow.
+
+    Arguments:
+        flow: The flow.
+        sampling: Whether it is run towards data.
+    """
     if not sampling:
         yield Refused(reason="a flow is bounded in its sampling direction only")
         return
@@ -63,17 +67,23 @@ def _base(base: Any, size: int) -> Step:
     name, kind = "_distribution", type(base).__name__
     if isinstance(base, MultiscaleNormal):
         return Noise(name=name, kind=kind, size=size)
-    if _is(base, "StandardNormal"):
+    if is_base(base, "StandardNormal"):
         return Noise(name=name, kind=kind, size=size, event=base._shape.numel())
     if isinstance(base, Distribution):  # of torch, which knows no context
         return Noise(name=name, kind=kind, size=size, normal=False)
     reason = "flowguard does not know how far its noise may reach"
-    if _is(base, "ConditionalDiagonalNormal"):
+    if is_base(base, "ConditionalDiagonalNormal"):
         reason = "its mean and its scale depend on the context without bound"
     return Refused(name=name, kind=kind, reason=reason)
 
 
-def _is(base: Any, name: str) -> bool:
+def is_base(base: Any, name: str) -> bool:
+    r"""Whether a base is of a host's own class of this name, nothing derived from it.
+
+    Arguments:
+        base: The base.
+        name: The name of a class of the hosts' ``distributions.normal``.
+    """
     modules = (sys.modules.get(f"{host}.distributions.normal") for host in CANDIDATES)
     return any(type(base) is getattr(module, name, None) for module in modules)
 
@@ -291,8 +301,8 @@ TRANSFORMS: dict[str, Rule] = {
 
 def _sample(model: Any, context: Tensors) -> tuple[Sampler, Tensors]:
     base = model._distribution
-    given, sized = _is(base, "ConditionalDiagonalNormal"), isinstance(base, MultiscaleNormal)
-    if not (given or sized or _is(base, "StandardNormal")):
+    given, sized = is_base(base, "ConditionalDiagonalNormal"), isinstance(base, MultiscaleNormal)
+    if not (given or sized or is_base(base, "StandardNormal")):
         raise unknown_noise(base)
     with torch.no_grad():
         embedded = model._embedding_net(context)
@@ -329,7 +339,7 @@ def register(host: str) -> None:
         if hasattr(transforms, name):
             rule(getattr(transforms, name))(function)
     flow = part("flows.base", host).Flow
-    rule(flow)(_flow)
+    rule(flow)(flow_steps)
     sampler.register(flow)(_sample)
 
 

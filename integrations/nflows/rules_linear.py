@@ -1,6 +1,6 @@
 r"""How nflows' linear layers are bounded: what they do, factor by factor."""
 
-from __future__ import annotations
+__all__ = ["conv", "householder", "lu", "naive", "qr", "svd"]
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 from flowguard.bounds import Linear, Permute, Refused, Scale, Step, constant
-
-__all__ = ["conv", "householder", "lu", "naive", "qr", "svd"]
 
 #: What a layer may compute with: products, substitutions, or the product of both in advance.
 SLACK = 3

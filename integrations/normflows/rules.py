@@ -5,7 +5,7 @@ of a layer runs, and :py:`False` where its `inverse` does, within :class:`normfl
 So the certificate of a layer alone is that of its `forward`.
 """
 
-from __future__ import annotations
+__all__: list[str] = []
 
 import math
 from collections.abc import Iterator
@@ -52,8 +52,6 @@ from .guard import GuardedConditionalFlow
 from .layers import RobustSplineAutoregressive, RobustSplineCoupling
 from .migrated import CarriedCoupling, CarriedMaskedSpline, MigratedCoupling, block_steps
 from .multiscale import ConditionalMultiscaleFlow
-
-__all__: list[str] = []
 
 SAMPLING_ONLY = "a flow is bounded in its sampling direction only"
 FREE_SHIFT = "its shift is free"

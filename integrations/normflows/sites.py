@@ -134,7 +134,9 @@ class _Coupling(_AffineLayer):
         return z[1].movedim(1, -1), *coupling_scale(self.layer, said.movedim(1, -1))
 
     def build(self, spline: RescaledSpline) -> nn.Module:
-        return successor(super().build(spline), kept=self.kept)
+        new: Any = super().build(spline)
+        new.kept = self.kept
+        return new
 
 
 class _Masked(_AffineLayer):

@@ -5,7 +5,7 @@ lazy transform with a conditional univariate transform is bounded by what holds 
 whatever its parameters are; a transform without condition, by its own constants.
 """
 
-from __future__ import annotations
+__all__: list[str] = []
 
 import math
 from collections.abc import Iterator
@@ -38,8 +38,6 @@ from flowguard.bounds.torch_rules import affine, after
 
 from .flows import GuardedFlow
 from .image import ConditionalMultiscaleTransform, MultiscaleFlow
-
-__all__: list[str] = []
 
 T = zuko.transforms
 # zuko has its additive transform from 1.5 on; before, there is nothing to bound.
