@@ -47,8 +47,8 @@ def successor(
         if name not in without:
             vars(new)[name] = copy.copy(value) if name in _STATE else value
     # These hooks of torch's know their module, by a weak reference.
-    hooks = new._load_state_dict_pre_hooks
-    hooks.update({k: type(h)(h.hook, new) for k, h in hooks.items() if h.with_module})  # type: ignore[call-arg]
+    hooks: dict[int, Any] = new._load_state_dict_pre_hooks
+    hooks.update({k: type(h)(h.hook, new) for k, h in hooks.items() if h.with_module})
     for name, part in parts.items():
         setattr(new, name, part)
     return new
@@ -114,7 +114,7 @@ def overhear(layer: nn.Module, net: nn.Module | None, tell: Tell) -> Iterator[No
             stack.callback(net.register_forward_hook(hear).remove)
         directions: tuple[Direction, ...] = ("forward", "inverse")
         for direction in directions:
-            before = {direction: own[direction]} if direction in own else {}
+            before: dict[str, Any] = {direction: own[direction]} if direction in own else {}
             own[direction] = spy(direction)
             stack.callback(own.update, before)
             stack.callback(own.pop, direction)
