@@ -1,9 +1,4 @@
-r"""The migration: an existing flow in, a robust flow out that starts where the old one was.
-
-The core knows no library. An adapter derives from :class:`Surgeon` what it takes to operate on the
-flows of its library, and registers it with :func:`surgeon` or :func:`holder`; it is looked for in
-``flowguard.integrations.<library>.migration``.
-"""
+r"""The course of a migration: listen, replace layer by layer, compare, fine-tune, report."""
 
 __all__ = ["migrate"]
 
