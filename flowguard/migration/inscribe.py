@@ -14,10 +14,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from flowguard.migration.imitate import SMALLEST, Rescaled, RescaledSpline
+from flowguard.migration.imitate import SMALLEST, InUnits, Rescaled, RescaledSpline
 from flowguard.spline.bin import mixing
 from flowguard.spline.invert import unconstrain
-from flowguard.transforms import SHIFT_BOUND, AdditiveTransform, RobustSpline
+from flowguard.transforms import AdditiveTransform, RobustSpline
 
 FAITHFUL = 0.8  # the share of a shift's bound up to which it is kept as it is
 STRAIGHT = 0.9  # the share of the box in which the map is straight, for slopes up to one
@@ -101,49 +101,17 @@ class _Units(nn.Module):
             super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-class InscribedAffine(_Units):
+class InscribedAffine(_Units, InUnits):
     r"""Creates a constructor of robust splines that follow affine maps, in the units of each
     feature; :meth:`around` finds these.
 
-    Arguments:
-        loc_in: The origin of the input, with shape :math:`(D)` or one that broadcasts.
-        scale_in: The unit of the input.
-        loc_out: The origin of the output.
-        scale_out: The unit of the output.
-        bound: The bound :math:`B` of the box, in these units.
-        shift_bound: The bound of the shift, in these units.
-        slope: The least slope, in these units.
+    Its arguments are those of :class:`flowguard.migration.imitate.InUnits`.
 
     Example:
         >>> f = InscribedAffine(*torch.tensor([[0.0], [1.0], [0.0], [1.0]]))
         >>> f(torch.tensor([0.5]), torch.tensor([2.0]))(torch.tensor([3.0]))
         tensor([3.5000])
     """
-
-    loc_in: Tensor
-    scale_in: Tensor
-    loc_out: Tensor
-    scale_out: Tensor
-
-    def __init__(
-        self,
-        loc_in: Tensor,
-        scale_in: Tensor,
-        loc_out: Tensor,
-        scale_out: Tensor,
-        *,
-        bound: float = 5.0,
-        shift_bound: float | None = SHIFT_BOUND,
-        slope: float | None = 1e-3,
-    ) -> None:
-        super().__init__()
-        self.register_buffer("loc_in", loc_in)
-        self.register_buffer("scale_in", scale_in)
-        self.register_buffer("loc_out", loc_out)
-        self.register_buffer("scale_out", scale_out)
-        self.bound = bound
-        self.shift_bound = shift_bound
-        self.slope = slope
 
     @classmethod
     def around(cls, spline: RescaledSpline, x: Tensor, scale: Tensor, shift: Tensor) -> Self:
@@ -175,23 +143,8 @@ class InscribedAffine(_Units):
             unit,
             spline.loc_out,
             unit * middle,
-            bound=spline.bound,
-            shift_bound=spline.shift_bound,
-            slope=spline.slope,
+            **spline.options,
         )
-
-    @property
-    def units(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        r"""Origin and unit of the input, and origin and unit of the output."""
-        return self.loc_in, self.scale_in, self.loc_out, self.scale_out
-
-    @property
-    def options(self) -> dict[str, Any]:
-        r"""The options of the splines."""
-        return {"bound": self.bound, "shift_bound": self.shift_bound, "slope": self.slope}
-
-    def extra_repr(self) -> str:
-        return f"bound={self.bound}, shift_bound={self.shift_bound}"
 
     def forward(self, scale: Tensor, shift: Tensor) -> Rescaled:
         r"""Returns the spline that follows :math:`s x + t`.

@@ -247,13 +247,18 @@ class _Carried:
 
     slope: float | None
 
-    def knots(self, width: int = 1) -> Knots:
-        r"""Returns how normflows makes knots of what the network says.
+    def knots(self) -> Knots:
+        r"""Returns how normflows makes knots of logits."""
+        return Knots.of(self, self.slope)
+
+    def univariate(self, phi: Tensor) -> RobustSpline:
+        r"""Returns the splines, in the direction in which the host's go.
 
         Arguments:
-            width: What it divides logits of widths and heights by, squared.
+            phi: What the network says about each feature, with shape :math:`(*, 3 K - 1)`.
         """
-        return Knots.of(self, self.slope, width)
+        knots = self.knots()
+        return knots.robust(knots.logits(phi))
 
 
 class CarriedCDF(_Carried, PiecewiseRationalQuadraticCDF):
@@ -267,14 +272,9 @@ class CarriedCDF(_Carried, PiecewiseRationalQuadraticCDF):
 class CarriedCoupling(_Carried, _Cut, PiecewiseRationalQuadraticCoupling):
     r"""A spline coupling of normflows, made robust."""
 
-    def univariate(self, phi: Tensor) -> RobustSpline:
-        r"""Returns the splines, in the direction in which the host's go.
-
-        Arguments:
-            phi: What the network says about each feature, with shape :math:`(*, 3 K - 1)`.
-        """
-        knots = coupling_knots(self, self.slope)
-        return knots.robust(knots.logits(phi))
+    def knots(self) -> Knots:
+        r"""Returns how normflows makes knots of what the network says."""
+        return coupling_knots(self, self.slope)
 
     def _coupling_transform(
         self, inputs: Tensor, transform_params: Tensor, inverse: bool = False
@@ -286,14 +286,9 @@ class CarriedCoupling(_Carried, _Cut, PiecewiseRationalQuadraticCoupling):
 class CarriedMaskedSpline(_Carried, _Cut, MaskedPiecewiseRationalQuadraticAutoregressive):
     r"""An autoregressive spline of normflows, made robust."""
 
-    def univariate(self, phi: Tensor) -> RobustSpline:
-        r"""Returns the splines, in the direction in which the host's go.
-
-        Arguments:
-            phi: What the network says about each feature, with shape :math:`(*, 3 K - 1)`.
-        """
-        knots = masked_knots(self, self.slope)
-        return knots.robust(knots.logits(phi))
+    def knots(self) -> Knots:
+        r"""Returns how normflows makes knots of what the network says."""
+        return masked_knots(self, self.slope)
 
     def _elementwise(
         self, inputs: Tensor, autoregressive_params: Tensor, inverse: bool = False
