@@ -303,10 +303,12 @@ class ImageSurgeon(Surgeon):
         return latents, ladj
 
     def log_prob(self, x: Tensor, context: Any) -> Tensor:
+        r"""Returns the log-density of each image."""
         latents, ladj = self._latents(x, context)
         return ladj + normal_log_prob(latents)
 
     def sites(self) -> list[Site]:
+        r"""Returns the affine parts of couplings, and the free priors."""
         found: list[Site] = []
         for name, module in self.model.named_modules():
             if isinstance(module, ConditionalCoupling) and _is_affine(module):
@@ -316,6 +318,7 @@ class ImageSurgeon(Surgeon):
         return found
 
     def kept(self) -> dict[str, str]:
+        r"""Names the couplings that are not affine, and the splits whose prior is bounded."""
         return {
             f"{name} ({type(module).__name__})": ""
             for name, module in self.model.named_modules()
@@ -324,11 +327,13 @@ class ImageSurgeon(Surgeon):
         }
 
     def encode(self, x: Tensor, context: Any) -> Tensor | None:
+        r"""Returns the latents of each image, in one row."""
         latents, _ = self._latents(x, context)
         self.shapes = [z.shape[1:] for z in latents]
         return torch.cat([z.flatten(1) for z in latents], dim=1)
 
     def decode(self, z: Tensor, context: Any) -> Tensor:
+        r"""Returns the images of some latents; see :meth:`encode`."""
         model: Any = self.model
         parts = z.split([shape.numel() for shape in self.shapes], dim=1)
         latents = [t.unflatten(1, shape) for t, shape in zip(parts, self.shapes, strict=True)]

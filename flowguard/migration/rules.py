@@ -28,7 +28,7 @@ class BoundOfMap:
         self.envelope = envelope(self.base, sampling)
         self.units: tuple[Tensor, ...] = ()  # origin and unit before the map, and after it
         if isinstance(f, Rescaled):
-            units = tuple(constant(t).cpu() for t in f.units)
+            units = tuple(constant(t) for t in f.units)
             self.units = units[2:] + units[:2] if sampling else units
 
     def steps(self, mask: Tensor, name: str = "", kind: str = "") -> Iterator[Step]:

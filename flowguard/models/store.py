@@ -15,6 +15,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -416,16 +417,23 @@ def _check_twin(model: nn.Module, config: dict[str, Any], state: dict[str, Tenso
     try:
         twin = _build(config, foreign)
         _fill(twin, state)
-        told = [repr(m).replace("OptimizedModule", "") for m in (model, twin)]
-        if told[0] != told[1]:
-            pairs = zip(*(t.splitlines() for t in told), strict=False)
-            first = next((a, b) for a, b in pairs if a != b)
-            raise PretrainedError(f"{first[0].strip()} instead of {first[1].strip()}")
+        for mine, its in zip_longest(_parts(model), _parts(twin), fillvalue="nothing"):
+            if mine != its:
+                raise PretrainedError(f"{mine} instead of {its}")
     except Exception as error:
         raise PretrainedError(
             f"this {type(model).__name__} cannot be saved: it was changed after its construction,"
             f" so that its arguments do not describe it any more ({_first_line(error)})"
         ) from error
+
+
+def _parts(model: nn.Module) -> list[str]:
+    r"""What each part of a model is, in words, without what torch.compile wraps it in."""
+    return [
+        f"{_eager(name)}: {type(part).__name__}({part.extra_repr()})"
+        for name, part in model.named_modules()
+        if not hasattr(part, "_orig_mod")
+    ]
 
 
 def _fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -135,10 +135,12 @@ class AffineHead(Head):
         self.outputs = 2
 
     def univariate(self, raw: Tensor) -> Rescaled:
+        r"""Returns the robust splines that follow the affine maps that the outputs ask for."""
         scale, shift = self.formula(raw)
         return self.map(scale.clamp(max=LARGEST), shift)
 
     def example(self) -> Rescaled:
+        r"""Returns one of the maps, to tell what bounds them all."""
         return self.map(torch.ones_like(self.map.loc_in), torch.zeros_like(self.map.loc_in))
 
 
@@ -155,9 +157,11 @@ class ShiftHead(Head):
         self.outputs = 1
 
     def univariate(self, raw: Tensor) -> Rescaled:
+        r"""Returns the bounded shifts that follow those that the outputs ask for."""
         return self.map(raw.movedim(1, -1))
 
     def example(self) -> Rescaled:
+        r"""Returns one of the maps, to tell what bounds them all."""
         return self.map(torch.zeros_like(self.map.loc))
 
 
@@ -183,9 +187,11 @@ class CarriedHead(Head):
         return self.knots.logits(phi)
 
     def univariate(self, raw: Tensor) -> RobustSpline:
+        r"""Returns the robust splines through the host's knots."""
         return self.knots.robust(self.logits(raw))
 
     def example(self) -> RobustSpline:
+        r"""Returns one of the maps, to tell what bounds them all."""
         zeros = torch.zeros(1, 1)
         return RobustSpline(zeros, zeros, zeros, bound=self.knots.bound, slope=self.knots.slope)
 

@@ -1,5 +1,6 @@
 r"""Migrated models that are saved in folders: what comes back, and what is refused."""
 
+import copy
 import json
 import warnings
 from pathlib import Path
@@ -141,6 +142,16 @@ def test_options_and_dtypes_of_the_splines_come_back(tmp_path):
             assert units.options == {"bound": 4.0, "shift_bound": 2.5, "slope": 0.01}
             assert units.scale_in.dtype == torch.float64
     assert all(torch.equal(v, robust.state_dict()[k]) for k, v in loaded.state_dict().items())
+
+
+def test_what_is_compiled_is_saved_as_it_is_without(tmp_path):
+    robust = migrated(superres)
+    compiled = copy.deepcopy(robust)
+    step = compiled.flow.steps[0][0]
+    step.coupling = torch.compile(step.coupling, backend="eager")
+    compiled.flow = torch.compile(compiled.flow, backend="eager")
+    compiled.save_pretrained(tmp_path)
+    assert_same(robust, SuperResolutionFlow.from_pretrained(tmp_path))
 
 
 def test_bounds_of_priors_come_back(tmp_path):
