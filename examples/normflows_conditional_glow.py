@@ -146,9 +146,9 @@ class StockGlow(nn.Module):
 
 
 @rule(StockGlow)
-def bound_of_stock_glow(model: Any, inverse: bool) -> Iterator[Step]:
+def bound_of_stock_glow(model: Any, sampling: bool) -> Iterator[Step]:
     r"""Tells the certificate that a sample of the model is one of the flow within."""
-    yield from within("flow", model.flow, inverse)
+    yield from within("flow", model.flow, sampling)
 
 
 class RobustGlow(GuardedConditionalFlow):

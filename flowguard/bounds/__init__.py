@@ -1,26 +1,5 @@
 r"""Bounds of samples for every condition: certificates, what they are made of, and the attack."""
 
-from flowguard.bounds import torch_rules as torch_rules
-from flowguard.bounds.attack import Attack, attack, sampler
-from flowguard.bounds.certificate import Certificate, certify
-from flowguard.bounds.regions import Envelope
-from flowguard.bounds.rules import envelope, envelope_rule, rule, steps, within
-from flowguard.bounds.steps import (
-    Flatten,
-    Join,
-    Linear,
-    Noise,
-    Permute,
-    Pointwise,
-    Refused,
-    Remark,
-    Scale,
-    Step,
-    Unsqueeze,
-    constant,
-)
-from flowguard.bounds.univariate import conditional
-
 __all__ = [
     "Attack",
     "Certificate",
@@ -47,3 +26,24 @@ __all__ = [
     "steps",
     "within",
 ]
+
+from flowguard.bounds import torch_rules as torch_rules
+from flowguard.bounds.attack import Attack, attack, sampler
+from flowguard.bounds.certificate import Certificate, certify
+from flowguard.bounds.regions import Envelope
+from flowguard.bounds.rules import envelope, envelope_rule, rule, steps, within
+from flowguard.bounds.steps import (
+    Flatten,
+    Join,
+    Linear,
+    Noise,
+    Permute,
+    Pointwise,
+    Refused,
+    Remark,
+    Scale,
+    Step,
+    Unsqueeze,
+    constant,
+)
+from flowguard.bounds.univariate import conditional

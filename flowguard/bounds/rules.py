@@ -30,8 +30,10 @@ _ENVELOPES: dict[type, Callable[..., Envelope]] = {}
 def rule(*classes: type) -> Callable[[Decorated], Decorated]:
     r"""Registers the rule of layers of these classes.
 
-    The rule is called as ``rule(layer, inverse)`` and returns the steps in sampling order;
-    `inverse` is :py:`True` unless sampling runs the layer in its forward direction.
+    The rule is called as ``rule(layer, sampling)`` and returns the steps in the order in which
+    they are taken; `sampling` is :py:`True` where the layer runs towards data, as a layer does
+    unless something around it turns it round. Which of its methods that is, its library says:
+    `inverse` in the core and in nflows, `forward` in normflows.
 
     Arguments:
         classes: The classes, each with its subclasses that override nothing.
@@ -44,8 +46,8 @@ def rule(*classes: type) -> Callable[[Decorated], Decorated]:
         ...     def inverse(self, z, context=None):
         ...         return z / 2, -self(z)[1]
         >>> @flowguard.bounds.rule(Twice)
-        ... def twice(layer, inverse):
-        ...     factor = torch.tensor(0.5 if inverse else 2.0)
+        ... def twice(layer, sampling):
+        ...     factor = torch.tensor(0.5 if sampling else 2.0)
         ...     yield flowguard.bounds.Scale(factor=factor, offset=torch.tensor(0.0))
         >>> round(flowguard.certify(Twice()).bound(3.0), 5)
         1.5
@@ -62,8 +64,9 @@ def rule(*classes: type) -> Callable[[Decorated], Decorated]:
 def envelope_rule(*classes: type) -> Callable[[Decorated], Decorated]:
     r"""Registers what is known of univariate transforms of these classes.
 
-    The rule is called as ``rule(transform, inverse)`` and returns an :class:`Envelope` that holds
-    whatever the parameters of the transform are; it may rely on its options only.
+    The rule is called as ``rule(transform, sampling)`` and returns an :class:`Envelope` that holds
+    whatever the parameters of the transform are; it may rely on its options only. `sampling` is
+    :py:`True` where the transform runs towards data, in its inverse direction.
 
     Arguments:
         classes: The classes, each with its subclasses that override nothing.
@@ -77,48 +80,50 @@ def envelope_rule(*classes: type) -> Callable[[Decorated], Decorated]:
     return register
 
 
-def steps(layer: Any, inverse: bool = True) -> list[Step]:
-    r"""Returns the steps of a layer in sampling order, each named within the layer.
+def steps(layer: Any, sampling: bool = True) -> list[Step]:
+    r"""Returns the steps of a layer in the order taken, each named within the layer.
 
     Arguments:
         layer: The layer.
-        inverse: Whether sampling runs the layer in its inverse direction.
+        sampling: Whether the layer runs towards data; see :func:`rule`.
     """
     layer = getattr(layer, "_orig_mod", layer)  # what torch.compile wraps
     kind = type(layer).__name__
     found = _lookup(_RULES, layer)
     if isinstance(found, str):
         return [Refused(kind=kind, reason=found)]
-    return [s if s.kind else replace(s, kind=kind) for s in found(layer, inverse)]
+    return [s if s.kind else replace(s, kind=kind) for s in found(layer, sampling)]
 
 
-def envelope(transform: Any, inverse: bool = True) -> Envelope:
+def envelope(transform: Any, sampling: bool = True) -> Envelope:
     r"""Returns what is known of a univariate transform, whatever its parameters are.
 
     Arguments:
         transform: The transform.
-        inverse: Whether sampling runs it in its inverse direction.
+        sampling: Whether it runs towards data, in its inverse direction.
     """
     found = _lookup(_ENVELOPES, transform)
     if not isinstance(found, str):
-        return found(transform, inverse)
+        return found(transform, sampling)
     # A class that states its own bound, as `Univariate` invites it to, is taken at its word.
-    if inverse and "inverse_bound" in vars(type(transform)):
+    if sampling and "inverse_bound" in vars(type(transform)):
         if math.isfinite(transform.inverse_bound(1.0)):
             return Envelope(limit=transform.inverse_bound, depends="within its inverse_bound")
         found = "its inverse_bound is infinite"
     return Envelope(reason=found)
 
 
-def within(name: str, layer: Any, inverse: bool = True) -> list[Step]:
+def within(name: str, layer: Any, sampling: bool = True) -> list[Step]:
     r"""Returns the steps of a part of a layer, their names prefixed by the name of the part.
 
     Arguments:
         name: The name of the part.
         layer: The part.
-        inverse: Whether sampling runs it in its inverse direction.
+        sampling: Whether it runs towards data; see :func:`rule`.
     """
-    return [replace(s, name=f"{name}.{s.name}" if s.name else name) for s in steps(layer, inverse)]
+    return [
+        replace(s, name=f"{name}.{s.name}" if s.name else name) for s in steps(layer, sampling)
+    ]
 
 
 def _lookup(rules: dict[type, Any], layer: Any) -> Any:

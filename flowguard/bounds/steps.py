@@ -76,9 +76,11 @@ class Noise(Step):
 
     @property
     def features(self) -> int:
+        r"""The number of features of a position."""
         return self.size
 
     def through(self, region: Region, radius: float, roundoff: float) -> Region:
+        r"""Returns the region of the noise itself."""
         return region
 
 
@@ -98,9 +100,11 @@ class Linear(Step):
 
     @property
     def features(self) -> int:
+        r"""The number of features that the matrix takes."""
         return self.matrix.shape[1]
 
     def through(self, region: Region, radius: float, roundoff: float) -> Region:
+        r"""Returns the product, widened by what is rounded."""
         matrix = constant(self.matrix)
         error = matrix.abs() if self.error is None else constant(self.error)
         return region.linear(matrix, error, roundoff)
@@ -115,10 +119,12 @@ class Scale(Step):
 
     @property
     def features(self) -> int | None:
+        r"""The number of features, if there are several constants."""
         n = max(self.factor.numel(), self.offset.numel())
         return n if n > 1 else None
 
     def through(self, region: Region, radius: float, roundoff: float) -> Region:
+        r"""Returns the region, scaled and moved."""
         shape = region.box.shape[1]
         factor, offset = (constant(t).flatten().expand(shape) for t in (self.factor, self.offset))
         return region.scale(factor, offset, roundoff)
@@ -132,9 +138,11 @@ class Permute(Step):
 
     @property
     def features(self) -> int:
+        r"""The number of features."""
         return self.order.numel()
 
     def through(self, region: Region, radius: float, roundoff: float) -> Region:
+        r"""Returns the region in another order."""
         return region.permute(self.order.detach().cpu())
 
 
@@ -152,9 +160,11 @@ class Pointwise(Step):
 
     @property
     def features(self) -> int | None:
+        r"""The number of features, if it is known which change."""
         return None if self.mask is None else self.mask.numel()
 
     def through(self, region: Region, radius: float, roundoff: float) -> Region:
+        r"""Returns the region, with what the envelope allows each feature."""
         everywhere = torch.ones(region.box.shape[1], dtype=torch.bool)
         mask = everywhere if self.mask is None else self.mask.detach().cpu()
         return region.elementwise(self.envelope, mask, roundoff)
@@ -175,6 +185,7 @@ class Join(Step):
     scale_bound: float
 
     def through(self, region: Region, radius: float, roundoff: float) -> Region:
+        r"""Returns the region with further features, as large as can be."""
         largest = torch.tensor(self.scale_bound, dtype=torch.float64).exp().item()
         largest = self.mean_bound + largest * radius
         # The exponential of a rounded s, two units of its own, a product and a sum.
@@ -188,6 +199,7 @@ class Unsqueeze(Step):
     factor: int
 
     def through(self, region: Region, radius: float, roundoff: float) -> Region:
+        r"""Returns the region of the positions that features become."""
         return region.unsqueeze(self.factor)
 
 
@@ -196,6 +208,7 @@ class Flatten(Step):
     r"""The end of a layer after which features are no longer told apart, as those of an image."""
 
     def through(self, region: Region, radius: float, roundoff: float) -> Region:
+        r"""Returns a region that is the same for every feature."""
         return Region.cube(region.box.new_full((1, 1), region.largest))
 
 
@@ -204,6 +217,7 @@ class Remark(Step):
     r"""A row in the table for what the bound leaves out, such as an image that is added last."""
 
     def through(self, region: Region, radius: float, roundoff: float) -> Region:
+        r"""Returns the region as it is."""
         return region
 
 
@@ -222,7 +236,8 @@ class Refused(Step):
 
     @property
     def finite(self) -> bool:
-        return True  # it claims nothing
+        r"""Whether all that it says is finite: it claims nothing."""
+        return True
 
 
 def _is_finite(value: Any) -> bool:

@@ -16,45 +16,45 @@ from flowguard.transforms import InverseTransform
 
 
 @rule(transforms.ComposeTransform)
-def _compose(f: transforms.ComposeTransform, inverse: bool) -> Iterator[Step]:
+def _compose(f: transforms.ComposeTransform, sampling: bool) -> Iterator[Step]:
     parts = list(enumerate(f.parts))
-    for i, part in reversed(parts) if inverse else parts:
-        yield from within(f"parts.{i}", part, inverse)
+    for i, part in reversed(parts) if sampling else parts:
+        yield from within(f"parts.{i}", part, sampling)
 
 
 @rule(transforms._InverseTransform, InverseTransform)
-def _inverse(f: transforms._InverseTransform, inverse: bool) -> Iterator[Step]:
-    yield from steps(f._inv, not inverse)
+def _inverse(f: transforms._InverseTransform, sampling: bool) -> Iterator[Step]:
+    yield from steps(f._inv, not sampling)
 
 
 @rule(transforms.IndependentTransform)
-def _independent(f: transforms.IndependentTransform, inverse: bool) -> Iterator[Step]:
-    yield from steps(f.base_transform, inverse)
+def _independent(f: transforms.IndependentTransform, sampling: bool) -> Iterator[Step]:
+    yield from steps(f.base_transform, sampling)
 
 
-def affine(factor: Tensor, shift: Tensor, inverse: bool) -> Step:
+def affine(factor: Tensor, shift: Tensor, sampling: bool) -> Step:
     r"""The step of x -> factor x + shift with constants."""
     if max(factor.dim(), shift.dim()) > 1:
         return Refused(reason="its constants differ from one row of a batch to another")
-    if inverse:
+    if sampling:
         return Scale(factor=1 / factor, offset=-shift / factor)
     return Scale(factor=factor, offset=shift)
 
 
 @rule(transforms.AffineTransform)
-def _constant_affine(f: transforms.AffineTransform, inverse: bool) -> Iterator[Step]:
-    yield affine(constant(torch.as_tensor(f.scale)), constant(torch.as_tensor(f.loc)), inverse)
+def _constant_affine(f: transforms.AffineTransform, sampling: bool) -> Iterator[Step]:
+    yield affine(constant(torch.as_tensor(f.scale)), constant(torch.as_tensor(f.loc)), sampling)
 
 
 @envelope_rule(transforms.ComposeTransform)
-def _compose_envelope(f: transforms.ComposeTransform, inverse: bool) -> Envelope:
-    parts = [envelope(part, inverse) for part in f.parts]
-    return reduce(after, reversed(parts) if inverse else parts)
+def _compose_envelope(f: transforms.ComposeTransform, sampling: bool) -> Envelope:
+    parts = [envelope(part, sampling) for part in f.parts]
+    return reduce(after, reversed(parts) if sampling else parts)
 
 
 @envelope_rule(transforms._InverseTransform, InverseTransform)
-def _inverse_envelope(f: transforms._InverseTransform, inverse: bool) -> Envelope:
-    return envelope(f._inv, not inverse)
+def _inverse_envelope(f: transforms._InverseTransform, sampling: bool) -> Envelope:
+    return envelope(f._inv, not sampling)
 
 
 def after(first: Envelope, second: Envelope) -> Envelope:

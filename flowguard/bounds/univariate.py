@@ -26,7 +26,7 @@ def conditional(
 
 
 @envelope_rule(transforms.RobustSpline, transforms.CubicBSpline)
-def _spline(f: transforms.RobustSpline | transforms.CubicBSpline, inverse: bool) -> Envelope:
+def _spline(f: transforms.RobustSpline | transforms.CubicBSpline, sampling: bool) -> Envelope:
     shift = 0.0 if f.shift is None else f.shift_bound
     if shift is None:
         return Envelope(1.0, math.inf, reason=FREE)
@@ -34,14 +34,14 @@ def _spline(f: transforms.RobustSpline | transforms.CubicBSpline, inverse: bool)
     return Envelope(
         gain=1.0,
         offset=shift,
-        floor=max(f.bound - shift, 0.0) if inverse else f.bound,
+        floor=max(f.bound - shift, 0.0) if sampling else f.bound,
         displacement=2 * f.bound + shift,
         depends=f"within a box of {f.bound:g} and a shift of {shift:g}",
     )
 
 
 @envelope_rule(transforms.AdditiveTransform)
-def _additive(f: transforms.AdditiveTransform, inverse: bool) -> Envelope:
+def _additive(f: transforms.AdditiveTransform, sampling: bool) -> Envelope:
     if f.shift_bound is None:
         return Envelope(1.0, math.inf, reason=FREE)
     shift = f.shift_bound
@@ -49,17 +49,17 @@ def _additive(f: transforms.AdditiveTransform, inverse: bool) -> Envelope:
 
 
 @envelope_rule(transforms.AffineTransform)
-def _affine(f: transforms.AffineTransform, inverse: bool) -> Envelope:
+def _affine(f: transforms.AffineTransform, sampling: bool) -> Envelope:
     return Envelope(
-        1 / f.eps if inverse else 1 + f.eps,
+        1 / f.eps if sampling else 1 + f.eps,
         math.inf,
         reason=f"its shift is free, and its slope may fall to {f.eps:g}",
     )
 
 
 @envelope_rule(transforms.ReparametrizedAffineTransform)
-def _reparametrized(f: transforms.ReparametrizedAffineTransform, inverse: bool) -> Envelope:
-    gain = 1 + f.eps if inverse else 1 / f.eps
+def _reparametrized(f: transforms.ReparametrizedAffineTransform, sampling: bool) -> Envelope:
+    gain = 1 + f.eps if sampling else 1 / f.eps
     return Envelope(gain, math.inf, reason="its shift is free")
 
 
@@ -71,5 +71,5 @@ def _reparametrized(f: transforms.ReparametrizedAffineTransform, inverse: bool) 
     transforms.RobustSpline,
     transforms.Univariate,
 )
-def _univariate(f: transforms.Univariate, inverse: bool) -> Iterator[Step]:
-    yield conditional(envelope(f, inverse))
+def _univariate(f: transforms.Univariate, sampling: bool) -> Iterator[Step]:
+    yield conditional(envelope(f, sampling))

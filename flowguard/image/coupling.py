@@ -11,15 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowguard.image.layers import NormedConv2d, ZeroConv2d, folded
-from flowguard.image.maps import (
-    Affine,
-    Coupling,
-    Elementwise,
-    Inscribed,
-    ReparametrizedAffine,
-    apply,
-    elementwise,
-)
+from flowguard.image.maps import Coupling, Elementwise, apply, elementwise
 from flowguard.image.ready import Ready, last_layers
 from flowguard.numerics import repeat_rows
 
@@ -145,10 +137,7 @@ class ConditionalCoupling(nn.Module):
         Arguments:
             part: ``"injector"``, ``"noise"`` or ``"rest"``.
         """
-        units = self._modules.get(f"{part}_units")
-        if units is None or not isinstance(self.map, Affine | ReparametrizedAffine):
-            return self.map
-        return Inscribed(self.map, units)  # the coupling was migrated
+        return self.map
 
     def condition(self, context: Tensor, noise: Tensor | None = None) -> Condition:
         r"""Computes all that depends on the context alone.

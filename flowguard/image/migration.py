@@ -3,13 +3,16 @@ r"""How image flows are made robust, for :func:`flowguard.migrate`.
 Every affine map of a coupling becomes a robust spline that follows it, computed from what the old
 networks ask for: they are kept as a whole. A free prior of a split is bounded such that nothing
 changes where it was on the calibration data.
+
+What takes the place of a layer tells by `changes` what it is, beyond the weights and the layer that
+was there, and `restore` makes it again: so it is saved as a part of a model.
 """
 
-__all__ = ["ImageSurgeon"]
+__all__ = ["BoundedSplit", "ImageSurgeon", "InscribedCoupling"]
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn as nn
@@ -19,8 +22,8 @@ from flowguard.image.coupling import ConditionalCoupling
 from flowguard.image.flow import ConditionalMultiscaleFlow
 from flowguard.image.maps import Affine, Elementwise, Inscribed, ReparametrizedAffine
 from flowguard.image.split import Split
-from flowguard.migration.imitate import Affine as AffineMap
-from flowguard.migration.imitate import AnyTransform, RescaledSpline
+from flowguard.migration.exchange import successor
+from flowguard.migration.imitate import AffineMap, AnyTransform, RescaledSpline
 from flowguard.migration.inscribe import FAITHFUL, InscribedAffine
 from flowguard.migration.surgeon import Site, Surgeon, surgeon
 from flowguard.numerics import normal_log_prob
@@ -28,6 +31,111 @@ from flowguard.transforms import Univariate
 
 PIXELS = 4096  # of those that a layer was asked for, how many are kept
 ROOM = 1.5  # by how much the bounds of a prior exceed what was met
+
+
+class InscribedCoupling(ConditionalCoupling):
+    r"""Creates a conditional coupling whose affine maps are followed by robust splines.
+
+    It has the networks of the coupling that it takes the place of; see :meth:`in_place_of`.
+    """
+
+    units: nn.ModuleDict  # what makes the splines of each part, in the units of its channels
+
+    @classmethod
+    def in_place_of(cls, old: ConditionalCoupling, units: Mapping[str, InscribedAffine]) -> Self:
+        r"""Returns the coupling that takes the place of another.
+
+        Arguments:
+            old: The coupling, with affine maps; those of its parts that are robust already stay.
+            units: What makes the splines of a part, by the name of the part; see
+                :meth:`ConditionalCoupling.map_of`.
+        """
+        if not isinstance(old.map, Affine | ReparametrizedAffine):
+            raise ValueError(f"splines are inscribed for affine maps alone; got {old.map}")
+        before = dict(old.units.items()) if isinstance(old, InscribedCoupling) else {}
+        return successor(old, cls, units=nn.ModuleDict({**before, **units}))
+
+    def map_of(self, part: str) -> Elementwise:
+        r"""Returns the elementwise map whose parameters a part computes.
+
+        Arguments:
+            part: ``"injector"``, ``"noise"`` or ``"rest"``.
+        """
+        affine = super().map_of(part)
+        if part not in self.units or not isinstance(affine, Affine | ReparametrizedAffine):
+            return affine
+        return Inscribed(affine, self.units[part])
+
+    def changes(self) -> dict[str, Any]:
+        r"""Returns what :meth:`restore` takes, of numbers and texts alone."""
+        return {"units": {part: units.options for part, units in self.units.items()}}
+
+    @classmethod
+    def restore(cls, old: nn.Module, units: Mapping[str, Mapping[str, Any]]) -> Self:
+        r"""Returns the coupling with the state of its units still to be loaded.
+
+        Arguments:
+            old: The coupling that it takes the place of.
+            units: The options of the splines of each part.
+        """
+        if not isinstance(old, ConditionalCoupling) or not {*units} <= {*parts_of(old)}:
+            raise ValueError(
+                f"splines are inscribed for the parts of a coupling; got {type(old).__name__} and"
+                f" {', '.join(units)}"
+            )
+        made = {}
+        for part, options in units.items():
+            channels = old.kept + old.changed if part == "injector" else old.changed
+            zero, one = torch.tensor([0.0, 1.0])[:, None, None, None].expand(2, channels, 1, 1)
+            made[part] = InscribedAffine(
+                zero.clone(), one.clone(), zero.clone(), one.clone(), **options
+            )
+            made[part](one, zero)  # refuses options that there are not
+        return cls.in_place_of(old, made)
+
+
+class BoundedSplit(Split):
+    r"""Creates a split whose prior is bounded, without any change well within the bounds.
+
+    It has the network of the split that it takes the place of; see :meth:`in_place_of`.
+    """
+
+    @classmethod
+    def in_place_of(cls, old: Split, mean_bound: float, scale_bound: float) -> Self:
+        r"""Returns the split that takes the place of another.
+
+        Arguments:
+            old: The split, with a free prior.
+            mean_bound: The bound of the mean.
+            scale_bound: The bound of the log-scale.
+        """
+        new = successor(old, cls)
+        new.tame(mean_bound, scale_bound)
+        return new
+
+    def changes(self) -> dict[str, Any]:
+        r"""Returns what :meth:`restore` takes, of numbers alone."""
+        return {"mean_bound": self.mean_bound, "scale_bound": self.scale_bound}
+
+    @classmethod
+    def restore(cls, old: nn.Module, mean_bound: float, scale_bound: float) -> Self:
+        r"""Returns the split again.
+
+        Arguments:
+            old: The split that it takes the place of.
+            mean_bound: The bound of the mean.
+            scale_bound: The bound of the log-scale.
+        """
+        if not isinstance(old, Split):
+            raise ValueError(f"the prior of a split is bounded; got {type(old).__name__}")
+        if not (mean_bound > 0 and scale_bound > 0):
+            raise ValueError(f"bounds must be positive; got {mean_bound} and {scale_bound}")
+        return cls.in_place_of(old, mean_bound, scale_bound)
+
+
+def parts_of(coupling: ConditionalCoupling) -> tuple[str, ...]:
+    r"""Returns the names of the parts of a coupling that compute the parameters of a map."""
+    return ("injector", "rest") if coupling.noise is None else ("injector", "noise", "rest")
 
 
 class _Witness(Univariate):
@@ -62,8 +170,8 @@ class _Hearing:
 class _Lines(Site):
     r"""A layer that applies lines to some channels of its input."""
 
-    def __init__(self, name: str, kind: str) -> None:
-        super().__init__(name, kind)
+    def __init__(self, operation: Surgeon, name: str, layer: nn.Module, kind: str) -> None:
+        super().__init__(operation, name, layer, kind)
         self.asked: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def _tell(self, x: Tensor, slope: Tensor, value: Tensor) -> None:
@@ -91,40 +199,43 @@ class _Lines(Site):
 class _Part(_Lines):
     r"""A part of a coupling."""
 
-    def __init__(self, name: str, coupling: ConditionalCoupling, part: str) -> None:
-        super().__init__(f"{name}.{part}", f"ConditionalCoupling[{type(coupling.map).__name__}]")
-        self.coupling = coupling
+    def __init__(
+        self, operation: Surgeon, path: str, coupling: ConditionalCoupling, part: str
+    ) -> None:
+        kind = f"ConditionalCoupling[{type(coupling.map).__name__}]"
+        super().__init__(operation, f"{path}.{part}", coupling, kind)
+        self.path = path
         self.part = part
 
     @contextmanager
     def listen(self) -> Iterator[None]:
-        before = self.coupling.map_of
+        coupling: ConditionalCoupling = self.layer
+        before = coupling.map_of
 
         def map_of(part: str) -> Elementwise:
             found = before(part)
             return _Hearing(found, self._tell) if part == self.part else found
 
-        inherited = "map_of" not in vars(self.coupling)
-        object.__setattr__(self.coupling, "map_of", map_of)
+        inherited = "map_of" not in vars(coupling)
+        object.__setattr__(coupling, "map_of", map_of)
         try:
             yield
         finally:
             if inherited:
-                object.__delattr__(self.coupling, "map_of")
+                object.__delattr__(coupling, "map_of")
             else:
-                object.__setattr__(self.coupling, "map_of", before)
+                object.__setattr__(coupling, "map_of", before)
 
-    def replace(self, spline: RescaledSpline) -> list[nn.Parameter]:
-        self.units = InscribedAffine(spline, *(self._heard(i) for i in range(3)))
-        flat = {name: unit.clone() for name, unit in self.units.named_buffers()}
-        for name, unit in flat.items():
-            setattr(self.units, name, unit[:, None, None])  # channels come before the pixels
-        self.coupling.add_module(f"{self.part}_units", self.units)
-        return []  # there is nothing to fit
+    def build(self, spline: RescaledSpline) -> nn.Module:
+        flat = InscribedAffine.around(spline, *(self._heard(i) for i in range(3)))
+        # Channels come before the pixels.
+        units = InscribedAffine(*(t[:, None, None].clone() for t in flat.units), **flat.options)
+        self.layer = self.operation.model.get_submodule(self.path)  # after its other parts
+        return InscribedCoupling.in_place_of(self.layer, {self.part: units})
 
     def new(self, rows: Tensor | slice) -> AnyTransform:
         slope, value = (self._heard(i)[rows][..., None, None] for i in (1, 2))
-        return _Pixels(self.units(slope, value))
+        return _Pixels(self.robust.units[self.part](slope, value))
 
 
 class _Pixels(Univariate):
@@ -145,9 +256,8 @@ class _Pixels(Univariate):
 class _Prior(_Lines):
     r"""The prior of a split, which is a line for what leaves."""
 
-    def __init__(self, name: str, split: Split) -> None:
-        super().__init__(name, "Split[free prior]")
-        self.split = split
+    def __init__(self, operation: Surgeon, name: str, split: Split) -> None:
+        super().__init__(operation, name, split, "Split[free prior]")
         self.most = [0.0, 0.0]
 
     @contextmanager
@@ -160,15 +270,15 @@ class _Prior(_Lines):
             ]
             self._tell(dropped, torch.exp(-logs), -mean * torch.exp(-logs))
 
-        hook = self.split.register_forward_hook(hear)
+        hook = self.layer.register_forward_hook(hear)
         try:
             yield
         finally:
             hook.remove()
 
-    def replace(self, spline: RescaledSpline) -> list[nn.Parameter]:
-        self.split.tame(*(max(m, 1.0) * ROOM / FAITHFUL for m in self.most))
-        return []
+    def build(self, spline: RescaledSpline) -> nn.Module:
+        bounds = (max(m, 1.0) * ROOM / FAITHFUL for m in self.most)
+        return BoundedSplit.in_place_of(self.layer, *bounds)
 
     def new(self, rows: Tensor | slice) -> AnyTransform:
         return self.old(rows)  # the same on all that was met
@@ -193,35 +303,37 @@ class ImageSurgeon(Surgeon):
         return latents, ladj
 
     def log_prob(self, x: Tensor, context: Any) -> Tensor:
+        r"""Returns the log-density of each image."""
         latents, ladj = self._latents(x, context)
         return ladj + normal_log_prob(latents)
 
     def sites(self) -> list[Site]:
+        r"""Returns the affine parts of couplings, and the free priors."""
         found: list[Site] = []
         for name, module in self.model.named_modules():
             if isinstance(module, ConditionalCoupling) and _is_affine(module):
-                parts = (
-                    ("injector", "rest") if module.noise is None else ("injector", "noise", "rest")
-                )
-                found += [_Part(name, module, part) for part in parts]
+                found += [_Part(self, name, module, part) for part in parts_of(module)]
             if isinstance(module, Split) and _is_free(module):
-                found.append(_Prior(name, module))
+                found.append(_Prior(self, name, module))
         return found
 
-    def others(self) -> list[str]:
-        return [
-            f"{name} ({type(module).__name__})"
+    def kept(self) -> dict[str, str]:
+        r"""Names the couplings that are not affine, and the splits whose prior is bounded."""
+        return {
+            f"{name} ({type(module).__name__})": ""
             for name, module in self.model.named_modules()
             if (isinstance(module, ConditionalCoupling) and not _is_affine(module))
             or (isinstance(module, Split) and not _is_free(module))
-        ]
+        }
 
     def encode(self, x: Tensor, context: Any) -> Tensor | None:
+        r"""Returns the latents of each image, in one row."""
         latents, _ = self._latents(x, context)
         self.shapes = [z.shape[1:] for z in latents]
         return torch.cat([z.flatten(1) for z in latents], dim=1)
 
     def decode(self, z: Tensor, context: Any) -> Tensor:
+        r"""Returns the images of some latents; see :meth:`encode`."""
         model: Any = self.model
         parts = z.split([shape.numel() for shape in self.shapes], dim=1)
         latents = [t.unflatten(1, shape) for t, shape in zip(parts, self.shapes, strict=True)]

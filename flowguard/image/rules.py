@@ -31,31 +31,32 @@ from flowguard.image.layers import (
     OrthogonalConv1x1,
     Squeeze,
 )
+from flowguard.image.migration import InscribedCoupling
 from flowguard.image.split import Split
 from flowguard.image.steps import FlowStep, TransitionStep
 
 
 @rule(Squeeze)
-def _squeeze(layer: Squeeze, inverse: bool) -> Iterator[Step]:
-    if inverse:
+def _squeeze(layer: Squeeze, sampling: bool) -> Iterator[Step]:
+    if sampling:
         yield Unsqueeze(factor=layer.factor)
     else:
         yield Refused(reason="a squeeze is bounded in its inverse direction only")
 
 
 @rule(ActNorm)
-def _actnorm(layer: ActNorm, inverse: bool) -> Iterator[Step]:
+def _actnorm(layer: ActNorm, sampling: bool) -> Iterator[Step]:
     logs, bias = constant(layer.logs), constant(layer.bias)
-    if inverse:
+    if sampling:
         yield Scale(factor=torch.exp(-logs), offset=-bias)
     else:
         yield Scale(factor=torch.exp(logs), offset=bias * torch.exp(logs))
 
 
 @rule(InvertibleConv1x1)
-def _conv1x1(layer: InvertibleConv1x1, inverse: bool) -> Iterator[Step]:
+def _conv1x1(layer: InvertibleConv1x1, sampling: bool) -> Iterator[Step]:
     matrix = constant(layer.weight)
-    if inverse:
+    if sampling:
         matrix, info = torch.linalg.inv_ex(matrix)
         if info.item():
             yield Refused(reason="its matrix is singular", depends="not at all")
@@ -64,13 +65,13 @@ def _conv1x1(layer: InvertibleConv1x1, inverse: bool) -> Iterator[Step]:
 
 
 @rule(OrthogonalConv1x1)
-def _orthogonal(layer: OrthogonalConv1x1, inverse: bool) -> Iterator[Step]:
+def _orthogonal(layer: OrthogonalConv1x1, sampling: bool) -> Iterator[Step]:
     matrix = layer.weight.detach()
-    yield Linear(matrix=matrix.T if inverse else matrix)
+    yield Linear(matrix=matrix.T if sampling else matrix)
 
 
-@rule(ConditionalCoupling)
-def _coupling(layer: ConditionalCoupling, inverse: bool) -> Iterator[Step]:
+@rule(ConditionalCoupling, InscribedCoupling)
+def _coupling(layer: ConditionalCoupling, sampling: bool) -> Iterator[Step]:
     everything = torch.ones(layer.kept + layer.changed, dtype=torch.bool)
     changed = torch.arange(len(everything)) >= layer.kept
     masks = {"rest": changed, "noise": changed, "injector": everything}
@@ -83,31 +84,31 @@ def _coupling(layer: ConditionalCoupling, inverse: bool) -> Iterator[Step]:
         phi = weight.new_zeros(1, int(mask.sum()), family.parameters, 1, 1)
         f = family.transform(phi)
         kind = f"{type(layer).__name__}[{type(f).__name__}]"
-        parts.append(conditional(envelope(f, inverse), part, kind, mask=mask))
-    yield from parts if inverse else reversed(parts)
+        parts.append(conditional(envelope(f, sampling), part, kind, mask=mask))
+    yield from parts if sampling else reversed(parts)
 
 
 @rule(FixedConv1x1)
-def _fixed(layer: FixedConv1x1, inverse: bool) -> Iterator[Step]:
-    yield Linear(matrix=layer.transpose if inverse else layer.weight)
+def _fixed(layer: FixedConv1x1, sampling: bool) -> Iterator[Step]:
+    yield Linear(matrix=layer.transpose if sampling else layer.weight)
 
 
 @rule(TransitionStep)
-def _transition(layer: TransitionStep, inverse: bool) -> Iterator[Step]:
-    for name in ("mix", "actnorm") if inverse else ("actnorm", "mix"):
-        yield from within(name, getattr(layer, name), inverse)
+def _transition(layer: TransitionStep, sampling: bool) -> Iterator[Step]:
+    for name in ("mix", "actnorm") if sampling else ("actnorm", "mix"):
+        yield from within(name, getattr(layer, name), sampling)
 
 
 @rule(FlowStep)
-def _step(layer: FlowStep, inverse: bool) -> Iterator[Step]:
-    order = ("coupling", "mix", "actnorm") if inverse else ("actnorm", "mix", "coupling")
+def _step(layer: FlowStep, sampling: bool) -> Iterator[Step]:
+    order = ("coupling", "mix", "actnorm") if sampling else ("actnorm", "mix", "coupling")
     for name in order:
-        yield from within(name, getattr(layer, name), inverse)
+        yield from within(name, getattr(layer, name), sampling)
 
 
 @rule(Split)
-def _split(layer: Split, inverse: bool) -> Iterator[Step]:
-    if not inverse:
+def _split(layer: Split, sampling: bool) -> Iterator[Step]:
+    if not sampling:
         yield Refused(reason="a split is bounded in its inverse direction only")
     elif layer.mean_bound is None or layer.scale_bound is None:
         yield Refused(reason="its prior is free; give mean_bound and scale_bound")
@@ -122,8 +123,8 @@ def _split(layer: Split, inverse: bool) -> Iterator[Step]:
 
 
 @rule(ConditionalMultiscaleFlow)
-def _multiscale(flow: ConditionalMultiscaleFlow, inverse: bool) -> Iterator[Step]:
-    if not inverse:
+def _multiscale(flow: ConditionalMultiscaleFlow, sampling: bool) -> Iterator[Step]:
+    if not sampling:
         yield Refused(reason="a multiscale flow is bounded in its inverse direction only")
         return
     # Split by split, the channels of the last level; any even size gives the same.

@@ -1,6 +1,15 @@
 r"""Robust splines that imitate other univariate maps."""
 
-__all__ = ["Affine", "Rescaled", "RescaledSpline", "Taught", "compare", "imitate", "units"]
+__all__ = [
+    "AffineMap",
+    "InUnits",
+    "Rescaled",
+    "RescaledSpline",
+    "Taught",
+    "compare",
+    "imitate",
+    "units",
+]
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -17,7 +26,7 @@ SMALLEST = 1e-6  # the least scale of a feature; a feature that never varies has
 ROWS = 512  # rows that a step of the fit looks at
 
 
-class Affine(Univariate):
+class AffineMap(Univariate):
     r"""Creates the affine map :math:`f(x) = e^s x + t` of a host, to be imitated.
 
     Arguments:
@@ -63,6 +72,11 @@ class Rescaled(Univariate):
     def __repr__(self) -> str:
         return f"{self.__class__.__name__}({self.base})"
 
+    @property
+    def units(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        r"""Origin and unit of the input, and origin and unit of the output."""
+        return self.loc_in, self.scale_in, self.loc_out, self.scale_out
+
     def _gain(self, ladj: Tensor) -> Tensor:
         return (self.scale_out / self.scale_in).log().to(ladj.dtype)
 
@@ -75,40 +89,29 @@ class Rescaled(Univariate):
         return x * self.scale_in + self.loc_in, ladj - self._gain(ladj)
 
     def inverse_bound(self, radius: float) -> float:
-        bounds = zip(
-            *(
-                t.detach().double().flatten().tolist()
-                for t in (self.loc_in, self.scale_in, self.loc_out, self.scale_out)
-            ),
-            strict=True,
-        )
+        r"""Returns the bound of the inverse, in the worst of the features.
+
+        Arguments:
+            radius: The bound of its argument.
+        """
+        bounds = zip(*(t.detach().double().flatten().tolist() for t in self.units), strict=True)
         return max(
             abs(loc_in) + scale_in * self.base.inverse_bound((radius + abs(loc_out)) / scale_out)
             for loc_in, scale_in, loc_out, scale_out in bounds
         )
 
 
-class RescaledSpline(nn.Module):
-    r"""Creates a constructor of robust splines in the units of each feature.
-
-    The units do not depend on the condition: what it can do to a sample stays bounded. Zero
-    parameters give the affine map from the units of the input to those of the output.
+class InUnits(nn.Module):
+    r"""Creates what constructors of robust splines in the units of each feature have in common.
 
     Arguments:
-        loc_in: The origin of the input, with shape :math:`(D)`.
-        scale_in: The unit of the input, with shape :math:`(D)`.
-        loc_out: The origin of the output, with shape :math:`(D)`.
-        scale_out: The unit of the output, with shape :math:`(D)`.
-        bins: The number of bins :math:`K`.
+        loc_in: The origin of the input, with shape :math:`(D)` or one that broadcasts.
+        scale_in: The unit of the input.
+        loc_out: The origin of the output.
+        scale_out: The unit of the output.
         bound: The bound :math:`B` of the box, in these units.
         shift_bound: The bound of the shift, in these units.
         slope: The least slope, in these units.
-
-    Example:
-        >>> spline = RescaledSpline(*torch.tensor([[0.0], [2.0], [1.0], [4.0]]))
-        >>> f = spline(*(torch.zeros(1, *shape) for shape in spline.shapes))
-        >>> f(torch.tensor([3.0]))
-        tensor([7.])
     """
 
     loc_in: Tensor
@@ -123,7 +126,6 @@ class RescaledSpline(nn.Module):
         loc_out: Tensor,
         scale_out: Tensor,
         *,
-        bins: int = 8,
         bound: float = 5.0,
         shift_bound: float | None = SHIFT_BOUND,
         slope: float | None = 1e-3,
@@ -133,14 +135,61 @@ class RescaledSpline(nn.Module):
         self.register_buffer("scale_in", scale_in)
         self.register_buffer("loc_out", loc_out)
         self.register_buffer("scale_out", scale_out)
-        self.shapes = RobustSpline.shapes(bins)
-        self.bins = bins
         self.bound = bound
         self.shift_bound = shift_bound
         self.slope = slope
 
+    @property
+    def units(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        r"""Origin and unit of the input, and origin and unit of the output."""
+        return self.loc_in, self.scale_in, self.loc_out, self.scale_out
+
+    @property
+    def options(self) -> dict[str, Any]:
+        r"""The options of the splines."""
+        return {"bound": self.bound, "shift_bound": self.shift_bound, "slope": self.slope}
+
     def extra_repr(self) -> str:
-        return f"bins={self.bins}, bound={self.bound}, shift_bound={self.shift_bound}"
+        return f"bound={self.bound}, shift_bound={self.shift_bound}"
+
+
+class RescaledSpline(InUnits):
+    r"""Creates a constructor of robust splines in the units of each feature.
+
+    The units do not depend on the condition: what it can do to a sample stays bounded. Zero
+    parameters give the affine map from the units of the input to those of the output.
+
+    Arguments:
+        loc_in: The origin of the input, with shape :math:`(D)`.
+        scale_in: The unit of the input, with shape :math:`(D)`.
+        loc_out: The origin of the output, with shape :math:`(D)`.
+        scale_out: The unit of the output, with shape :math:`(D)`.
+        bins: The number of bins :math:`K`.
+        options: The bounds of box and shift and the least slope; see :class:`InUnits`.
+
+    Example:
+        >>> spline = RescaledSpline(*torch.tensor([[0.0], [2.0], [1.0], [4.0]]))
+        >>> f = spline(*(torch.zeros(1, *shape) for shape in spline.shapes))
+        >>> f(torch.tensor([3.0]))
+        tensor([7.])
+    """
+
+    def __init__(
+        self,
+        loc_in: Tensor,
+        scale_in: Tensor,
+        loc_out: Tensor,
+        scale_out: Tensor,
+        *,
+        bins: int = 8,
+        **options: Any,
+    ) -> None:
+        super().__init__(loc_in, scale_in, loc_out, scale_out, **options)
+        self.shapes = RobustSpline.shapes(bins)
+        self.bins = bins
+
+    def extra_repr(self) -> str:
+        return f"bins={self.bins}, {super().extra_repr()}"
 
     def forward(self, *phi: Tensor) -> Rescaled:
         r"""Returns the spline with these parameters.
@@ -149,16 +198,8 @@ class RescaledSpline(nn.Module):
             phi: The unconstrained widths, heights, derivatives and shift.
         """
         widths, heights, derivatives, shift = phi
-        spline = RobustSpline(
-            widths,
-            heights,
-            derivatives,
-            shift,
-            bound=self.bound,
-            shift_bound=self.shift_bound,
-            slope=self.slope,
-        )
-        return Rescaled(spline, self.loc_in, self.scale_in, self.loc_out, self.scale_out)
+        spline = RobustSpline(widths, heights, derivatives, shift, **self.options)
+        return Rescaled(spline, *self.units)
 
 
 class Taught(NamedTuple):

@@ -8,13 +8,13 @@ __all__ = ["InscribedAffine", "InscribedShift", "inscribe", "saturate"]
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from flowguard.migration.imitate import SMALLEST, Rescaled, RescaledSpline
+from flowguard.migration.imitate import SMALLEST, InUnits, Rescaled, RescaledSpline
 from flowguard.spline.bin import mixing
 from flowguard.spline.invert import unconstrain
 from flowguard.transforms import AdditiveTransform, RobustSpline
@@ -101,35 +101,33 @@ class _Units(nn.Module):
             super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-class InscribedAffine(_Units):
-    r"""Creates a constructor of robust splines that follow affine maps.
+class InscribedAffine(_Units, InUnits):
+    r"""Creates a constructor of robust splines that follow affine maps, in the units of each
+    feature; :meth:`around` finds these.
 
-    The units of a feature are such that a slope in the middle of those that are met is one; of
-    input and output, the one that needs the larger box decides its size. Where values were met
-    far out in the box, or beyond it, the units are up to four times as large, so that it is as
-    rare as can be that the spline cannot follow.
-
-    Arguments:
-        spline: Origins and units of input and output, and the options.
-        x: The inputs that were met, with shape :math:`(N, *, D)`.
-        scale: The slopes that were met.
-        shift: The shifts that were met.
+    Its arguments are those of :class:`flowguard.migration.imitate.InUnits`.
 
     Example:
-        >>> units = torch.tensor([[0.0], [1.0], [0.0], [1.0]])
-        >>> x, one, zero = torch.randn(9, 1), torch.ones(9, 1), torch.zeros(9, 1)
-        >>> f = InscribedAffine(RescaledSpline(*units), x, one, zero)
+        >>> f = InscribedAffine(*torch.tensor([[0.0], [1.0], [0.0], [1.0]]))
         >>> f(torch.tensor([0.5]), torch.tensor([2.0]))(torch.tensor([3.0]))
         tensor([3.5000])
     """
 
-    loc_in: Tensor
-    scale_in: Tensor
-    loc_out: Tensor
-    scale_out: Tensor
+    @classmethod
+    def around(cls, spline: RescaledSpline, x: Tensor, scale: Tensor, shift: Tensor) -> Self:
+        r"""Returns a constructor in units that suit what was met.
 
-    def __init__(self, spline: RescaledSpline, x: Tensor, scale: Tensor, shift: Tensor) -> None:
-        super().__init__()
+        The units of a feature are such that a slope in the middle of those that are met is one;
+        of input and output, the one that needs the larger box decides its size. Where values were
+        met far out in the box, or beyond it, the units are up to four times as large, so that it
+        is as rare as can be that the spline cannot follow.
+
+        Arguments:
+            spline: Origins and units of input and output, and the options.
+            x: The inputs that were met, with shape :math:`(N, *, D)`.
+            scale: The slopes that were met.
+            shift: The shifts that were met.
+        """
         # The middle of the range on a logarithmic scale, as slopes may be either way of it.
         log = scale.detach().flatten(0, -2).clamp(SMALLEST, 1 / SMALLEST).log()
         middle = ((log.amax(0) + log.amin(0)) / 2).exp()
@@ -140,16 +138,13 @@ class InscribedAffine(_Units):
             / middle
             * _widening(x * scale + shift, spline.loc_out, spline.scale_out, room),
         )
-        self.register_buffer("loc_in", spline.loc_in)
-        self.register_buffer("scale_in", unit)
-        self.register_buffer("loc_out", spline.loc_out)
-        self.register_buffer("scale_out", unit * middle)
-        self.bound = spline.bound
-        self.shift_bound = spline.shift_bound
-        self.slope = spline.slope
-
-    def extra_repr(self) -> str:
-        return f"bound={self.bound}, shift_bound={self.shift_bound}"
+        return cls(
+            spline.loc_in,
+            unit,
+            spline.loc_out,
+            unit * middle,
+            **spline.options,
+        )
 
     def forward(self, scale: Tensor, shift: Tensor) -> Rescaled:
         r"""Returns the spline that follows :math:`s x + t`.
@@ -160,13 +155,8 @@ class InscribedAffine(_Units):
         """
         gain = scale * (self.scale_in / self.scale_out)
         intercept = (scale * self.loc_in + shift - self.loc_out) / self.scale_out
-        options: Any = {
-            "bound": self.bound,
-            "shift_bound": self.shift_bound,
-            "slope": self.slope,
-        }
-        base = RobustSpline(*inscribe(gain, intercept, **options), **options)
-        return Rescaled(base, self.loc_in, self.scale_in, self.loc_out, self.scale_out)
+        base = RobustSpline(*inscribe(gain, intercept, **self.options), **self.options)
+        return Rescaled(base, *self.units)
 
 
 def _widening(x: Tensor, loc: Tensor, scale: Tensor, room: float) -> Tensor:

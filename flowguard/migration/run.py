@@ -1,9 +1,4 @@
-r"""The migration: an existing flow in, a robust flow out that starts where the old one was.
-
-The core knows no library. An adapter derives from :class:`Surgeon` what it takes to operate on the
-flows of its library, and registers it with :func:`surgeon` or :func:`holder`; it is looked for in
-``flowguard.integrations.<library>.migration``.
-"""
+r"""The course of a migration: listen, replace layer by layer, compare, fine-tune, report."""
 
 __all__ = ["migrate"]
 
@@ -159,7 +154,8 @@ def _operate(
 ) -> Migration:
     r"""Replaces the layers; without calibration pairs it only tells which."""
     certificate = certify(operation.model)
-    kept, reasons = list(operation.others()), dict(operation.reasons())
+    told = operation.kept()
+    kept, reasons = list(told), {name: why for name, why in told.items() if why}
     sites = []
 
     def keep(site: Site, why: str) -> None:
@@ -256,7 +252,10 @@ class _Trial:
 
 def _replace(site: Site, options: dict[str, Any], fit_steps: int) -> Replacement:
     x, everything = site.inputs, slice(None)
-    if not site.carry(options["slope"]):
+    carried = site.carry(options["slope"])
+    if carried is not None:
+        site.put(carried)
+    else:
         with torch.no_grad():
             y = site.old(everything)(x)
         boxes = (*units(x), *units(y))
@@ -265,8 +264,8 @@ def _replace(site: Site, options: dict[str, Any], fit_steps: int) -> Replacement
                 f"the model takes calibration data to NaN or infinity, at {site.name} ({site.kind}):"
                 " give data that the flow was trained on, and leave out what it cannot take"
             )
-        spline = RescaledSpline(*boxes, **options)
-        if parameters := site.replace(spline):
+        site.put(site.build(RescaledSpline(*boxes, **options)))
+        if parameters := site.learned():
             imitate(site.old, site.new, parameters, x, steps=fit_steps)
     new = site.new(everything)
     taught = compare(site.old(everything), new, x)

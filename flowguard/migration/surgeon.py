@@ -1,6 +1,6 @@
-r"""What it takes to operate on a model: the layers to replace, and who knows them."""
+r"""What it takes to operate on a model: the sites of its layers, and who knows them."""
 
-__all__ = ["Site", "Surgeon", "holder", "surgeon"]
+__all__ = ["Site", "Surgeon", "holder", "no_density", "surgeon"]
 
 import abc
 from collections.abc import Callable, Mapping
@@ -12,20 +12,79 @@ import torch.nn as nn
 from torch import Tensor
 
 from flowguard.hosts import load
+from flowguard.migration.exchange import exchange
 from flowguard.migration.imitate import AnyTransform, RescaledSpline
 
 
-class Site(abc.ABC):
-    r"""A layer whose univariate map is replaced.
+class Surgeon(abc.ABC):
+    r"""What it takes to operate on a model; adapters derive one for their library.
 
     Arguments:
+        model: The model, a copy that may be changed. If a site is all of it, another takes its
+            place.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @abc.abstractmethod
+    def log_prob(self, x: Tensor, context: Any) -> Tensor:
+        r"""Returns the log-density of each row."""
+
+    @abc.abstractmethod
+    def sites(self) -> list["Site"]:
+        r"""Returns the sites of the layers to replace."""
+
+    @abc.abstractmethod
+    def kept(self) -> Mapping[str, str]:
+        r"""Names the layers that are kept as they are, and says why; empty where it cannot tell."""
+
+    def encode(self, x: Tensor, context: Any) -> Tensor | None:
+        r"""Returns the noise of each row, :py:`None` where the adapter cannot tell."""
+        return None
+
+    def decode(self, z: Tensor, context: Any) -> Tensor:
+        r"""Returns the samples of some noise, if :meth:`encode` gives any; raises
+        :py:`NotImplementedError` where there is no inverse."""
+        raise NotImplementedError
+
+    def tuning(self) -> AbstractContextManager[None]:
+        r"""Holds while the model is fine-tuned."""
+        return nullcontext()
+
+
+class Site(abc.ABC):
+    r"""A layer of a model whose univariate map is replaced. All adapters keep to one contract:
+
+    - *What is here*: the module :attr:`layer`. It is listened to in a pass of the model
+      (:meth:`listen`); :attr:`inputs` and :meth:`old` then are what its map was asked, and what
+      the map was. Until something is put here, nothing of the model is changed.
+    - *What may go in*: a module that is called as the old one is and is an instance of what its
+      library looks for. :meth:`carry` or :meth:`build` make it of the old one, which stays as it
+      is, by :func:`flowguard.migration.exchange.successor`: networks, parameters, buffers, hooks
+      and options are the same objects under the same names, so that an earlier state dict fits.
+      It can be copied and pickled wherever the old one can.
+    - *How it goes in*: by :meth:`put`, which is the same for all. The new module takes the place
+      of the old one wherever the model refers to it, and is :attr:`robust` from then on.
+      :meth:`learned` and :meth:`new` ask it.
+
+    Arguments:
+        operation: The surgeon, whose model it is.
         name: The name of the layer within the model.
+        layer: The layer.
         kind: What it is, in words.
         additive: Whether the old map only shifts, so that the caller may want to keep it.
     """
 
-    def __init__(self, name: str, kind: str, additive: bool = False) -> None:
+    layer: Any
+    robust: Any
+
+    def __init__(
+        self, operation: Surgeon, name: str, layer: nn.Module, kind: str, additive: bool = False
+    ) -> None:
+        self.operation = operation
         self.name = name
+        self.layer = layer
         self.kind = kind
         self.additive = additive
 
@@ -47,58 +106,39 @@ class Site(abc.ABC):
     def old(self, rows: Tensor | slice) -> AnyTransform:
         r"""Returns the old map of these rows of the inputs, in the direction heard."""
 
-    def carry(self, slope: float | None) -> bool:
-        r"""Carries the old map over, knot by knot, if it is a spline; returns whether it was."""
-        return False
+    def carry(self, slope: float | None) -> nn.Module | None:
+        r"""Returns the layer with the knots of the old map, if that is a spline.
+
+        Arguments:
+            slope: The least slope of the robust splines.
+        """
+        return None
 
     @abc.abstractmethod
-    def replace(self, spline: RescaledSpline) -> list[nn.Parameter]:
-        r"""Puts the spline into the layer and returns what computes its parameters, to be fitted;
-        the hidden layers are kept. Nothing is fitted where nothing is returned."""
+    def build(self, spline: RescaledSpline) -> nn.Module:
+        r"""Returns the layer with a robust map that follows the old one, or can learn to.
+
+        Arguments:
+            spline: The units of the inputs and outputs that were heard, and the options.
+        """
+
+    def put(self, new: nn.Module) -> None:
+        r"""Puts a new layer in the place of the old one.
+
+        Arguments:
+            new: What :meth:`carry` or :meth:`build` returned.
+        """
+        self.operation.model = exchange(self.operation.model, self.layer, new)
+        self.robust = new
+
+    def learned(self) -> list[nn.Parameter]:
+        r"""Returns what computes the parameters of the new map, to be fitted to the old one; the
+        hidden layers are kept. Nothing is fitted where nothing is returned."""
+        return []
 
     @abc.abstractmethod
     def new(self, rows: Tensor | slice) -> AnyTransform:
         r"""Returns the new map of these rows of the inputs."""
-
-
-class Surgeon(abc.ABC):
-    r"""What it takes to operate on a model; adapters derive one for their library.
-
-    Arguments:
-        model: The model, a copy that may be changed.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    @abc.abstractmethod
-    def log_prob(self, x: Tensor, context: Any) -> Tensor:
-        r"""Returns the log-density of each row."""
-
-    @abc.abstractmethod
-    def sites(self) -> list[Site]:
-        r"""Returns the layers to replace."""
-
-    @abc.abstractmethod
-    def others(self) -> list[str]:
-        r"""Names the layers that are kept as they are."""
-
-    def reasons(self) -> Mapping[str, str]:
-        r"""Says why layers are kept, for any of the names that :meth:`others` gives."""
-        return {}
-
-    def encode(self, x: Tensor, context: Any) -> Tensor | None:
-        r"""Returns the noise of each row, :py:`None` where the adapter cannot tell."""
-        return None
-
-    def decode(self, z: Tensor, context: Any) -> Tensor:
-        r"""Returns the samples of some noise, if :meth:`encode` gives any; raises
-        :py:`NotImplementedError` where there is no inverse."""
-        raise NotImplementedError
-
-    def tuning(self) -> AbstractContextManager[None]:
-        r"""Holds while the model is fine-tuned."""
-        return nullcontext()
 
 
 _HOLDERS: dict[type, Callable[[nn.Module], Surgeon]] = {}
@@ -138,6 +178,14 @@ def surgeon(model: Any) -> Surgeon:
     raise TypeError(
         f"flowguard does not know how to migrate {type(model).__name__}: give a flow of a library"
         " that it has an adapter for, or a module that holds layers of one"
+    )
+
+
+def no_density(model: Any) -> TypeError:
+    r"""Returns the error that says what to do about a model without a density that is known."""
+    return TypeError(
+        f"flowguard does not know how to get the log-density of {type(model).__name__}, which has"
+        " no method log_prob: give migrate(..., log_prob=lambda model, x, context: ...)"
     )
 
 

@@ -16,14 +16,14 @@ for model_class in (LowLightFlow, SuperResolutionFlow):
 
 
 @rule(SuperResolutionFlow)
-def _super_resolution(model: SuperResolutionFlow, inverse: bool) -> Iterator[Step]:
-    yield from within("flow", model.flow, inverse)
+def _super_resolution(model: SuperResolutionFlow, sampling: bool) -> Iterator[Step]:
+    yield from within("flow", model.flow, sampling)
     yield Remark(name="upsample", depends="adds the upsampled condition, which is left out")
 
 
 @rule(LowLightFlow)
-def _low_light(model: LowLightFlow, inverse: bool) -> Iterator[Step]:
-    for step in within("flow", model.flow, inverse):
+def _low_light(model: LowLightFlow, sampling: bool) -> Iterator[Step]:
+    for step in within("flow", model.flow, sampling):
         yield step
         if isinstance(step, Noise):
             yield Pointwise(

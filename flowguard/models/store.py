@@ -1,7 +1,13 @@
-r"""Models as folders: a JSON configuration and safetensors weights, nothing that can run code."""
+r"""Models as folders: a JSON configuration and safetensors weights, nothing that can run code.
+
+A configuration names classes of three registries, and no others: the elementwise maps that flowguard
+has (:data:`MAPS`), what derives from :class:`Recorded` (models and encoders), and the layers that a
+migration puts in the place of others (:data:`REPLACED`).
+"""
 
 __all__ = ["Pretrained", "PretrainedError", "Recorded", "load"]
 
+import copy
 import dataclasses
 import functools
 import inspect
@@ -9,6 +15,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -18,8 +25,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flowguard._version import __version__
-from flowguard.image import maps
+from flowguard.image.maps import Affine, CubicBSpline, ReparametrizedAffine, Robust
+from flowguard.image.migration import BoundedSplit, InscribedCoupling
 from flowguard.io.atomic import atomic, save_tensors
+from flowguard.migration.exchange import exchange
 from flowguard.ood import OODConditioner
 
 try:
@@ -34,12 +43,27 @@ except ImportError:  # the extra "hub"; saving and loading folders works without
             super().__init_subclass__()
 
 
-FORMAT = 2  # raised whenever flowguards before and after could not read each other's models
+#: The newest format. A model is written in the oldest one that can hold it, so that an older
+#: flowguard reads what it understands and refuses the rest by its number.
+FORMAT = 3
+PLAIN = 2  # what the constructor's arguments describe
+MIGRATED = 3  # the same, and layers that took the place of others
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 TYPE = "type"  # the key that names the class of an object
 FOREIGN = "foreign"  # an object that whoever loads has to give
 PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 REGISTRY: dict[str, type[Any]] = {}
+
+#: The elementwise maps that a file may name; their fields are their arguments.
+MAPS: dict[str, type[Any]] = {
+    cls.__name__: cls for cls in (Affine, CubicBSpline, ReparametrizedAffine, Robust)
+}
+
+#: The layers that :func:`flowguard.migrate` puts in the place of others; see
+#: :mod:`flowguard.image.migration`.
+REPLACED: dict[str, type[BoundedSplit] | type[InscribedCoupling]] = {
+    cls.__name__: cls for cls in (BoundedSplit, InscribedCoupling)
+}
 
 P = TypeVar("P", bound="Pretrained")
 
@@ -125,7 +149,8 @@ class Pretrained(
         r"""Saves the model in a folder: ``config.json`` and ``model.safetensors``.
 
         Both files are written whole or not at all, the state of the guard (fit, calibration,
-        policy) included. What could not be restored is refused.
+        policy) and the layers that a migration replaced included. What could not be restored is
+        refused.
 
         Arguments:
             save_directory: The folder; it is made if it is missing.
@@ -224,8 +249,6 @@ def load(
     Raises:
         PretrainedError: If the folder holds no such model.
     """
-    import flowguard.models  # noqa: F401  # known to the registry from here on
-
     folder = Path(folder)
     if not folder.is_dir():
         raise PretrainedError(f"there is no folder {folder}")
@@ -241,11 +264,6 @@ def _module(model: Any) -> nn.Module:
     return model
 
 
-def _couplings() -> dict[str, type[Any]]:
-    found = vars(maps).values()
-    return {c.__name__: c for c in found if isinstance(c, type) and dataclasses.is_dataclass(c)}
-
-
 def encode(value: Any) -> Any:
     r"""Returns a value as what JSON can hold."""
     value = getattr(value, "_orig_mod", value)  # of torch.compile
@@ -258,10 +276,10 @@ def encode(value: Any) -> Any:
     if isinstance(value, Mapping) and TYPE not in value and all(isinstance(k, str) for k in value):
         return {k: encode(v) for k, v in value.items()}
     maker = value.func if isinstance(value, functools.partial) else value
-    if isinstance(maker, type) and maker in _couplings().values():
+    if isinstance(maker, type) and maker in MAPS.values():
         value = value()  # stands for the coupling that it makes
     name = known_as(type(value))
-    if _couplings().get(name) is type(value):
+    if MAPS.get(name) is type(value):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         return {TYPE: name, **encode(fields)}
     if REGISTRY.get(name) is type(value):
@@ -294,7 +312,7 @@ def decode(value: Any, where: str, foreign: Mapping[str, Any]) -> Any:
                 f" hold; pass {where}=... to from_pretrained"
             )
         return foreign[where]
-    kind = _couplings().get(name) or REGISTRY.get(name)
+    kind = MAPS.get(name) or REGISTRY.get(name)
     if kind is None:
         raise PretrainedError(
             f"`{where}` is a {name}, which this flowguard ({__version__}) does not know; import"
@@ -338,13 +356,19 @@ def describe(model: nn.Module) -> dict[str, Any]:
     conditioner = getattr(model, "conditioner", None)
     if arguments.get("encoder") is not None and isinstance(conditioner, OODConditioner):
         arguments["encoder"] = conditioner.encoder  # it may have been exchanged
-    return {
-        "format": FORMAT,
+    config = {
+        "format": PLAIN,
         "flowguard": __version__,
         "class": known_as(type(model)),
         "arguments": encode(arguments),
         "conditioners": {n: encode(_options(c)) for n, c in _conditioners(model).items()},
     }
+    replaced = {
+        _eager(name): {TYPE: type(layer).__name__, **encode(layer.changes())}
+        for name, layer in model.named_modules()
+        if isinstance(layer, BoundedSplit | InscribedCoupling)
+    }
+    return {**config, "format": MIGRATED, "replaced": replaced} if replaced else config
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
@@ -357,8 +381,13 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
             )
         # A clone: tensors that share memory would be refused.
         plain = value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        state[name.replace("_orig_mod.", "")] = plain
+        state[_eager(name)] = plain
     return state
+
+
+def _eager(name: str) -> str:
+    r"""The name of what is within a model, without what torch.compile wraps it in."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def _build(config: Mapping[str, Any], foreign: Mapping[str, Any]) -> nn.Module:
@@ -368,11 +397,15 @@ def _build(config: Mapping[str, Any], foreign: Mapping[str, Any]) -> nn.Module:
     conditioners = _conditioners(model)
     for name, options in config["conditioners"].items():
         _set_options(conditioners[name], decode(options, name, {}))
+    for name, told in config.get("replaced", {}).items():
+        changes = decode({k: v for k, v in told.items() if k != TYPE}, name, {})
+        old = model.get_submodule(name)
+        exchange(model, old, REPLACED[told[TYPE]].restore(old, **changes))
     return model
 
 
 def _check_twin(model: nn.Module, config: dict[str, Any], state: dict[str, Tensor]) -> None:
-    """Builds the model once more and loads it: what cannot be restored is not saved."""
+    r"""Builds the model once more and loads it: what cannot be restored is not saved."""
     foreign = {
         name: value
         for name, value in getattr(model, "arguments", {}).items()
@@ -380,17 +413,13 @@ def _check_twin(model: nn.Module, config: dict[str, Any], state: dict[str, Tenso
         and config["arguments"][name].get(TYPE) == FOREIGN
     }
     if "encoder" in foreign:  # a copy: the twin's encoder is loaded into
-        import copy
-
         foreign["encoder"] = copy.deepcopy(model.conditioner.encoder)  # type: ignore[union-attr]
     try:
         twin = _build(config, foreign)
         _fill(twin, state)
-        told = [repr(m).replace("OptimizedModule", "") for m in (model, twin)]
-        if told[0] != told[1]:
-            pairs = zip(*(t.splitlines() for t in told), strict=False)
-            first = next((a, b) for a, b in pairs if a != b)
-            raise PretrainedError(f"{first[0].strip()} instead of {first[1].strip()}")
+        for mine, its in zip_longest(_parts(model), _parts(twin), fillvalue="nothing"):
+            if mine != its:
+                raise PretrainedError(f"{mine} instead of {its}")
     except Exception as error:
         raise PretrainedError(
             f"this {type(model).__name__} cannot be saved: it was changed after its construction,"
@@ -398,8 +427,17 @@ def _check_twin(model: nn.Module, config: dict[str, Any], state: dict[str, Tenso
         ) from error
 
 
+def _parts(model: nn.Module) -> list[str]:
+    r"""What each part of a model is, in words, without what torch.compile wraps it in."""
+    return [
+        f"{_eager(name)}: {type(part).__name__}({part.extra_repr()})"
+        for name, part in model.named_modules()
+        if not hasattr(part, "_orig_mod")
+    ]
+
+
 def _fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Loads a state bit for bit: first each tensor takes the dtype of what it will hold."""
+    r"""Loads a state bit for bit: first each tensor takes the dtype of what it will hold."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         saved = state.get(name)
         if saved is not None and saved.dtype != tensor.dtype:
@@ -433,7 +471,7 @@ def write(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) 
 
 
 def _downloaded(name: str, options: dict[str, Any]) -> Path:
-    """The folder of a model of the Hub."""
+    r"""The folder of a model of the Hub."""
     parts = name.split("/")
     if len(parts) > 2 or not all(parts) or name.startswith((".", "~")) or os.path.exists(name):
         raise PretrainedError(f"there is no folder {name}")
@@ -482,7 +520,7 @@ def _check_config(config: Any, file: Path) -> None:
         isinstance(config.get(k), t) and not isinstance(config[k], bool) for k, t in wanted.items()
     ):
         raise PretrainedError(f"{file} was not written by flowguard's save_pretrained")
-    if config["format"] != FORMAT:
+    if not PLAIN <= config["format"] <= FORMAT:
         # Before format 2, two-bin splines were other maps of the same parameters.
         advice = (
             "upgrade flowguard"
@@ -491,11 +529,21 @@ def _check_config(config: Any, file: Path) -> None:
         )
         raise PretrainedError(
             f"{file} has format {config['format']}, written by flowguard {config['flowguard']};"
-            f" this is flowguard {__version__}, which reads format {FORMAT}: {advice}"
+            f" this is flowguard {__version__}, which reads formats {PLAIN} to {FORMAT}: {advice}"
         )
-    for key in ("arguments", "conditioners"):
+    migrated = config["format"] == MIGRATED
+    for key in ("arguments", "conditioners", *(("replaced",) if migrated else ())):
         if not isinstance(config.get(key), dict):
             raise PretrainedError(f"{file} lacks {key!r}; it was changed, or written in part")
+    if not migrated and "replaced" in config:
+        raise PretrainedError(f"{file} has layers that format {PLAIN} does not; it was changed")
+    for name, told in config.get("replaced", {}).items():
+        kind = told.get(TYPE) if isinstance(told, dict) else None
+        if not isinstance(kind, str) or kind not in REPLACED:
+            raise PretrainedError(
+                f"`{name}` is a {kind}, which this flowguard ({__version__}) does not put in the"
+                " place of a layer: upgrade flowguard"
+            )
 
 
 def _absent(folder: Path, name: str) -> str:
@@ -538,7 +586,7 @@ def _read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _exact(config: dict[str, Any]) -> str:
-    """A text that tells 1, 1.0 and true apart."""
+    r"""A text that tells 1, 1.0 and true apart."""
     return json.dumps(config, sort_keys=True)
 
 

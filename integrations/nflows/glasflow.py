@@ -1,7 +1,7 @@
 r"""How glasflow's layers are bounded, sampled and migrated: those of its fork of nflows, and its
 own flows, which have no embedding network and call the context *conditional*."""
 
-from __future__ import annotations
+__all__: list[str] = []
 
 from importlib import import_module
 from typing import Any
@@ -14,12 +14,10 @@ from flowguard.bounds.attack import Sampler, Tensors, sampler
 from . import rules as nflows
 from .migration import operate_on
 
-__all__: list[str] = []
-
 
 def _sample(model: Any, context: Tensors) -> tuple[Sampler, Tensors]:
     base = model._distribution
-    if not nflows._is(base, "StandardNormal"):
+    if not nflows.is_base(base, "StandardNormal"):
         raise nflows.unknown_noise(base)
 
     def draw(z: Tensor, y: Tensors) -> Any:
@@ -32,5 +30,5 @@ def _sample(model: Any, context: Tensors) -> tuple[Sampler, Tensors]:
 operate_on("glasflow.nflows")
 nflows.register("glasflow.nflows")
 FLOW = import_module("glasflow.flows.base").Flow
-rule(FLOW)(nflows._flow)
+rule(FLOW)(nflows.flow_steps)
 sampler.register(FLOW)(_sample)

@@ -4,28 +4,6 @@ A head turns what the network of the old layer returns into robust maps. The old
 the new layers by name: a state dict of the flow before its migration can be loaded after it.
 """
 
-from __future__ import annotations
-
-import abc
-import math
-from collections.abc import Iterator
-from typing import Any
-
-import torch
-import torch.nn as nn
-from torch import Tensor
-from torch.nn import functional as F
-
-from flowguard.bounds import Envelope, Refused, Scale, Step, conditional, constant, envelope, rule
-from flowguard.migration.imitate import Rescaled
-from flowguard.migration.inscribe import InscribedAffine, InscribedShift
-from flowguard.spline.invert import unconstrain_softmax
-from flowguard.transforms import AdditiveTransform, RobustSpline, Univariate
-
-from .autoregressive import MaskedRobustSplineAutoregressiveTransform
-from .coupling import RobustSplineCouplingTransform
-from .spline import run
-
 __all__ = [
     "AffineHead",
     "CarriedHead",
@@ -37,7 +15,37 @@ __all__ = [
     "ShiftHead",
 ]
 
+import abc
+from collections.abc import Callable, Iterator
+from typing import Any, Self
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.nn import functional as F
+
+from flowguard.bounds import Envelope, Refused, Step, conditional, rule
+from flowguard.migration.exchange import successor
+from flowguard.migration.imitate import Rescaled
+from flowguard.migration.inscribe import InscribedAffine, InscribedShift
+from flowguard.migration.knots import Knots
+from flowguard.migration.rules import BoundOfMap
+from flowguard.transforms import RobustSpline, Univariate
+
+from .autoregressive import MaskedRobustSplineAutoregressiveTransform
+from .coupling import RobustSplineCouplingTransform
+from .spline import run
+
 LARGEST = 1e20  # what scales and logits are cut at, so that infinite ones are finite
+
+#: An attribute of glasflow's layers that the formulas hold, as far as it is no lambda of its own:
+#: those cannot be pickled.
+ACTIVATION = "scale_activation"
+
+#: What glasflow's autoregressive transform has for one, if it is not told.
+DEFAULT_LAMBDA = "MaskedAffineAutoregressiveTransform.__init__.<locals>.<lambda>"
+
+Activation = Callable[[Tensor], Tensor]
 
 
 class CouplingFormula:
@@ -51,8 +59,15 @@ class CouplingFormula:
     def __init__(self, old: Any) -> None:
         self.source = type(old)
         self.num_transform_features = len(old.transform_features)
-        if hasattr(old, "scale_activation"):  # glasflow's can be chosen
-            self.scale_activation = old.scale_activation
+        self.activation: Activation | None = getattr(old, ACTIVATION, None)
+        if self.activation is getattr(self.source, "DEFAULT_SCALE_ACTIVATION", None):
+            self.activation = None
+
+    @property
+    def scale_activation(self) -> Activation:
+        r"""The activation of the scale, of which the formula of glasflow's class asks."""
+        default: Activation = self.source.DEFAULT_SCALE_ACTIVATION
+        return default if self.activation is None else self.activation
 
     def __call__(self, raw: Tensor) -> tuple[Tensor, Tensor]:
         scale, shift = self.source._scale_and_shift(self, raw)
@@ -60,15 +75,18 @@ class CouplingFormula:
 
 
 class MaskedFormula:
-    r"""Creates the same for an autoregressive transform.
+    r"""Creates a function from the outputs of a network to the scale and shift of an
+    autoregressive transform, by the formula of nflows or of glasflow.
 
     Arguments:
         old: The host's layer.
     """
 
     def __init__(self, old: Any) -> None:
-        self.activation = getattr(old, "scale_activation", None)  # glasflow's can be chosen
         self.least: float = old._epsilon
+        self.activation: Activation | None = getattr(old, ACTIVATION, None)
+        if getattr(self.activation, "__qualname__", "") == DEFAULT_LAMBDA:
+            self.activation = None
 
     def __call__(self, raw: Tensor) -> tuple[Tensor, Tensor]:
         unconstrained, shift = raw.unflatten(1, (-1, 2)).unbind(-1)
@@ -92,12 +110,8 @@ class Head(nn.Module, abc.ABC):
         """
 
     @abc.abstractmethod
-    def family(self) -> Univariate:
-        r"""Returns one of the maps in its own units, to tell what bounds them all."""
-
-    def units(self) -> tuple[Tensor, ...]:
-        r"""Returns origin and unit of the input, and origin and unit of the output."""
-        return ()
+    def example(self) -> Univariate:
+        r"""Returns one of the maps, to tell what bounds them all."""
 
     def forward(self, x: Tensor, raw: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
         r"""Transforms `x`, with shape :math:`(N, C)` or :math:`(N, C, H, W)`."""
@@ -121,16 +135,13 @@ class AffineHead(Head):
         self.outputs = 2
 
     def univariate(self, raw: Tensor) -> Rescaled:
+        r"""Returns the robust splines that follow the affine maps that the outputs ask for."""
         scale, shift = self.formula(raw)
         return self.map(scale.clamp(max=LARGEST), shift)
 
-    def family(self) -> RobustSpline:
-        f, zeros = self.map, torch.zeros(1, 2)
-        options: Any = {"bound": f.bound, "shift_bound": f.shift_bound, "slope": f.slope}
-        return RobustSpline(zeros, zeros, zeros, torch.zeros(1), **options)
-
-    def units(self) -> tuple[Tensor, ...]:
-        return self.map.loc_in, self.map.scale_in, self.map.loc_out, self.map.scale_out
+    def example(self) -> Rescaled:
+        r"""Returns one of the maps, to tell what bounds them all."""
+        return self.map(torch.ones_like(self.map.loc_in), torch.zeros_like(self.map.loc_in))
 
 
 class ShiftHead(Head):
@@ -146,110 +157,100 @@ class ShiftHead(Head):
         self.outputs = 1
 
     def univariate(self, raw: Tensor) -> Rescaled:
+        r"""Returns the bounded shifts that follow those that the outputs ask for."""
         return self.map(raw.movedim(1, -1))
 
-    def family(self) -> AdditiveTransform:
-        return AdditiveTransform(torch.zeros(1), self.map.shift_bound)
-
-    def units(self) -> tuple[Tensor, ...]:
-        f = self.map
-        return torch.zeros_like(f.loc), f.scale, f.loc, f.scale
+    def example(self) -> Rescaled:
+        r"""Returns one of the maps, to tell what bounds them all."""
+        return self.map(torch.zeros_like(self.map.loc))
 
 
 class CarriedHead(Head):
     r"""Creates the head that takes over the knots of the host's rational-quadratic splines.
 
     Arguments:
-        old: The host's layer.
-        width: What the host divides the logits of widths and heights by, squared.
-        slope: The least slope of the robust splines.
+        bins: The number of bins.
+        knots: How the host makes knots of what its network says.
     """
 
-    def __init__(self, old: Any, width: int, slope: float | None) -> None:
+    def __init__(self, bins: int, knots: Knots) -> None:
         super().__init__()
-        self.bins: int = old.num_bins
-        self.bound: float = float(old.tail_bound)
-        self.least: tuple[float, float, float] = (
-            old.min_bin_width,
-            old.min_bin_height,
-            old.min_derivative,
-        )
-        self.divisor = math.sqrt(width)
-        self.slope = slope
-        self.outputs = 3 * self.bins - 1
+        self.knots = knots
+        self.outputs = 3 * bins - 1
 
     def extra_repr(self) -> str:
-        return f"bins={self.bins}, bound={self.bound:g}"
+        return f"bins={(self.outputs + 1) // 3}, bound={self.knots.bound:g}"
 
     def logits(self, raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         r"""Returns the host's logits of widths, heights and slopes, each :math:`(N, *, C, n)`."""
         phi = raw.unflatten(1, (-1, self.outputs)).movedim((1, 2), (-2, -1))
-        widths, heights, slopes = phi.split([self.bins, self.bins, self.bins - 1], dim=-1)
-        return widths / self.divisor, heights / self.divisor, slopes
+        return self.knots.logits(phi)
 
     def univariate(self, raw: Tensor) -> RobustSpline:
-        w, h, d = unconstrain_softmax(*self.logits(raw), least=self.least, slope=self.slope)
-        return RobustSpline(w, h, d, bound=self.bound, slope=self.slope)
+        r"""Returns the robust splines through the host's knots."""
+        return self.knots.robust(self.logits(raw))
 
-    def family(self) -> RobustSpline:
+    def example(self) -> RobustSpline:
+        r"""Returns one of the maps, to tell what bounds them all."""
         zeros = torch.zeros(1, 1)
-        return RobustSpline(zeros, zeros, zeros, bound=self.bound, slope=self.slope)
+        return RobustSpline(zeros, zeros, zeros, bound=self.knots.bound, slope=self.knots.slope)
 
 
 class MigratedCouplingTransform(RobustSplineCouplingTransform):
-    r"""Creates the robust coupling that takes the place of one of the host's.
+    r"""Creates the robust coupling that takes the place of one of the host's; see
+    :meth:`in_place_of`."""
 
-    Arguments:
-        old: The host's layer, whose masks, network and unconditional part are taken over.
-        head: What turns the outputs of the network into robust maps.
-    """
+    @classmethod
+    def in_place_of(cls, old: Any, head: Head) -> Self:
+        r"""Returns a coupling with the masks, the network and the unconditional part of another.
 
-    def __init__(self, old: Any, head: Head) -> None:
-        nn.Module.__init__(self)  # of the parts of the old one, there is nothing to build
-        self.features = old.features
-        self.register_buffer("identity_features", old.identity_features)
-        self.register_buffer("transform_features", old.transform_features)
-        self.transform_net = old.transform_net
-        self.unconditional_transform = old.unconditional_transform
-        self.head = head.train(old.training)  # type: ignore[assignment]
-        self.training = old.training
+        Arguments:
+            old: The host's layer.
+            head: What turns the outputs of the network into robust maps.
+        """
+        return successor(old, cls, without=(ACTIVATION,), head=head.train(old.training))
 
     def _transform_dim_multiplier(self) -> int:
         return self.head.outputs  # type: ignore[return-value]
 
 
 class MigratedAutoregressiveTransform(MaskedRobustSplineAutoregressiveTransform):
-    r"""Creates the robust autoregressive transform that takes the place of one of the host's.
+    r"""Creates the robust autoregressive transform that takes the place of one of the host's; see
+    :meth:`in_place_of`."""
 
-    Arguments:
-        old: The host's layer, whose network is taken over.
-        features: The number of features.
-        head: What turns the outputs of the network into robust maps.
-    """
+    @classmethod
+    def in_place_of(cls, old: Any, features: int, head: Head) -> Self:
+        r"""Returns an autoregressive transform with the network of another.
 
-    def __init__(self, old: Any, features: int, head: Head) -> None:
-        nn.Module.__init__(self)
-        self.features = features
-        self.autoregressive_net = old.autoregressive_net
-        self.head = head.train(old.training)  # type: ignore[assignment]
-        self.training = old.training
+        Arguments:
+            old: The host's layer.
+            features: The number of features.
+            head: What turns the outputs of the network into robust maps.
+        """
+        head = head.train(old.training)
+        return successor(old, cls, without=(ACTIVATION,), head=head, features=features)
 
     def _output_dim_multiplier(self) -> int:
         return self.head.outputs  # type: ignore[return-value]
 
 
 @rule(MigratedCouplingTransform)
-def _coupling(layer: Any, inverse: bool) -> Iterator[Step]:
+def _coupling(layer: Any, sampling: bool) -> Iterator[Step]:
     mask = torch.zeros(layer.features, dtype=torch.bool)
     mask[layer.transform_features.cpu()] = True
     if layer.unconditional_transform is not None:
         yield _unconditional(layer.unconditional_transform, ~mask)
-    yield from _map_steps(layer.head, mask, inverse)
+    yield from _steps(layer.head, mask, sampling)
 
 
 @rule(MigratedAutoregressiveTransform)
-def _autoregressive(layer: Any, inverse: bool) -> Iterator[Step]:
-    yield from _map_steps(layer.head, torch.ones(layer.features, dtype=torch.bool), inverse)
+def _autoregressive(layer: Any, sampling: bool) -> Iterator[Step]:
+    yield from _steps(layer.head, torch.ones(layer.features, dtype=torch.bool), sampling)
+
+
+def _steps(head: Head, mask: Tensor, sampling: bool) -> Iterator[Step]:
+    bound = BoundOfMap(head.example(), sampling)
+    yield from bound.steps(mask, "head", f"{type(head).__name__}[{bound.base}]")
 
 
 def _unconditional(part: Any, mask: Tensor) -> Step:
@@ -259,29 +260,3 @@ def _unconditional(part: Any, mask: Tensor) -> Step:
     bound = float(part.tail_bound)
     g = Envelope(1.0, 0.0, floor=bound, displacement=2 * bound, depends="not at all")
     return conditional(g, name, kind, mask)
-
-
-def _map_steps(head: Head, mask: Tensor, inverse: bool) -> Iterator[Step]:
-    r"""The units on either side are constant, and told apart from the map for their sake: what
-    one layer scales up, the next one often scales down."""
-    before, after = _scales(head.units(), mask, inverse)
-    f = head.family()
-    yield from before
-    yield conditional(envelope(f, inverse), "head", f"{type(head).__name__}[{f}]", mask)
-    yield from after
-
-
-def _scales(
-    units: tuple[Tensor, ...], mask: Tensor, inverse: bool
-) -> tuple[list[Step], list[Step]]:
-    if not units:
-        return [], []
-    ones, zeros = torch.ones(len(mask), dtype=torch.float64), torch.zeros(len(mask)).double()
-    loc_in, scale_in, loc_out, scale_out = (
-        whole.masked_scatter(mask, constant(t).cpu())
-        for whole, t in zip((zeros, ones, zeros, ones), units, strict=True)
-    )
-    if inverse:
-        loc_in, scale_in, loc_out, scale_out = loc_out, scale_out, loc_in, scale_in
-    first = Scale(name="head.map", factor=1 / scale_in, offset=-loc_in / scale_in)
-    return [first], [Scale(name="head.map", factor=scale_out, offset=loc_out)]

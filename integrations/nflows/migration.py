@@ -4,10 +4,10 @@ Layers are known by the name of their class and of its module within the host, s
 its fork in glasflow are met alike, and neither is imported for the other's sake.
 """
 
-from __future__ import annotations
+__all__ = ["operate_on"]
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -15,8 +15,11 @@ import torch.nn as nn
 from torch import Tensor
 
 from flowguard.migration import Site, Surgeon, holder
-from flowguard.migration.imitate import Affine, AnyTransform, RescaledSpline
+from flowguard.migration.exchange import overhear
+from flowguard.migration.imitate import AffineMap, AnyTransform, RescaledSpline
 from flowguard.migration.inscribe import InscribedAffine, InscribedShift
+from flowguard.migration.knots import HostSpline, Knots, width_of
+from flowguard.migration.surgeon import no_density
 from flowguard.numerics import normal_log_prob
 
 from .host import CANDIDATES, HOST, part
@@ -30,8 +33,6 @@ from .migrated import (
     MigratedCouplingTransform,
     ShiftHead,
 )
-
-__all__ = ["operate_on"]
 
 AFFINE_COUPLING = "transforms.coupling.AffineCouplingTransform"
 ADDITIVE_COUPLING = "transforms.coupling.AdditiveCouplingTransform"
@@ -111,83 +112,33 @@ def _why_not(layer: Any) -> str:
     return "flowguard does not know it"
 
 
-class _HostSpline:
-    r"""Splines of the host, with the parameters that its network gave.
-
-    Arguments:
-        head: The head that takes their knots over.
-        old: The host's layer.
-        raw: The outputs of its network.
-        package: The package of the host that it is from.
-    """
-
-    def __init__(self, head: CarriedHead, old: Any, raw: Tensor, package: str) -> None:
-        self.head, self.old, self.raw, self.package = head, old, raw, package
-
-    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        splines = part("splines", self.package)
-        widths, heights, slopes = self.head.logits(self.raw)
-        return splines.unconstrained_rational_quadratic_spline(
-            inputs=x,
-            unnormalized_widths=widths,
-            unnormalized_heights=heights,
-            unnormalized_derivatives=slopes,
-            tails="linear",
-            tail_bound=self.old.tail_bound,
-            min_bin_width=self.old.min_bin_width,
-            min_bin_height=self.old.min_bin_height,
-            min_derivative=self.old.min_derivative,
-        )
-
-
 class _Layer(Site):
-    r"""A coupling or an autoregressive transform, whose network computes univariate maps.
+    r"""A coupling or an autoregressive transform, whose network computes univariate maps."""
 
-    Arguments:
-        name: The name of the layer within the model.
-        layer: The host's layer.
-        put: Puts another layer in its place.
-    """
-
-    def __init__(self, name: str, layer: Any, put: Callable[[nn.Module], None]) -> None:
+    def __init__(self, operation: Surgeon, name: str, layer: Any) -> None:
         kind: Any = _kind(layer)
         self.what = _name(kind)
         self.package = kind.__module__.rpartition(".")[0]
-        super().__init__(name, type(layer).__name__, additive=self.what == ADDITIVE_COUPLING)
-        self.layer = layer
-        self.put = put
+        additive = self.what == ADDITIVE_COUPLING
+        super().__init__(operation, name, layer, type(layer).__name__, additive)
         self.asked: list[tuple[Tensor, Tensor]] = []
-        self.head: Head
 
-    @contextmanager
-    def listen(self) -> Iterator[None]:
+    @property
+    def _net(self) -> nn.Module:
         layer = self.layer
-        latest: list[Tensor] = []
+        net: nn.Module = (
+            layer.transform_net if self.what in COUPLINGS else layer.autoregressive_net
+        )
+        return net
 
-        def hear(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            latest[:] = [output.detach().clone()]  # the host writes into it
+    def listen(self) -> AbstractContextManager[None]:
+        def tell(direction: str, inputs: Any, result: Any, said: Any) -> None:
+            x = (result[0] if direction == "inverse" else inputs).detach()
+            if self.what in COUPLINGS:
+                x = x[:, self.layer.transform_features]
+            self.asked.append((x, said))
 
-        def witness(run: Any, inverse: bool) -> Any:
-            def call(inputs: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
-                outputs, ladj = run(inputs, context)
-                x = (outputs if inverse else inputs).detach()
-                if self.what in COUPLINGS:
-                    x = x[:, layer.transform_features]
-                # One after another, an autoregressive network gets its inputs: the last pass
-                # has them all.
-                self.asked.append((x, latest.pop()))
-                return outputs, ladj
-
-            return call
-
-        net = layer.transform_net if self.what in COUPLINGS else layer.autoregressive_net
-        with ExitStack() as stack:
-            stack.callback(net.register_forward_hook(hear).remove)
-            for direction in ("forward", "inverse"):
-                stack.callback(_restore, layer, direction, vars(layer).get(direction))
-                run = witness(getattr(layer, direction), direction == "inverse")
-                object.__setattr__(layer, direction, run)
-            yield
+        return overhear(self.layer, self._net, tell)
 
     @property
     def heard(self) -> bool:
@@ -209,53 +160,35 @@ class _Layer(Site):
     def old(self, rows: Tensor | slice) -> AnyTransform:
         raw = self.raw[rows]
         if self.what in SPLINES:
-            return _HostSpline(self.head, self.layer, raw, self.package)  # type: ignore[arg-type]
+            splines, head = part("splines", self.package), self.robust.head
+            function = splines.unconstrained_rational_quadratic_spline
+            return HostSpline(function, head.knots, head.logits(raw))
         scale, shift = self._formula()(raw)
-        return Affine(scale.log(), shift)
+        return AffineMap(scale.log(), shift)
 
-    def carry(self, slope: float | None) -> bool:
+    def carry(self, slope: float | None) -> nn.Module | None:
         if self.what not in SPLINES:
-            return False
-        self._replace(CarriedHead(self.layer, _width(self.layer, self.what), slope))
-        return True
+            return None
+        # nflows asks the masked network for one of the names alone.
+        names = ("hidden_features", "hidden_channels")[: 1 if self.what == SPLINE_MASKED else 2]
+        knots = Knots.of(self.layer, slope, width_of(self._net, *names))
+        return self._under(CarriedHead(self.layer.num_bins, knots))
 
-    def replace(self, spline: RescaledSpline) -> list[nn.Parameter]:
+    def build(self, spline: RescaledSpline) -> nn.Module:
         scale, shift = self._formula()(self.raw)
         if self.additive:
-            self._replace(ShiftHead(InscribedShift(spline, shift)))
-        else:
-            map = InscribedAffine(spline, self.inputs, scale, shift)
-            self._replace(AffineHead(self._formula(), map))
-        return []  # there is nothing to fit
+            return self._under(ShiftHead(InscribedShift(spline, shift)))
+        map = InscribedAffine.around(spline, self.inputs, scale, shift)
+        return self._under(AffineHead(self._formula(), map))
 
-    def _replace(self, head: Head) -> None:
-        self.head = head
-        new = (
-            MigratedCouplingTransform(self.layer, head)
-            if self.what in COUPLINGS
-            else MigratedAutoregressiveTransform(self.layer, self.inputs.shape[-1], head)
-        )
-        self.put(new)
+    def _under(self, head: Head) -> nn.Module:
+        if self.what in COUPLINGS:
+            return MigratedCouplingTransform.in_place_of(self.layer, head)
+        features = self.inputs.shape[-1]
+        return MigratedAutoregressiveTransform.in_place_of(self.layer, features, head)
 
     def new(self, rows: Tensor | slice) -> AnyTransform:
-        return self.head.univariate(self.raw[rows])
-
-
-def _restore(layer: Any, name: str, before: Any) -> None:
-    if before is None:
-        object.__delattr__(layer, name)
-    else:
-        object.__setattr__(layer, name, before)
-
-
-def _width(layer: Any, what: str) -> int:
-    r"""What the host divides logits by, squared: the width of the network, if that tells it."""
-    if what == SPLINE_MASKED:
-        return int(getattr(layer.autoregressive_net, "hidden_features", 1))
-    for name in ("hidden_features", "hidden_channels"):
-        if hasattr(layer.transform_net, name):
-            return int(getattr(layer.transform_net, name))
-    return 1
+        return self.robust.head.univariate(self.raw[rows])
 
 
 class _NFlows(Surgeon):
@@ -266,34 +199,19 @@ class _NFlows(Surgeon):
         if hasattr(model, "log_prob"):
             return model.log_prob(x) if context is None else model.log_prob(x, context)
         if not _is_transform(model):
-            raise TypeError(
-                f"flowguard does not know how to get the log-density of {type(model).__name__},"
-                " which has no method log_prob: give"
-                " migrate(..., log_prob=lambda model, x, context: ...)"
-            )
+            raise no_density(model)
         # A lone transform is taken to standard normal noise.
         z, ladj = model(x, context)
         return ladj + normal_log_prob(z)
 
     def sites(self) -> list[Site]:
         return [
-            _Layer(name, module, self._putter(module))
+            _Layer(self, name, module)
             for name, module in self.model.named_modules()
             if _kind(module) is not None and not _why_not(module)
         ]
 
-    def _putter(self, old: nn.Module) -> Callable[[nn.Module], None]:
-        def put(new: nn.Module) -> None:
-            for parent in list(self.model.modules()):
-                for key, child in list(parent._modules.items()):
-                    if child is old:
-                        parent._modules[key] = new
-            if self.model is old:
-                self.model = new
-
-        return put
-
-    def _kept(self) -> dict[str, str]:
+    def kept(self) -> dict[str, str]:
         kept: dict[str, str] = {}
         within: list[str] = []  # the parts of a layer are its own affair
         for name, module in self.model.named_modules():
@@ -305,12 +223,6 @@ class _NFlows(Surgeon):
             if why := _why_not(module):
                 kept[f"{name} ({type(module).__name__})"] = why
         return kept
-
-    def others(self) -> list[str]:
-        return list(self._kept())
-
-    def reasons(self) -> dict[str, str]:
-        return self._kept()
 
     def encode(self, x: Tensor, context: Any) -> Tensor | None:
         parts = _parts(self.model)

@@ -5,7 +5,7 @@ The rules hold for nflows and for its fork in glasflow alike, whose classes are 
 names: :func:`register` takes the name of the package.
 """
 
-from __future__ import annotations
+__all__ = ["flow_steps", "is_base", "register", "unknown_noise"]
 
 import math
 import sys
@@ -41,16 +41,20 @@ from .coupling import RobustSplineCDF, RobustSplineCouplingTransform
 from .host import CANDIDATES, HOST, part
 from .image import ConditionalMultiscaleTransform, RobustFlowStep
 
-__all__ = ["register", "unknown_noise"]
-
 Rule = Callable[[Any, bool], Iterator[Step]]
 
 #: What counts as no bound, of an activation that is tried out.
 FAR = 1e6
 
 
-def _flow(flow: Any, inverse: bool) -> Iterator[Step]:
-    if not inverse:
+def flow_steps(flow: Any, sampling: bool) -> Iterator[Step]:
+    r"""The rule of a flow.
+
+    Arguments:
+        flow: The flow.
+        sampling: Whether it is run towards data.
+    """
+    if not sampling:
         yield Refused(reason="a flow is bounded in its sampling direction only")
         return
     parts = within("_transform", flow._transform)
@@ -63,33 +67,39 @@ def _base(base: Any, size: int) -> Step:
     name, kind = "_distribution", type(base).__name__
     if isinstance(base, MultiscaleNormal):
         return Noise(name=name, kind=kind, size=size)
-    if _is(base, "StandardNormal"):
+    if is_base(base, "StandardNormal"):
         return Noise(name=name, kind=kind, size=size, event=base._shape.numel())
     if isinstance(base, Distribution):  # of torch, which knows no context
         return Noise(name=name, kind=kind, size=size, normal=False)
     reason = "flowguard does not know how far its noise may reach"
-    if _is(base, "ConditionalDiagonalNormal"):
+    if is_base(base, "ConditionalDiagonalNormal"):
         reason = "its mean and its scale depend on the context without bound"
     return Refused(name=name, kind=kind, reason=reason)
 
 
-def _is(base: Any, name: str) -> bool:
+def is_base(base: Any, name: str) -> bool:
+    r"""Whether a base is of a host's own class of this name, nothing derived from it.
+
+    Arguments:
+        base: The base.
+        name: The name of a class of the hosts' ``distributions.normal``.
+    """
     modules = (sys.modules.get(f"{host}.distributions.normal") for host in CANDIDATES)
     return any(type(base) is getattr(module, name, None) for module in modules)
 
 
-def _composite(layer: Any, inverse: bool) -> Iterator[Step]:
+def _composite(layer: Any, sampling: bool) -> Iterator[Step]:
     parts = list(layer._transforms.named_children())
-    for name, child in reversed(parts) if inverse else parts:
-        yield from within(f"_transforms.{name}", child, inverse)
+    for name, child in reversed(parts) if sampling else parts:
+        yield from within(f"_transforms.{name}", child, sampling)
 
 
-def _inverted(layer: Any, inverse: bool) -> Iterator[Step]:
-    yield from within("_transform", layer._transform, not inverse)
+def _inverted(layer: Any, sampling: bool) -> Iterator[Step]:
+    yield from within("_transform", layer._transform, not sampling)
 
 
-def _multiscale(layer: Any, inverse: bool) -> Iterator[Step]:
-    if not inverse:
+def _multiscale(layer: Any, sampling: bool) -> Iterator[Step]:
+    if not sampling:
         yield Refused(reason="a multiscale transform is bounded in its inverse direction only")
         return
     if layer._split_dim != 1:
@@ -110,43 +120,43 @@ def _multiscale(layer: Any, inverse: bool) -> Iterator[Step]:
         inner += math.prod(shape)
 
 
-def _spline(layer: Any, inverse: bool, name: str = "", mask: Tensor | None = None) -> Step:
+def _spline(layer: Any, sampling: bool, name: str = "", mask: Tensor | None = None) -> Step:
     f = layer.map.transform(torch.zeros(1, 1, layer.map.parameters))
     kind = f"{type(layer).__name__}[{type(f).__name__}]"
-    return conditional(envelope(f, inverse), name, kind, mask)
+    return conditional(envelope(f, sampling), name, kind, mask)
 
 
-def _robust_coupling(layer: Any, inverse: bool) -> Iterator[Step]:
+def _robust_coupling(layer: Any, sampling: bool) -> Iterator[Step]:
     moved = torch.zeros(layer.features, dtype=torch.bool)
     moved[layer.transform_features.cpu()] = True
-    yield _spline(layer, inverse, mask=moved)
+    yield _spline(layer, sampling, mask=moved)
     free = layer.unconditional_transform
     if free is not None:
         # What the two act on does not overlap, so that their order does not matter.
-        yield _spline(free, inverse, "unconditional_transform", mask=~moved)
+        yield _spline(free, sampling, "unconditional_transform", mask=~moved)
 
 
-def _robust_autoregressive(layer: Any, inverse: bool) -> Iterator[Step]:
-    yield _spline(layer, inverse, mask=torch.ones(layer.features, dtype=torch.bool))
+def _robust_autoregressive(layer: Any, sampling: bool) -> Iterator[Step]:
+    yield _spline(layer, sampling, mask=torch.ones(layer.features, dtype=torch.bool))
 
 
-def _robust_cdf(layer: Any, inverse: bool) -> Iterator[Step]:
-    yield _spline(layer, inverse)
+def _robust_cdf(layer: Any, sampling: bool) -> Iterator[Step]:
+    yield _spline(layer, sampling)
 
 
-def _affine(layer: Any, inverse: bool) -> Iterator[Step]:
+def _affine(layer: Any, sampling: bool) -> Iterator[Step]:
     n = layer._transform_dim_multiplier() * layer.num_transform_features
     yield _free(
-        layer, inverse, layer._coupling_transform_forward, (1, layer.num_transform_features), n
+        layer, sampling, layer._coupling_transform_forward, (1, layer.num_transform_features), n
     )
 
 
-def _affine_autoregressive(layer: Any, inverse: bool) -> Iterator[Step]:
+def _affine_autoregressive(layer: Any, sampling: bool) -> Iterator[Step]:
     n = layer._output_dim_multiplier() * layer.features
-    yield _free(layer, inverse, layer._elementwise_forward, (1, layer.features), n)
+    yield _free(layer, sampling, layer._elementwise_forward, (1, layer.features), n)
 
 
-def _free(layer: Any, inverse: bool, forward: Any, shape: tuple[int, int], n: int) -> Step:
+def _free(layer: Any, sampling: bool, forward: Any, shape: tuple[int, int], n: int) -> Step:
     r"""An affine layer, which is not bounded: tries out how small and how large its scale is."""
     with torch.no_grad():
         x = torch.zeros(shape, dtype=torch.float64)
@@ -157,21 +167,21 @@ def _free(layer: Any, inverse: bool, forward: Any, shape: tuple[int, int], n: in
     if min(scales) == max(scales):
         return Refused(gain=scales[0], reason="its shift is free")
     least, most = min(scales), max(scales)
-    gain = 1 / least if inverse and least > 0 else math.inf if inverse else most
-    how = f"fall to {least:.3g}" if inverse else f"grow to {most:.3g}"
+    gain = 1 / least if sampling and least > 0 else math.inf if sampling else most
+    how = f"fall to {least:.3g}" if sampling else f"grow to {most:.3g}"
     if gain > FAR:
         return Refused(reason="its shift is free, and so is its scale")
     return Refused(gain=gain, reason=f"its shift is free, and its scale may {how}")
 
 
 def _refused(reason: str, gain: float | None = None) -> Rule:
-    def refuse(layer: Any, inverse: bool) -> Iterator[Step]:
+    def refuse(layer: Any, sampling: bool) -> Iterator[Step]:
         yield Refused(reason=reason, gain=gain)
 
     return refuse
 
 
-def _their_spline(layer: Any, inverse: bool) -> Iterator[Step]:
+def _their_spline(layer: Any, sampling: bool) -> Iterator[Step]:
     if layer.tails is None:
         yield Refused(reason="values outside of its box make it raise InputOutsideDomain")
         return
@@ -182,28 +192,28 @@ def _their_spline(layer: Any, inverse: bool) -> Iterator[Step]:
     yield Refused(reason=reason, gain=1.0)
 
 
-def _permutation(layer: Any, inverse: bool) -> Iterator[Step]:
+def _permutation(layer: Any, sampling: bool) -> Iterator[Step]:
     order = layer._permutation
     if layer._dim == 1:
-        yield Permute(order=torch.argsort(order) if inverse else order)
+        yield Permute(order=torch.argsort(order) if sampling else order)
     else:
         yield Flatten()  # of positions: what differed among them may be anywhere
 
 
-def _actnorm(layer: Any, inverse: bool) -> Iterator[Step]:
+def _actnorm(layer: Any, sampling: bool) -> Iterator[Step]:
     scale, shift = torch.exp(constant(layer.log_scale)), constant(layer.shift)
-    if inverse:
+    if sampling:
         yield Scale(factor=1 / scale, offset=-shift / scale)
     else:
         yield Scale(factor=scale, offset=shift)
 
 
-def _batchnorm(layer: Any, inverse: bool) -> Iterator[Step]:
+def _batchnorm(layer: Any, sampling: bool) -> Iterator[Step]:
     with torch.no_grad():
         weight, bias = constant(layer.weight), constant(layer.bias)
     mean, std = constant(layer.running_mean), (constant(layer.running_var) + layer.eps).sqrt()
     one = torch.ones_like(mean)
-    if inverse:
+    if sampling:
         yield Scale(name="bias", factor=one, offset=-bias)
         yield Scale(name="weight", factor=std / weight, offset=mean)
     else:
@@ -211,34 +221,34 @@ def _batchnorm(layer: Any, inverse: bool) -> Iterator[Step]:
         yield Scale(name="weight", factor=weight / std, offset=bias)
 
 
-def _squeeze(layer: Any, inverse: bool) -> Iterator[Step]:
-    if inverse:
+def _squeeze(layer: Any, sampling: bool) -> Iterator[Step]:
+    if sampling:
         yield Unsqueeze(factor=layer.factor)
     else:
         yield Refused(reason="a squeeze is bounded in its inverse direction only")
 
 
-def _nothing(layer: Any, inverse: bool) -> Iterator[Step]:
+def _nothing(layer: Any, sampling: bool) -> Iterator[Step]:
     yield from ()
 
 
-def _pointwise(layer: Any, inverse: bool) -> Iterator[Step]:
+def _pointwise(layer: Any, sampling: bool) -> Iterator[Step]:
     # Its constants may belong to features or to positions: the largest holds for all.
     scale, shift = constant(layer._scale), constant(layer._shift)
     gain, offset = scale.max().item(), shift.abs().max().item()
-    if inverse:
+    if sampling:
         gain, offset = 1 / scale.min().item(), (shift.abs() / scale.min()).max().item()
     g = Envelope(gain=gain, offset=offset, depends="not at all", roundings=4)
     yield conditional(g)
 
 
-def _leaky_relu(layer: Any, inverse: bool) -> Iterator[Step]:
-    slope = 1 / layer.negative_slope if inverse else layer.negative_slope
+def _leaky_relu(layer: Any, sampling: bool) -> Iterator[Step]:
+    slope = 1 / layer.negative_slope if sampling else layer.negative_slope
     yield conditional(Envelope(gain=max(1.0, slope), offset=0.0, depends="not at all"))
 
 
-def _squash(layer: Any, inverse: bool) -> Iterator[Step]:
-    if inverse:
+def _squash(layer: Any, sampling: bool) -> Iterator[Step]:
+    if sampling:
         yield Refused(
             reason="values outside of its range make its inverse raise InputOutsideDomain"
         )
@@ -291,8 +301,8 @@ TRANSFORMS: dict[str, Rule] = {
 
 def _sample(model: Any, context: Tensors) -> tuple[Sampler, Tensors]:
     base = model._distribution
-    given, sized = _is(base, "ConditionalDiagonalNormal"), isinstance(base, MultiscaleNormal)
-    if not (given or sized or _is(base, "StandardNormal")):
+    given, sized = is_base(base, "ConditionalDiagonalNormal"), isinstance(base, MultiscaleNormal)
+    if not (given or sized or is_base(base, "StandardNormal")):
         raise unknown_noise(base)
     with torch.no_grad():
         embedded = model._embedding_net(context)
@@ -329,7 +339,7 @@ def register(host: str) -> None:
         if hasattr(transforms, name):
             rule(getattr(transforms, name))(function)
     flow = part("flows.base", host).Flow
-    rule(flow)(_flow)
+    rule(flow)(flow_steps)
     sampler.register(flow)(_sample)
 
 

@@ -1,6 +1,6 @@
 r"""How nflows' linear layers are bounded: what they do, factor by factor."""
 
-from __future__ import annotations
+__all__ = ["conv", "householder", "lu", "naive", "qr", "svd"]
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 from flowguard.bounds import Linear, Permute, Refused, Scale, Step, constant
-
-__all__ = ["conv", "householder", "lu", "naive", "qr", "svd"]
 
 #: What a layer may compute with: products, substitutions, or the product of both in advance.
 SLACK = 3
@@ -34,49 +32,49 @@ def _solution(name: str, *factors: Tensor) -> Step:
     return Linear(name=name, matrix=inverse, error=error)
 
 
-def _shifted(layer: Any, inverse: bool, parts: list[Step]) -> Iterator[Step]:
+def _shifted(layer: Any, sampling: bool, parts: list[Step]) -> Iterator[Step]:
     r"""The steps of the matrix, given in forward order, and of the bias that comes after it."""
     bias = constant(layer.bias)
-    sign = -1 if inverse else 1
+    sign = -1 if sampling else 1
     shift = Scale(name="bias", factor=torch.ones_like(bias), offset=sign * bias)
-    yield from [shift, *reversed(parts)] if inverse else [*parts, shift]
+    yield from [shift, *reversed(parts)] if sampling else [*parts, shift]
 
 
-def naive(layer: Any, inverse: bool) -> Iterator[Step]:
+def naive(layer: Any, sampling: bool) -> Iterator[Step]:
     r"""The rule of ``NaiveLinear``."""
     matrix = constant(layer._weight)
-    if not inverse:
-        yield from _shifted(layer, inverse, [_product("_weight", matrix)])
+    if not sampling:
+        yield from _shifted(layer, sampling, [_product("_weight", matrix)])
         return
     p, lower, upper = torch.linalg.lu(matrix)
-    yield from _shifted(layer, inverse, [_solution("_weight", p @ lower, upper)])
+    yield from _shifted(layer, sampling, [_solution("_weight", p @ lower, upper)])
 
 
-def lu(layer: Any, inverse: bool) -> Iterator[Step]:
+def lu(layer: Any, sampling: bool) -> Iterator[Step]:
     r"""The rule of ``LULinear``."""
     with torch.no_grad():
         lower, upper = map(constant, layer._create_lower_upper())
-    form = _solution if inverse else _product
-    yield from _shifted(layer, inverse, [form("upper", upper), form("lower", lower)])
+    form = _solution if sampling else _product
+    yield from _shifted(layer, sampling, [form("upper", upper), form("lower", lower)])
 
 
-def conv(layer: Any, inverse: bool) -> Iterator[Step]:
+def conv(layer: Any, sampling: bool) -> Iterator[Step]:
     r"""The rule of ``OneByOneConvolution``, a permutation before a linear map."""
     order = layer.permutation._permutation
-    if inverse:
-        yield from lu(layer, inverse)
+    if sampling:
+        yield from lu(layer, sampling)
         yield Permute(name="permutation", order=torch.argsort(order))
     else:
         yield Permute(name="permutation", order=order)
-        yield from lu(layer, inverse)
+        yield from lu(layer, sampling)
 
 
-def householder(layer: Any, inverse: bool) -> Iterator[Step]:
+def householder(layer: Any, sampling: bool) -> Iterator[Step]:
     r"""The rule of ``HouseholderSequence``."""
-    yield _reflections("q_vectors", layer, inverse)
+    yield _reflections("q_vectors", layer, sampling)
 
 
-def _reflections(name: str, layer: Any, inverse: bool) -> Step:
+def _reflections(name: str, layer: Any, sampling: bool) -> Step:
     vectors = constant(layer.q_vectors)
     matrix = torch.eye(vectors.shape[1], dtype=vectors.dtype)
     for v in vectors:
@@ -85,26 +83,26 @@ def _reflections(name: str, layer: Any, inverse: bool) -> Step:
         return Refused(name=name, reason="one of its reflections has a normal vector of zero")
     # Each reflection errs by at most three times the norm of x, and the others keep that.
     error = torch.full_like(matrix, SLACK * 4.0 * len(vectors))
-    return Linear(name=name, matrix=matrix.T if inverse else matrix, error=error)
+    return Linear(name=name, matrix=matrix.T if sampling else matrix, error=error)
 
 
-def qr(layer: Any, inverse: bool) -> Iterator[Step]:
+def qr(layer: Any, sampling: bool) -> Iterator[Step]:
     r"""The rule of ``QRLinear``."""
     with torch.no_grad():
         upper = constant(layer._create_upper())
-    form = _solution if inverse else _product
-    rotation = _reflections("orthogonal", layer.orthogonal, inverse)
-    yield from _shifted(layer, inverse, [form("upper", upper), rotation])
+    form = _solution if sampling else _product
+    rotation = _reflections("orthogonal", layer.orthogonal, sampling)
+    yield from _shifted(layer, sampling, [form("upper", upper), rotation])
 
 
-def svd(layer: Any, inverse: bool) -> Iterator[Step]:
+def svd(layer: Any, sampling: bool) -> Iterator[Step]:
     r"""The rule of ``SVDLinear``."""
     with torch.no_grad():
         diagonal = constant(layer.diagonal)
-    factor = 1 / diagonal if inverse else diagonal
+    factor = 1 / diagonal if sampling else diagonal
     parts = [
-        _reflections("orthogonal_2", layer.orthogonal_2, inverse),
+        _reflections("orthogonal_2", layer.orthogonal_2, sampling),
         Scale(name="diagonal", factor=factor, offset=torch.zeros_like(factor)),
-        _reflections("orthogonal_1", layer.orthogonal_1, inverse),
+        _reflections("orthogonal_1", layer.orthogonal_1, sampling),
     ]
-    yield from _shifted(layer, inverse, parts)
+    yield from _shifted(layer, sampling, parts)

@@ -1,21 +1,34 @@
 r"""What normflows' layers become in a migration: the same networks, under robust maps.
 
-As in normflows, `forward` goes from noise to data and `inverse` from data to noise. The classes
-take over layers as they are, by their ``__class__``: parameters keep their names, so that a state
-of the old model can be loaded into the new one.
+As in normflows, `forward` goes from noise to data and `inverse` from data to noise. The layers are
+made by :func:`flowguard.migration.exchange.successor` and have all that the old ones had: parameters
+keep their names, so that a state of the old model can be loaded into the new one. What wraps a layer
+(a block, say) stays as it is.
 """
 
-from __future__ import annotations
+__all__ = [
+    "CarriedCDF",
+    "CarriedCoupling",
+    "CarriedMaskedSpline",
+    "MigratedAutoregressive",
+    "MigratedCoupling",
+    "MigratedMasked",
+    "autoregressive_scale",
+    "block_steps",
+    "coupling_knots",
+    "coupling_scale",
+    "masked_knots",
+    "masked_scale",
+    "towards_noise",
+]
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from normflows.flows import (
     AffineCoupling,
-    AffineCouplingBlock,
-    AutoregressiveRationalQuadraticSpline,
-    CoupledRationalQuadraticSpline,
     MaskedAffineAutoregressive,
     MaskedAffineFlow,
 )
@@ -29,28 +42,13 @@ from normflows.flows.neural_spline.coupling import (
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowguard.bounds import Envelope, Scale, Step, conditional, constant, envelope, rule, within
+from flowguard.bounds import Step, conditional, envelope, rule
 from flowguard.migration.imitate import Rescaled
 from flowguard.migration.inscribe import InscribedAffine, InscribedShift
-from flowguard.numerics import cut
-from flowguard.spline.invert import unconstrain_softmax
-from flowguard.transforms import RobustSpline
-
-__all__ = [
-    "CarriedAutoregressiveSpline",
-    "CarriedCDF",
-    "CarriedCoupledSpline",
-    "CarriedCoupling",
-    "CarriedMaskedSpline",
-    "MigratedAutoregressive",
-    "MigratedCoupling",
-    "MigratedCouplingBlock",
-    "MigratedMasked",
-    "autoregressive_scale",
-    "coupling_scale",
-    "masked_scale",
-    "towards_noise",
-]
+from flowguard.migration.knots import Knots, width_of
+from flowguard.migration.rules import BoundOfMap
+from flowguard.numerics import cut, sum_rows
+from flowguard.transforms import RobustSpline, Univariate
 
 STEEPEST = 46.0  # what logarithms of slopes are cut at, so that infinite ones are finite
 FARTHEST = 1e20  # what shifts are cut at
@@ -145,13 +143,12 @@ class _Inscribed:
             x: What goes in, features last.
             forward: Whether the layer goes `forward`.
         """
-        towards_noise = forward == self.flipped
-        y, ladj = f.call_and_ladj(x) if towards_noise else f.inverse_and_ladj(x)
-        return y.to(x.dtype), _summed(ladj).to(x.dtype)
+        return _run(f, x, inverse=forward != self.flipped)
 
 
-def _summed(ladj: Tensor) -> Tensor:
-    return ladj.sum(dim=tuple(range(1, ladj.dim())))
+def _run(f: Univariate, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    y, ladj = f.inverse_and_ladj(x) if inverse else f.call_and_ladj(x)
+    return y.to(x.dtype), sum_rows(ladj).to(x.dtype)
 
 
 class MigratedCoupling(_Inscribed, AffineCoupling):
@@ -176,10 +173,6 @@ class MigratedCoupling(_Inscribed, AffineCoupling):
     def inverse(self, z: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         r"""Goes from data to noise."""
         return self._run(z, False)
-
-
-class MigratedCouplingBlock(AffineCouplingBlock):
-    r"""The robust form of normflows' ``AffineCouplingBlock``: split, robust coupling, merge."""
 
 
 class MigratedMasked(_Inscribed, MaskedAffineFlow):
@@ -224,6 +217,27 @@ class MigratedAutoregressive(_Inscribed, _Cut, MaskedAffineAutoregressive):
         return self.run(self.follow(*autoregressive_scale(phi)), inputs, False)
 
 
+def coupling_knots(layer: Any, slope: float | None) -> Knots:
+    r"""Returns how a spline coupling of normflows makes knots of what its network says.
+
+    Arguments:
+        layer: The layer.
+        slope: The least slope of the robust splines.
+    """
+    width = width_of(layer.transform_net, "hidden_features", "hidden_channels")
+    return Knots.of(layer, slope, width)
+
+
+def masked_knots(layer: Any, slope: float | None) -> Knots:
+    r"""Returns how an autoregressive spline of normflows makes knots of what its network says.
+
+    Arguments:
+        layer: The layer.
+        slope: The least slope of the robust splines.
+    """
+    return Knots.of(layer, slope, width_of(layer.autoregressive_net, "hidden_features"))
+
+
 class _Carried:
     r"""What splines of normflows have in common that are robust now.
 
@@ -232,196 +246,116 @@ class _Carried:
     """
 
     slope: float | None
-    num_bins: int
-    tail_bound: float | Tensor
-    min_bin_width: float
-    min_bin_height: float
-    min_derivative: float
 
-    def carry(self, widths: Tensor, heights: Tensor, derivatives: Tensor) -> RobustSpline:
-        r"""Returns the robust spline with the knots of a spline of normflows.
+    def knots(self) -> Knots:
+        r"""Returns how normflows makes knots of logits."""
+        return Knots.of(self, self.slope)
 
-        Arguments:
-            widths: The widths, as normflows takes them, with shape :math:`(*, K)`.
-            heights: The heights, as normflows takes them, with shape :math:`(*, K)`.
-            derivatives: The slopes, as normflows takes them, with shape :math:`(*, K - 1)`.
-        """
-        least = (self.min_bin_width, self.min_bin_height, self.min_derivative)
-        w, h, d = unconstrain_softmax(widths, heights, derivatives, least=least, slope=self.slope)
-        return RobustSpline(w, h, d, bound=float(self.tail_bound), slope=self.slope)
-
-    def split(self, phi: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
-        r"""Returns widths, heights and slopes, as normflows takes them.
+    def univariate(self, phi: Tensor) -> RobustSpline:
+        r"""Returns the splines, in the direction in which the host's go.
 
         Arguments:
             phi: What the network says about each feature, with shape :math:`(*, 3 K - 1)`.
-            width: The width of the network, if it tells.
         """
-        widths, heights, slopes = phi.split((self.num_bins,) * 2 + (self.num_bins - 1,), dim=-1)
-        return widths / width**0.5, heights / width**0.5, slopes
+        knots = self.knots()
+        return knots.robust(knots.logits(phi))
 
 
 class CarriedCDF(_Carried, PiecewiseRationalQuadraticCDF):
     r"""A spline of normflows without a condition, made robust."""
 
     def _spline(self, inputs: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
-        f = self.carry(
-            self.unnormalized_widths, self.unnormalized_heights, self.unnormalized_derivatives
-        )
-        y, ladj = f.inverse_and_ladj(inputs) if inverse else f.call_and_ladj(inputs)
-        return y, _summed(ladj)
+        logits = self.unnormalized_widths, self.unnormalized_heights, self.unnormalized_derivatives
+        return _run(self.knots().robust(logits), inputs, inverse)
 
 
 class CarriedCoupling(_Carried, _Cut, PiecewiseRationalQuadraticCoupling):
     r"""A spline coupling of normflows, made robust."""
 
-    def logits(self, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        r"""Returns widths, heights and slopes, as normflows takes them.
-
-        Arguments:
-            phi: What the network says about each feature.
-        """
-        net: Any = self.transform_net
-        width = getattr(net, "hidden_features", getattr(net, "hidden_channels", 1))
-        return self.split(phi, width)
+    def knots(self) -> Knots:
+        r"""Returns how normflows makes knots of what the network says."""
+        return coupling_knots(self, self.slope)
 
     def _coupling_transform(
         self, inputs: Tensor, transform_params: Tensor, inverse: bool = False
     ) -> tuple[Tensor, Tensor]:
         phi = transform_params.unflatten(1, (-1, self._transform_dim_multiplier())).movedim(2, -1)
-        y, ladj = self._piecewise_cdf(inputs, phi, inverse)
-        return y, _summed(ladj)
-
-    def _piecewise_cdf(
-        self, inputs: Tensor, transform_params: Tensor, inverse: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        f = self.carry(*self.logits(transform_params))
-        return f.inverse_and_ladj(inputs) if inverse else f.call_and_ladj(inputs)
+        return _run(self.univariate(phi), inputs, inverse)
 
 
 class CarriedMaskedSpline(_Carried, _Cut, MaskedPiecewiseRationalQuadraticAutoregressive):
     r"""An autoregressive spline of normflows, made robust."""
 
-    def logits(self, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        r"""Returns widths, heights and slopes, as normflows takes them.
-
-        Arguments:
-            phi: What the network says about each feature.
-        """
-        return self.split(phi, getattr(self.autoregressive_net, "hidden_features", 1))
+    def knots(self) -> Knots:
+        r"""Returns how normflows makes knots of what the network says."""
+        return masked_knots(self, self.slope)
 
     def _elementwise(
         self, inputs: Tensor, autoregressive_params: Tensor, inverse: bool = False
     ) -> tuple[Tensor, Tensor]:
         phi = autoregressive_params.unflatten(-1, (-1, self._output_dim_multiplier()))
-        f = self.carry(*self.logits(phi))
-        y, ladj = f.inverse_and_ladj(inputs) if inverse else f.call_and_ladj(inputs)
-        return y, _summed(ladj)
+        return _run(self.univariate(phi), inputs, inverse)
 
 
-class CarriedCoupledSpline(CoupledRationalQuadraticSpline):
-    r"""The robust form of normflows' ``CoupledRationalQuadraticSpline``."""
+def _bound(layer: Any, sampling: bool) -> BoundOfMap:
+    zeros = torch.zeros_like(next(layer.map.buffers()))
+    return BoundOfMap(layer.follow(zeros, zeros), sampling != layer.flipped)
 
 
-class CarriedAutoregressiveSpline(AutoregressiveRationalQuadraticSpline):
-    r"""The robust form of normflows' ``AutoregressiveRationalQuadraticSpline``."""
-
-
-class _Units:
-    r"""The maps of a layer in the direction of sampling, as the certificate sees them.
+def block_steps(block: Any, sampling: bool) -> Iterator[Step]:
+    r"""The steps of an ``AffineCouplingBlock`` around a robust coupling, whose split tells which
+    channels change.
 
     Arguments:
-        layer: The layer.
-        inverse: Whether sampling runs the layer from noise to data, which is its `forward`.
+        block: The block.
+        sampling: Whether it is run towards data.
     """
-
-    def __init__(self, layer: _Inscribed, inverse: bool) -> None:
-        zeros = torch.zeros_like(next(layer.map.buffers()))
-        f = layer.follow(zeros, zeros)
-        from_noise = inverse != layer.flipped
-        self.g = envelope(f.base, from_noise)
-        units = [constant(t) for t in (f.loc_in, f.scale_in, f.loc_out, f.scale_out)]
-        self.loc, self.scale, self.loc_after, self.scale_after = (
-            units[2:] + units[:2] if from_noise else units
-        )
-
-    def steps(self, mask: Tensor) -> Iterator[Step]:
-        r"""The steps of the features in `mask`, which have these units in their order."""
-
-        def spread(t: Tensor, rest: float) -> Tensor:
-            return torch.full(mask.shape, rest, dtype=t.dtype).masked_scatter(mask, t)
-
-        yield Scale(factor=spread(1 / self.scale, 1.0), offset=spread(-self.loc / self.scale, 0.0))
-        yield conditional(self.g, mask=mask)
-        yield Scale(factor=spread(self.scale_after, 1.0), offset=spread(self.loc_after, 0.0))
-
-    def anywhere(self) -> Step:
-        r"""The step where it is not known which features, at which positions, change."""
-        g = self.g
-        return conditional(g if g.reason else Envelope(limit=self._reach, depends=g.depends))
-
-    def _reach(self, radius: float) -> float:
-        inner = ((radius + self.loc.abs()) / self.scale).tolist()
-        reach = self.loc.new_tensor([self.g.reach(r) for r in inner])
-        changed = self.loc_after.abs() + self.scale_after * reach
-        return max(radius, changed.max().item())
-
-
-@rule(MigratedCouplingBlock)
-def _block(layer: Any, inverse: bool) -> Iterator[Step]:
-    split, coupling, _ = layer.flows
-    units = _Units(coupling, inverse)
-    changed = len(units.loc)
+    split, coupling, _ = block.flows
+    bound = _bound(coupling, sampling)
+    changed = len(bound.units[0])
     features = torch.arange(coupling.kept + changed)
+    name, kind = "flows.1", type(coupling).__name__
     if split.mode == "channel":
-        yield from units.steps(features >= coupling.kept)
+        steps: Iterator[Step] = bound.steps(features >= coupling.kept)
     elif split.mode == "channel_inv":
-        yield from units.steps(features < changed)
+        steps = bound.steps(features < changed)
     else:
-        yield units.anywhere()
+        steps = iter((bound.anywhere(),))
+    for step in steps:
+        yield replace(step, name=name, kind=kind)
 
 
 @rule(MigratedCoupling)
-def _coupling(layer: Any, inverse: bool) -> Iterator[Step]:
-    yield _Units(layer, inverse).anywhere()
+def _coupling(layer: Any, sampling: bool) -> Iterator[Step]:
+    yield _bound(layer, sampling).anywhere()
 
 
 @rule(MigratedMasked)
-def _masked(layer: Any, inverse: bool) -> Iterator[Step]:
-    units = _Units(layer, inverse)
+def _masked(layer: Any, sampling: bool) -> Iterator[Step]:
+    bound = _bound(layer, sampling)
     if layer.b.dim() == 2:
-        yield from units.steps((layer.b[0] == 0).cpu())
+        yield from bound.steps((layer.b[0] == 0).cpu())
     else:
-        yield units.anywhere()
+        yield bound.anywhere()
 
 
 @rule(MigratedAutoregressive)
-def _autoregressive(layer: Any, inverse: bool) -> Iterator[Step]:
-    yield from _Units(layer, inverse).steps(torch.ones(layer.features, dtype=torch.bool))
+def _autoregressive(layer: Any, sampling: bool) -> Iterator[Step]:
+    yield from _bound(layer, sampling).steps(torch.ones(layer.features, dtype=torch.bool))
 
 
 def _box(layer: _Carried, features: int) -> Step:
     w, h, d = torch.zeros(3, 1)
-    f = RobustSpline(w, h, d, bound=float(layer.tail_bound), slope=layer.slope)
+    f = RobustSpline(w, h, d, bound=layer.knots().bound, slope=layer.slope)
     return conditional(envelope(f), mask=torch.ones(features, dtype=torch.bool))
 
 
 @rule(CarriedCoupling)
-def _carried_coupling(layer: Any, inverse: bool) -> Iterator[Step]:
+def _carried_coupling(layer: Any, sampling: bool) -> Iterator[Step]:
     yield _box(layer, layer.features)
 
 
 @rule(CarriedMaskedSpline)
-def _carried_masked(layer: Any, inverse: bool) -> Iterator[Step]:
+def _carried_masked(layer: Any, sampling: bool) -> Iterator[Step]:
     features = layer.autoregressive_net.final_layer.out_features // layer._output_dim_multiplier()
     yield _box(layer, features)
-
-
-@rule(CarriedCoupledSpline)
-def _carried_coupled(layer: Any, inverse: bool) -> Iterator[Step]:
-    yield from within("prqct", layer.prqct, inverse)
-
-
-@rule(CarriedAutoregressiveSpline)
-def _carried_autoregressive(layer: Any, inverse: bool) -> Iterator[Step]:
-    yield from within("mprqat", layer.mprqat, inverse)

@@ -3,7 +3,7 @@ r"""How normflows' flows are made robust, for :func:`flowguard.migrate`.
 Models are walked for the layers that :mod:`flowguard.integrations.normflows.sites` replaces.
 """
 
-from __future__ import annotations
+__all__: list[str] = []
 
 import inspect
 import math
@@ -37,6 +37,7 @@ from normflows.flows.neural_spline.coupling import (
 from torch import Tensor
 
 from flowguard.migration import Site, Surgeon, holder, surgeon
+from flowguard.migration.surgeon import no_density
 from flowguard.numerics import normal_log_prob
 
 from .adapter import ContextAdapter
@@ -49,8 +50,6 @@ from .migrated import (
     MigratedMasked,
 )
 from .sites import SITES
-
-__all__: list[str] = []
 
 #: From how many passes on, one for each feature, sampling is too slow to try it out.
 MANY_PASSES = 256
@@ -132,23 +131,19 @@ class _Normflows(Surgeon):
         if hasattr(model, "log_prob"):
             return model.log_prob(x) if context is None else model.log_prob(x, context)
         if not isinstance(model, Flow):
-            raise TypeError(
-                f"flowguard does not know how to get the log-density of {type(model).__name__},"
-                " which has no method log_prob: give"
-                " migrate(..., log_prob=lambda model, x, context: ...)"
-            )
+            raise no_density(model)
         # A lone layer is taken to standard normal noise.
         z, ladj = model.inverse(x) if context is None else model.inverse(x, context)
         return ladj + normal_log_prob(z)
 
     def sites(self) -> list[Site]:
         return [
-            SITES[type(m)](self.model, name, m)
+            SITES[type(m)](self, name, m)
             for name, m in self.model.named_modules()
             if type(m) in SITES and not _why_not(m)
         ]
 
-    def _kept(self) -> dict[str, str]:
+    def kept(self) -> dict[str, str]:
         kept: dict[str, str] = {}
         within: list[str] = []  # the parts of a layer are its own affair
         for name, m in self.model.named_modules():
@@ -164,12 +159,6 @@ class _Normflows(Surgeon):
                 if why := _why_not(m):
                     kept[f"{name} ({type(m).__name__})"] = why
         return kept
-
-    def others(self) -> list[str]:
-        return list(self._kept())
-
-    def reasons(self) -> dict[str, str]:
-        return self._kept()
 
     def encode(self, x: Tensor, context: Any) -> Tensor | None:
         model: Any = self.model

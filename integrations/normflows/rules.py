@@ -1,12 +1,11 @@
 r"""How normflows' layers are bounded, for :func:`flowguard.certify`, and sampled, for attacks.
 
-Sampling runs the `forward` direction of normflows' layers. The flag `inverse` of a rule tells, here
-as everywhere, whether the layer goes *from noise to data*: it is :py:`True` where `forward` of a
-layer runs, and :py:`False` where its `inverse` does, within :class:`normflows.flows.Reverse`. So
-the certificate of a layer alone is that of its `forward`.
+Sampling runs the `forward` direction of normflows' layers: `sampling` is :py:`True` where `forward`
+of a layer runs, and :py:`False` where its `inverse` does, within :class:`normflows.flows.Reverse`.
+So the certificate of a layer alone is that of its `forward`.
 """
 
-from __future__ import annotations
+__all__: list[str] = []
 
 import math
 from collections.abc import Iterator
@@ -51,9 +50,8 @@ from .bases import GaussianPrior, from_noise
 from .glow import LUConv1x1, RobustCouplingBlock, RobustGlowBlock
 from .guard import GuardedConditionalFlow
 from .layers import RobustSplineAutoregressive, RobustSplineCoupling
+from .migrated import CarriedCoupling, CarriedMaskedSpline, MigratedCoupling, block_steps
 from .multiscale import ConditionalMultiscaleFlow
-
-__all__: list[str] = []
 
 SAMPLING_ONLY = "a flow is bounded in its sampling direction only"
 FREE_SHIFT = "its shift is free"
@@ -65,8 +63,8 @@ CONSTANT = "not at all"
 
 
 @rule(NormalizingFlow, ConditionalNormalizingFlow, ClassCondFlow)
-def _flow(flow: Any, inverse: bool) -> Iterator[Step]:
-    if not inverse:
+def _flow(flow: Any, sampling: bool) -> Iterator[Step]:
+    if not sampling:
         yield Refused(reason=SAMPLING_ONLY)
         return
     yield from _base("q0", flow.q0)
@@ -75,8 +73,8 @@ def _flow(flow: Any, inverse: bool) -> Iterator[Step]:
 
 
 @rule(MultiscaleFlow, ConditionalMultiscaleFlow)
-def _multiscale(flow: Any, inverse: bool) -> Iterator[Step]:
-    if not inverse:
+def _multiscale(flow: Any, sampling: bool) -> Iterator[Step]:
+    if not sampling:
         yield Refused(reason=SAMPLING_ONLY)
         return
     channels: int | None = None
@@ -98,8 +96,8 @@ def _multiscale(flow: Any, inverse: bool) -> Iterator[Step]:
 
 
 @rule(GuardedConditionalFlow)
-def _guarded(flow: Any, inverse: bool) -> Iterator[Step]:
-    yield from within("flow", flow.flow, inverse)
+def _guarded(flow: Any, sampling: bool) -> Iterator[Step]:
+    yield from within("flow", flow.flow, sampling)
 
 
 # Bases
@@ -195,31 +193,31 @@ def _join(i: int, base: Any, merge: Any, channels: int) -> Iterator[Step]:
 # Robust layers
 
 
-def _map(layer: Any, inverse: bool) -> tuple[Envelope, str]:
+def _map(layer: Any, sampling: bool) -> tuple[Envelope, str]:
     # What the parameters are does not matter to an envelope: zeros will do.
     f = layer.univariate(*(torch.zeros(shape) for shape in layer.shapes))
-    return envelope(f, inverse), f"{type(layer).__name__}[{type(f).__name__}]"
+    return envelope(f, sampling), f"{type(layer).__name__}[{type(f).__name__}]"
 
 
 @rule(RobustSplineCoupling)
-def _coupling(layer: Any, inverse: bool) -> Iterator[Step]:
-    g, kind = _map(layer, inverse)
+def _coupling(layer: Any, sampling: bool) -> Iterator[Step]:
+    g, kind = _map(layer, sampling)
     parts = [conditional(g, kind=kind, mask=layer.mask)]
     if layer.unconditional is not None:
         parts.insert(0, conditional(g, "unconditional", kind, mask=~layer.mask))
-    yield from parts if inverse else reversed(parts)
+    yield from parts if sampling else reversed(parts)
 
 
 @rule(RobustSplineAutoregressive)
-def _autoregressive(layer: Any, inverse: bool) -> Iterator[Step]:
-    g, kind = _map(layer, inverse)
+def _autoregressive(layer: Any, sampling: bool) -> Iterator[Step]:
+    g, kind = _map(layer, sampling)
     yield conditional(g, kind=kind, mask=torch.ones(layer.features, dtype=torch.bool))
 
 
 @rule(RobustCouplingBlock)
-def _coupling_block(layer: Any, inverse: bool) -> Iterator[Step]:
+def _coupling_block(layer: Any, sampling: bool) -> Iterator[Step]:
     # Which features are changed is not known, or changes from one position to the next.
-    g, kind = _map(layer, inverse)
+    g, kind = _map(layer, sampling)
     yield conditional(_or_identity(g), kind=kind)
 
 
@@ -233,90 +231,90 @@ def _or_identity(g: Envelope) -> Envelope:
 
 
 @rule(RobustGlowBlock)
-def _glow_block(layer: Any, inverse: bool) -> Iterator[Step]:
+def _glow_block(layer: Any, sampling: bool) -> Iterator[Step]:
     names = [n for n in ("coupling", "mix", "actnorm") if getattr(layer, n) is not None]
-    for name in names if inverse else reversed(names):
+    for name in names if sampling else reversed(names):
         part = getattr(layer, name)
         if name != "coupling" or not part.split_mode.startswith("channel"):
-            yield from within(name, part, inverse)
+            yield from within(name, part, sampling)
             continue
-        g, kind = _map(part, inverse)
+        g, kind = _map(part, sampling)
         first = torch.arange(layer.channels) < (layer.channels + 1) // 2
         changed = ~first if part.split_mode == "channel" else first
         yield conditional(g, name, kind, mask=changed)
 
 
 @rule(LUConv1x1)
-def _lu_conv(layer: Any, inverse: bool) -> Iterator[Step]:
+def _lu_conv(layer: Any, sampling: bool) -> Iterator[Step]:
     with torch.no_grad():
         p, lower, upper = layer.factors()
     matrix = constant(p @ lower @ upper)
-    yield from _linear(matrix, inverse)
+    yield from _linear(matrix, sampling)
 
 
 @rule(ContextAdapter)
-def _adapter(layer: Any, inverse: bool) -> Iterator[Step]:
-    yield from within("flow", layer.flow, inverse)
+def _adapter(layer: Any, sampling: bool) -> Iterator[Step]:
+    yield from within("flow", layer.flow, sampling)
 
 
 # Layers of normflows that the context does not reach
 
 
 @rule(flows.Reverse)
-def _reverse(layer: Any, inverse: bool) -> Iterator[Step]:
-    yield from within("flow", layer.flow, not inverse)
+def _reverse(layer: Any, sampling: bool) -> Iterator[Step]:
+    yield from within("flow", layer.flow, not sampling)
 
 
 @rule(flows.Composite)
-def _composite(layer: Any, inverse: bool) -> Iterator[Step]:
+def _composite(layer: Any, sampling: bool) -> Iterator[Step]:
     parts = list(layer._flows.named_children())
-    for name, part in parts if inverse else reversed(parts):
-        yield from within(f"_flows.{name}", part, inverse)
+    for name, part in parts if sampling else reversed(parts):
+        yield from within(f"_flows.{name}", part, sampling)
 
 
 @rule(flows.Squeeze)
-def _squeeze(layer: Any, inverse: bool) -> Iterator[Step]:
-    if inverse:
+def _squeeze(layer: Any, sampling: bool) -> Iterator[Step]:
+    if sampling:
         yield Unsqueeze(factor=2)
     else:
         yield Refused(reason="a squeeze is bounded in its forward direction only")
 
 
 @rule(flows.ActNorm, flows.AffineConstFlow)
-def _affine_constant(layer: Any, inverse: bool) -> Iterator[Step]:
+def _affine_constant(layer: Any, sampling: bool) -> Iterator[Step]:
     if isinstance(layer, flows.ActNorm) and not bool(layer.data_dep_init_done):
         yield Refused(reason="its next batch initialises it: run one first", depends=CONSTANT)
         return
     factor, shift = constant(layer.s).exp(), constant(layer.t)
     channels = factor.shape[1] if factor.dim() > 1 else 1
     if factor.numel() == channels:
-        yield affine(factor.flatten(), shift.flatten(), not inverse)
+        yield affine(factor.flatten(), shift.flatten(), not sampling)
         return
     # The constants differ from one position to the next.
-    if not inverse:
+    if not sampling:
         factor, shift = 1 / factor, -shift / factor
     g = Envelope(factor.amax().item(), shift.abs().amax().item(), depends=CONSTANT, roundings=6)
     yield Pointwise(depends=CONSTANT, envelope=g)
 
 
 @rule(flows.Permute)
-def _permute(layer: Any, inverse: bool) -> Iterator[Step]:
+def _permute(layer: Any, sampling: bool) -> Iterator[Step]:
     if layer.mode == "shuffle":
-        yield Permute(order=layer.perm if inverse else layer.inv_perm)
+        yield Permute(order=layer.perm if sampling else layer.inv_perm)
     else:
         n = layer.num_channels
-        yield Permute(order=torch.arange(n).roll(-(n // 2 if inverse else (n + 1) // 2)))
+        yield Permute(order=torch.arange(n).roll(-(n // 2 if sampling else (n + 1) // 2)))
 
 
 @rule(flows.Invertible1x1Conv, flows.InvertibleAffine)
-def _mixing(layer: Any, inverse: bool) -> Iterator[Step]:
+def _mixing(layer: Any, sampling: bool) -> Iterator[Step]:
     if layer.use_lu:
         diagonal = constant(layer.sign_S) * constant(layer.log_S).exp()
         lower = constant(layer.L).tril(-1) + constant(layer.eye)
         factors = [constant(layer.P), lower, constant(layer.U).triu(1) + torch.diag(diagonal)]
     else:
         factors = [constant(layer.W)]
-    if inverse:
+    if sampling:
         found = [torch.linalg.inv_ex(t) for t in reversed(factors)]
         if any(info.item() for _, info in found):
             yield Refused(reason="its matrix is singular", depends=CONSTANT)
@@ -331,13 +329,13 @@ def _mixing(layer: Any, inverse: bool) -> Iterator[Step]:
 
 
 @rule(flows.LULinearPermute)
-def _lu_permute(layer: Any, inverse: bool) -> Iterator[Step]:
+def _lu_permute(layer: Any, sampling: bool) -> Iterator[Step]:
     linear, order = layer.linear, layer.permutation._permutation
     with torch.no_grad():
         lower, upper = (constant(t) for t in linear._create_lower_upper())
     bias = constant(linear.bias)
     one = torch.ones_like(bias)
-    if not inverse:
+    if not sampling:
         yield Permute(name="permutation", order=order)
         yield Linear(name="linear", matrix=upper)
         yield Linear(name="linear", matrix=lower)
@@ -358,8 +356,8 @@ def _substitution(t: Tensor) -> Iterator[Step]:
     yield Linear(name="linear", matrix=matrix, error=matrix.abs() @ t.abs() @ matrix.abs())
 
 
-def _linear(matrix: Tensor, inverse: bool) -> Iterator[Step]:
-    if inverse:
+def _linear(matrix: Tensor, sampling: bool) -> Iterator[Step]:
+    if sampling:
         matrix, info = torch.linalg.inv_ex(matrix)
         if info.item():
             yield Refused(reason="its matrix is singular", depends=CONSTANT)
@@ -368,8 +366,8 @@ def _linear(matrix: Tensor, inverse: bool) -> Iterator[Step]:
 
 
 @rule(transforms.Logit)
-def _logit(layer: Any, inverse: bool) -> Iterator[Step]:
-    if not inverse:
+def _logit(layer: Any, sampling: bool) -> Iterator[Step]:
+    if not sampling:
         yield Refused(reason=POLES)
         return
     reach = max(layer.alpha, 1 - layer.alpha) / (1 - 2 * layer.alpha)
@@ -378,51 +376,55 @@ def _logit(layer: Any, inverse: bool) -> Iterator[Step]:
 
 
 @rule(transforms.Shift)
-def _shift(layer: Any, inverse: bool) -> Iterator[Step]:
+def _shift(layer: Any, sampling: bool) -> Iterator[Step]:
     shift = torch.tensor([float(layer.shift)], dtype=torch.float64)
-    yield affine(torch.ones_like(shift), -shift, not inverse)
+    yield affine(torch.ones_like(shift), -shift, not sampling)
 
 
 # Layers that no bound is known for, with what is known of their gain
 
 
-def _free(scale: str | None, inverse: bool) -> Refused:
+def _free(scale: str | None, sampling: bool) -> Refused:
     r"""An affine coupling with this map from the network to the scale, :py:`None` without scale."""
     if scale is None:
         return Refused(reason=FREE_SHIFT, gain=1.0)
     if scale == "exp":
         return Refused(reason=f"{FREE_SHIFT}, and so is its scale exp(s)")
     # "sigmoid" divides by the sigmoid on the way to the data, "sigmoid_inv" multiplies with it.
-    if (scale == "sigmoid") == inverse:
+    if (scale == "sigmoid") == sampling:
         return Refused(reason=f"{FREE_SHIFT}, and it divides by a sigmoid, which may fall to zero")
     return Refused(reason=FREE_SHIFT, gain=1.0)
 
 
 @rule(flows.AffineCoupling)
-def _affine_coupling(layer: Any, inverse: bool) -> Iterator[Step]:
-    yield _free(layer.scale_map if layer.scale else None, inverse)
+def _affine_coupling(layer: Any, sampling: bool) -> Iterator[Step]:
+    yield _free(layer.scale_map if layer.scale else None, sampling)
 
 
 @rule(flows.AffineCouplingBlock)
-def _affine_block(layer: Any, inverse: bool) -> Iterator[Step]:
-    yield from within("flows.1", layer.flows[1], inverse)
+def _affine_block(layer: Any, sampling: bool) -> Iterator[Step]:
+    coupling = layer.flows[1]
+    if type(coupling) is MigratedCoupling:
+        yield from block_steps(layer, sampling)
+    else:
+        yield from within("flows.1", coupling, sampling)
 
 
 @rule(flows.MaskedAffineFlow)
-def _masked_affine(layer: Any, inverse: bool) -> Iterator[Step]:
-    yield _free("exp" if isinstance(layer.s, torch.nn.Module) else None, inverse)
+def _masked_affine(layer: Any, sampling: bool) -> Iterator[Step]:
+    yield _free("exp" if isinstance(layer.s, torch.nn.Module) else None, sampling)
 
 
 @rule(flows.GlowBlock)
-def _stock_glow(layer: Any, inverse: bool) -> Iterator[Step]:
+def _stock_glow(layer: Any, sampling: bool) -> Iterator[Step]:
     parts = list(layer.flows.named_children())
-    for name, part in parts if inverse else reversed(parts):
-        yield from within(f"flows.{name}", part, inverse)
+    for name, part in parts if sampling else reversed(parts):
+        yield from within(f"flows.{name}", part, sampling)
 
 
 @rule(flows.MaskedAffineAutoregressive)
-def _masked_autoregressive(layer: Any, inverse: bool) -> Iterator[Step]:
-    gain = 1 + 1e-3 if inverse else 1e3  # its scale is a sigmoid, raised by a thousandth
+def _masked_autoregressive(layer: Any, sampling: bool) -> Iterator[Step]:
+    gain = 1 + 1e-3 if sampling else 1e3  # its scale is a sigmoid, raised by a thousandth
     yield Refused(reason=f"{FREE_SHIFT}, and its scale may fall to 0.001", gain=gain)
 
 
@@ -432,7 +434,11 @@ def _masked_autoregressive(layer: Any, inverse: bool) -> Iterator[Step]:
     flows.CircularCoupledRationalQuadraticSpline,
     flows.CoupledRationalQuadraticSpline,
 )
-def _stock_spline(layer: Any, inverse: bool) -> Iterator[Step]:
+def _stock_spline(layer: Any, sampling: bool) -> Iterator[Step]:
+    for name, kind in (("prqct", CarriedCoupling), ("mprqat", CarriedMaskedSpline)):
+        if type(getattr(layer, name, None)) is kind:
+            yield from within(name, getattr(layer, name), sampling)
+            return
     reason = "it is bounded in exact arithmetic only: far contexts make it return NaN, or raise"
     yield Refused(reason=reason, gain=1.0)
 

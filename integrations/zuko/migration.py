@@ -1,6 +1,6 @@
 r"""How zuko's flows are made robust, for :func:`flowguard.migrate`."""
 
-from __future__ import annotations
+__all__: list[str] = []
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,11 +22,10 @@ from zuko.transforms import MonotonicAffineTransform, MonotonicRQSTransform
 from zuko.utils import unpack
 
 from flowguard.migration import Site, Surgeon, surgeon
+from flowguard.migration.exchange import successor
 from flowguard.migration.imitate import RescaledSpline
 from flowguard.spline.invert import unconstrain
 from flowguard.transforms import RobustSpline
-
-__all__: list[str] = []
 
 LAYERS = (ElementWiseTransform, GeneralCouplingTransform, MaskedAutoregressiveTransform)
 UNIVARIATES = (MonotonicAffineTransform, MonotonicRQSTransform)
@@ -86,10 +85,9 @@ class CarriedSpline(nn.Module):
 class _Layer(Site):
     r"""A layer of zuko, whose hyper-network computes the parameters of a univariate transform."""
 
-    def __init__(self, name: str, layer: Any) -> None:
+    def __init__(self, operation: Surgeon, name: str, layer: Any) -> None:
         f = _univariate(layer)
-        super().__init__(name, f"{type(layer).__name__}[{type(f).__name__}]")
-        self.layer = layer
+        super().__init__(operation, name, layer, f"{type(layer).__name__}[{type(f).__name__}]")
         self.univariate = layer.univariate
         self.shapes = list(layer.shapes)
         self.phi: Tensor
@@ -129,32 +127,32 @@ class _Layer(Site):
     def old(self, rows: Tensor | slice) -> Transform:
         return self.univariate(*unpack(self.phi[rows], self.shapes))
 
-    def carry(self, slope: float | None) -> bool:
+    def carry(self, slope: float | None) -> nn.Module | None:
         f = _univariate(self.layer)
         if not isinstance(f, MonotonicRQSTransform):
-            return False
+            return None
         bound = f.horizontal[..., -1].item()
-        self.layer.univariate = CarriedSpline(self.univariate, bound, slope)
-        return True
+        return successor(self.layer, univariate=CarriedSpline(self.univariate, bound, slope))
 
-    def replace(self, spline: RescaledSpline) -> list[nn.Parameter]:
-        layer = self.layer
-        before, total = layer.total, sum(prod(s) for s in spline.shapes)
-        layer.univariate = spline
-        layer.shapes = spline.shapes
-        layer.total = total
-        layer.hyper[-1] = _last(layer.hyper[-1], before, total)
-        layer.hyper.out_features = layer.hyper[-1].out_features
-        return list(layer.hyper[-1].parameters())
+    def build(self, spline: RescaledSpline) -> nn.Module:
+        old = self.layer
+        total = sum(prod(shape) for shape in spline.shapes)
+        last = _last(old.hyper[-1], old.total, total)
+        hyper: Any = successor(old.hyper, out_features=last.out_features)
+        hyper[-1] = last
+        return successor(old, univariate=spline, shapes=spline.shapes, total=total, hyper=hyper)
+
+    def learned(self) -> list[nn.Parameter]:
+        return list(self.robust.hyper[-1].parameters())
 
     def new(self, rows: Tensor | slice) -> Transform:
-        layer = self.layer
+        layer = self.robust
         phi = layer.hyper[-1](self.hidden[rows])
         phi = phi.unflatten(-1, (self.x.shape[-1], layer.total))
         return layer.univariate(*unpack(phi, layer.shapes))
 
 
-def _last(old: Any, before: int, after: int) -> nn.Module:
+def _last(old: Any, before: int, after: int) -> Any:
     r"""Returns a last layer of zeros with `after` numbers for each feature instead of `before`."""
     features = old.out_features // before
     new: Any
@@ -189,17 +187,17 @@ class _Zuko(Surgeon):
         return self.model(context).log_prob(x)
 
     def sites(self) -> list[Site]:
-        return [_Layer(n, m) for n, m in self.model.named_modules() if _replaceable(m)]
+        return [_Layer(self, n, m) for n, m in self.model.named_modules() if _replaceable(m)]
 
-    def others(self) -> list[str]:
+    def kept(self) -> dict[str, str]:
         containers = (zuko.lazy.LazyComposedTransform, zuko.lazy.LazyInverse)
-        return [
-            f"{name} ({type(m).__name__})"
+        return {
+            f"{name} ({type(m).__name__})": ""
             for name, m in self.model.named_modules()
             if isinstance(m, zuko.lazy.LazyTransform)
             and not isinstance(m, containers)
             and not _replaceable(m)
-        ]
+        }
 
 
 @surgeon.register

@@ -5,7 +5,7 @@ lazy transform with a conditional univariate transform is bounded by what holds 
 whatever its parameters are; a transform without condition, by its own constants.
 """
 
-from __future__ import annotations
+__all__: list[str] = []
 
 import math
 from collections.abc import Iterator
@@ -39,8 +39,6 @@ from flowguard.bounds.torch_rules import affine, after
 from .flows import GuardedFlow
 from .image import ConditionalMultiscaleTransform, MultiscaleFlow
 
-__all__: list[str] = []
-
 T = zuko.transforms
 # zuko has its additive transform from 1.5 on; before, there is nothing to bound.
 ADDITIVE: tuple[type, ...] = tuple(
@@ -49,8 +47,8 @@ ADDITIVE: tuple[type, ...] = tuple(
 
 
 @rule(zuko.lazy.Flow)
-def _flow(flow: Any, inverse: bool) -> Iterator[Step]:
-    if not inverse:
+def _flow(flow: Any, sampling: bool) -> Iterator[Step]:
+    if not sampling:
         yield Refused(reason="a flow is bounded in its sampling direction only")
         return
     parts = within("transform", flow.transform)
@@ -71,95 +69,95 @@ def _is_normal(base: Any) -> bool:
 
 
 @rule(zuko.lazy.LazyComposedTransform)
-def _lazy_composed(layer: Any, inverse: bool) -> Iterator[Step]:
+def _lazy_composed(layer: Any, sampling: bool) -> Iterator[Step]:
     parts = list(layer.transforms.named_children())
-    for name, part in reversed(parts) if inverse else parts:
-        yield from within(f"transforms.{name}", part, inverse)
+    for name, part in reversed(parts) if sampling else parts:
+        yield from within(f"transforms.{name}", part, sampling)
 
 
 @rule(zuko.lazy.LazyInverse)
-def _lazy_inverse(layer: Any, inverse: bool) -> Iterator[Step]:
-    yield from within("transform", layer.transform, not inverse)
+def _lazy_inverse(layer: Any, sampling: bool) -> Iterator[Step]:
+    yield from within("transform", layer.transform, not sampling)
 
 
 @rule(zuko.lazy.UnconditionalTransform)
-def _unconditional(layer: Any, inverse: bool) -> Iterator[Step]:
+def _unconditional(layer: Any, sampling: bool) -> Iterator[Step]:
     with torch.no_grad():
-        yield from steps(layer(), inverse)
+        yield from steps(layer(), sampling)
 
 
-def _conditional(layer: Any, inverse: bool, mask: Tensor | None) -> Step:
+def _conditional(layer: Any, sampling: bool, mask: Tensor | None) -> Step:
     # What the parameters are does not matter to an envelope: zeros will do.
     f = layer.univariate(*(torch.zeros(shape) for shape in layer.shapes))
-    g = envelope(f, inverse)
+    g = envelope(f, sampling)
     if isinstance(f, T.MonotonicAffineTransform):
         # It does not keep its least slope, but shows it where the parameters are extreme.
         least = layer.univariate(*(torch.full(shape, -1e30) for shape in layer.shapes)).scale
-        gain = 1 / least.min().item() if inverse else math.inf
+        gain = 1 / least.min().item() if sampling else math.inf
         g = g._replace(gain=gain, reason=f"{g.reason}, and its slope may fall to {1 / gain:.3g}")
     return conditional(g, kind=f"{type(layer).__name__}[{type(f).__name__}]", mask=mask)
 
 
 @rule(zuko.flows.autoregressive.MaskedAutoregressiveTransform)
-def _autoregressive(layer: Any, inverse: bool) -> Iterator[Step]:
+def _autoregressive(layer: Any, sampling: bool) -> Iterator[Step]:
     features = layer.hyper.out_features // layer.total
-    yield _conditional(layer, inverse, torch.ones(features, dtype=torch.bool))
+    yield _conditional(layer, sampling, torch.ones(features, dtype=torch.bool))
 
 
 @rule(zuko.flows.coupling.GeneralCouplingTransform)
-def _coupling(layer: Any, inverse: bool) -> Iterator[Step]:
-    yield _conditional(layer, inverse, ~layer.mask)  # ones mark what stays as it is
+def _coupling(layer: Any, sampling: bool) -> Iterator[Step]:
+    yield _conditional(layer, sampling, ~layer.mask)  # ones mark what stays as it is
 
 
 @rule(zuko.flows.gaussianization.ElementWiseTransform)
-def _elementwise(layer: Any, inverse: bool) -> Iterator[Step]:
+def _elementwise(layer: Any, sampling: bool) -> Iterator[Step]:
     if hasattr(layer, "hyper"):
         features = layer.hyper.out_features // layer.total
-        yield _conditional(layer, inverse, torch.ones(features, dtype=torch.bool))
+        yield _conditional(layer, sampling, torch.ones(features, dtype=torch.bool))
         return
     with torch.no_grad():
-        yield from steps(layer.univariate(*layer.phi), inverse)
+        yield from steps(layer.univariate(*layer.phi), sampling)
 
 
 @rule(T.ComposedTransform)
-def _composed(f: Any, inverse: bool) -> Iterator[Step]:
+def _composed(f: Any, sampling: bool) -> Iterator[Step]:
     parts = list(enumerate(f.transforms))
-    for i, part in reversed(parts) if inverse else parts:
-        yield from within(f"transforms.{i}", part, inverse)
+    for i, part in reversed(parts) if sampling else parts:
+        yield from within(f"transforms.{i}", part, sampling)
 
 
 @rule(T.DependentTransform)
-def _dependent(f: Any, inverse: bool) -> Iterator[Step]:
-    yield from steps(f.base, inverse)
+def _dependent(f: Any, sampling: bool) -> Iterator[Step]:
+    yield from steps(f.base, sampling)
 
 
 @rule(T.MonotonicAffineTransform)
-def _monotonic_affine(f: Any, inverse: bool) -> Iterator[Step]:
-    yield affine(constant(f.scale), constant(f.shift), inverse)
+def _monotonic_affine(f: Any, sampling: bool) -> Iterator[Step]:
+    yield affine(constant(f.scale), constant(f.shift), sampling)
 
 
 @rule(*ADDITIVE)
-def _additive(f: Any, inverse: bool) -> Iterator[Step]:
-    yield affine(constant(torch.ones_like(f.shift)), constant(f.shift), inverse)
+def _additive(f: Any, sampling: bool) -> Iterator[Step]:
+    yield affine(constant(torch.ones_like(f.shift)), constant(f.shift), sampling)
 
 
 @rule(T.PermutationTransform)
-def _permutation(f: Any, inverse: bool) -> Iterator[Step]:
-    yield Permute(order=torch.argsort(f.order) if inverse else f.order)
+def _permutation(f: Any, sampling: bool) -> Iterator[Step]:
+    yield Permute(order=torch.argsort(f.order) if sampling else f.order)
 
 
 @rule(T.RotationTransform)
-def _rotation(f: Any, inverse: bool) -> Iterator[Step]:
-    yield _linear(f.R.mT if inverse else f.R)
+def _rotation(f: Any, sampling: bool) -> Iterator[Step]:
+    yield _linear(f.R.mT if sampling else f.R)
 
 
 @rule(T.LULinearTransform)
-def _lu(f: Any, inverse: bool) -> Iterator[Step]:
+def _lu(f: Any, sampling: bool) -> Iterator[Step]:
     if f.L.dim() != 2:
         yield _linear(f.L)
         return
     factors = [("L", constant(f.L)), ("U", constant(f.U))]
-    if not inverse:
+    if not sampling:
         yield from (Linear(name=name, matrix=t) for name, t in reversed(factors))
         return
     for name, t in factors:
@@ -197,42 +195,42 @@ BISECTED = (
     T.MonotonicRQSTransform,
     T.SoftclipTransform,
 )
-def _whatever(f: Any, inverse: bool) -> Iterator[Step]:
-    yield conditional(envelope(f, inverse))
+def _whatever(f: Any, sampling: bool) -> Iterator[Step]:
+    yield conditional(envelope(f, sampling))
 
 
 @envelope_rule(T.ComposedTransform)
-def _composed_envelope(f: Any, inverse: bool) -> Envelope:
-    parts = [envelope(part, inverse) for part in f.transforms]
-    return reduce(after, reversed(parts) if inverse else parts)
+def _composed_envelope(f: Any, sampling: bool) -> Envelope:
+    parts = [envelope(part, sampling) for part in f.transforms]
+    return reduce(after, reversed(parts) if sampling else parts)
 
 
 @envelope_rule(T.IdentityTransform)
-def _identity(f: Any, inverse: bool) -> Envelope:
+def _identity(f: Any, sampling: bool) -> Envelope:
     return Envelope(1.0, 0.0, displacement=0.0, depends="not at all", roundings=0)
 
 
 @envelope_rule(T.CircularShiftTransform)
-def _circular(f: Any, inverse: bool) -> Envelope:
+def _circular(f: Any, sampling: bool) -> Envelope:
     return Envelope(0.0, 0.0, floor=f.bound, depends="not at all", roundings=4)
 
 
 @envelope_rule(T.SoftclipTransform)
-def _softclip(f: Any, inverse: bool) -> Envelope:
-    if inverse:
+def _softclip(f: Any, sampling: bool) -> Envelope:
+    if sampling:
         reason = f"its inverse has poles at {-f.bound:g} and {f.bound:g}"
         return Envelope(math.inf, math.inf, reason=reason)
     return Envelope(0.0, 0.0, floor=f.bound, depends="not at all", roundings=4)
 
 
 @envelope_rule(*ADDITIVE, T.MonotonicAffineTransform)
-def _free(f: Any, inverse: bool) -> Envelope:
+def _free(f: Any, sampling: bool) -> Envelope:
     gain = 1.0 if isinstance(f, ADDITIVE) else math.inf
     return Envelope(gain, math.inf, reason="its shift is free")
 
 
 @envelope_rule(T.MonotonicRQSTransform)
-def _spline(f: Any, inverse: bool) -> Envelope:
+def _spline(f: Any, sampling: bool) -> Envelope:
     return Envelope(
         1.0,
         math.inf,
@@ -241,27 +239,27 @@ def _spline(f: Any, inverse: bool) -> Envelope:
 
 
 @envelope_rule(*BISECTED)
-def _bisected(f: Any, inverse: bool) -> Envelope:
+def _bisected(f: Any, sampling: bool) -> Envelope:
     reason = "its inverse is a bisection, which stops at the edge of its interval"
-    return Envelope(math.inf, math.inf, reason=reason if inverse else "its growth is not bounded")
+    return Envelope(math.inf, math.inf, reason=reason if sampling else "its growth is not bounded")
 
 
 @rule(ConditionalMultiscaleTransform)
-def _multiscale_transform(layer: Any, inverse: bool) -> Iterator[Step]:
+def _multiscale_transform(layer: Any, sampling: bool) -> Iterator[Step]:
     event = layer.flow.channels * math.prod(layer.size) if layer.size else None
-    for step in within("flow", layer.flow, inverse):
+    for step in within("flow", layer.flow, sampling):
         yield replace(step, event=event) if isinstance(step, Noise) else step
     yield Flatten(name="image", kind=type(layer).__name__)
 
 
 @rule(MultiscaleFlow)
-def _multiscale(flow: Any, inverse: bool) -> Iterator[Step]:
-    yield from within("transform", flow.transform, inverse)
+def _multiscale(flow: Any, sampling: bool) -> Iterator[Step]:
+    yield from within("transform", flow.transform, sampling)
 
 
 @rule(GuardedFlow)
-def _guarded(flow: Any, inverse: bool) -> Iterator[Step]:
-    yield from within("flow", flow.flow, inverse)
+def _guarded(flow: Any, sampling: bool) -> Iterator[Step]:
+    yield from within("flow", flow.flow, sampling)
 
 
 def _sampler(model: Any, y: Tensors, size: int) -> tuple[Sampler, Tensors]:

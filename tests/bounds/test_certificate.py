@@ -165,7 +165,7 @@ def test_no_layer_with_numbers_that_are_not_finite_is_certified(mix, value):
 def test_a_broken_unit_of_a_migrated_coupling_is_named():
     flow = ConditionalMultiscaleFlow(3, 4, levels=1, steps=1, hidden=4, coupling="affine")
     new, _ = migrate(flow.eval(), torch.randn(8, 3, 4, 4), [torch.randn(8, 4, 2, 2)])
-    name = "steps.0.0.coupling.rest_units.scale_in"
+    name = "steps.0.0.coupling.units.rest.scale_in"
     new.get_buffer(name)[0] = math.nan
     assert [s.name for s in certify(new).refused] == [name]
 
@@ -242,8 +242,8 @@ def test_a_subclass_that_overrides_something_is_not_covered_by_the_rule_of_its_b
 
 def test_a_transform_is_taken_at_the_word_of_its_own_inverse_bound():
     @bounds.rule(Stated)
-    def stated(f, inverse):
-        yield bounds.Pointwise(envelope=bounds.envelope(f, inverse))
+    def stated(f, sampling):
+        yield bounds.Pointwise(envelope=bounds.envelope(f, sampling))
 
     assert certify(Stated(), roundoff=0.0).bound(2.0) == 6.0
     both = torch.distributions.ComposeTransform([Stated(), spline(torch.tensor(1.0))])
@@ -520,9 +520,9 @@ def test_steps_compose_in_sampling_order():
             self.first, self.second = ActNorm(2), ActNorm(2)
 
     @bounds.rule(Pair)
-    def pair(layer, inverse):
-        yield from bounds.within("second", layer.second, inverse)
-        yield from bounds.within("first", layer.first, inverse)
+    def pair(layer, sampling):
+        yield from bounds.within("second", layer.second, sampling)
+        yield from bounds.within("first", layer.first, sampling)
 
     model = Pair()
     with torch.no_grad():

@@ -553,19 +553,56 @@ def test_a_guarded_embedding_is_left_in_place(host):
     assert len(report.replaced) == 1
 
 
-def test_pickle_copy_and_compile():
-    if HOSTS[0] != "nflows":
-        pytest.skip("glasflow's own layers hold lambdas, which pickle refuses")
-    host = Host("nflows")
-    flow = host.flow([host.coupling(), host.masked(), host.spline(), host.masked_spline()])
+def test_save_copy_and_compile(host, tmp_path):
+    # glasflow's own layers hold lambdas, which pickle refuses: what takes their place does not.
+    def flow():
+        additive = host.T.AdditiveCouplingTransform([0, 1], host.net())
+        return host.flow(
+            [host.coupling(), host.masked(), additive, host.spline(), host.masked_spline()]
+        )
+
     x, c = moons(128)
-    robust, _ = migrate(flow, x, c)
-    for again in (pickle.loads(pickle.dumps(robust)), copy.deepcopy(robust)):
+    robust, _ = migrate(flow(), x, c)
+    torch.save(robust, tmp_path / "flow.pth")
+    loaded = torch.load(tmp_path / "flow.pth", weights_only=False)
+    for again in (loaded, pickle.loads(pickle.dumps(robust)), copy.deepcopy(robust)):
         assert torch.equal(again.log_prob(x, c), robust.log_prob(x, c))
+    second, _ = migrate(flow(), 2 * x + 1, c)
+    second.load_state_dict(robust.state_dict())
+    assert torch.equal(second.log_prob(x, c), robust.log_prob(x, c))
     # Compiled, the operations are others, with other roundings.
     layer, x, c = robust._transform._transforms[0].double(), x.double(), c.double()
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
     assert torch.allclose(compiled(x, c)[0], layer(x, c)[0])
+
+
+def test_hooks_and_other_references_go_along(host):
+    calls = []
+    flow = host.flow([host.coupling()])
+    layer = flow._transform._transforms[0]
+    layer.register_forward_hook(lambda module, inputs, output: calls.append(type(module)))
+    flow.mine = [layer]  # a list of the user's own
+    x, c = moons(128)
+    robust, _ = migrate(flow, x, c)
+    calls.clear()
+    robust.log_prob(x, c)
+    (found,) = calls
+    assert issubclass(found, RobustSplineCouplingTransform)
+    assert robust.mine == [robust._transform._transforms[0]]
+    assert type(flow.mine[0]) is type(layer)
+
+
+def test_an_activation_of_the_users_own_is_kept():
+    if "glasflow.nflows" not in HOSTS:
+        pytest.skip("of the hosts, glasflow alone lets the activation be chosen")
+    host = Host("glasflow.nflows")
+    flow = host.flow([host.coupling(scale_activation=torch.exp)])
+    x, c = moons(512)
+    robust, report = migrate(flow, x, c)
+    assert report.replaced[0].error < 0.1
+    formula = robust._transform._transforms[0].head.formula
+    assert formula.scale_activation is torch.exp
+    pickle.dumps(robust)
 
 
 def test_half_precision_is_computed_in_single(host):

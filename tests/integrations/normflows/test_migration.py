@@ -606,6 +606,30 @@ def test_copies_of_all_kinds(name, tmp_path):
     assert "Inscribed" in repr(robust)
 
 
+@pytest.mark.parametrize("name", SPLINES)
+def test_copies_of_splines(name, tmp_path):
+    x = torch.randn(64, 3)
+    robust, _ = migrate(three(SPLINES[name]()), x)
+    torch.save(robust, tmp_path / "flow.pth")
+    again = torch.load(tmp_path / "flow.pth", weights_only=False)
+    assert torch.equal(again.log_prob(x), robust.log_prob(x))
+    other, _ = migrate(three(SPLINES[name]()), x)
+    other.load_state_dict(robust.state_dict())
+    assert torch.equal(other.log_prob(x), robust.log_prob(x))
+
+
+def test_hooks_and_wrappers_are_kept():
+    calls = []
+    flow = three(masked(), crqs())
+    for layer in (flow.flows[0], flow.flows[1].prqct):
+        layer.register_forward_hook(lambda module, inputs, output: calls.append(module))
+    robust, _ = migrate(flow, torch.randn(64, 3))
+    assert type(robust.flows[1]) is F.CoupledRationalQuadraticSpline
+    calls.clear()
+    robust.flows[0](torch.randn(2, 3))
+    assert calls == [robust.flows[0]]
+
+
 @pytest.mark.parametrize("name", ["block-channel-exp", "block-channel_inv-sigmoid", "masked"])
 def test_odd_inputs(name):
     flow = (four if width(name) == 4 else three)(AFFINE[name]())
