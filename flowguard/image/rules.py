@@ -31,8 +31,7 @@ from flowguard.image.layers import (
     OrthogonalConv1x1,
     Squeeze,
 )
-from flowguard.image.split import Split
-from flowguard.image.steps import FlowStep, TransitionStep
+from flowguard.image.steps import FlowStep, Split, TransitionStep
 
 
 @rule(Squeeze)

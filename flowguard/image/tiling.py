@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flowguard.image.coupling import Condition, ConditionalCoupling, Inner, crop, fit_noise
 from flowguard.image.flow import ConditionalMultiscaleFlow
-from flowguard.image.split import Split
+from flowguard.image.steps import Split
 from flowguard.numerics import cut
 
 #: How many cells around a tile a coupling sees: two 3×3 convolutions of what two others made.

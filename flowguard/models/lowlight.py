@@ -11,9 +11,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from flowguard.image.flow import Conditions, published_flow
+from flowguard.image.flow import FlowCondition
 from flowguard.image.layers import Squeeze
 from flowguard.image.maps import Coupling, Elementwise
+from flowguard.image.published import published_flow
 from flowguard.image.tiling import tiled_forward, tiled_inverse
 from flowguard.models._padding import pad_to_multiple
 from flowguard.models.base import MEMORY, TileSize, bar, check_sampling, groups, pixels_of
@@ -52,7 +53,7 @@ class LowLightCondition:
 
     low: Tensor
     mean: Tensor  # of the latent
-    maps: Conditions
+    maps: FlowCondition
 
 
 def rescale_brightness(image: Tensor, brightness: Tensor | float) -> Tensor:

@@ -14,12 +14,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowguard.image.flow import (
-    ConditionalMultiscaleFlow,
-    Conditions,
-    published_flow,
-)
+from flowguard.image.flow import ConditionalMultiscaleFlow, FlowCondition
 from flowguard.image.maps import Coupling, Elementwise
+from flowguard.image.published import published_flow
 from flowguard.image.tiling import tiled_forward, tiled_inverse
 from flowguard.models._padding import pad_to, pad_to_multiple
 from flowguard.models.base import MEMORY, TileSize, bar, check_sampling, groups, pixels_of
@@ -61,7 +58,7 @@ class ImageCondition:
 
     lr: Tensor
     base: Tensor | None  # the upsampled condition, where the flow models the residual over it
-    maps: Conditions
+    maps: FlowCondition
 
 
 class SuperResolutionFlow(Pretrained, nn.Module):
