@@ -25,6 +25,7 @@ class FlowCondition(NamedTuple):
     """
 
     features: list[Tensor]  # the context maps themselves
+    noise: Tensor | None  # the noise map
     steps: list[list[Condition]]  # what each step made of them
     transitions: list[list[FoldedMix | None]]  # the steps without coupling, their weights folded
     origin: Origin | None  # what made it; compiled code cannot tell
@@ -178,6 +179,8 @@ class ConditionalMultiscaleFlow(nn.Module):
                 f"the latents must be a list of tensors; got {type(z).__name__}"
                 + ("" if isinstance(z, Tensor) else f" of {[type(t).__name__ for t in z]}")
             )
+        if not self.splits and len(z) != 1:
+            raise ValueError(f"there must be a list with one latent; got {len(z)}")
         if len(z) != len(self.splits) + 1:
             raise ValueError(
                 f"there must be one latent for each of the {len(self.splits)} splits and one for"
@@ -254,7 +257,7 @@ class ConditionalMultiscaleFlow(nn.Module):
             noises = [noise if self.is_noisy(level, k) else None for k in range(len(steps))]
             made.append(conditions(steps, c, noises))
         transitions = [transition_mixes(self.transitions_of(n)) for n in range(self.levels)]
-        return FlowCondition(features, made, transitions, self._origin(made, transitions))
+        return FlowCondition(features, noise, made, transitions, self._origin(made, transitions))
 
     def _origin(
         self, made: list[list[Condition]], transitions: list[list[FoldedMix | None]]

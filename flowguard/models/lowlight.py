@@ -2,58 +2,36 @@ r"""Low-light enhancement by a conditional flow."""
 
 __all__ = ["LowLightFlow", "rescale_brightness"]
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Self, cast
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 
-from flowguard.image.flow import FlowCondition
 from flowguard.image.layers import Squeeze
 from flowguard.image.maps import Coupling, Elementwise
 from flowguard.image.published import published_flow
-from flowguard.image.tiling import tiled_forward, tiled_inverse
-from flowguard.models._padding import pad_to_multiple
-from flowguard.models.base import MEMORY, TileSize, bar, check_sampling, groups, pixels_of
+from flowguard.models.base import (
+    MEMORY,
+    Given,
+    ImageCondition,
+    ImageModel,
+    TileSize,
+    pad_to_multiple,
+)
 from flowguard.models.checkpoints import (
-    DEAD,
     CheckpointError,
-    ImportReport,
     Source,
     State,
     count_blocks,
-    dtype_of,
     kernel_of,
-    load,
-    plan_flow,
-    plan_module,
     read_flow_layout,
     read_state,
 )
 from flowguard.models.encoders.lowlight import LowLightEncoder, color_map
-from flowguard.models.store import Pretrained
-from flowguard.numerics import normal_log_prob, repeat_rows
-from flowguard.ood import OODConditioner
 
-BITS = ("dim", "pixel")
 #: What LLFlow's encoder carries along and never reads, beside the last of its ``downconv``.
 DEAD_ENCODER = ("HRconv", "awb_para", "conv_last")
-
-
-@dataclass(frozen=True)
-class LowLightCondition:
-    r"""All that depends on the condition of a model alone, to be shared by many calls.
-
-    :meth:`LowLightFlow.condition` makes it. It is of no use to another model, nor to the same one
-    after a step of training.
-    """
-
-    low: Tensor
-    mean: Tensor  # of the latent
-    maps: FlowCondition
 
 
 def rescale_brightness(image: Tensor, brightness: Tensor | float) -> Tensor:
@@ -96,7 +74,7 @@ def rescale_brightness(image: Tensor, brightness: Tensor | float) -> Tensor:
     return image * factor[..., None, None, None]
 
 
-class LowLightFlow(Pretrained, nn.Module):
+class LowLightFlow(ImageModel):
     r"""Creates a conditional flow for low-light enhancement, :math:`p(\text{high} | \text{low})`.
 
     A conditional multiscale flow of the architecture of LLFlow, with any coupling. The noise is
@@ -139,6 +117,8 @@ class LowLightFlow(Pretrained, nn.Module):
         torch.Size([5, 2, 3, 37, 53])
     """
 
+    words = (("high", "bright images"), ("low", "dark images"))
+
     def __init__(
         self,
         *,
@@ -151,7 +131,6 @@ class LowLightFlow(Pretrained, nn.Module):
         mix: str = "free",
         quant: int = 256,
     ) -> None:
-        super().__init__()
         encoder = LowLightEncoder(levels=levels) if encoder is None else encoder
         if not isinstance(encoder, LowLightEncoder):
             raise TypeError(
@@ -164,15 +143,7 @@ class LowLightFlow(Pretrained, nn.Module):
             )
         if not 0 <= target_ratio <= 1:
             raise ValueError(f"target_ratio must lie in [0, 1]; got {target_ratio}")
-        if quant < 2:
-            raise ValueError(f"there must be at least 2 grey levels; got quant={quant}")
-        self.target_ratio = target_ratio
-        self.quant = quant
-        self.import_report: ImportReport | None = None
-        self.conditioner = OODConditioner(encoder, policy="report")
-        # One squeeze by 2^L, though the flow squeezes L times by 2: published, and as good.
-        self.squeeze = Squeeze(2**levels)
-        self.flow = published_flow(
+        flow = published_flow(
             3,
             encoder.channels,
             levels=levels,
@@ -182,6 +153,10 @@ class LowLightFlow(Pretrained, nn.Module):
             mix=mix,
             splits=0,
         )
+        super().__init__(encoder, flow, quant)
+        self.target_ratio = target_ratio
+        # One squeeze by 2^L, though the flow squeezes L times by 2: published, and as good.
+        self.squeeze = Squeeze(2**levels)
 
     def extra_repr(self) -> str:
         return f"target_ratio={self.target_ratio:g}"
@@ -191,34 +166,22 @@ class LowLightFlow(Pretrained, nn.Module):
         r"""The encoder."""
         return cast(LowLightEncoder, self.conditioner.encoder)
 
-    def _pad_low(self, low: Tensor) -> Tensor:
-        # Pixels that padding adds shall not count in the histogram: prepare, then pad.
-        prepared = self.encoder.prepare(low)
-        self._check_dtype("low", low)
-        return pad_to_multiple(prepared, self.flow.multiple)
+    def check_shape(self, y: Tensor) -> None:
+        r"""Refuses what is neither dark images nor what was made of them."""
+        self.encoder.check(y)
 
-    def _check_dtype(self, name: str, images: Tensor) -> None:
-        dtype = next(self.parameters()).dtype
-        if images.dtype != dtype and not torch.is_autocast_enabled(images.device.type):
-            raise TypeError(
-                f"{name} must have the dtype {dtype} of the model; got {images.dtype}."
-                " Images have values in [0, 1]"
-            )
+    def prepare(self, y: Tensor) -> Tensor:
+        r"""Returns the encoder's input: what padding adds shall not count in the histogram."""
+        return self.encoder.prepare(y)
 
-    def _check_high(self, high: Tensor, low: Tensor) -> None:
-        if not isinstance(high, Tensor):
-            raise TypeError(f"high must be a tensor of bright images; got {type(high).__name__}")
-        if high.shape != (low.shape[0], 3, *low.shape[-2:]):
-            raise ValueError(
-                f"high must have shape {(low.shape[0], 3, *low.shape[-2:])} for low of shape"
-                f" {tuple(low.shape)}; got {tuple(high.shape)}"
-            )
-        self._check_dtype("high", high)
+    def mean_of(self, features: Sequence[Tensor], padded: Tensor) -> Tensor:
+        r"""Returns the colour map that the encoder predicts, at the size of the latent."""
+        return self._squeeze(self.encoder.color_map(features).to(padded.dtype))
 
     def _squeeze(self, colors: Tensor) -> Tensor:
         return self.squeeze(colors)[0]
 
-    def condition(self, low: Tensor) -> LowLightCondition:
+    def condition(self, low: Tensor) -> ImageCondition:
         r"""Computes all that depends on the condition alone, to be shared by many calls.
 
         Whatever takes dark images takes this instead.
@@ -226,32 +189,22 @@ class LowLightFlow(Pretrained, nn.Module):
         Arguments:
             low: The dark images, with shape :math:`(B, 3, H, W)`.
         """
-        maps, mean = self._features(low)
-        return LowLightCondition(low, mean, self.flow.condition(maps))
+        return self.look(low)
 
-    def _features(self, low: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The feature maps, and the mean of the latent."""
-        padded = self._pad_low(low)
-        maps = self.conditioner(padded)
-        return maps, self._squeeze(self.encoder.color_map(maps).to(padded.dtype))
-
-    def _condition(self, low: Tensor | LowLightCondition) -> LowLightCondition:
-        return low if isinstance(low, LowLightCondition) else self.condition(_images(low))
-
-    def color_map(self, low: Tensor | LowLightCondition) -> Tensor:
+    def color_map(self, low: Given) -> Tensor:
         r"""Returns the colour map of the bright image that the encoder predicts.
 
         Arguments:
             low: The dark images, with shape :math:`(B, 3, H, W)`, or what :meth:`condition` made.
         """
-        condition = self._condition(low)
-        height, width = condition.low.shape[-2:]
-        return self.squeeze.inverse(condition.mean)[0][..., :height, :width]
+        condition = self.known(low)
+        height, width = condition.images.shape[-2:]
+        return self.squeeze.inverse(_mean(condition))[0][..., :height, :width]
 
     def nll(
         self,
         high: Tensor,
-        low: Tensor | LowLightCondition,
+        low: Given,
         levels: int | None = None,
         *,
         dequantize: bool = True,
@@ -282,34 +235,21 @@ class LowLightFlow(Pretrained, nn.Module):
         Returns:
             The bits per dimension, or per pixel, of each image, with shape :math:`(B)`.
         """
-        levels = self.quant if levels is None else levels
-        if levels < 2:
-            raise ValueError(f"there must be at least 2 grey levels; got {levels}")
-        if bits_per not in BITS:
-            raise ValueError(f"bits_per must be one of {', '.join(BITS)}; got {bits_per!r}")
-        condition = self._condition(low)
-        self._check_high(high, condition.low)
-        noisy = high + (torch.rand_like(high) - 0.5) / (levels - 1) if dequantize else high
-        latents, ladj = self.encode(noisy, condition)
-        (z,) = latents
-        if self.training:
-            z = self._mixed(z, condition.mean, high)
-        log_prob = ladj + normal_log_prob(z)
-        bits = -log_prob / (math.log(2) * math.prod(z.shape[1:]))
-        if dequantize:
-            bits = bits + math.log2(levels - 1)
-        return bits if bits_per == "dim" else 3 * bits
+        return super().nll(high, low, levels, dequantize=dequantize, bits_per=bits_per)
 
-    def _mixed(self, z: Tensor, mean: Tensor, high: Tensor) -> Tensor:
-        """The latent in training: some rows are centred on the bright images' own colours."""
-        own = self._squeeze(color_map(pad_to_multiple(high, self.flow.multiple)))
-        drawn = torch.rand(len(high), 1, 1, 1, device=high.device) < self.target_ratio
-        return torch.where(drawn, z + mean - own, z)
+    def scored(self, latents: list[Tensor], condition: ImageCondition, x: Tensor) -> list[Tensor]:
+        r"""Returns the latent; in training, some rows are centred on the images' own colours."""
+        if not self.training:
+            return latents
+        (z,) = latents
+        own = self._squeeze(color_map(pad_to_multiple(x, self.multiple)))
+        drawn = torch.rand(len(x), 1, 1, 1, device=x.device) < self.target_ratio
+        return [torch.where(drawn, z + _mean(condition) - own, z)]
 
     def encode(
         self,
         high: Tensor,
-        low: Tensor | LowLightCondition,
+        low: Given,
         *,
         tile: TileSize = None,
         memory: float = MEMORY,
@@ -328,27 +268,12 @@ class LowLightFlow(Pretrained, nn.Module):
             A list with the latent, centred on the colour map, which is standard normal under the
             model, and the log-determinant, with shape :math:`(B)`.
         """
-        if tile is None:
-            condition = self._condition(low)
-            self._check_high(high, condition.low)
-            padded = pad_to_multiple(high, self.flow.multiple)
-            latents, ladj = self.flow(padded, condition.maps)
-            return [z - condition.mean for z in latents], ladj
-        low = _whole(low)
-        with torch.no_grad():
-            maps, mean = self._features(low)
-            self._check_high(high, low)
-            padded = pad_to_multiple(high, self.flow.multiple)
-            size = pixels_of(tile, self.flow, memory, len(low))
-            height, width = padded.shape[-2:]
-            with bar(self.flow, height, width, progress) as tell:
-                latents, ladj = tiled_forward(self.flow, padded, maps, size, None, tell)
-        return [z - mean for z in latents], ladj
+        return super().encode(high, low, tile=tile, memory=memory, progress=progress)
 
     def decode(
         self,
         latents: Sequence[Tensor],
-        low: Tensor | LowLightCondition,
+        low: Given,
         *,
         tile: TileSize = None,
         memory: float = MEMORY,
@@ -374,41 +299,20 @@ class LowLightFlow(Pretrained, nn.Module):
         Returns:
             The bright images, with shape :math:`(n B, 3, H, W)`.
         """
-        if not isinstance(latents, Tensor) and len(latents) != 1:
-            raise ValueError(f"there must be a list with one latent; got {len(latents)}")
-        self.flow.check_latents(latents)
-        self._check_dtype("the latent", latents[0])
-        if tile is None:
-            condition = self._condition(low)
-            low = condition.low
-            z = latents[0] + repeat_rows(condition.mean, latents[0])
-            high, _ = self.flow.inverse([z], condition.maps, ladj=False)
-        else:
-            low = _whole(low)
-            with torch.no_grad():
-                maps, mean = self._features(low)
-                z = latents[0] + repeat_rows(mean, latents[0])
-                size = pixels_of(tile, self.flow, memory, len(low))
-                height, width = (self.flow.multiple * n for n in mean.shape[-2:])
-                with bar(self.flow, height, width, progress) as tell:
-                    high = tiled_inverse(self.flow, [z], maps, size, None, tell)
-        return high[..., : low.shape[-2], : low.shape[-1]]
+        return super().decode(latents, low, tile=tile, memory=memory, progress=progress)
 
-    def latent_shapes(self, low: Tensor | LowLightCondition) -> list[tuple[int, int, int]]:
+    def latent_shapes(self, low: Given) -> list[tuple[int, int, int]]:
         r"""Returns the shape :math:`(C, H, W)` of the latent for such dark images, in a list.
 
         Arguments:
             low: The dark images, with shape :math:`(B, 3, H, W)`, or what :meth:`condition` made.
         """
-        size = (low.low if isinstance(low, LowLightCondition) else _images(low)).shape[-2:]
-        multiple = self.flow.multiple
-        height, width = (multiple * math.ceil(n / multiple) for n in size)
-        return self.flow.latent_shapes(height, width)
+        return super().latent_shapes(low)
 
     @torch.no_grad()
     def sample(
         self,
-        low: Tensor | LowLightCondition,
+        low: Given,
         num_samples: int = 1,
         temperature: float = 0.0,
         generator: torch.Generator | None = None,
@@ -436,32 +340,15 @@ class LowLightFlow(Pretrained, nn.Module):
         Returns:
             The samples, with shape :math:`(n, B, 3, H, W)`.
         """
-        check_sampling(num_samples, temperature)
-        (shape,) = self.latent_shapes(low)
-        like = low.low if isinstance(low, LowLightCondition) else self.encoder.prepare(low)
-        latent = temperature * torch.randn(
-            num_samples,
-            len(like),
-            *shape,
-            generator=generator,
-            dtype=like.dtype,
-            device=like.device,
-        )
-        if tile is None:
-            condition = self._condition(low)
-            size = like.shape[-2] * like.shape[-1]
-            parts = [self.decode([rows], condition) for rows in groups(latent, size)]
-            samples = torch.cat(parts).unflatten(0, latent.shape[:2])
-        else:
-            rows = latent.flatten(0, 1)
-            tiled = self.decode([rows], low, tile=tile, memory=memory, progress=progress)
-            samples = tiled.unflatten(0, latent.shape[:2])
+        tiles: dict[str, Any] = {"tile": tile, "memory": memory, "progress": progress}
+        samples = super().sample(low, num_samples, temperature, generator, **tiles)
         if brightness is None:
             return samples
-        wanted = torch.as_tensor(brightness, device=like.device)
-        if wanted.dim() and wanted.shape != (len(like),):
+        rows = samples.shape[1]
+        wanted = torch.as_tensor(brightness, device=samples.device)
+        if wanted.dim() and wanted.shape != (rows,):
             raise ValueError(
-                f"brightness must be a number or have the shape {(len(like),)}, one for each dark"
+                f"brightness must be a number or have the shape {(rows,)}, one for each dark"
                 f" image; got {tuple(wanted.shape)}"
             )
         return rescale_brightness(samples, wanted.expand(samples.shape[:2]))
@@ -534,40 +421,19 @@ class LowLightFlow(Pretrained, nn.Module):
             raise CheckpointError(
                 f"{label} must have 2 steps without coupling at each level; it has {transitions}"
             )
-        # Drawing the weights that are overwritten must not disturb the caller's random numbers.
-        with torch.random.fork_rng(devices=[]):
-            model = cls(**made, encoder=LowLightEncoder(**encoder, levels=made["levels"]))
-        model.to(dtype_of(state, label))
-        plan = plan_module(model.encoder, "conditioner.encoder.", "RRDB.")
-        plan |= plan_flow(model.flow, layout)
         unread = (*DEAD_ENCODER, f"downconv{made['levels']}")
-        model.import_report = load(
-            model,
-            plan,
+        return cls.imported(
+            lambda: cls(**made, encoder=LowLightEncoder(**encoder, levels=made["levels"])),
+            layout,
             state,
-            label=label,
-            dead=(*DEAD, *(f"RRDB.{n}.{leaf}" for n in unread for leaf in ("weight", "bias"))),
-            inferred={**made, "encoder": encoder},
+            label,
+            [f"RRDB.{name}.{leaf}" for name in unread for leaf in ("weight", "bias")],
+            {**made, "encoder": encoder},
         )
-        return model.eval()
 
 
-def _whole(low: Tensor | LowLightCondition) -> Tensor:
-    if isinstance(low, LowLightCondition):
-        raise TypeError(
-            "tiles are there so that the condition is never held as a whole: give the dark images,"
-            " not what condition() made of them"
-        )
-    return _images(low)
-
-
-def _images(low: Tensor) -> Tensor:
-    if not isinstance(low, Tensor):
-        raise TypeError(
-            "low must be a tensor of dark images, or what condition() made of them;"
-            f" got {type(low).__name__}"
-        )
-    return low
+def _mean(condition: ImageCondition) -> Tensor:
+    return cast(Tensor, condition.mean)
 
 
 def _encoder_options(state: State, label: str, context_channels: int) -> dict[str, Any]:
