@@ -2,6 +2,8 @@ r"""What image models share: all but their encoder, their base, and what bounds 
 
 __all__ = ["MEMORY", "ImageCondition", "ImageModel", "TileSize", "pad_to", "pad_to_multiple"]
 
+import functools
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
@@ -67,7 +69,8 @@ class ImageModel(Pretrained, nn.Module):
     Attributes:
         conditioner: The encoder, inside of a :class:`flowguard.OODConditioner`.
         scale: How many times larger an image is than its condition, in each direction.
-        words: What messages call an image and its condition: a name and what it is, for each.
+        words: What a model calls an image and its condition: the name of the argument and what it
+            is, for each. Signatures, help and messages say so.
 
     Images are RGB, with values in :math:`[0, 1]` and shape :math:`(B, 3, sH, sW)`, conditions
     have shape :math:`(B, 3, H, W)`, of any size: internally they are padded to what the flow
@@ -88,6 +91,14 @@ class ImageModel(Pretrained, nn.Module):
 
     scale: int = 1
     words: ClassVar[Sequence[tuple[str, str]]] = (("x", "images"), ("y", "conditions"))
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "words" in vars(cls):
+            for name in {"condition", "nll", "encode", "decode", "latent_shapes", "sample"} - {
+                *vars(cls)
+            }:
+                setattr(cls, name, _in_words(getattr(ImageModel, name), cls.words))
 
     def __init__(
         self, encoder: nn.Module, flow: ConditionalMultiscaleFlow, quant: int = 256
@@ -159,7 +170,7 @@ class ImageModel(Pretrained, nn.Module):
         r"""What the size of a condition is padded to a multiple of."""
         return max(1, self.flow.multiple // self.scale)
 
-    def condition(self, y: Tensor, /) -> ImageCondition:
+    def condition(self, y: Tensor) -> ImageCondition:
         r"""Computes all that depends on the condition alone, to be shared by many calls.
 
         Whatever takes conditions takes this instead, as long as it is the same model with the
@@ -264,7 +275,6 @@ class ImageModel(Pretrained, nn.Module):
         self,
         x: Tensor,
         y: Given,
-        /,
         levels: int | None = None,
         *,
         dequantize: bool = True,
@@ -275,6 +285,10 @@ class ImageModel(Pretrained, nn.Module):
         The image is dequantised with uniform noise, so that the bound holds for images with
         `levels` grey levels. An image whose size the flow does not take is padded by
         replication; the bits are those of the padded image, per padded dimension.
+
+        The published models were trained with ``dequantize=False, bits_per="pixel"``: without
+        the noise, and divided by the number of pixels rather than that of dimensions. That is a
+        density of numbers that are in truth discrete, and bounds nothing.
 
         Arguments:
             x: The images, with shape :math:`(B, 3, sH, sW)`.
@@ -310,7 +324,6 @@ class ImageModel(Pretrained, nn.Module):
         self,
         x: Tensor,
         y: Given,
-        /,
         *,
         tile: TileSize = None,
         memory: float = MEMORY,
@@ -350,7 +363,6 @@ class ImageModel(Pretrained, nn.Module):
         self,
         latents: Sequence[Tensor],
         y: Given,
-        /,
         *,
         tile: TileSize = None,
         memory: float = MEMORY,
@@ -374,6 +386,15 @@ class ImageModel(Pretrained, nn.Module):
 
         Returns:
             The images, with shape :math:`(n B, 3, sH, sW)`.
+
+        Example:
+            >>> from flowguard.models import SuperResolutionFlow
+            >>> model = SuperResolutionFlow(scale=2, levels=1, steps=1, hidden=8, features=8)
+            >>> lr = torch.rand(1, 3, 40, 50)
+            >>> latents = [torch.randn(2, *shape) for shape in model.latent_shapes(lr)]
+            >>> whole = model.eval().decode(latents, lr)
+            >>> torch.allclose(model.decode(latents, lr, tile=32), whole, atol=1e-5)
+            True
         """
         self._check_latents(latents)
         flow = self._way(tile, memory, progress)
@@ -406,7 +427,7 @@ class ImageModel(Pretrained, nn.Module):
         height, width = (self.scale * multiple * -(-n // multiple) for n in y.shape[-2:])
         return height, width
 
-    def latent_shapes(self, y: Given, /) -> list[tuple[int, int, int]]:
+    def latent_shapes(self, y: Given) -> list[tuple[int, int, int]]:
         r"""Returns the shape :math:`(C, H, W)` of each latent for such conditions.
 
         There is one for each level at whose end channels leave, finest first, and one for what is
@@ -425,7 +446,6 @@ class ImageModel(Pretrained, nn.Module):
     def sample(
         self,
         y: Given,
-        /,
         num_samples: int = 1,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
@@ -503,6 +523,27 @@ class ImageModel(Pretrained, nn.Module):
         known = (*DEAD, *dead)
         model.import_report = load(model, plan, state, label=label, dead=known, inferred=inferred)
         return model.eval()
+
+
+def _in_words(method: Callable[..., Any], words: Sequence[tuple[str, str]]) -> Callable[..., Any]:
+    r"""Returns a method whose arguments `x` and `y` bear a model's own names, also in its help."""
+    own = {general: name for general, (name, _) in zip("xy", words, strict=True)}
+    general = {name: x for x, name in own.items()}
+
+    @functools.wraps(method)
+    def named(self: ImageModel, *args: Any, **kwargs: Any) -> Any:
+        return method(self, *args, **{general.get(k, k): v for k, v in kwargs.items()})
+
+    signature = inspect.signature(method)
+    parameters = [p.replace(name=own.get(n, n)) for n, p in signature.parameters.items()]
+    named.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    told = inspect.getdoc(method) or ""
+    for x, what, (name, ours) in zip("xy", ("images", "conditions"), words, strict=True):
+        told = told.replace(f"{x}: The {what}", f"{name}: The {ours}").replace(
+            f"`{x}`", f"`{name}`"
+        )
+    named.__doc__ = told
+    return named
 
 
 def _check_sampling(num_samples: int, temperature: float) -> None:

@@ -181,16 +181,6 @@ class LowLightFlow(ImageModel):
     def _squeeze(self, colors: Tensor) -> Tensor:
         return self.squeeze(colors)[0]
 
-    def condition(self, low: Tensor) -> ImageCondition:
-        r"""Computes all that depends on the condition alone, to be shared by many calls.
-
-        Whatever takes dark images takes this instead.
-
-        Arguments:
-            low: The dark images, with shape :math:`(B, 3, H, W)`.
-        """
-        return self.look(low)
-
     def color_map(self, low: Given) -> Tensor:
         r"""Returns the colour map of the bright image that the encoder predicts.
 
@@ -201,42 +191,6 @@ class LowLightFlow(ImageModel):
         height, width = condition.images.shape[-2:]
         return self.squeeze.inverse(_mean(condition))[0][..., :height, :width]
 
-    def nll(
-        self,
-        high: Tensor,
-        low: Given,
-        levels: int | None = None,
-        *,
-        dequantize: bool = True,
-        bits_per: str = "dim",
-    ) -> Tensor:
-        r"""Returns an upper bound of the negative log-likelihood in bits per dimension.
-
-        The image is dequantised with uniform noise, so that the bound holds for images with
-        `levels` grey levels. An image whose size the flow does not take is padded by
-        replication; the bits are those of the padded image, per padded dimension.
-
-        The published models were trained with ``dequantize=False, bits_per="pixel"``: without
-        the noise, and divided by the number of pixels rather than that of dimensions. That is a
-        density of numbers that are in truth discrete, and bounds nothing.
-
-        In training mode, each image's noise is centred on its own colour map with probability
-        `target_ratio` (published: all images of a batch or none, in evaluation too): a target
-        that helps training, but knows of the bright image. Only in evaluation mode are the bits
-        those of a density of the bright image given the dark one.
-
-        Arguments:
-            high: The bright images, with shape :math:`(B, 3, H, W)`.
-            low: The dark images, with shape :math:`(B, 3, H, W)`, or what :meth:`condition` made.
-            levels: The number of grey levels of `high`. If :py:`None`, `quant`.
-            dequantize: Whether to dequantise.
-            bits_per: What the bits are divided by: ``"dim"`` or ``"pixel"``.
-
-        Returns:
-            The bits per dimension, or per pixel, of each image, with shape :math:`(B)`.
-        """
-        return super().nll(high, low, levels, dequantize=dequantize, bits_per=bits_per)
-
     def scored(self, latents: list[Tensor], condition: ImageCondition, x: Tensor) -> list[Tensor]:
         r"""Returns the latent; in training, some rows are centred on the images' own colours."""
         if not self.training:
@@ -246,70 +200,6 @@ class LowLightFlow(ImageModel):
         drawn = torch.rand(len(x), 1, 1, 1, device=x.device) < self.target_ratio
         return [torch.where(drawn, z + _mean(condition) - own, z)]
 
-    def encode(
-        self,
-        high: Tensor,
-        low: Given,
-        *,
-        tile: TileSize = None,
-        memory: float = MEMORY,
-        progress: bool = False,
-    ) -> tuple[list[Tensor], Tensor]:
-        r"""Takes bright images to latents, given their dark images.
-
-        Arguments:
-            high: The bright images, with shape :math:`(B, 3, H, W)`.
-            low: The dark images, with shape :math:`(B, 3, H, W)`, or what :meth:`condition` made.
-            tile: The height and width of a tile in pixels, or ``"auto"``; see :meth:`decode`.
-            memory: The memory in bytes that tiles of the size ``"auto"`` take about.
-            progress: Whether to show a progress bar over the tiles.
-
-        Returns:
-            A list with the latent, centred on the colour map, which is standard normal under the
-            model, and the log-determinant, with shape :math:`(B)`.
-        """
-        return super().encode(high, low, tile=tile, memory=memory, progress=progress)
-
-    def decode(
-        self,
-        latents: Sequence[Tensor],
-        low: Given,
-        *,
-        tile: TileSize = None,
-        memory: float = MEMORY,
-        progress: bool = False,
-    ) -> Tensor:
-        r"""Takes latents to bright images, given the dark images. Nothing is clamped.
-
-        With `tile`, each step of the flow goes over the image a tile at a time, which takes far
-        less memory, and no gradients. The image is that of the untiled computation but for
-        rounding: there are no seams. The encoder's maps are held as a whole all the same.
-
-        Arguments:
-            latents: A list with the centred latent; see :meth:`latent_shapes`. Zeros give the
-                published output. It may have :math:`n B` rows: row :math:`i` then belongs to dark
-                image :math:`i \bmod B`.
-            low: The dark images, with shape :math:`(B, 3, H, W)`, or, without `tile`, what
-                :meth:`condition` made.
-            tile: The height and width of a tile in pixels, or ``"auto"`` for what `memory`
-                allows. If :py:`None`, the image is taken as a whole.
-            memory: The memory in bytes that tiles of the size ``"auto"`` take about.
-            progress: Whether to show a progress bar over the tiles.
-
-        Returns:
-            The bright images, with shape :math:`(n B, 3, H, W)`.
-        """
-        return super().decode(latents, low, tile=tile, memory=memory, progress=progress)
-
-    def latent_shapes(self, low: Given) -> list[tuple[int, int, int]]:
-        r"""Returns the shape :math:`(C, H, W)` of the latent for such dark images, in a list.
-
-        Arguments:
-            low: The dark images, with shape :math:`(B, 3, H, W)`, or what :meth:`condition` made.
-        """
-        return super().latent_shapes(low)
-
-    @torch.no_grad()
     def sample(
         self,
         low: Given,

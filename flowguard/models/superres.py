@@ -15,11 +15,9 @@ from flowguard.image.flow import ConditionalMultiscaleFlow
 from flowguard.image.maps import Coupling, Elementwise
 from flowguard.image.published import published_flow
 from flowguard.models.base import (
-    MEMORY,
     Given,
     ImageCondition,
     ImageModel,
-    TileSize,
     pad_to,
     pad_to_multiple,
 )
@@ -202,40 +200,6 @@ class SuperResolutionFlow(ImageModel):
         low = known.amin((1, 2, 3), keepdim=True).clamp(max=0.0)
         return base.clamp(low, known.amax((1, 2, 3), keepdim=True).clamp(min=1.0))
 
-    def nll(
-        self,
-        hr: Tensor,
-        lr: Given,
-        levels: int | None = None,
-        *,
-        dequantize: bool = True,
-        bits_per: str = "dim",
-    ) -> Tensor:
-        r"""Returns an upper bound of the negative log-likelihood in bits per dimension.
-
-        The image is dequantised with uniform noise, so that the bound holds for images with
-        `levels` grey levels. An image whose size the flow does not take is padded by
-        replication; the bits are those of the padded image, per padded dimension.
-
-        The published models were trained with ``dequantize=False, bits_per="pixel"``: without
-        the noise, and divided by the number of pixels rather than that of dimensions. That is a
-        density of numbers that are in truth discrete, and bounds nothing.
-
-        In training mode a noise-conditional model adds further noise to both images; see
-        `noise_std`.
-
-        Arguments:
-            hr: The HR images, with shape :math:`(B, 3, sH, sW)`.
-            lr: The LR images, with shape :math:`(B, 3, H, W)`, or what :meth:`condition` made.
-            levels: The number of grey levels of `hr`. If :py:`None`, `quant`.
-            dequantize: Whether to dequantise.
-            bits_per: What the bits are divided by: ``"dim"`` or ``"pixel"``.
-
-        Returns:
-            The bits per dimension, or per pixel, of each image, with shape :math:`(B)`.
-        """
-        return super().nll(hr, lr, levels, dequantize=dequantize, bits_per=bits_per)
-
     def perturbed(self, x: Tensor, y: Given) -> tuple[Tensor, Given]:
         r"""Returns the pair with noise on both images, the LR image's being the HR image's,
         shrunk, in training mode and if the flow is made to know of noise."""
@@ -247,109 +211,6 @@ class SuperResolutionFlow(ImageModel):
         noise = std * torch.randn_like(hr)
         small = F.interpolate(noise, size=lr.shape[-2:], mode="bicubic", antialias=True)
         return hr + noise, self.look(lr + small, noise)
-
-    def encode(
-        self,
-        hr: Tensor,
-        lr: Given,
-        *,
-        tile: TileSize = None,
-        memory: float = MEMORY,
-        progress: bool = False,
-    ) -> tuple[list[Tensor], Tensor]:
-        r"""Takes HR images to latents, given their LR images.
-
-        Arguments:
-            hr: The HR images, with shape :math:`(B, 3, sH, sW)`.
-            lr: The LR images, with shape :math:`(B, 3, H, W)`, or what :meth:`condition` made.
-            tile: The height and width of a tile in pixels of the HR image, or ``"auto"``; see
-                :meth:`decode`.
-            memory: The memory in bytes that tiles of the size ``"auto"`` take about.
-            progress: Whether to show a progress bar over the tiles.
-
-        Returns:
-            The latents, as :meth:`latent_shapes` lists them, and the log-determinant, with shape
-            :math:`(B)`.
-        """
-        return super().encode(hr, lr, tile=tile, memory=memory, progress=progress)
-
-    def decode(
-        self,
-        latents: Sequence[Tensor],
-        lr: Given,
-        *,
-        tile: TileSize = None,
-        memory: float = MEMORY,
-        progress: bool = False,
-    ) -> Tensor:
-        r"""Takes latents to HR images, given the LR images. Nothing is clamped.
-
-        With `tile`, each step of the flow goes over the image a tile at a time, which takes far
-        less memory, and no gradients. The image is that of the untiled computation but for
-        rounding: there are no seams. The encoder's maps are held as a whole all the same.
-
-        Arguments:
-            latents: The latents; see :meth:`latent_shapes`. They may have
-                :math:`n B` rows: row :math:`i` then belongs to LR image :math:`i \bmod B`.
-            lr: The LR images, with shape :math:`(B, 3, H, W)`, or, without `tile`, what
-                :meth:`condition` made.
-            tile: The height and width of a tile in pixels of the HR image, or ``"auto"`` for what
-                `memory` allows. If :py:`None`, the image is taken as a whole.
-            memory: The memory in bytes that tiles of the size ``"auto"`` take about.
-            progress: Whether to show a progress bar over the tiles.
-
-        Returns:
-            The HR images, with shape :math:`(n B, 3, sH, sW)`.
-
-        Example:
-            >>> model = SuperResolutionFlow(scale=2, levels=1, steps=1, hidden=8, features=8)
-            >>> lr = torch.rand(1, 3, 40, 50)
-            >>> latents = [torch.randn(2, *shape) for shape in model.latent_shapes(lr)]
-            >>> whole = model.eval().decode(latents, lr)
-            >>> torch.allclose(model.decode(latents, lr, tile=32), whole, atol=1e-5)
-            True
-        """
-        return super().decode(latents, lr, tile=tile, memory=memory, progress=progress)
-
-    def latent_shapes(self, lr: Given) -> list[tuple[int, int, int]]:
-        r"""Returns the shape :math:`(C, H, W)` of each latent for such LR images.
-
-        There is one for each level at whose end channels leave, finest first, and one for what is
-        left at the end.
-
-        Arguments:
-            lr: The LR images, with shape :math:`(B, 3, H, W)`, or what :meth:`condition` made.
-        """
-        return super().latent_shapes(lr)
-
-    def sample(
-        self,
-        lr: Given,
-        num_samples: int = 1,
-        temperature: float = 1.0,
-        generator: torch.Generator | None = None,
-        *,
-        tile: TileSize = None,
-        memory: float = MEMORY,
-        progress: bool = False,
-    ) -> Tensor:
-        r"""Draws HR images given LR images. Nothing is clamped.
-
-        Arguments:
-            lr: The LR images, with shape :math:`(B, 3, H, W)`, or what :meth:`condition` made.
-            num_samples: The number :math:`n` of samples for each image.
-            temperature: The standard deviation of the latents, not negative.
-            generator: A source of randomness, on the device of `lr`.
-            tile: The height and width of a tile in pixels of the HR image, or ``"auto"``; see
-                :meth:`decode`. The latents are drawn for the whole image, and are the same.
-            memory: The memory in bytes that tiles of the size ``"auto"`` take about.
-            progress: Whether to show a progress bar over the tiles.
-
-        Returns:
-            The samples, with shape :math:`(n, B, 3, sH, sW)`.
-        """
-        tiles: dict[str, Any] = {"tile": tile, "memory": memory, "progress": progress}
-        return super().sample(lr, num_samples, temperature, generator, **tiles)
 
     @classmethod
     def published(
