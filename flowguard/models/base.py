@@ -19,9 +19,8 @@ from flowguard.image.flow import ConditionalMultiscaleFlow, FlowCondition
 from flowguard.image.tiling import MEMORY, TiledFlow, TileSize
 from flowguard.models.checkpoints import (
     DEAD,
-    FlowLayout,
+    Checkpoint,
     ImportReport,
-    State,
     dtype_of,
     load,
     plan_flow,
@@ -497,9 +496,7 @@ class ImageModel(Pretrained, nn.Module):
     def imported(
         cls,
         make: Callable[[], Self],
-        layout: FlowLayout,
-        state: State,
-        label: str,
+        checkpoint: Checkpoint,
         dead: Iterable[str],
         inferred: Mapping[str, Any],
     ) -> Self:
@@ -507,19 +504,18 @@ class ImageModel(Pretrained, nn.Module):
 
         Arguments:
             make: Makes the model.
-            layout: The layout of the flow.
-            state: The tensors of the checkpoint.
-            label: What to call the checkpoint in messages.
+            checkpoint: The checkpoint.
             dead: Further keys that may be there and are never read.
             inferred: What to say in the report about how the model was made.
         """
         # Drawing the weights that are overwritten must not disturb the caller's random numbers.
         with torch.random.fork_rng(devices=[]):
             model = make()
+        state, label = checkpoint.state, checkpoint.label
         model.to(dtype_of(state, label))
         encoder = "conditioner.encoder"
         plan = plan_module(model.get_submodule(encoder), f"{encoder}.", "RRDB.")
-        plan |= plan_flow(model.flow, layout)
+        plan |= plan_flow(model.flow, checkpoint.layout)
         known = (*DEAD, *dead)
         model.import_report = load(model, plan, state, label=label, dead=known, inferred=inferred)
         return model.eval()

@@ -19,15 +19,7 @@ from flowguard.models.base import (
     TileSize,
     pad_to_multiple,
 )
-from flowguard.models.checkpoints import (
-    CheckpointError,
-    Source,
-    State,
-    count_blocks,
-    kernel_of,
-    read_flow_layout,
-    read_state,
-)
+from flowguard.models.checkpoints import Checkpoint, Source, Stacked
 from flowguard.models.encoders.lowlight import LowLightEncoder, color_map
 
 #: What LLFlow's encoder carries along and never reads, beside the last of its ``downconv``.
@@ -79,42 +71,43 @@ class LowLightFlow(ImageModel):
 
     A conditional multiscale flow of the architecture of LLFlow, with any coupling. The noise is
     normal around a colour map that the encoder predicts, with every latent pixel's own colours,
-    so that noise of zero already gives the enhanced image. The encoder is inside an
-    :class:`flowguard.OODConditioner`: once fitted and calibrated, it tells at which level and
-    where a condition is unlike the training set.
+    so that noise of zero already gives the enhanced image. Once fitted and calibrated, the
+    conditioner around the encoder tells where a condition is unlike the training set; see
+    :class:`ImageModel`, which has the methods.
+
+    In training mode, each image's noise is centred on its own colour map with probability
+    `target_ratio` (published: all images of a batch or none, in evaluation too): a target that
+    helps training, but knows of the bright image. Only in evaluation mode are the bits of
+    :meth:`nll` those of a density of the bright image given the dark one.
 
     References:
         | Low-Light Image Enhancement with Normalizing Flow (Wang et al., 2022)
         | https://arxiv.org/abs/2109.05923
-        | On the Robustness of Normalizing Flows for Inverse Problems in Imaging (Hong et al., 2023)
-        | https://arxiv.org/abs/2212.04319
 
     Arguments:
-        levels: The number of levels :math:`L` of the flow.
-        steps: The number of steps :math:`K` at each level, or one number for each level.
-        hidden: The number of channels of the hidden layers of the couplings.
-        coupling: The elementwise map of the couplings: ``"robust"``, ``"affine"``,
-            ``"reparametrized"``, ``"bspline"``, or an object; see
-            :func:`flowguard.image.elementwise`.
+        levels: The number of levels :math:`L`, of flow and encoder.
+        steps: How many steps :math:`K` each level has: one number for all, or one for each.
+        hidden: The width of the couplings.
+        coupling: What the couplings apply to each value: the name of a map, or an object; see
+            :func:`flowguard.image.elementwise`, which lists them.
         encoder: The encoder, with as many levels; the published one by default.
         target_ratio: The share of the images in training for which the noise is centred on the
             colour map of the bright image itself, not on the predicted one.
         mix: The 1×1 convolutions; see :class:`flowguard.image.ConditionalMultiscaleFlow`.
-        quant: The number of grey levels of the images.
+        quant: How many grey levels the images have.
 
-    Images are RGB, with values in :math:`[0, 1]` and shape :math:`(B, 3, H, W)`, of any size:
-    internally they are padded to what the flow needs, and cropped. In place of dark images, all
-    methods take what :func:`flowguard.models.encoders.lowlight.low_light_input` made of them, with
+    Both images have shape :math:`(B, 3, H, W)`, of any size. In place of dark images, all methods
+    take what :func:`flowguard.models.encoders.lowlight.low_light_input` made of them, with
     shape :math:`(B, 6, H, W)`, such as a crop of a larger image whose histogram was equalised.
 
     Example:
         >>> encoder = LowLightEncoder(features=8, growth=4, blocks=1, stacked=(0,), levels=2)
         >>> model = LowLightFlow(levels=2, steps=1, hidden=8, encoder=encoder)
-        >>> high, low = torch.rand(2, 3, 37, 53), 0.1 * torch.rand(2, 3, 37, 53)
+        >>> high, low = torch.rand(4, 3, 37, 53), 0.1 * torch.rand(4, 3, 37, 53)
         >>> model.nll(high, low).shape
-        torch.Size([2])
+        torch.Size([4])
         >>> model.sample(low, num_samples=5, temperature=0.8).shape
-        torch.Size([5, 2, 3, 37, 53])
+        torch.Size([5, 4, 3, 37, 53])
     """
 
     words = (("high", "bright images"), ("low", "dark images"))
@@ -143,17 +136,11 @@ class LowLightFlow(ImageModel):
             )
         if not 0 <= target_ratio <= 1:
             raise ValueError(f"target_ratio must lie in [0, 1]; got {target_ratio}")
+        c = encoder.channels
         flow = published_flow(
-            3,
-            encoder.channels,
-            levels=levels,
-            steps=steps,
-            hidden=hidden,
-            coupling=coupling,
-            mix=mix,
-            splits=0,
+            3, c, levels=levels, steps=steps, hidden=hidden, coupling=coupling, mix=mix, splits=0
         )
-        super().__init__(encoder, flow, quant)
+        super().__init__(encoder, flow, quant=quant)
         self.target_ratio = target_ratio
         # One squeeze by 2^L, though the flow squeezes L times by 2: published, and as good.
         self.squeeze = Squeeze(2**levels)
@@ -245,17 +232,13 @@ class LowLightFlow(ImageModel):
 
     @classmethod
     def published(
-        cls,
-        *,
-        small: bool = False,
-        coupling: Coupling = "robust",
-        **options: Any,
+        cls, *, small: bool = False, coupling: Coupling = "robust", **options: Any
     ) -> Self:
         r"""Returns an untrained model of the published size, with any coupling.
 
         Arguments:
             small: Whether to return LLFlow's small net rather than its large one.
-            coupling: The elementwise map of the couplings.
+            coupling: As that of :class:`LowLightFlow`.
             options: Further arguments of :class:`LowLightFlow`.
 
         Example:
@@ -270,11 +253,7 @@ class LowLightFlow(ImageModel):
 
     @classmethod
     def from_llflow(
-        cls,
-        source: Source,
-        *,
-        stacked: Sequence[int] | None = None,
-        coupling: Elementwise | None = None,
+        cls, source: Source, *, stacked: Stacked = None, coupling: Elementwise | None = None
     ) -> Self:
         r"""Returns LLFlow's model with the weights of one of its checkpoints, for evaluation.
 
@@ -282,57 +261,44 @@ class LowLightFlow(ImageModel):
         told by the attribute `import_report`.
 
         Arguments:
-            source: The path of the checkpoint, or the state dict: raw or nested, with or without
-                ``module.`` before its names.
-            stacked: The blocks whose outputs the encoder stacks, which no shape tells. If
-                :py:`None`, those of the published configurations: 1, or 1, 3, 5 and 7.
-            coupling: The elementwise map, if it is not the one that the names tell.
+            source: The checkpoint, a path or a state dict; see
+                :func:`flowguard.models.checkpoints.read_state`.
+            stacked: Which blocks the encoder stacks, for no shape tells. If :py:`None`, as
+                published: 1, or 1, 3, 5 and 7.
+            coupling: The map of the couplings, if the names tell a wrong one.
 
         Raises:
-            CheckpointError: If it is no such checkpoint: if keys are missing, unexpected, or of
-                another shape, with their names. It is a :class:`ValueError`.
+            CheckpointError: If its keys are not those of LLFlow, with the names of those that are
+                missing, unexpected, or of another shape. It is a :class:`ValueError`.
         """
-        state, label = read_state(source)
-        layout = read_flow_layout(state, label)
-        if layout.noise_channels or "RRDB.conv_second.weight" not in state:
-            raise CheckpointError(
-                f"{label} is a checkpoint of a super-resolution flow, or lacks the key"
+        checkpoint = Checkpoint(source)
+        layout = checkpoint.layout
+        if layout.noise_channels or "RRDB.conv_second.weight" not in checkpoint:
+            raise checkpoint.refused(
+                "is a checkpoint of a super-resolution flow, or lacks the key"
                 " RRDB.conv_second.weight of LLFlow's encoder: for the former see"
                 " SuperResolutionFlow.from_srflow and from_robustnf"
             )
-        flow = layout.options
-        if flow.pop("splits"):
-            raise CheckpointError(f"{label} has splits; those of LLFlow have none")
-        encoder = _encoder_options(state, label, layout.context_channels)
-        encoder |= {} if stacked is None else {"stacked": tuple(stacked)}
-        made = {**flow, "coupling": layout.map if coupling is None else coupling}
+        made = {**layout.options, "coupling": layout.map if coupling is None else coupling}
+        if made.pop("splits"):
+            raise checkpoint.refused("has splits; those of LLFlow have none")
+        trunk = checkpoint.trunk(stacked)
+        count = layout.context_channels // trunk["features"] - 1
+        trunk.setdefault("stacked", tuple(2 * i + 1 for i in range(count)))
         transitions = made.pop("transition_steps")
         if transitions != 2:
-            raise CheckpointError(
-                f"{label} must have 2 steps without coupling at each level; it has {transitions}"
+            raise checkpoint.refused(
+                f"must have 2 steps without coupling at each level; it has {transitions}"
             )
-        unread = (*DEAD_ENCODER, f"downconv{made['levels']}")
+        levels = layout.options["levels"]
+        unread = (*DEAD_ENCODER, f"downconv{levels}")
         return cls.imported(
-            lambda: cls(**made, encoder=LowLightEncoder(**encoder, levels=made["levels"])),
-            layout,
-            state,
-            label,
+            lambda: cls(**made, encoder=LowLightEncoder(**trunk, levels=levels)),
+            checkpoint,
             [f"RRDB.{name}.{leaf}" for name in unread for leaf in ("weight", "bias")],
-            {**made, "encoder": encoder},
+            {**made, "encoder": trunk},
         )
 
 
 def _mean(condition: ImageCondition) -> Tensor:
     return cast(Tensor, condition.mean)
-
-
-def _encoder_options(state: State, label: str, context_channels: int) -> dict[str, Any]:
-    """Infers the encoder from the shapes of its tensors."""
-    features = kernel_of(state, "RRDB.conv_first.weight", label)[0]
-    count = context_channels // features - 1
-    return {
-        "features": features,
-        "growth": kernel_of(state, "RRDB.RRDB_trunk.0.RDB1.conv1.weight", label)[0],
-        "blocks": count_blocks(state, "RRDB.RRDB_trunk."),
-        "stacked": tuple(2 * i + 1 for i in range(count)),
-    }

@@ -14,22 +14,8 @@ from torch import Tensor, nn
 from flowguard.image.flow import ConditionalMultiscaleFlow
 from flowguard.image.maps import Coupling, Elementwise
 from flowguard.image.published import published_flow
-from flowguard.models.base import (
-    Given,
-    ImageCondition,
-    ImageModel,
-    pad_to,
-    pad_to_multiple,
-)
-from flowguard.models.checkpoints import (
-    CheckpointError,
-    Source,
-    State,
-    count_blocks,
-    kernel_of,
-    read_flow_layout,
-    read_state,
-)
+from flowguard.models.base import Given, ImageCondition, ImageModel, pad_to, pad_to_multiple
+from flowguard.models.checkpoints import Checkpoint, Source
 from flowguard.models.encoders.pyramid import PyramidEncoder
 from flowguard.models.encoders.rrdb import RRDBEncoder
 
@@ -159,7 +145,7 @@ class SuperResolutionFlow(ImageModel):
 
     @property
     def lr_multiple(self) -> int:
-        r"""What the size of an LR image is padded to a multiple of."""
+        r"""The same as :attr:`multiple`: what the size of an LR image is padded to."""
         return self.multiple
 
     def condition(self, lr: Tensor, noise: Tensor | float | None = 0.0) -> ImageCondition:
@@ -280,13 +266,12 @@ class SuperResolutionFlow(ImageModel):
             CheckpointError: If it is no such checkpoint: if keys are missing, unexpected, or of
                 another shape, with their names. It is a :class:`ValueError`.
         """
-        state, label = read_state(source)
-        layout = read_flow_layout(state, label)
-        if layout.noise_channels:
-            raise CheckpointError(
-                f"{label} is a checkpoint of robustNF, for it knows of noise: use from_robustnf"
+        found = Checkpoint(source)
+        if found.layout.noise_channels:
+            raise found.refused(
+                "is a checkpoint of robustNF, for it knows of noise: use from_robustnf"
             )
-        return cls._import(state, label, scale, stacked, coupling, residual=False)
+        return cls._import(found, scale, stacked, coupling, residual=False)
 
     @classmethod
     def from_robustnf(
@@ -320,21 +305,18 @@ class SuperResolutionFlow(ImageModel):
         Raises:
             CheckpointError: If it is no such checkpoint.
         """
-        state, label = read_state(source)
-        layout = read_flow_layout(state, label)
-        if not layout.noise_channels:
-            raise CheckpointError(
-                f"{label} is no checkpoint of robustNF, for it does not know of noise: use"
-                " from_srflow"
+        found = Checkpoint(source)
+        if not found.layout.noise_channels:
+            raise found.refused(
+                "is no checkpoint of robustNF, for it does not know of noise: use from_srflow"
             )
-        levels = len(layout.numbers)
+        levels = len(found.layout.numbers)
         if noise_steps is None:
             noise_steps = [0 if i < max(1, levels - 2) else 16 for i in range(levels)]
         if noise_std is None:
             noise_std = 0.05 if levels <= 3 else 0.03
         return cls._import(
-            state,
-            label,
+            found,
             scale,
             stacked,
             coupling,
@@ -346,8 +328,7 @@ class SuperResolutionFlow(ImageModel):
     @classmethod
     def _import(
         cls,
-        state: State,
-        label: str,
+        found: Checkpoint,
         scale: int | None,
         stacked: Sequence[int] | None,
         coupling: Elementwise | None,
@@ -356,15 +337,14 @@ class SuperResolutionFlow(ImageModel):
         noise_std: float | None = None,
         noise_steps: Sequence[int] | None = None,
     ) -> Self:
-        layout = read_flow_layout(state, label)
+        layout = found.layout
         levels = len(layout.numbers)
-        encoder = _encoder_options(state, label, residual)
+        encoder = _encoder_options(found, stacked, residual)
         encoder |= {} if scale is None else {"scale": scale}
-        encoder |= {} if stacked is None else {"stacked": tuple(stacked)}
         count = layout.context_channels // encoder["features"] - 1
         if len(encoder["stacked"]) != count:
-            raise CheckpointError(
-                f"{label} is of an encoder that stacks {count} blocks: stacked must name as many;"
+            raise found.refused(
+                f"is of an encoder that stacks {count} blocks: stacked must name as many;"
                 f" got {encoder['stacked']}"
             )
         made: dict[str, Any] = {
@@ -375,6 +355,9 @@ class SuperResolutionFlow(ImageModel):
             "noise_std": noise_std,
             "noise_steps": None if noise_steps is None else list(noise_steps),
         }
+
+        # At a scale of 2 the published encoder has layers for 4, and leaves them out.
+        dead = [k for k in found.state if encoder["scale"] == 2 and _doubling(k) >= 2]
         return cls.imported(
             lambda: cls(
                 **made,
@@ -382,35 +365,28 @@ class SuperResolutionFlow(ImageModel):
                 encoder=RRDBEncoder(**encoder, levels=levels),
                 architecture="published",
             ),
-            layout,
-            state,
-            label,
-            # At a scale of 2 the published encoder has layers for 4, and leaves them out.
-            [k for k in state if encoder["scale"] == 2 and _doubling(k) >= 2],
+            found,
+            dead,
             {**made, "encoder": encoder},
         )
 
 
 def _doubling(key: str) -> int:
     r"""From which scale a doubling layer of the encoder starts; 0 for any other key."""
-    found = re.match(r"RRDB\.upconv(\d+)\.", key)
-    return 2 ** (int(found[1]) - 1) if found else 0
+    doubling = re.match(r"RRDB\.upconv(\d+)\.", key)
+    return 2 ** (int(doubling[1]) - 1) if doubling else 0
 
 
-def _encoder_options(state: State, label: str, robustnf: bool) -> dict[str, Any]:
+def _encoder_options(
+    found: Checkpoint, stacked: Sequence[int] | None, robustnf: bool
+) -> dict[str, Any]:
     r"""Infers the encoder from the shapes of its tensors."""
-    if "RRDB.conv_second.weight" in state:
-        raise CheckpointError(f"{label} is a checkpoint of LLFlow: use LowLightFlow.from_llflow")
-    features, in_channels, *_ = kernel_of(state, "RRDB.conv_first.weight", label)
-    growth = kernel_of(state, "RRDB.RRDB_trunk.0.RDB1.conv1.weight", label)[0]
-    doublings = count_blocks(state, "RRDB.upconv")
+    if "RRDB.conv_second.weight" in found:
+        raise found.refused("is a checkpoint of LLFlow: use LowLightFlow.from_llflow")
+    trunk = found.trunk(stacked)
+    doublings = found.count("RRDB.upconv")
     # SRFlow's configurations for a scale of 8 stack other blocks than all others do.
-    stacked = (1, 3, 5, 7) if doublings == 3 and not robustnf else (1, 8, 15, 22)
-    return {
-        "in_channels": in_channels,
-        "features": features,
-        "growth": growth,
-        "blocks": count_blocks(state, "RRDB.RRDB_trunk."),
-        "stacked": stacked,
-        "scale": 2**doublings,
-    }
+    usual = (1, 3, 5, 7) if doublings == 3 and not robustnf else (1, 8, 15, 22)
+    channels = found.state["RRDB.conv_first.weight"].shape[1]
+    trunk.setdefault("stacked", usual)
+    return {"in_channels": channels, **trunk, "scale": 2**doublings}
