@@ -4,10 +4,19 @@ The first layers of a coupling's two halves are convolutions over the same conte
 the whole flow. One convolution with the weights of all steps does their work at once.
 """
 
-__all__ = ["Origin", "conditions", "convolve", "transition_mixes"]
+__all__ = [
+    "Origin",
+    "check_origin",
+    "conditions",
+    "convolve",
+    "origin_of",
+    "transition_mixes",
+]
 
 import weakref
 from collections.abc import Iterable, Sequence
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -32,6 +41,8 @@ from flowguard.image.steps import FlowStep, TransitionStep
 #: The most numbers of hidden channels that are held at a time.
 BUDGET = 2**25
 
+VERSION = attrgetter("_version")
+
 
 class Origin:
     r"""Creates a memory of the module that made something, and of the weights that went into it.
@@ -41,22 +52,22 @@ class Origin:
     goes unseen, as everywhere in autograd. Pickles forget where they come from.
 
     Arguments:
-        maker: The module that makes it.
+        maker: The module that makes it; :py:`None` if that is not known, which no module is.
         read: The modules whose parameters and buffers go into it.
     """
 
     def __init__(self, maker: nn.Module | None, read: Iterable[nn.Module] = ()) -> None:
         self._maker = None if maker is None else weakref.ref(maker)
-        self._modules = [m for part in read for m in part.modules()]
-        self._children = self._ids("_modules")
-        self._ids_then = self._ids("_parameters", "_buffers")
-        tensors = [t for m in self._modules for t in _tensors(m)]
+        modules = [m for part in read for m in part.modules()]
+        found = [d for m in modules for d in (m._parameters, m._buffers, m._modules)]
+        self._held: list[dict[str, Any]] = [d for d in found if d]
+        self._ids = self._who()
+        tensors = [t for d in self._held for t in d.values() if isinstance(t, Tensor)]
         self._counted = [t for t in tensors if not t.is_inference()]
-        self._versions = [t._version for t in self._counted]
+        self._state = self._what()
         self._copies = [(t, t.clone()) for t in tensors if t.is_inference()]
-        self._places = _places(self._counted)
-        # While they are held, nothing else can come to lie in the same place.
-        self._held = [t.detach() for t in self._counted]
+        # As long as the old numbers are held, no others can come to lie in their place.
+        self._numbers = [t.detach() for t in self._counted]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Origin, (None,)
@@ -64,8 +75,15 @@ class Origin:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Origin":
         return self
 
-    def _ids(self, *kinds: str) -> list[int]:
-        return [id(v) for m in self._modules for kind in kinds for v in m.__dict__[kind].values()]
+    def _who(self) -> list[int]:
+        return list(map(id, chain.from_iterable(map(dict.values, self._held))))
+
+    def _what(self) -> tuple[list[int], list[int]]:
+        versions = list(map(VERSION, self._counted))
+        try:
+            return versions, list(map(Tensor.data_ptr, self._counted))
+        except RuntimeError:  # tensors of torch.func lie nowhere
+            return versions, []
 
     def check(self, maker: nn.Module) -> None:
         r"""Refuses another module, and the same one with other weights.
@@ -81,32 +99,35 @@ class Origin:
                 f"a condition serves the {type(maker).__name__} that made it; got one of another,"
                 " or of the one that this is a copy of: make it again with condition(...)"
             )
-        if not self._unchanged():
+        same = self._who() == self._ids and self._what() == self._state
+        if not same or not all(torch.equal(t, copy) for t, copy in self._copies):
             raise ValueError(
                 "a condition serves the weights that it was made with; got one from before they"
                 " changed: make it again with condition(...)"
             )
 
-    def _unchanged(self) -> bool:
-        return (
-            self._ids("_parameters", "_buffers") == self._ids_then
-            and self._ids("_modules") == self._children
-            and [t._version for t in self._counted] == self._versions
-            and _places(self._counted) == self._places
-            and all(torch.equal(t, copy) for t, copy in self._copies)
-        )
+
+#: Of what compiled code makes, for it sees tensors alone.
+UNKNOWN = Origin(None)
 
 
-def _tensors(module: nn.Module) -> list[Tensor]:
-    both = (*module._parameters.values(), *module._buffers.values())
-    return [t for t in both if t is not None]
+def origin_of(maker: nn.Module, read: Iterable[nn.Module]) -> Origin:
+    r"""Returns what is to be known of a condition's origin; see :class:`Origin`."""
+    return UNKNOWN if torch.compiler.is_compiling() else Origin(maker, read)
 
 
-def _places(tensors: Sequence[Tensor]) -> list[int]:
-    try:
-        return [t.data_ptr() for t in tensors]
-    except RuntimeError:  # those of torch.func lie nowhere
-        return []
+def check_origin(origin: Origin | None, maker: nn.Module) -> None:
+    r"""Refuses what another module made, or the same one with other weights.
+
+    Arguments:
+        origin: What is known of the origin; :py:`None` for what was made a moment ago.
+        maker: The module that is to use what was made. Compiled code does not ask.
+
+    Raises:
+        ValueError: If it did not make it, or its weights have changed since.
+    """
+    if origin is not None and not torch.compiler.is_compiling():
+        origin.check(maker)
 
 
 def conditions(

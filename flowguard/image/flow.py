@@ -5,11 +5,16 @@ __all__ = ["ConditionalMultiscaleFlow", "Context", "FlowCondition"]
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, cast
 
-import torch
 import torch.nn as nn
 from torch import Tensor
 
-from flowguard.image.conditioning import Origin, conditions, transition_mixes
+from flowguard.image.conditioning import (
+    Origin,
+    check_origin,
+    conditions,
+    origin_of,
+    transition_mixes,
+)
 from flowguard.image.coupling import Condition
 from flowguard.image.layers import FoldedMix, Squeeze
 from flowguard.image.maps import Coupling
@@ -28,7 +33,7 @@ class FlowCondition(NamedTuple):
     noise: Tensor | None  # the noise map
     steps: list[list[Condition]]  # what each step made of them
     transitions: list[list[FoldedMix | None]]  # the steps without coupling, their weights folded
-    origin: Origin | None  # what made it; compiled code cannot tell
+    origin: Origin | None = None  # what made it; none for what is used up at once
 
 
 Context = Sequence[Tensor] | FlowCondition
@@ -247,6 +252,15 @@ class ConditionalMultiscaleFlow(nn.Module):
             >>> x.shape
             torch.Size([5, 3, 8, 8])
         """
+        return self.sign(self.work_out(context, noise))
+
+    def work_out(self, context: Sequence[Tensor], noise: Tensor | None = None) -> FlowCondition:
+        r"""Returns what :meth:`condition` does, without a memory of the weights.
+
+        Arguments:
+            context: One map for each level.
+            noise: The noise map.
+        """
         self.check_context(context)
         if noise is not None and not self.noise_channels:
             raise ValueError("this flow knows of no noise: give noise_channels when making it")
@@ -257,22 +271,23 @@ class ConditionalMultiscaleFlow(nn.Module):
             noises = [noise if self.is_noisy(level, k) else None for k in range(len(steps))]
             made.append(conditions(steps, c, noises))
         transitions = [transition_mixes(self.transitions_of(n)) for n in range(self.levels)]
-        return FlowCondition(features, noise, made, transitions, self._origin(made, transitions))
+        return FlowCondition(features, noise, made, transitions)
 
-    def _origin(
-        self, made: list[list[Condition]], transitions: list[list[FoldedMix | None]]
-    ) -> Origin | None:
-        if torch.compiler.is_compiling():
-            return None
+    def sign(self, condition: FlowCondition) -> FlowCondition:
+        r"""Returns a condition with the memory of the weights that went into it.
+
+        Arguments:
+            condition: What :meth:`work_out` made.
+        """
         read: list[nn.Module] = []
         for level in range(self.levels):
-            for step, condition in zip(self.steps_of(level), made[level], strict=True):
-                whole = condition.mix is not None  # else it holds nothing of the other layers
+            for step, made in zip(self.steps_of(level), condition.steps[level], strict=True):
+                whole = made.mix is not None  # else it holds nothing of the other layers
                 coupling = step.coupling
                 read += [step] if whole else [coupling.injector, coupling.first_context]
-            mixes = zip(self.transitions_of(level), transitions[level], strict=True)
+            mixes = zip(self.transitions_of(level), condition.transitions[level], strict=True)
             read += [transition for transition, mix in mixes if mix is not None]
-        return Origin(self, read)
+        return condition._replace(origin=origin_of(self, read))
 
     def _conditions(self, context: Context | None) -> FlowCondition:
         if context is None:
@@ -280,9 +295,8 @@ class ConditionalMultiscaleFlow(nn.Module):
         if isinstance(context, Tensor):
             raise TypeError("the context must be a list with one map for each level; got a tensor")
         if not isinstance(context, FlowCondition):
-            return self.condition(context)
-        if not torch.compiler.is_compiling():  # compiled code sees tensors alone
-            (context.origin or Origin(None)).check(self)
+            return self.work_out(context)
+        check_origin(context.origin, self)
         return context
 
     def forward(

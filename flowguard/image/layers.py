@@ -258,7 +258,7 @@ class FoldedMix(NamedTuple):
         return _exactly(x, self.there, self.offset), _of_image(self.ladj, x)
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return _exactly(z, self.back, self.way_back), -_of_image(self.ladj, z)
+        return _exactly(z, self.back, self.way_back), _of_image(self.ladj, z, -1)
 
 
 def _exactly(x: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
@@ -266,8 +266,8 @@ def _exactly(x: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
         return pixelwise(x, matrix.to(x.dtype), bias.to(x.dtype))
 
 
-def _of_image(ladj: Tensor, x: Tensor) -> Tensor:
-    return (ladj * (x.shape[-2] * x.shape[-1])).expand(x.shape[0])
+def _of_image(ladj: Tensor, x: Tensor, sign: int = 1) -> Tensor:
+    return (ladj * (sign * x.shape[-2] * x.shape[-1])).expand(x.shape[0])
 
 
 def pixelwise(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:

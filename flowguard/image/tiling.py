@@ -236,7 +236,7 @@ def tiled_inverse(
 class TiledFlow:
     r"""Creates a flow that goes over large images a tile at a time, without gradients.
 
-    It has the methods of the flow. Of the condition it works nothing out before it is needed.
+    It has the methods of the flow. Of a condition it works nothing out before it is needed.
 
     Arguments:
         flow: The flow, in evaluation mode.
@@ -251,7 +251,7 @@ class TiledFlow:
     Example:
         >>> flow = ConditionalMultiscaleFlow(3, 8, levels=1, steps=1, hidden=16).eval()
         >>> tiled = TiledFlow(flow, 32)
-        >>> condition = tiled.condition([torch.randn(1, 8, 48, 48)])
+        >>> condition = tiled.work_out([torch.randn(1, 8, 48, 48)])
         >>> tiled.inverse([torch.randn(2, 12, 48, 48)], condition)[0].shape
         torch.Size([2, 3, 96, 96])
     """
@@ -284,10 +284,10 @@ class TiledFlow:
             )
         return -(-self.tile // self.flow.multiple) * self.flow.multiple
 
-    def condition(self, context: Sequence[Tensor], noise: Tensor | None = None) -> FlowCondition:
-        r"""Returns the context as it is; see :meth:`ConditionalMultiscaleFlow.condition`."""
+    def work_out(self, context: Sequence[Tensor], noise: Tensor | None = None) -> FlowCondition:
+        r"""Returns the context as it is; see :meth:`ConditionalMultiscaleFlow.work_out`."""
         self.flow.check_context(context)
-        return FlowCondition(list(context), noise, [], [], None)
+        return FlowCondition(list(context), noise, [], [])
 
     def __call__(self, x: Tensor, condition: FlowCondition) -> tuple[list[Tensor], Tensor]:
         r"""Takes images to latents; see :func:`tiled_forward`."""

@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowguard.image.conditioning import Origin
+from flowguard.image.conditioning import Origin, check_origin, origin_of
 from flowguard.image.flow import ConditionalMultiscaleFlow, FlowCondition
 from flowguard.image.tiling import MEMORY, TiledFlow, TileSize
 from flowguard.models.checkpoints import (
@@ -47,7 +47,7 @@ class ImageCondition(NamedTuple):
     maps: FlowCondition
     base: Tensor | None  # what the flow's images are the residual over, where they are
     mean: Tensor | None  # of the last latent, where it is not zero
-    origin: Origin | None  # what made it; compiled code cannot tell
+    origin: Origin | None = None  # what made it; none for what is used up at once
 
 
 Given = Tensor | ImageCondition
@@ -179,7 +179,16 @@ class ImageModel(Pretrained, nn.Module):
         Arguments:
             y: The conditions, with shape :math:`(B, 3, H, W)`.
         """
-        return self.look(y)
+        return self.sign(self.look(y))
+
+    def sign(self, condition: ImageCondition) -> ImageCondition:
+        r"""Returns a condition with the memory of the weights that went into it.
+
+        Arguments:
+            condition: What :meth:`look` made.
+        """
+        maps = self.flow.sign(condition.maps)
+        return condition._replace(maps=maps, origin=origin_of(self, [self.conditioner]))
 
     def look(
         self,
@@ -187,7 +196,7 @@ class ImageModel(Pretrained, nn.Module):
         noise: Tensor | float | None = 0.0,
         flow: ConditionalMultiscaleFlow | TiledFlow | None = None,
     ) -> ImageCondition:
-        r"""Returns what :meth:`condition` does.
+        r"""Returns what :meth:`condition` does, without a memory of the weights.
 
         Arguments:
             y: The conditions.
@@ -205,10 +214,8 @@ class ImageModel(Pretrained, nn.Module):
                 raise ValueError(f"the noise must be finite and not negative; got {noise}")
             noise = y.new_full((1, 1, 1, 1), float(noise))
         features = self.conditioner(padded)
-        maps = (flow or self.flow).condition(features, noise)
-        compiled = torch.compiler.is_compiling()
-        origin = None if compiled else Origin(self, [self.conditioner])
-        return ImageCondition(y, maps, base, self.mean_of(features, padded), origin)
+        maps = (flow or self.flow).work_out(features, noise)
+        return ImageCondition(y, maps, base, self.mean_of(features, padded))
 
     def known(
         self, y: Given, flow: ConditionalMultiscaleFlow | TiledFlow | None = None
@@ -226,8 +233,7 @@ class ImageModel(Pretrained, nn.Module):
                 "tiles are there so that the condition is never held as a whole: give the"
                 f" {self.words[1][1]}, not what condition() made of them"
             )
-        if not torch.compiler.is_compiling():  # compiled code sees tensors alone
-            (y.origin or Origin(None)).check(self)
+        check_origin(y.origin, self)
         return y
 
     # -- checks ----------------------------------------------------------------------------------
