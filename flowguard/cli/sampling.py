@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flowguard.models import LowLightFlow
-from flowguard.models._padding import pad_to_multiple
+from flowguard.models.base import pad_to_multiple
 
 WHOLE = 640 * 640  # pixels of a sample up to which "auto" takes the picture as a whole
 CUT = 512  # rows and columns of the tiles beyond, in pixels of the sample

@@ -2,7 +2,7 @@ r"""Conditional multiscale flows over images, for any image size."""
 
 from flowguard.image import rules as rules
 from flowguard.image.coupling import Condition, ConditionalCoupling
-from flowguard.image.flow import ConditionalMultiscaleFlow, published_flow
+from flowguard.image.flow import ConditionalMultiscaleFlow, FlowCondition
 from flowguard.image.layers import (
     ActNorm,
     FixedConv1x1,
@@ -22,8 +22,8 @@ from flowguard.image.maps import (
     elementwise,
 )
 from flowguard.image.migration import ImageSurgeon
-from flowguard.image.split import Split
-from flowguard.image.steps import FlowStep, TransitionStep
+from flowguard.image.published import published_flow
+from flowguard.image.steps import FlowStep, Split, TransitionStep
 
 __all__ = [
     "ActNorm",
@@ -35,6 +35,7 @@ __all__ = [
     "CubicBSpline",
     "Elementwise",
     "FixedConv1x1",
+    "FlowCondition",
     "FlowStep",
     "ImageSurgeon",
     "InvertibleConv1x1",

@@ -4,23 +4,130 @@ The first layers of a coupling's two halves are convolutions over the same conte
 the whole flow. One convolution with the weights of all steps does their work at once.
 """
 
-__all__ = ["conditions", "convolve"]
+__all__ = [
+    "Origin",
+    "check_origin",
+    "conditions",
+    "convolve",
+    "origin_of",
+    "transition_mixes",
+]
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from operator import attrgetter
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowguard.image.coupling import Condition, ConditionalCoupling
-from flowguard.image.layers import ActNorm, NormedConv2d, ZeroConv2d, folded
+from flowguard.image.coupling import Condition, ConditionalCoupling, last_layers
+from flowguard.image.layers import (
+    ActNorm,
+    FixedConv1x1,
+    Folded,
+    FoldedMix,
+    InvertibleConv1x1,
+    NormedConv2d,
+    ZeroConv2d,
+    folded,
+)
 from flowguard.image.maps import work_out
-from flowguard.image.ready import Ready, Weights, last_layers, mixes
-from flowguard.image.steps import FlowStep
+from flowguard.image.steps import FlowStep, TransitionStep
 
 #: The most numbers of hidden channels that are held at a time.
 BUDGET = 2**25
+
+VERSION = attrgetter("_version")
+
+
+class Origin:
+    r"""Creates a memory of the module that made something, and of the weights that went into it.
+
+    An in-place change is told by the versions that autograd counts, or, for tensors made in
+    inference mode, which have none, by the numbers themselves. Writing through ``parameter.data``
+    goes unseen, as everywhere in autograd. Pickles forget where they come from.
+
+    Arguments:
+        maker: The module that makes it; :py:`None` if that is not known, which no module is.
+        read: The modules whose parameters and buffers go into it.
+    """
+
+    def __init__(self, maker: nn.Module | None, read: Iterable[nn.Module] = ()) -> None:
+        self._maker = None if maker is None else weakref.ref(maker)
+        modules = [m for part in read for m in part.modules()]
+        found = [d for m in modules for d in (m._parameters, m._buffers, m._modules)]
+        self._held: list[dict[str, Any]] = [d for d in found if d]
+        self._ids = self._who()
+        tensors = [t for d in self._held for t in d.values() if isinstance(t, Tensor)]
+        self._counted = [t for t in tensors if not t.is_inference()]
+        self._state = self._what()
+        self._copies = [(t, t.clone()) for t in tensors if t.is_inference()]
+        # As long as the old numbers are held, no others can come to lie in their place.
+        self._numbers = [t.detach() for t in self._counted]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Origin, (None,)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Origin":
+        return self
+
+    def _who(self) -> list[int]:
+        return list(map(id, chain.from_iterable(map(dict.values, self._held))))
+
+    def _what(self) -> tuple[list[int], list[int]]:
+        versions = list(map(VERSION, self._counted))
+        try:
+            return versions, list(map(Tensor.data_ptr, self._counted))
+        except RuntimeError:  # tensors of torch.func lie nowhere
+            return versions, []
+
+    def check(self, maker: nn.Module) -> None:
+        r"""Refuses another module, and the same one with other weights.
+
+        Arguments:
+            maker: The module that is to use what was made.
+
+        Raises:
+            ValueError: If it did not make it, or its weights have changed since.
+        """
+        if self._maker is None or self._maker() is not maker:
+            raise ValueError(
+                f"a condition serves the {type(maker).__name__} that made it; got one of another,"
+                " or of the one that this is a copy of: make it again with condition(...)"
+            )
+        same = self._who() == self._ids and self._what() == self._state
+        if not same or not all(torch.equal(t, copy) for t, copy in self._copies):
+            raise ValueError(
+                "a condition serves the weights that it was made with; got one from before they"
+                " changed: make it again with condition(...)"
+            )
+
+
+#: Of what compiled code makes, for it sees tensors alone.
+UNKNOWN = Origin(None)
+
+
+def origin_of(maker: nn.Module, read: Iterable[nn.Module]) -> Origin:
+    r"""Returns what is to be known of a condition's origin; see :class:`Origin`."""
+    return UNKNOWN if torch.compiler.is_compiling() else Origin(maker, read)
+
+
+def check_origin(origin: Origin | None, maker: nn.Module) -> None:
+    r"""Refuses what another module made, or the same one with other weights.
+
+    Arguments:
+        origin: What is known of the origin; :py:`None` for what was made a moment ago.
+        maker: The module that is to use what was made. Compiled code does not ask.
+
+    Raises:
+        ValueError: If it did not make it, or its weights have changed since.
+    """
+    if origin is not None and not torch.compiler.is_compiling():
+        origin.check(maker)
 
 
 def conditions(
@@ -28,7 +135,7 @@ def conditions(
 ) -> list[Condition]:
     r"""Returns what the coupling of each step makes of a context.
 
-    Without gradients the steps are computed together, and made ready to be run many times. With
+    Without gradients the steps are computed together, and their weights folded. With
     them, or for layers that are not what the coupling was made of (hooked, parametrised, quantised
     or not initialised ones), :meth:`ConditionalCoupling.condition` is called for each.
 
@@ -38,25 +145,59 @@ def conditions(
         noises: The noise map of each, or :py:`None`.
     """
     couplings = [step.coupling for step in steps]
-    if torch.is_grad_enabled() or not all(map(_plain, couplings)):
+    pending = any(step.actnorm.pending for step in steps)
+    if torch.is_grad_enabled() or pending or not all(map(_plain, couplings)):
         return [c.condition(context, n) for c, n in zip(couplings, noises, strict=True)]
     couplings[0].check_context(context)
-    pixel_maps = mixes([s.actnorm for s in steps], [s.mix for s in steps])
+    mixes = _fold_mixes(steps)
     width = 2 * couplings[0].first_kept.out_channels * context.shape[0]
     together = max(1, BUDGET // max(1, width * context.shape[-2] * context.shape[-1]))
     made: list[Condition] = []
     for start in range(0, len(couplings), together):
         part = slice(start, start + together)
-        shared = zip(couplings[part], noises[part], pixel_maps[part], strict=True)
+        shared = zip(couplings[part], noises[part], mixes[part], strict=True)
         hidden = _convolve([c.first_context for c in couplings[part]], context)
         injected = _convolve([c.injector[0] for c in couplings[part]], context)
-        for (c, noise, (there, back)), h, i in zip(shared, hidden, injected, strict=True):
-            raw = last_layers([_weights(c.injector[2]), _weights(c.injector[4])], i)
+        for (c, noise, mix), h, i in zip(shared, hidden, injected, strict=True):
+            raw = last_layers(_fold(c.injector[2], c.injector[4]), i)
             channels = c.kept + c.changed
             family, parameters = work_out(c.map_of("injector"), raw, channels, overwrite=True)
-            ready = Ready(there, back, _first(c), _rest(c), _noise(c))
-            made.append(Condition(parameters, h, c.fit_noise(noise, context), ready, family))
+            rest = (_first(c), *_fold(c.rest[1], c.rest[3]))
+            told = () if c.noise is None else _fold(c.noise[0], c.noise[2], c.noise[4])
+            noise = c.fit_noise(noise, context)
+            made.append(Condition(parameters, h, noise, family, mix, rest, told))
     return made
+
+
+def transition_mixes(transitions: Sequence[TransitionStep]) -> list[FoldedMix | None]:
+    r"""Returns the steps without coupling with their weights folded, where that is allowed."""
+    if torch.is_grad_enabled() or any(t.actnorm.pending for t in transitions):
+        return [None] * len(transitions)
+    return [*_fold_mixes(transitions)]
+
+
+def _fold_mixes(steps: Sequence[FlowStep] | Sequence[TransitionStep]) -> list[FoldedMix]:
+    r"""Merges normalisations and the 1×1 convolutions after them, all steps together."""
+    if not steps:
+        return []
+    norms, layers = [s.actnorm for s in steps], [s.mix for s in steps]
+    bias = torch.stack([n.bias.flatten() for n in norms]).double()
+    logs = torch.stack([n.logs.flatten() for n in norms]).double()
+    matrix = torch.stack([m.weight for m in layers]).double()
+    ladj = logs.sum(1)
+    if isinstance(layers[0], InvertibleConv1x1):
+        back = torch.linalg.inv(matrix)
+        ladj = ladj + torch.linalg.slogdet(matrix).logabsdet
+    elif isinstance(layers[0], FixedConv1x1):
+        back = torch.stack([m.get_buffer("transpose") for m in layers]).double()
+    else:
+        back = matrix.mT
+    there = matrix * logs.exp().unsqueeze(1)
+    offset = (there @ bias.unsqueeze(2)).squeeze(2)
+    back = back * torch.exp(-logs).unsqueeze(2)
+    dtype = norms[0].bias.dtype
+    parts = (t.to(dtype).unbind() for t in (there, offset, back, -bias, ladj))
+    return [FoldedMix(*of_step) for of_step in zip(*parts, strict=True)]
 
 
 def _convolve(convs: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
@@ -112,26 +253,15 @@ def _coarse(x: Tensor) -> Tensor | None:
     return same if 0.25 <= share < 1 else None
 
 
-def _weights(conv: nn.Module) -> Weights:
-    return Weights(*folded(conv))
+def _fold(*convs: nn.Module) -> tuple[Folded, ...]:
+    return tuple(map(Folded.of, convs))
 
 
-def _first(coupling: ConditionalCoupling) -> Weights:
+def _first(coupling: ConditionalCoupling) -> Folded:
     weight, norm = coupling.first_kept.weight, getattr(coupling.first_context, "norm", None)
     if norm is not None:
         weight = weight * torch.exp(norm.logs).reshape(-1, 1, 1, 1)
-    return Weights(weight, None)
-
-
-def _rest(coupling: ConditionalCoupling) -> tuple[Weights, Weights]:
-    return _weights(coupling.rest[1]), _weights(coupling.rest[3])
-
-
-def _noise(coupling: ConditionalCoupling) -> tuple[Weights, Weights, Weights] | None:
-    if coupling.noise is None:
-        return None
-    first, middle, last = (_weights(coupling.noise[i]) for i in (0, 2, 4))
-    return first, middle, last
+    return Folded(weight, None)
 
 
 def _plain(coupling: ConditionalCoupling) -> bool:

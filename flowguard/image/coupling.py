@@ -1,8 +1,8 @@
 r"""The conditional coupling of image flows."""
 
-__all__ = ["Condition", "ConditionalCoupling", "Inner"]
+__all__ = ["Condition", "ConditionalCoupling", "Inner", "crop", "fit_noise", "last_layers"]
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,9 +10,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowguard.image.layers import NormedConv2d, ZeroConv2d, folded
+from flowguard.image.layers import Folded, FoldedMix, NormedConv2d, ZeroConv2d, folded
 from flowguard.image.maps import Coupling, Elementwise, apply, elementwise
-from flowguard.image.ready import Ready, last_layers
 from flowguard.numerics import repeat_rows
 
 #: The rows and the columns of a tile that are wanted; the others are there for the convolutions.
@@ -20,13 +19,19 @@ Inner = tuple[slice, slice]
 
 
 class Condition(NamedTuple):
-    r"""What a coupling needs to know of the context, computed once for each context."""
+    r"""What a step needs to know of the context, computed once for each context.
+
+    What is made without gradients holds the step's weights too, with all factors in them: they
+    are folded once, to run many times, and only as long as the parameters do not change.
+    """
 
     injected: Tensor  # parameters of the feature-conditional half
     hidden: Tensor  # the context's part of the first layer of the self-conditional half
     noise: Tensor | None = None  # the noise map at the size of this level, where one is given
-    ready: Ready | None = None  # the step, ready to be run without gradients
     map: Elementwise | None = None  # what takes the injected parameters, if not the raw ones
+    mix: FoldedMix | None = None  # what comes before the coupling
+    rest: Sequence[Folded] = ()  # the self-conditional half's layers, but for the context's share
+    told: Sequence[Folded] = ()  # those of the part that knows of noise
 
 
 class ConditionalCoupling(nn.Module):
@@ -173,8 +178,9 @@ class ConditionalCoupling(nn.Module):
 
     def _raw(self, kept: Tensor, condition: Condition) -> Tensor:
         first, hidden = self.first_context, condition.hidden
-        if condition.ready is not None:
-            return last_layers(condition.ready.rest, condition.ready.first(kept).add_(hidden))
+        if condition.rest:
+            first_kept, *rest = condition.rest
+            return last_layers(rest, first_kept(kept).add_(hidden))
         if not isinstance(first, NormedConv2d):
             return self.rest(self.first_kept(kept) + hidden)
         if not (kept.numel() > 0 and first.norm.pending):
@@ -188,8 +194,8 @@ class ConditionalCoupling(nn.Module):
         raws = [(self.map_of("rest"), self._raw(kept, condition))]
         if condition.noise is not None and self.noise is not None:
             both = torch.cat((kept, condition.noise.to(kept.dtype)), dim=1)
-            ready = None if condition.ready is None else condition.ready.noise
-            noise = self.noise(both) if ready is None else last_layers(ready[1:], ready[0](both))
+            told = condition.told
+            noise = last_layers(told[1:], told[0](both)) if told else self.noise(both)
             raws.insert(0, (self.map_of("noise"), noise))
         return raws
 
@@ -216,8 +222,8 @@ class ConditionalCoupling(nn.Module):
             repeat_rows(context.injected, x),
             repeat_rows(context.hidden, x),
             None if context.noise is None else repeat_rows(context.noise, x),
-            None if torch.is_grad_enabled() else context.ready,
             context.map,
+            *(() if torch.is_grad_enabled() else (context.mix, context.rest, context.told)),
         )
 
     def forward(
@@ -256,6 +262,18 @@ class ConditionalCoupling(nn.Module):
         family = condition.map or self.map_of("injector")
         x, more = apply(family, both, injected, inverse=True, ladj=ladj)
         return x, total + more
+
+
+def last_layers(layers: Sequence[Folded], hidden: Tensor) -> Tensor:
+    r"""Applies the layers of a network after its first, whose output is overwritten.
+
+    Arguments:
+        layers: The layers; an activation comes before each.
+        hidden: What the first layer made, with shape :math:`(B, C, H, W)`.
+    """
+    for layer in layers:
+        hidden = layer(hidden.relu_())
+    return hidden
 
 
 def crop(t: Tensor, inner: Inner | None) -> Tensor:

@@ -1,34 +1,42 @@
 r"""The conditional multiscale flow."""
 
-__all__ = ["ConditionalMultiscaleFlow", "cut", "published_flow"]
+__all__ = ["ConditionalMultiscaleFlow", "Context", "FlowCondition"]
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, cast
 
-import torch
 import torch.nn as nn
 from torch import Tensor
 
-from flowguard.image.conditioning import conditions
+from flowguard.image.conditioning import (
+    Origin,
+    check_origin,
+    conditions,
+    origin_of,
+    transition_mixes,
+)
 from flowguard.image.coupling import Condition
-from flowguard.image.layers import Squeeze
+from flowguard.image.layers import FoldedMix, Squeeze
 from flowguard.image.maps import Coupling
-from flowguard.image.ready import PixelMaps, mixes
-from flowguard.image.split import Split
-from flowguard.image.steps import FlowStep, TransitionStep
+from flowguard.image.steps import FlowStep, Split, TransitionStep
 from flowguard.numerics import cut, normal_log_prob
 
 
-class LevelCondition(NamedTuple):
-    r"""What a level needs to know of the context."""
+class FlowCondition(NamedTuple):
+    r"""What a flow needs to know of the context, level by level.
 
-    features: Tensor  # the context map itself
-    steps: list[Condition]  # what each step made of it
-    transitions: list[PixelMaps | None]  # the steps without coupling, ready to be run
+    :meth:`ConditionalMultiscaleFlow.condition` makes it. It serves the flow that made it, as long
+    as the weights that went into it do not change.
+    """
+
+    features: list[Tensor]  # the context maps themselves
+    noise: Tensor | None  # the noise map
+    steps: list[list[Condition]]  # what each step made of them
+    transitions: list[list[FoldedMix | None]]  # the steps without coupling, their weights folded
+    origin: Origin | None = None  # what made it; none for what is used up at once
 
 
-Conditions = list[LevelCondition]
-Context = Sequence[Tensor] | Conditions
+Context = Sequence[Tensor] | FlowCondition
 
 
 class ConditionalMultiscaleFlow(nn.Module):
@@ -176,6 +184,8 @@ class ConditionalMultiscaleFlow(nn.Module):
                 f"the latents must be a list of tensors; got {type(z).__name__}"
                 + ("" if isinstance(z, Tensor) else f" of {[type(t).__name__ for t in z]}")
             )
+        if not self.splits and len(z) != 1:
+            raise ValueError(f"there must be a list with one latent; got {len(z)}")
         if len(z) != len(self.splits) + 1:
             raise ValueError(
                 f"there must be one latent for each of the {len(self.splits)} splits and one for"
@@ -219,11 +229,15 @@ class ConditionalMultiscaleFlow(nn.Module):
                 c = split.kept
         return [*shapes, (c, height, width)]
 
-    def condition(self, context: Sequence[Tensor], noise: Tensor | None = None) -> Conditions:
+    def condition(self, context: Sequence[Tensor], noise: Tensor | None = None) -> FlowCondition:
         r"""Computes all that depends on the context alone, to be shared by many calls.
 
         Contexts are cut at :math:`\pm 10^{20}`, so that infinite ones give finite images. NaN
         stays NaN. Without gradients, the steps of a level are computed together.
+
+        What is made serves this flow as long as the weights that went into it do not change: a
+        copy of the flow, or the same one after a step of training, refuses it with a
+        :class:`ValueError`. Compiled code does not ask.
 
         Arguments:
             context: One map for each level.
@@ -238,41 +252,52 @@ class ConditionalMultiscaleFlow(nn.Module):
             >>> x.shape
             torch.Size([5, 3, 8, 8])
         """
+        return self.sign(self.work_out(context, noise))
+
+    def work_out(self, context: Sequence[Tensor], noise: Tensor | None = None) -> FlowCondition:
+        r"""Returns what :meth:`condition` does, without a memory of the weights.
+
+        Arguments:
+            context: One map for each level.
+            noise: The noise map.
+        """
         self.check_context(context)
         if noise is not None and not self.noise_channels:
             raise ValueError("this flow knows of no noise: give noise_channels when making it")
+        features = [cut(c) for c in context]
         made = []
-        for level, c in enumerate(cut(c) for c in context):
+        for level, c in enumerate(features):
             steps = self.steps_of(level)
-            first = len(steps) - self.noise_steps[level]
-            noises = [noise if k >= first else None for k in range(len(steps))]
-            transitions = self.transitions_of(level)
-            ready: list[PixelMaps | None] = [None] * len(transitions)
-            if (
-                transitions
-                and not torch.is_grad_enabled()
-                and not any(t.actnorm.pending for t in transitions)
-            ):
-                ready[:] = mixes([t.actnorm for t in transitions], [t.mix for t in transitions])
-            made.append(LevelCondition(c, conditions(steps, c, noises), ready))
-        return made
+            noises = [noise if self.is_noisy(level, k) else None for k in range(len(steps))]
+            made.append(conditions(steps, c, noises))
+        transitions = [transition_mixes(self.transitions_of(n)) for n in range(self.levels)]
+        return FlowCondition(features, noise, made, transitions)
 
-    def _conditions(self, context: Context | None) -> Conditions:
+    def sign(self, condition: FlowCondition) -> FlowCondition:
+        r"""Returns a condition with the memory of the weights that went into it.
+
+        Arguments:
+            condition: What :meth:`work_out` made.
+        """
+        read: list[nn.Module] = []
+        for level in range(self.levels):
+            for step, made in zip(self.steps_of(level), condition.steps[level], strict=True):
+                whole = made.mix is not None  # else it holds nothing of the other layers
+                coupling = step.coupling
+                read += [step] if whole else [coupling.injector, coupling.first_context]
+            mixes = zip(self.transitions_of(level), condition.transitions[level], strict=True)
+            read += [transition for transition, mix in mixes if mix is not None]
+        return condition._replace(origin=origin_of(self, read))
+
+    def _conditions(self, context: Context | None) -> FlowCondition:
         if context is None:
             raise ValueError("a conditional flow needs a context; got None")
         if isinstance(context, Tensor):
             raise TypeError("the context must be a list with one map for each level; got a tensor")
-        if len(context) > 0 and not isinstance(context[0], Tensor):
-            ready = cast(Conditions, context)
-            made = [len(level.steps) for level in ready]
-            own = [len(self.steps_of(level)) for level in range(self.levels)]
-            if made != own:
-                raise ValueError(
-                    "the condition was made by another flow: it is for levels with"
-                    f" {made} steps, and this flow has {own}"
-                )
-            return ready
-        return self.condition(cast(Sequence[Tensor], context))
+        if not isinstance(context, FlowCondition):
+            return self.work_out(context)
+        check_origin(context.origin, self)
+        return context
 
     def forward(
         self,
@@ -293,12 +318,13 @@ class ConditionalMultiscaleFlow(nn.Module):
         self.latent_shapes(*x.shape[-2:])  # refuses a size that does not fit, before the work
         latents = []
         total = x.new_zeros(x.shape[0])
-        for level, (features, per_step, maps) in enumerate(ready):
+        for level, features in enumerate(ready.features):
             x, _ = self.squeeze(x)
-            for transition, pair in zip(self.transitions_of(level), maps, strict=True):
-                x, ladj = transition(x, pair)
+            mixes = ready.transitions[level]
+            for transition, mix in zip(self.transitions_of(level), mixes, strict=True):
+                x, ladj = transition(x, mix)
                 total = total + ladj
-            for step, condition in zip(self.steps_of(level), per_step, strict=True):
+            for step, condition in zip(self.steps_of(level), ready.steps[level], strict=True):
                 x, ladj = step(x, condition)
                 total = total + ladj
             split = self.split_of(level)
@@ -331,18 +357,18 @@ class ConditionalMultiscaleFlow(nn.Module):
         *latents, x = z
         total = x.new_zeros(x.shape[0])
         for level in reversed(range(self.levels)):
-            features, per_step, maps = ready[level]
             split = self.split_of(level)
             if split is not None:
-                x, more = split.inverse(x, latents[level], features)
+                x, more = split.inverse(x, latents[level], ready.features[level])
                 total = total + more
-            steps = list(zip(self.steps_of(level), per_step, strict=True))
+            steps = list(zip(self.steps_of(level), ready.steps[level], strict=True))
             for step, condition in reversed(steps):
                 x, more = step.inverse(x, condition, ladj)
                 total = total + more
-            transitions = list(zip(self.transitions_of(level), maps, strict=True))
-            for transition, pair in reversed(transitions):
-                x, more = transition.inverse(x, pair)
+            mixes = ready.transitions[level]
+            transitions = list(zip(self.transitions_of(level), mixes, strict=True))
+            for transition, mix in reversed(transitions):
+                x, more = transition.inverse(x, mix)
                 total = total + more
             x, _ = self.squeeze.inverse(x)
         return x, total
@@ -360,67 +386,3 @@ class ConditionalMultiscaleFlow(nn.Module):
         """
         latents, ladj = self(x, context)
         return ladj + normal_log_prob(latents)
-
-
-def published_flow(
-    channels: int,
-    context_channels: int,
-    *,
-    levels: int = 3,
-    steps: int | Sequence[int] = 16,
-    hidden: int = 64,
-    coupling: Coupling = "robust",
-    mix: str = "free",
-    transition_steps: int = 2,
-    splits: int | None = None,
-    noise_channels: int = 0,
-    noise_steps: Sequence[int] | None = None,
-) -> ConditionalMultiscaleFlow:
-    r"""Returns a flow of the published architecture, with any coupling.
-
-    The hidden layers are normalised, two steps without coupling start each level, and channels
-    leave at all levels but the last two, with a free prior that does not see the context.
-
-    References:
-        | SRFlow: Learning the Super-Resolution Space with Normalizing Flow (Lugmayr et al., 2020)
-        | https://arxiv.org/abs/2006.14200
-        | Noise Conditional Flow Model for Learning the Super-Resolution Space (Kim & Son, 2021)
-        | https://arxiv.org/abs/2106.04428
-
-    Arguments:
-        channels: The number of channels of the image.
-        context_channels: The number of channels of the context map of each level.
-        levels: The number of levels :math:`L`.
-        steps: The number of steps :math:`K` at each level, or one number for each level.
-        hidden: The number of channels of the hidden layers of the couplings.
-        coupling: The elementwise map of the couplings.
-        mix: The 1×1 convolutions.
-        transition_steps: The number of steps without coupling at the start of each level.
-        splits: The number of levels at whose end channels leave. If :py:`None`, all but two.
-        noise_channels: The number of channels of the noise map; 3 in NCSR.
-        noise_steps: For each level, how many of its last steps are given the noise map.
-
-    Example:
-        >>> flow = published_flow(3, 8, levels=3, steps=1, hidden=4)
-        >>> flow.latent_shapes(16, 24)
-        [(6, 8, 12), (96, 2, 3)]
-    """
-    return ConditionalMultiscaleFlow(
-        channels,
-        context_channels,
-        levels=levels,
-        steps=steps,
-        hidden=hidden,
-        coupling=coupling,
-        mix=mix,
-        transition_steps=transition_steps,
-        splits=max(levels - 2, 0) if splits is None else splits,
-        split=_published_split,
-        normed=True,
-        noise_channels=noise_channels,
-        noise_steps=noise_steps,
-    )
-
-
-def _published_split(channels: int, context_channels: int) -> Split:
-    return Split(channels, mean_bound=None, scale_bound=None)

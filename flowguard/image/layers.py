@@ -3,6 +3,8 @@ r"""The context-free layers of an image flow."""
 __all__ = [
     "ActNorm",
     "FixedConv1x1",
+    "Folded",
+    "FoldedMix",
     "InvertibleConv1x1",
     "NormedConv2d",
     "OrthogonalConv1x1",
@@ -12,7 +14,7 @@ __all__ = [
     "pixelwise",
 ]
 
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn as nn
@@ -223,6 +225,49 @@ def folded(conv: nn.Module) -> tuple[Tensor, Tensor | None]:
     if type(conv) is nn.Conv2d:
         return conv.weight, conv.bias
     raise TypeError(f"only convolutions can be folded; got {type(conv).__name__}")
+
+
+class Folded(NamedTuple):
+    r"""A convolution that keeps the size of the image, with all its factors in the weights."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, conv: nn.Module) -> Self:
+        r"""Returns what a convolution amounts to; see :func:`folded`."""
+        return cls(*folded(conv))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        size = self.weight.shape[-1]
+        if size == 1:
+            return pixelwise(x, self.weight.flatten(1), self.bias)
+        return F.conv2d(x, self.weight, self.bias, padding=size // 2)
+
+
+class FoldedMix(NamedTuple):
+    r"""Normalisation and 1×1 convolution in one, :math:`y = W x + b` at each pixel, and back."""
+
+    there: Tensor
+    offset: Tensor
+    back: Tensor
+    way_back: Tensor
+    ladj: Tensor  # of one pixel
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return _exactly(x, self.there, self.offset), _of_image(self.ladj, x)
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return _exactly(z, self.back, self.way_back), _of_image(self.ladj, z, -1)
+
+
+def _exactly(x: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return pixelwise(x, matrix.to(x.dtype), bias.to(x.dtype))
+
+
+def _of_image(ladj: Tensor, x: Tensor, sign: int = 1) -> Tensor:
+    return (ladj * (sign * x.shape[-2] * x.shape[-1])).expand(x.shape[0])
 
 
 def pixelwise(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:

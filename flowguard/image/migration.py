@@ -21,7 +21,7 @@ from torch import Tensor
 from flowguard.image.coupling import ConditionalCoupling
 from flowguard.image.flow import ConditionalMultiscaleFlow
 from flowguard.image.maps import Affine, Elementwise, Inscribed, ReparametrizedAffine
-from flowguard.image.split import Split
+from flowguard.image.steps import Split
 from flowguard.migration.exchange import successor
 from flowguard.migration.imitate import AffineMap, AnyTransform, RescaledSpline
 from flowguard.migration.inscribe import FAITHFUL, InscribedAffine

@@ -32,8 +32,7 @@ from flowguard.image.layers import (
     Squeeze,
 )
 from flowguard.image.migration import InscribedCoupling
-from flowguard.image.split import Split
-from flowguard.image.steps import FlowStep, TransitionStep
+from flowguard.image.steps import FlowStep, Split, TransitionStep
 
 
 @rule(Squeeze)

@@ -7,17 +7,32 @@ one coupling sees, and is what it is in the whole image but for rounding. The im
 as a whole, and so are its context maps; what takes memory, all that a step makes of them, is not.
 """
 
-__all__ = ["HALO", "Tile", "tile_size", "tiled_forward", "tiled_inverse", "tiles"]
+__all__ = [
+    "HALO",
+    "MEMORY",
+    "Tile",
+    "TileSize",
+    "TiledFlow",
+    "bar",
+    "tile_size",
+    "tiled_forward",
+    "tiled_inverse",
+    "tiles",
+]
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from contextlib import contextmanager
+from numbers import Real
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from flowguard.image.coupling import Condition, ConditionalCoupling, Inner, crop, fit_noise
-from flowguard.image.flow import ConditionalMultiscaleFlow
-from flowguard.image.split import Split
+from flowguard.image.flow import ConditionalMultiscaleFlow, FlowCondition
+from flowguard.image.steps import Split
 from flowguard.numerics import cut
 
 #: How many cells around a tile a coupling sees: two 3×3 convolutions of what two others made.
@@ -25,7 +40,11 @@ HALO = 4
 #: The least tile, in cells of a level: below, the halo costs more than the tile.
 LEAST = 16
 
+#: The memory, in bytes, that tiles of the size ``"auto"`` take about.
+MEMORY = 2**29
+
 Progress = Callable[[int], object]
+TileSize = int | Literal["auto"] | None
 
 
 class Tile(NamedTuple):
@@ -212,6 +231,92 @@ def tiled_inverse(
             x, _ = transition.inverse(x)
         x, _ = flow.squeeze.inverse(x)
     return x
+
+
+class TiledFlow:
+    r"""Creates a flow that goes over large images a tile at a time, without gradients.
+
+    It has the methods of the flow. Of a condition it works nothing out before it is needed.
+
+    Arguments:
+        flow: The flow, in evaluation mode.
+        tile: The height and width of a tile: a number of pixels, rounded up to what the flow
+            takes, or ``"auto"``.
+        memory: The memory that ``"auto"`` may take, in bytes.
+        progress: Whether to show a progress bar over the tiles.
+
+    Raises:
+        ValueError: If the size is not positive, or the memory too small for the least tile.
+
+    Example:
+        >>> flow = ConditionalMultiscaleFlow(3, 8, levels=1, steps=1, hidden=16).eval()
+        >>> tiled = TiledFlow(flow, 32)
+        >>> condition = tiled.work_out([torch.randn(1, 8, 48, 48)])
+        >>> tiled.inverse([torch.randn(2, 12, 48, 48)], condition)[0].shape
+        torch.Size([2, 3, 96, 96])
+    """
+
+    def __init__(
+        self,
+        flow: ConditionalMultiscaleFlow,
+        tile: int | str,
+        memory: float = MEMORY,
+        progress: bool = False,
+    ) -> None:
+        self.flow = flow
+        self.tile = tile
+        self.memory = memory
+        self.progress = progress
+        self._size(1)  # tells mistakes, before the work
+
+    def _size(self, rows: int) -> int:
+        if self.tile == "auto":
+            if isinstance(self.memory, bool) or not isinstance(self.memory, Real):
+                raise TypeError(f"memory must be a number of bytes; got {self.memory!r}")
+            if not 0 < self.memory < math.inf:
+                raise ValueError(
+                    f"memory must be a positive and finite number of bytes; got {self.memory}"
+                )
+            return tile_size(self.flow, self.memory, rows)
+        if isinstance(self.tile, bool) or not isinstance(self.tile, int) or self.tile < 1:
+            raise ValueError(
+                f"tile must be a positive number of pixels, 'auto' or None; got {self.tile!r}"
+            )
+        return -(-self.tile // self.flow.multiple) * self.flow.multiple
+
+    def work_out(self, context: Sequence[Tensor], noise: Tensor | None = None) -> FlowCondition:
+        r"""Returns the context as it is; see :meth:`ConditionalMultiscaleFlow.work_out`."""
+        self.flow.check_context(context)
+        return FlowCondition(list(context), noise, [], [])
+
+    def __call__(self, x: Tensor, condition: FlowCondition) -> tuple[list[Tensor], Tensor]:
+        r"""Takes images to latents; see :func:`tiled_forward`."""
+        features, noise = condition.features, condition.noise
+        with bar(self.flow, x.shape[-2], x.shape[-1], self.progress) as tell:
+            return tiled_forward(self.flow, x, features, self._size(len(x)), noise, tell)
+
+    def inverse(
+        self, z: Sequence[Tensor], condition: FlowCondition, *, ladj: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        r"""Takes latents to images, and gives no log-determinant; see :func:`tiled_inverse`."""
+        features, noise = condition.features, condition.noise
+        height, width = (2 * n for n in features[0].shape[-2:])
+        with bar(self.flow, height, width, self.progress) as tell:
+            size = self._size(len(features[0]))
+            x = tiled_inverse(self.flow, z, features, size, noise, tell)
+        return x, x.new_full((), math.nan)
+
+
+@contextmanager
+def bar(
+    flow: ConditionalMultiscaleFlow, height: int, width: int, shown: bool
+) -> Iterator[Progress]:
+    r"""Shows how far the steps over all tiles of an image have come."""
+    steps = sum(len(flow.steps_of(level)) for level in range(flow.levels))
+    with tqdm(
+        total=steps * height * width, unit="px", unit_scale=True, disable=not shown, leave=False
+    ) as pbar:
+        yield pbar.update
 
 
 def _check(flow: ConditionalMultiscaleFlow, context: Sequence[Tensor], size: int) -> None:

@@ -1,51 +1,554 @@
-r"""What models need to go over large images a tile at a time."""
+r"""What image models share: all but their encoder, their base, and what bounds them."""
 
-__all__ = ["MEMORY", "TileSize", "bar", "check_sampling", "groups", "pixels_of"]
+__all__ = ["MEMORY", "ImageCondition", "ImageModel", "TileSize", "pad_to", "pad_to_multiple"]
 
+import functools
+import inspect
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
-from typing import Literal, SupportsFloat
+from typing import Any, ClassVar, NamedTuple, Self, SupportsFloat
 
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
-from flowguard.image.flow import ConditionalMultiscaleFlow
-from flowguard.image.tiling import Progress, tile_size
+from flowguard.image.conditioning import Origin, check_origin, origin_of
+from flowguard.image.flow import ConditionalMultiscaleFlow, FlowCondition
+from flowguard.image.tiling import MEMORY, TiledFlow, TileSize
+from flowguard.models.checkpoints import (
+    DEAD,
+    Checkpoint,
+    ImportReport,
+    dtype_of,
+    load,
+    plan_flow,
+    plan_module,
+)
+from flowguard.models.store import Pretrained
+from flowguard.numerics import normal_log_prob, repeat_rows
+from flowguard.ood import OODConditioner
 
-TileSize = int | Literal["auto"] | None
+BITS = ("dim", "pixel")
 
 #: The most pixels of images that are made at a time: more take more memory, and no less time each.
 TOGETHER = 2**18
 
-#: The memory, in bytes, that tiles of the size ``"auto"`` take about.
-MEMORY = 2**29
+
+class ImageCondition(NamedTuple):
+    r"""All that depends on the condition of an image model alone, to be shared by many calls.
+
+    :meth:`ImageModel.condition` makes it. It serves the model that made it, as long as the
+    weights that went into it do not change.
+    """
+
+    images: Tensor  # as they were given
+    maps: FlowCondition
+    base: Tensor | None  # what the flow's images are the residual over, where they are
+    mean: Tensor | None  # of the last latent, where it is not zero
+    origin: Origin | None = None  # what made it; none for what is used up at once
 
 
-def pixels_of(tile: int | str, flow: ConditionalMultiscaleFlow, memory: float, rows: int) -> int:
-    r"""Returns the height and width of a tile in pixels of the image.
+Given = Tensor | ImageCondition
+
+
+class ImageModel(Pretrained, nn.Module):
+    r"""Creates a conditional flow over images given other images, :math:`p(x | y)`.
+
+    A model is its encoder, its base and its rule of bounds: a subclass makes encoder and flow,
+    says in :meth:`base_of` what its images are the residual over, or in :meth:`mean_of` what its
+    noise is centred on, and has a rule for :func:`flowguard.certify`. All else is here.
 
     Arguments:
-        tile: What the user said: a number of pixels, rounded up to what the flow takes, or
-            ``"auto"``.
+        encoder: A module from conditions to a list with one map for each level of the flow.
         flow: The flow.
-        memory: The memory that ``"auto"`` may take, in bytes.
-        rows: The number of images.
+        quant: The number of grey levels of the images.
+
+    Attributes:
+        conditioner: The encoder, inside of a :class:`flowguard.OODConditioner`.
+        scale: How many times larger an image is than its condition, in each direction.
+        words: What a model calls an image and its condition: the name of the argument and what it
+            is, for each. Signatures, help and messages say so.
+
+    Images are RGB, with values in :math:`[0, 1]` and shape :math:`(B, 3, sH, sW)`, conditions
+    have shape :math:`(B, 3, H, W)`, of any size: internally they are padded to what the flow
+    needs, and the images are cropped.
+
+    Example:
+        >>> class Denoiser(ImageModel):
+        ...     def __init__(self):
+        ...         encoder = flowguard.models.PyramidEncoder(8, scale=1, levels=1)
+        ...         super().__init__(encoder, ConditionalMultiscaleFlow(3, 8, levels=1, steps=1))
+        ...
+        ...     def base_of(self, padded):
+        ...         return padded
+        >>> model, noisy = Denoiser(), torch.rand(2, 3, 13, 9)
+        >>> model.sample(noisy, num_samples=5, temperature=0.8).shape
+        torch.Size([5, 2, 3, 13, 9])
     """
-    if tile == "auto":
-        if isinstance(memory, bool) or not isinstance(memory, Real):
-            raise TypeError(f"memory must be a number of bytes; got {memory!r}")
-        if not 0 < memory < math.inf:
-            raise ValueError(f"memory must be a positive and finite number of bytes; got {memory}")
-        return tile_size(flow, memory, rows)
-    if isinstance(tile, bool) or not isinstance(tile, int) or tile < 1:
-        raise ValueError(f"tile must be a positive number of pixels, 'auto' or None; got {tile!r}")
-    return -(-tile // flow.multiple) * flow.multiple
+
+    scale: int = 1
+    words: ClassVar[Sequence[tuple[str, str]]] = (("x", "images"), ("y", "conditions"))
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "words" in vars(cls):
+            for name in {"condition", "nll", "encode", "decode", "latent_shapes", "sample"} - {
+                *vars(cls)
+            }:
+                setattr(cls, name, _in_words(getattr(ImageModel, name), cls.words))
+
+    def __init__(
+        self, encoder: nn.Module, flow: ConditionalMultiscaleFlow, quant: int = 256
+    ) -> None:
+        super().__init__()
+        if quant < 2:
+            raise ValueError(f"there must be at least 2 grey levels; got quant={quant}")
+        self.quant = quant
+        self.import_report: ImportReport | None = None
+        self.conditioner = OODConditioner(encoder, policy="report")
+        self.flow = flow
+
+    # -- what a model may say of itself ----------------------------------------------------------
+
+    def base_of(self, padded: Tensor) -> Tensor | None:
+        r"""Returns what the flow's images are the residual over; :py:`None` for nothing.
+
+        Arguments:
+            padded: The condition, prepared and padded.
+        """
+        return None
+
+    def mean_of(self, features: Sequence[Tensor], padded: Tensor) -> Tensor | None:
+        r"""Returns the mean of the last latent; :py:`None` for zero.
+
+        Arguments:
+            features: The encoder's maps.
+            padded: The condition, prepared and padded.
+        """
+        return None
+
+    def prepare(self, y: Tensor) -> Tensor:
+        r"""Returns what the encoder is fed, before it is padded: the condition as it is.
+
+        Arguments:
+            y: The condition.
+        """
+        return y
+
+    def check_shape(self, y: Tensor) -> None:
+        r"""Refuses conditions of another shape than :math:`(B, 3, H, W)`."""
+        if y.dim() != 4 or y.shape[1] != 3 or 0 in y.shape[-2:]:
+            name = self.words[1][0]
+            raise ValueError(f"{name} must have shape (B, 3, H, W); got {tuple(y.shape)}")
+
+    def perturbed(self, x: Tensor, y: Given) -> tuple[Tensor, Given]:
+        r"""Returns the pair that the likelihood is computed of: noise may come to it in training.
+
+        Arguments:
+            x: The images, dequantised.
+            y: The conditions, or what :meth:`condition` made of them.
+        """
+        return x, y
+
+    def scored(self, latents: list[Tensor], condition: ImageCondition, x: Tensor) -> list[Tensor]:
+        r"""Returns the latents whose density is computed; they may be others in training.
+
+        Arguments:
+            latents: The latents.
+            condition: What :meth:`condition` made.
+            x: The images, as they were given.
+        """
+        return latents
+
+    # -- the condition ---------------------------------------------------------------------------
+
+    @property
+    def multiple(self) -> int:
+        r"""What the size of a condition is padded to a multiple of."""
+        return max(1, self.flow.multiple // self.scale)
+
+    def condition(self, y: Tensor) -> ImageCondition:
+        r"""Computes all that depends on the condition alone, to be shared by many calls.
+
+        Whatever takes conditions takes this instead, as long as it is the same model with the
+        same weights: a copy, or the model after a step of training, refuses it with a
+        :class:`ValueError`. Compiled code does not ask.
+
+        Arguments:
+            y: The conditions, with shape :math:`(B, 3, H, W)`.
+        """
+        return self.sign(self.look(y))
+
+    def sign(self, condition: ImageCondition) -> ImageCondition:
+        r"""Returns a condition with the memory of the weights that went into it.
+
+        Arguments:
+            condition: What :meth:`look` made.
+        """
+        maps = self.flow.sign(condition.maps)
+        return condition._replace(maps=maps, origin=origin_of(self, [self.conditioner]))
+
+    def look(
+        self,
+        y: Tensor,
+        noise: Tensor | float | None = 0.0,
+        flow: ConditionalMultiscaleFlow | TiledFlow | None = None,
+    ) -> ImageCondition:
+        r"""Returns what :meth:`condition` does, without a memory of the weights.
+
+        Arguments:
+            y: The conditions.
+            noise: The noise that a noise-conditional flow is told of: a map, one number for all,
+                or :py:`None` to leave out the parts of the flow that know of noise.
+            flow: What the condition is for, if not the model's flow as it is.
+        """
+        self._check(y)
+        padded = pad_to_multiple(self.prepare(y), self.multiple)
+        base = self.base_of(padded)
+        if not self.flow.noise_channels and isinstance(noise, Real) and noise == 0:
+            noise = None
+        if isinstance(noise, float | Real):  # a float is one, which type checkers do not know
+            if not 0 <= noise < math.inf:
+                raise ValueError(f"the noise must be finite and not negative; got {noise}")
+            noise = y.new_full((1, 1, 1, 1), float(noise))
+        features = self.conditioner(padded)
+        maps = (flow or self.flow).work_out(features, noise)
+        return ImageCondition(y, maps, base, self.mean_of(features, padded))
+
+    def known(
+        self, y: Given, flow: ConditionalMultiscaleFlow | TiledFlow | None = None
+    ) -> ImageCondition:
+        r"""Returns what :meth:`condition` made, or makes it; refuses what others made.
+
+        Arguments:
+            y: The conditions, or what :meth:`condition` made of them.
+            flow: What the condition is for, if not the model's flow as it is.
+        """
+        if not isinstance(y, ImageCondition):
+            return self.look(y, flow=flow)
+        if isinstance(flow, TiledFlow):
+            raise TypeError(
+                "tiles are there so that the condition is never held as a whole: give the"
+                f" {self.words[1][1]}, not what condition() made of them"
+            )
+        check_origin(y.origin, self)
+        return y
+
+    # -- checks ----------------------------------------------------------------------------------
+
+    def _check(self, y: Tensor) -> None:
+        name, what = self.words[1]
+        if not isinstance(y, Tensor):
+            raise TypeError(
+                f"{name} must be a tensor of {what}, or what condition() made of them;"
+                f" got {type(y).__name__}"
+            )
+        self.check_shape(y)
+        self._check_dtype(name, y)
+
+    def _check_dtype(self, name: str, images: Tensor) -> None:
+        dtype = next(self.parameters()).dtype
+        if images.dtype != dtype and not torch.is_autocast_enabled(images.device.type):
+            raise TypeError(
+                f"{name} must have the dtype {dtype} of the model; got {images.dtype}."
+                " Images have values in [0, 1]"
+            )
+
+    def _check_pair(self, x: Tensor, y: Tensor) -> None:
+        (name, what), (given, _) = self.words
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor of {what}; got {type(x).__name__}")
+        rows, (height, width), scale = y.shape[0], y.shape[-2:], self.scale
+        fits = x.dim() == 4 and [-(-n // scale) for n in x.shape[-2:]] == [height, width]
+        if not fits or x.shape[:2] != (rows, 3):
+            lack = f" (less than {scale} rows or columns may lack)" if scale > 1 else ""
+            raise ValueError(
+                f"{name} must have shape {(rows, 3, scale * height, scale * width)} for {given} of"
+                f" shape {tuple(y.shape)}{lack}; got {tuple(x.shape)}"
+            )
+        self._check_dtype(name, x)
+
+    def _check_latents(self, latents: Sequence[Tensor]) -> None:
+        self.flow.check_latents(latents)
+        self._check_dtype("the latents", latents[0])
+
+    # -- there and back --------------------------------------------------------------------------
+
+    def nll(
+        self,
+        x: Tensor,
+        y: Given,
+        levels: int | None = None,
+        *,
+        dequantize: bool = True,
+        bits_per: str = "dim",
+    ) -> Tensor:
+        r"""Returns an upper bound of the negative log-likelihood in bits per dimension.
+
+        The image is dequantised with uniform noise, so that the bound holds for images with
+        `levels` grey levels. An image whose size the flow does not take is padded by
+        replication; the bits are those of the padded image, per padded dimension.
+
+        The published models were trained with ``dequantize=False, bits_per="pixel"``: without
+        the noise, and divided by the number of pixels rather than that of dimensions. That is a
+        density of numbers that are in truth discrete, and bounds nothing.
+
+        Arguments:
+            x: The images, with shape :math:`(B, 3, sH, sW)`.
+            y: The conditions, with shape :math:`(B, 3, H, W)`, or what :meth:`condition` made.
+            levels: The number of grey levels of `x`. If :py:`None`, `quant`.
+            dequantize: Whether to dequantise.
+            bits_per: What the bits are divided by: ``"dim"`` or ``"pixel"``.
+
+        Returns:
+            The bits per dimension, or per pixel, of each image, with shape :math:`(B)`.
+        """
+        levels = self.quant if levels is None else levels
+        if levels < 2:
+            raise ValueError(f"there must be at least 2 grey levels; got {levels}")
+        if bits_per not in BITS:
+            raise ValueError(f"bits_per must be one of {', '.join(BITS)}; got {bits_per!r}")
+        if not isinstance(y, ImageCondition):
+            self._check(y)
+        self._check_pair(x, y.images if isinstance(y, ImageCondition) else y)
+        noisy = x + (torch.rand_like(x) - 0.5) / (levels - 1) if dequantize else x
+        noisy, y = self.perturbed(noisy, y)
+        condition = self.known(y)
+        latents, ladj = self._encoded(noisy, condition, self.flow)
+        latents = self.scored(latents, condition, x)
+        log_prob = ladj + normal_log_prob(latents)
+        dims = sum(math.prod(z.shape[1:]) for z in latents)
+        bits = -log_prob / (math.log(2) * dims)
+        if dequantize:
+            bits = bits + math.log2(levels - 1)
+        return bits if bits_per == "dim" else 3 * bits
+
+    def encode(
+        self,
+        x: Tensor,
+        y: Given,
+        *,
+        tile: TileSize = None,
+        memory: float = MEMORY,
+        progress: bool = False,
+    ) -> tuple[list[Tensor], Tensor]:
+        r"""Takes images to latents, given their conditions.
+
+        Arguments:
+            x: The images, with shape :math:`(B, 3, sH, sW)`.
+            y: The conditions, with shape :math:`(B, 3, H, W)`, or what :meth:`condition` made.
+            tile: The height and width of a tile in pixels of the image, or ``"auto"``; see
+                :meth:`decode`.
+            memory: The memory in bytes that tiles of the size ``"auto"`` take about.
+            progress: Whether to show a progress bar over the tiles.
+
+        Returns:
+            The latents, as :meth:`latent_shapes` lists them, and the log-determinant, with shape
+            :math:`(B)`.
+        """
+        flow = self._way(tile, memory, progress)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and tile is None):
+            return self._encoded(x, self.known(y, flow), flow)
+
+    def _encoded(
+        self, x: Tensor, condition: ImageCondition, flow: ConditionalMultiscaleFlow | TiledFlow
+    ) -> tuple[list[Tensor], Tensor]:
+        self._check_pair(x, condition.images)
+        x = pad_to(x, *self._size(condition.images))
+        if condition.base is not None:
+            x = x - condition.base
+        latents, ladj = flow(x, condition.maps)
+        if condition.mean is not None:
+            latents[-1] = latents[-1] - condition.mean
+        return latents, ladj
+
+    def decode(
+        self,
+        latents: Sequence[Tensor],
+        y: Given,
+        *,
+        tile: TileSize = None,
+        memory: float = MEMORY,
+        progress: bool = False,
+    ) -> Tensor:
+        r"""Takes latents to images, given their conditions. Nothing is clamped.
+
+        With `tile`, each step of the flow goes over the image a tile at a time, which takes far
+        less memory, and no gradients. The image is that of the untiled computation but for
+        rounding: there are no seams. The encoder's maps are held as a whole all the same.
+
+        Arguments:
+            latents: The latents; see :meth:`latent_shapes`. They may have
+                :math:`n B` rows: row :math:`i` then belongs to condition :math:`i \bmod B`.
+            y: The conditions, with shape :math:`(B, 3, H, W)`, or, without `tile`, what
+                :meth:`condition` made.
+            tile: The height and width of a tile in pixels of the image, or ``"auto"`` for what
+                `memory` allows. If :py:`None`, the image is taken as a whole.
+            memory: The memory in bytes that tiles of the size ``"auto"`` take about.
+            progress: Whether to show a progress bar over the tiles.
+
+        Returns:
+            The images, with shape :math:`(n B, 3, sH, sW)`.
+
+        Example:
+            >>> from flowguard.models import SuperResolutionFlow
+            >>> model = SuperResolutionFlow(scale=2, levels=1, steps=1, hidden=8, features=8)
+            >>> lr = torch.rand(1, 3, 40, 50)
+            >>> latents = [torch.randn(2, *shape) for shape in model.latent_shapes(lr)]
+            >>> whole = model.eval().decode(latents, lr)
+            >>> torch.allclose(model.decode(latents, lr, tile=32), whole, atol=1e-5)
+            True
+        """
+        self._check_latents(latents)
+        flow = self._way(tile, memory, progress)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and tile is None):
+            return self._decoded(latents, self.known(y, flow), flow)
+
+    def _decoded(
+        self,
+        latents: Sequence[Tensor],
+        condition: ImageCondition,
+        flow: ConditionalMultiscaleFlow | TiledFlow,
+    ) -> Tensor:
+        if condition.mean is not None:
+            *others, last = latents
+            latents = [*others, last + repeat_rows(condition.mean, last)]
+        x, _ = flow.inverse(latents, condition.maps, ladj=False)
+        if condition.base is not None:
+            x = x + repeat_rows(condition.base, x)
+        height, width = condition.images.shape[-2:]
+        return x[..., : self.scale * height, : self.scale * width]
+
+    def _way(
+        self, tile: TileSize, memory: float, progress: bool
+    ) -> ConditionalMultiscaleFlow | TiledFlow:
+        return self.flow if tile is None else TiledFlow(self.flow, tile, memory, progress)
+
+    def _size(self, y: Tensor) -> tuple[int, int]:
+        r"""The height and width of the image that the flow sees."""
+        multiple = self.multiple
+        height, width = (self.scale * multiple * -(-n // multiple) for n in y.shape[-2:])
+        return height, width
+
+    def latent_shapes(self, y: Given) -> list[tuple[int, int, int]]:
+        r"""Returns the shape :math:`(C, H, W)` of each latent for such conditions.
+
+        There is one for each level at whose end channels leave, finest first, and one for what is
+        left at the end.
+
+        Arguments:
+            y: The conditions, with shape :math:`(B, 3, H, W)`, or what :meth:`condition` made.
+        """
+        if not isinstance(y, ImageCondition):
+            self._check(y)
+        return self.flow.latent_shapes(
+            *self._size(y.images if isinstance(y, ImageCondition) else y)
+        )
+
+    @torch.no_grad()
+    def sample(
+        self,
+        y: Given,
+        num_samples: int = 1,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        *,
+        tile: TileSize = None,
+        memory: float = MEMORY,
+        progress: bool = False,
+    ) -> Tensor:
+        r"""Draws images given their conditions. Nothing is clamped.
+
+        Arguments:
+            y: The conditions, with shape :math:`(B, 3, H, W)`, or what :meth:`condition` made.
+            num_samples: The number :math:`n` of samples for each condition.
+            temperature: The standard deviation of the latents, not negative.
+            generator: A source of randomness, on the device of `y`.
+            tile: The height and width of a tile in pixels of the image, or ``"auto"``; see
+                :meth:`decode`. The latents are drawn for the whole image, and are the same.
+            memory: The memory in bytes that tiles of the size ``"auto"`` take about.
+            progress: Whether to show a progress bar over the tiles.
+
+        Returns:
+            The samples, with shape :math:`(n, B, 3, sH, sW)`.
+        """
+        _check_sampling(num_samples, temperature)
+        flow = self._way(tile, memory, progress)
+        condition = self.known(y, flow)
+        like = condition.images
+        height, width = self._size(like)
+        latents = [
+            temperature
+            * torch.randn(
+                num_samples,
+                len(like),
+                *shape,
+                generator=generator,
+                dtype=like.dtype,
+                device=like.device,
+            )
+            for shape in self.flow.latent_shapes(height, width)
+        ]
+        # All at once in tiles: what they need to know of the condition is worked out once each.
+        fits = max(1, TOGETHER // max(1, len(like) * height * width))
+        at_once = fits if tile is None else num_samples
+        parts = zip(*(z.split(at_once) for z in latents), strict=True)
+        images = (self._decoded([z.flatten(0, 1) for z in p], condition, flow) for p in parts)
+        return torch.cat([*images]).unflatten(0, (num_samples, len(like)))
+
+    @classmethod
+    def imported(
+        cls,
+        make: Callable[[], Self],
+        checkpoint: Checkpoint,
+        dead: Iterable[str],
+        inferred: Mapping[str, Any],
+    ) -> Self:
+        r"""Returns a model with the weights of a published checkpoint, for evaluation.
+
+        Arguments:
+            make: Makes the model.
+            checkpoint: The checkpoint.
+            dead: Further keys that may be there and are never read.
+            inferred: What to say in the report about how the model was made.
+        """
+        # Drawing the weights that are overwritten must not disturb the caller's random numbers.
+        with torch.random.fork_rng(devices=[]):
+            model = make()
+        state, label = checkpoint.state, checkpoint.label
+        model.to(dtype_of(state, label))
+        encoder = "conditioner.encoder"
+        plan = plan_module(model.get_submodule(encoder), f"{encoder}.", "RRDB.")
+        plan |= plan_flow(model.flow, checkpoint.layout)
+        known = (*DEAD, *dead)
+        model.import_report = load(model, plan, state, label=label, dead=known, inferred=inferred)
+        return model.eval()
 
 
-def check_sampling(num_samples: int, temperature: float) -> None:
-    r"""Refuses numbers of samples and temperatures that there are not."""
+def _in_words(method: Callable[..., Any], words: Sequence[tuple[str, str]]) -> Callable[..., Any]:
+    r"""Returns a method whose arguments `x` and `y` bear a model's own names, also in its help."""
+    own = {general: name for general, (name, _) in zip("xy", words, strict=True)}
+    general = {name: x for x, name in own.items()}
+
+    @functools.wraps(method)
+    def named(self: ImageModel, *args: Any, **kwargs: Any) -> Any:
+        return method(self, *args, **{general.get(k, k): v for k, v in kwargs.items()})
+
+    signature = inspect.signature(method)
+    parameters = [p.replace(name=own.get(n, n)) for n, p in signature.parameters.items()]
+    named.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    told = inspect.getdoc(method) or ""
+    for x, what, (name, ours) in zip("xy", ("images", "conditions"), words, strict=True):
+        told = told.replace(f"{x}: The {what}", f"{name}: The {ours}").replace(
+            f"`{x}`", f"`{name}`"
+        )
+    named.__doc__ = told
+    return named
+
+
+def _check_sampling(num_samples: int, temperature: float) -> None:
     if isinstance(num_samples, bool) or not isinstance(num_samples, Integral):
         raise TypeError(f"num_samples must be an integer; got {num_samples!r}")
     if num_samples < 1:
@@ -56,20 +559,13 @@ def check_sampling(num_samples: int, temperature: float) -> None:
         raise ValueError(f"temperature must be finite and not negative; got {temperature}")
 
 
-def groups(samples: Tensor, pixels: int) -> Iterator[Tensor]:
-    r"""Goes over latents with shape :math:`(n, B, *)`, as many samples at a time as suit images of
-    that many pixels, with shape :math:`(k B, *)`."""
-    together = max(1, TOGETHER // max(1, samples.shape[1] * pixels))
-    return (part.flatten(0, 1) for part in samples.split(together))
+def pad_to(x: Tensor, height: int, width: int) -> Tensor:
+    r"""Pads images by replication, at the bottom and on the right."""
+    bottom, right = height - x.shape[-2], width - x.shape[-1]
+    return F.pad(x, (0, right, 0, bottom), mode="replicate") if bottom or right else x
 
 
-@contextmanager
-def bar(
-    flow: ConditionalMultiscaleFlow, height: int, width: int, shown: bool
-) -> Iterator[Progress]:
-    r"""Shows how far the steps over all tiles of an image have come."""
-    steps = sum(len(flow.steps_of(level)) for level in range(flow.levels))
-    with tqdm(
-        total=steps * height * width, unit="px", unit_scale=True, disable=not shown, leave=False
-    ) as pbar:
-        yield pbar.update
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    r"""Pads images by replication until height and width are multiples."""
+    height, width = (multiple * math.ceil(n / multiple) for n in x.shape[-2:])
+    return pad_to(x, height, width)

@@ -6,6 +6,7 @@ have and where its numbers go. Nothing is loaded unless all keys agree.
 
 __all__ = [
     "DEAD",
+    "Checkpoint",
     "CheckpointError",
     "Entry",
     "FlowLayout",
@@ -43,6 +44,7 @@ from flowguard.image import (
 
 State = Mapping[str, Tensor]
 Source = str | PathLike[str] | Mapping[str, Any]
+Stacked = Sequence[int] | None
 
 FLOW = "flowUpsamplerNet."
 #: What every published flow carries along and none of them ever reads.
@@ -214,6 +216,53 @@ class FlowLayout:
     def map(self) -> Elementwise:
         r"""The elementwise map of the coupling."""
         return COUPLINGS[self.coupling][1]()
+
+
+class Checkpoint:
+    r"""Creates what is known of a published checkpoint of encoder and flow from its shapes.
+
+    Arguments:
+        source: The path of the checkpoint, or the state dict; see :func:`read_state`.
+
+    Attributes:
+        state: The tensors.
+        label: What to call the checkpoint in messages.
+        layout: The layout of the flow.
+
+    Raises:
+        CheckpointError: If it is none of a published flow.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.state, self.label = read_state(source)
+        self.layout = read_flow_layout(self.state, self.label)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.state
+
+    def trunk(self, stacked: Stacked) -> dict[str, Any]:
+        r"""Returns the arguments of the encoder's trunk.
+
+        Arguments:
+            stacked: The blocks whose outputs are stacked, which no shape tells, if they are known.
+        """
+        first = kernel_of(self.state, "RRDB.conv_first.weight", self.label)
+        growth = kernel_of(self.state, "RRDB.RRDB_trunk.0.RDB1.conv1.weight", self.label)[0]
+        known = {} if stacked is None else {"stacked": tuple(stacked)}
+        blocks = self.count("RRDB.RRDB_trunk.")
+        return {"features": first[0], "growth": growth, "blocks": blocks, **known}
+
+    def count(self, prefix: str) -> int:
+        r"""Returns how many numbered blocks there are; see :func:`count_blocks`."""
+        return count_blocks(self.state, prefix)
+
+    def refused(self, why: str) -> CheckpointError:
+        r"""Returns the error that refuses the checkpoint.
+
+        Arguments:
+            why: What comes after its name.
+        """
+        return CheckpointError(f"{self.label} {why}")
 
 
 def read_flow_layout(state: State, label: str = "the checkpoint") -> FlowLayout:

@@ -2,57 +2,28 @@ r"""Low-light enhancement by a conditional flow."""
 
 __all__ = ["LowLightFlow", "rescale_brightness"]
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Self, cast
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 
-from flowguard.image.flow import Conditions, published_flow
 from flowguard.image.layers import Squeeze
 from flowguard.image.maps import Coupling, Elementwise
-from flowguard.image.tiling import tiled_forward, tiled_inverse
-from flowguard.models._padding import pad_to_multiple
-from flowguard.models.base import MEMORY, TileSize, bar, check_sampling, groups, pixels_of
-from flowguard.models.checkpoints import (
-    DEAD,
-    CheckpointError,
-    ImportReport,
-    Source,
-    State,
-    count_blocks,
-    dtype_of,
-    kernel_of,
-    load,
-    plan_flow,
-    plan_module,
-    read_flow_layout,
-    read_state,
+from flowguard.image.published import published_flow
+from flowguard.models.base import (
+    MEMORY,
+    Given,
+    ImageCondition,
+    ImageModel,
+    TileSize,
+    pad_to_multiple,
 )
+from flowguard.models.checkpoints import Checkpoint, Source, Stacked
 from flowguard.models.encoders.lowlight import LowLightEncoder, color_map
-from flowguard.models.store import Pretrained
-from flowguard.numerics import normal_log_prob, repeat_rows
-from flowguard.ood import OODConditioner
 
-BITS = ("dim", "pixel")
 #: What LLFlow's encoder carries along and never reads, beside the last of its ``downconv``.
 DEAD_ENCODER = ("HRconv", "awb_para", "conv_last")
-
-
-@dataclass(frozen=True)
-class LowLightCondition:
-    r"""All that depends on the condition of a model alone, to be shared by many calls.
-
-    :meth:`LowLightFlow.condition` makes it. It is of no use to another model, nor to the same one
-    after a step of training.
-    """
-
-    low: Tensor
-    mean: Tensor  # of the latent
-    maps: Conditions
 
 
 def rescale_brightness(image: Tensor, brightness: Tensor | float) -> Tensor:
@@ -95,48 +66,51 @@ def rescale_brightness(image: Tensor, brightness: Tensor | float) -> Tensor:
     return image * factor[..., None, None, None]
 
 
-class LowLightFlow(Pretrained, nn.Module):
+class LowLightFlow(ImageModel):
     r"""Creates a conditional flow for low-light enhancement, :math:`p(\text{high} | \text{low})`.
 
     A conditional multiscale flow of the architecture of LLFlow, with any coupling. The noise is
     normal around a colour map that the encoder predicts, with every latent pixel's own colours,
-    so that noise of zero already gives the enhanced image. The encoder is inside an
-    :class:`flowguard.OODConditioner`: once fitted and calibrated, it tells at which level and
-    where a condition is unlike the training set.
+    so that noise of zero already gives the enhanced image. Once fitted and calibrated, the
+    conditioner around the encoder tells where a condition is unlike the training set; see
+    :class:`ImageModel`, which has the methods.
+
+    In training mode, each image's noise is centred on its own colour map with probability
+    `target_ratio` (published: all images of a batch or none, in evaluation too): a target that
+    helps training, but knows of the bright image. Only in evaluation mode are the bits of
+    :meth:`nll` those of a density of the bright image given the dark one.
 
     References:
         | Low-Light Image Enhancement with Normalizing Flow (Wang et al., 2022)
         | https://arxiv.org/abs/2109.05923
-        | On the Robustness of Normalizing Flows for Inverse Problems in Imaging (Hong et al., 2023)
-        | https://arxiv.org/abs/2212.04319
 
     Arguments:
-        levels: The number of levels :math:`L` of the flow.
-        steps: The number of steps :math:`K` at each level, or one number for each level.
-        hidden: The number of channels of the hidden layers of the couplings.
-        coupling: The elementwise map of the couplings: ``"robust"``, ``"affine"``,
-            ``"reparametrized"``, ``"bspline"``, or an object; see
-            :func:`flowguard.image.elementwise`.
+        levels: The number of levels :math:`L`, of flow and encoder.
+        steps: How many steps :math:`K` each level has: one number for all, or one for each.
+        hidden: The width of the couplings.
+        coupling: What the couplings apply to each value: the name of a map, or an object; see
+            :func:`flowguard.image.elementwise`, which lists them.
         encoder: The encoder, with as many levels; the published one by default.
         target_ratio: The share of the images in training for which the noise is centred on the
             colour map of the bright image itself, not on the predicted one.
         mix: The 1×1 convolutions; see :class:`flowguard.image.ConditionalMultiscaleFlow`.
-        quant: The number of grey levels of the images.
+        quant: How many grey levels the images have.
 
-    Images are RGB, with values in :math:`[0, 1]` and shape :math:`(B, 3, H, W)`, of any size:
-    internally they are padded to what the flow needs, and cropped. In place of dark images, all
-    methods take what :func:`flowguard.models.encoders.lowlight.low_light_input` made of them, with
+    Both images have shape :math:`(B, 3, H, W)`, of any size. In place of dark images, all methods
+    take what :func:`flowguard.models.encoders.lowlight.low_light_input` made of them, with
     shape :math:`(B, 6, H, W)`, such as a crop of a larger image whose histogram was equalised.
 
     Example:
         >>> encoder = LowLightEncoder(features=8, growth=4, blocks=1, stacked=(0,), levels=2)
         >>> model = LowLightFlow(levels=2, steps=1, hidden=8, encoder=encoder)
-        >>> high, low = torch.rand(2, 3, 37, 53), 0.1 * torch.rand(2, 3, 37, 53)
+        >>> high, low = torch.rand(4, 3, 37, 53), 0.1 * torch.rand(4, 3, 37, 53)
         >>> model.nll(high, low).shape
-        torch.Size([2])
+        torch.Size([4])
         >>> model.sample(low, num_samples=5, temperature=0.8).shape
-        torch.Size([5, 2, 3, 37, 53])
+        torch.Size([5, 4, 3, 37, 53])
     """
+
+    words = (("high", "bright images"), ("low", "dark images"))
 
     def __init__(
         self,
@@ -150,7 +124,6 @@ class LowLightFlow(Pretrained, nn.Module):
         mix: str = "free",
         quant: int = 256,
     ) -> None:
-        super().__init__()
         encoder = LowLightEncoder(levels=levels) if encoder is None else encoder
         if not isinstance(encoder, LowLightEncoder):
             raise TypeError(
@@ -163,24 +136,14 @@ class LowLightFlow(Pretrained, nn.Module):
             )
         if not 0 <= target_ratio <= 1:
             raise ValueError(f"target_ratio must lie in [0, 1]; got {target_ratio}")
-        if quant < 2:
-            raise ValueError(f"there must be at least 2 grey levels; got quant={quant}")
+        c = encoder.channels
+        flow = published_flow(
+            3, c, levels=levels, steps=steps, hidden=hidden, coupling=coupling, mix=mix, splits=0
+        )
+        super().__init__(encoder, flow, quant=quant)
         self.target_ratio = target_ratio
-        self.quant = quant
-        self.import_report: ImportReport | None = None
-        self.conditioner = OODConditioner(encoder, policy="report")
         # One squeeze by 2^L, though the flow squeezes L times by 2: published, and as good.
         self.squeeze = Squeeze(2**levels)
-        self.flow = published_flow(
-            3,
-            encoder.channels,
-            levels=levels,
-            steps=steps,
-            hidden=hidden,
-            coupling=coupling,
-            mix=mix,
-            splits=0,
-        )
 
     def extra_repr(self) -> str:
         return f"target_ratio={self.target_ratio:g}"
@@ -190,224 +153,43 @@ class LowLightFlow(Pretrained, nn.Module):
         r"""The encoder."""
         return cast(LowLightEncoder, self.conditioner.encoder)
 
-    def _pad_low(self, low: Tensor) -> Tensor:
-        # Pixels that padding adds shall not count in the histogram: prepare, then pad.
-        prepared = self.encoder.prepare(low)
-        self._check_dtype("low", low)
-        return pad_to_multiple(prepared, self.flow.multiple)
+    def check_shape(self, y: Tensor) -> None:
+        r"""Refuses what is neither dark images nor what was made of them."""
+        self.encoder.check(y)
 
-    def _check_dtype(self, name: str, images: Tensor) -> None:
-        dtype = next(self.parameters()).dtype
-        if images.dtype != dtype and not torch.is_autocast_enabled(images.device.type):
-            raise TypeError(
-                f"{name} must have the dtype {dtype} of the model; got {images.dtype}."
-                " Images have values in [0, 1]"
-            )
+    def prepare(self, y: Tensor) -> Tensor:
+        r"""Returns the encoder's input: what padding adds shall not count in the histogram."""
+        return self.encoder.prepare(y)
 
-    def _check_high(self, high: Tensor, low: Tensor) -> None:
-        if not isinstance(high, Tensor):
-            raise TypeError(f"high must be a tensor of bright images; got {type(high).__name__}")
-        if high.shape != (low.shape[0], 3, *low.shape[-2:]):
-            raise ValueError(
-                f"high must have shape {(low.shape[0], 3, *low.shape[-2:])} for low of shape"
-                f" {tuple(low.shape)}; got {tuple(high.shape)}"
-            )
-        self._check_dtype("high", high)
+    def mean_of(self, features: Sequence[Tensor], padded: Tensor) -> Tensor:
+        r"""Returns the colour map that the encoder predicts, at the size of the latent."""
+        return self._squeeze(self.encoder.color_map(features).to(padded.dtype))
 
     def _squeeze(self, colors: Tensor) -> Tensor:
         return self.squeeze(colors)[0]
 
-    def condition(self, low: Tensor) -> LowLightCondition:
-        r"""Computes all that depends on the condition alone, to be shared by many calls.
-
-        Whatever takes dark images takes this instead.
-
-        Arguments:
-            low: The dark images, with shape :math:`(B, 3, H, W)`.
-        """
-        maps, mean = self._features(low)
-        return LowLightCondition(low, mean, self.flow.condition(maps))
-
-    def _features(self, low: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The feature maps, and the mean of the latent."""
-        padded = self._pad_low(low)
-        maps = self.conditioner(padded)
-        return maps, self._squeeze(self.encoder.color_map(maps).to(padded.dtype))
-
-    def _condition(self, low: Tensor | LowLightCondition) -> LowLightCondition:
-        return low if isinstance(low, LowLightCondition) else self.condition(_images(low))
-
-    def color_map(self, low: Tensor | LowLightCondition) -> Tensor:
+    def color_map(self, low: Given) -> Tensor:
         r"""Returns the colour map of the bright image that the encoder predicts.
 
         Arguments:
             low: The dark images, with shape :math:`(B, 3, H, W)`, or what :meth:`condition` made.
         """
-        condition = self._condition(low)
-        height, width = condition.low.shape[-2:]
-        return self.squeeze.inverse(condition.mean)[0][..., :height, :width]
+        condition = self.known(low)
+        height, width = condition.images.shape[-2:]
+        return self.squeeze.inverse(_mean(condition))[0][..., :height, :width]
 
-    def nll(
-        self,
-        high: Tensor,
-        low: Tensor | LowLightCondition,
-        levels: int | None = None,
-        *,
-        dequantize: bool = True,
-        bits_per: str = "dim",
-    ) -> Tensor:
-        r"""Returns an upper bound of the negative log-likelihood in bits per dimension.
-
-        The image is dequantised with uniform noise, so that the bound holds for images with
-        `levels` grey levels. An image whose size the flow does not take is padded by
-        replication; the bits are those of the padded image, per padded dimension.
-
-        The published models were trained with ``dequantize=False, bits_per="pixel"``: without
-        the noise, and divided by the number of pixels rather than that of dimensions. That is a
-        density of numbers that are in truth discrete, and bounds nothing.
-
-        In training mode, each image's noise is centred on its own colour map with probability
-        `target_ratio` (published: all images of a batch or none, in evaluation too): a target
-        that helps training, but knows of the bright image. Only in evaluation mode are the bits
-        those of a density of the bright image given the dark one.
-
-        Arguments:
-            high: The bright images, with shape :math:`(B, 3, H, W)`.
-            low: The dark images, with shape :math:`(B, 3, H, W)`, or what :meth:`condition` made.
-            levels: The number of grey levels of `high`. If :py:`None`, `quant`.
-            dequantize: Whether to dequantise.
-            bits_per: What the bits are divided by: ``"dim"`` or ``"pixel"``.
-
-        Returns:
-            The bits per dimension, or per pixel, of each image, with shape :math:`(B)`.
-        """
-        levels = self.quant if levels is None else levels
-        if levels < 2:
-            raise ValueError(f"there must be at least 2 grey levels; got {levels}")
-        if bits_per not in BITS:
-            raise ValueError(f"bits_per must be one of {', '.join(BITS)}; got {bits_per!r}")
-        condition = self._condition(low)
-        self._check_high(high, condition.low)
-        noisy = high + (torch.rand_like(high) - 0.5) / (levels - 1) if dequantize else high
-        latents, ladj = self.encode(noisy, condition)
+    def scored(self, latents: list[Tensor], condition: ImageCondition, x: Tensor) -> list[Tensor]:
+        r"""Returns the latent; in training, some rows are centred on the images' own colours."""
+        if not self.training:
+            return latents
         (z,) = latents
-        if self.training:
-            z = self._mixed(z, condition.mean, high)
-        log_prob = ladj + normal_log_prob(z)
-        bits = -log_prob / (math.log(2) * math.prod(z.shape[1:]))
-        if dequantize:
-            bits = bits + math.log2(levels - 1)
-        return bits if bits_per == "dim" else 3 * bits
+        own = self._squeeze(color_map(pad_to_multiple(x, self.multiple)))
+        drawn = torch.rand(len(x), 1, 1, 1, device=x.device) < self.target_ratio
+        return [torch.where(drawn, z + _mean(condition) - own, z)]
 
-    def _mixed(self, z: Tensor, mean: Tensor, high: Tensor) -> Tensor:
-        """The latent in training: some rows are centred on the bright images' own colours."""
-        own = self._squeeze(color_map(pad_to_multiple(high, self.flow.multiple)))
-        drawn = torch.rand(len(high), 1, 1, 1, device=high.device) < self.target_ratio
-        return torch.where(drawn, z + mean - own, z)
-
-    def encode(
-        self,
-        high: Tensor,
-        low: Tensor | LowLightCondition,
-        *,
-        tile: TileSize = None,
-        memory: float = MEMORY,
-        progress: bool = False,
-    ) -> tuple[list[Tensor], Tensor]:
-        r"""Takes bright images to latents, given their dark images.
-
-        Arguments:
-            high: The bright images, with shape :math:`(B, 3, H, W)`.
-            low: The dark images, with shape :math:`(B, 3, H, W)`, or what :meth:`condition` made.
-            tile: The height and width of a tile in pixels, or ``"auto"``; see :meth:`decode`.
-            memory: The memory in bytes that tiles of the size ``"auto"`` take about.
-            progress: Whether to show a progress bar over the tiles.
-
-        Returns:
-            A list with the latent, centred on the colour map, which is standard normal under the
-            model, and the log-determinant, with shape :math:`(B)`.
-        """
-        if tile is None:
-            condition = self._condition(low)
-            self._check_high(high, condition.low)
-            padded = pad_to_multiple(high, self.flow.multiple)
-            latents, ladj = self.flow(padded, condition.maps)
-            return [z - condition.mean for z in latents], ladj
-        low = _whole(low)
-        with torch.no_grad():
-            maps, mean = self._features(low)
-            self._check_high(high, low)
-            padded = pad_to_multiple(high, self.flow.multiple)
-            size = pixels_of(tile, self.flow, memory, len(low))
-            height, width = padded.shape[-2:]
-            with bar(self.flow, height, width, progress) as tell:
-                latents, ladj = tiled_forward(self.flow, padded, maps, size, None, tell)
-        return [z - mean for z in latents], ladj
-
-    def decode(
-        self,
-        latents: Sequence[Tensor],
-        low: Tensor | LowLightCondition,
-        *,
-        tile: TileSize = None,
-        memory: float = MEMORY,
-        progress: bool = False,
-    ) -> Tensor:
-        r"""Takes latents to bright images, given the dark images. Nothing is clamped.
-
-        With `tile`, each step of the flow goes over the image a tile at a time, which takes far
-        less memory, and no gradients. The image is that of the untiled computation but for
-        rounding: there are no seams. The encoder's maps are held as a whole all the same.
-
-        Arguments:
-            latents: A list with the centred latent; see :meth:`latent_shapes`. Zeros give the
-                published output. It may have :math:`n B` rows: row :math:`i` then belongs to dark
-                image :math:`i \bmod B`.
-            low: The dark images, with shape :math:`(B, 3, H, W)`, or, without `tile`, what
-                :meth:`condition` made.
-            tile: The height and width of a tile in pixels, or ``"auto"`` for what `memory`
-                allows. If :py:`None`, the image is taken as a whole.
-            memory: The memory in bytes that tiles of the size ``"auto"`` take about.
-            progress: Whether to show a progress bar over the tiles.
-
-        Returns:
-            The bright images, with shape :math:`(n B, 3, H, W)`.
-        """
-        if not isinstance(latents, Tensor) and len(latents) != 1:
-            raise ValueError(f"there must be a list with one latent; got {len(latents)}")
-        self.flow.check_latents(latents)
-        self._check_dtype("the latent", latents[0])
-        if tile is None:
-            condition = self._condition(low)
-            low = condition.low
-            z = latents[0] + repeat_rows(condition.mean, latents[0])
-            high, _ = self.flow.inverse([z], condition.maps, ladj=False)
-        else:
-            low = _whole(low)
-            with torch.no_grad():
-                maps, mean = self._features(low)
-                z = latents[0] + repeat_rows(mean, latents[0])
-                size = pixels_of(tile, self.flow, memory, len(low))
-                height, width = (self.flow.multiple * n for n in mean.shape[-2:])
-                with bar(self.flow, height, width, progress) as tell:
-                    high = tiled_inverse(self.flow, [z], maps, size, None, tell)
-        return high[..., : low.shape[-2], : low.shape[-1]]
-
-    def latent_shapes(self, low: Tensor | LowLightCondition) -> list[tuple[int, int, int]]:
-        r"""Returns the shape :math:`(C, H, W)` of the latent for such dark images, in a list.
-
-        Arguments:
-            low: The dark images, with shape :math:`(B, 3, H, W)`, or what :meth:`condition` made.
-        """
-        size = (low.low if isinstance(low, LowLightCondition) else _images(low)).shape[-2:]
-        multiple = self.flow.multiple
-        height, width = (multiple * math.ceil(n / multiple) for n in size)
-        return self.flow.latent_shapes(height, width)
-
-    @torch.no_grad()
     def sample(
         self,
-        low: Tensor | LowLightCondition,
+        low: Given,
         num_samples: int = 1,
         temperature: float = 0.0,
         generator: torch.Generator | None = None,
@@ -435,49 +217,28 @@ class LowLightFlow(Pretrained, nn.Module):
         Returns:
             The samples, with shape :math:`(n, B, 3, H, W)`.
         """
-        check_sampling(num_samples, temperature)
-        (shape,) = self.latent_shapes(low)
-        like = low.low if isinstance(low, LowLightCondition) else self.encoder.prepare(low)
-        latent = temperature * torch.randn(
-            num_samples,
-            len(like),
-            *shape,
-            generator=generator,
-            dtype=like.dtype,
-            device=like.device,
-        )
-        if tile is None:
-            condition = self._condition(low)
-            size = like.shape[-2] * like.shape[-1]
-            parts = [self.decode([rows], condition) for rows in groups(latent, size)]
-            samples = torch.cat(parts).unflatten(0, latent.shape[:2])
-        else:
-            rows = latent.flatten(0, 1)
-            tiled = self.decode([rows], low, tile=tile, memory=memory, progress=progress)
-            samples = tiled.unflatten(0, latent.shape[:2])
+        tiles: dict[str, Any] = {"tile": tile, "memory": memory, "progress": progress}
+        samples = super().sample(low, num_samples, temperature, generator, **tiles)
         if brightness is None:
             return samples
-        wanted = torch.as_tensor(brightness, device=like.device)
-        if wanted.dim() and wanted.shape != (len(like),):
+        rows = samples.shape[1]
+        wanted = torch.as_tensor(brightness, device=samples.device)
+        if wanted.dim() and wanted.shape != (rows,):
             raise ValueError(
-                f"brightness must be a number or have the shape {(len(like),)}, one for each dark"
+                f"brightness must be a number or have the shape {(rows,)}, one for each dark"
                 f" image; got {tuple(wanted.shape)}"
             )
         return rescale_brightness(samples, wanted.expand(samples.shape[:2]))
 
     @classmethod
     def published(
-        cls,
-        *,
-        small: bool = False,
-        coupling: Coupling = "robust",
-        **options: Any,
+        cls, *, small: bool = False, coupling: Coupling = "robust", **options: Any
     ) -> Self:
         r"""Returns an untrained model of the published size, with any coupling.
 
         Arguments:
             small: Whether to return LLFlow's small net rather than its large one.
-            coupling: The elementwise map of the couplings.
+            coupling: As that of :class:`LowLightFlow`.
             options: Further arguments of :class:`LowLightFlow`.
 
         Example:
@@ -492,11 +253,7 @@ class LowLightFlow(Pretrained, nn.Module):
 
     @classmethod
     def from_llflow(
-        cls,
-        source: Source,
-        *,
-        stacked: Sequence[int] | None = None,
-        coupling: Elementwise | None = None,
+        cls, source: Source, *, stacked: Stacked = None, coupling: Elementwise | None = None
     ) -> Self:
         r"""Returns LLFlow's model with the weights of one of its checkpoints, for evaluation.
 
@@ -504,78 +261,44 @@ class LowLightFlow(Pretrained, nn.Module):
         told by the attribute `import_report`.
 
         Arguments:
-            source: The path of the checkpoint, or the state dict: raw or nested, with or without
-                ``module.`` before its names.
-            stacked: The blocks whose outputs the encoder stacks, which no shape tells. If
-                :py:`None`, those of the published configurations: 1, or 1, 3, 5 and 7.
-            coupling: The elementwise map, if it is not the one that the names tell.
+            source: The checkpoint, a path or a state dict; see
+                :func:`flowguard.models.checkpoints.read_state`.
+            stacked: Which blocks the encoder stacks, for no shape tells. If :py:`None`, as
+                published: 1, or 1, 3, 5 and 7.
+            coupling: The map of the couplings, if the names tell a wrong one.
 
         Raises:
-            CheckpointError: If it is no such checkpoint: if keys are missing, unexpected, or of
-                another shape, with their names. It is a :class:`ValueError`.
+            CheckpointError: If its keys are not those of LLFlow, with the names of those that are
+                missing, unexpected, or of another shape. It is a :class:`ValueError`.
         """
-        state, label = read_state(source)
-        layout = read_flow_layout(state, label)
-        if layout.noise_channels or "RRDB.conv_second.weight" not in state:
-            raise CheckpointError(
-                f"{label} is a checkpoint of a super-resolution flow, or lacks the key"
+        checkpoint = Checkpoint(source)
+        layout = checkpoint.layout
+        if layout.noise_channels or "RRDB.conv_second.weight" not in checkpoint:
+            raise checkpoint.refused(
+                "is a checkpoint of a super-resolution flow, or lacks the key"
                 " RRDB.conv_second.weight of LLFlow's encoder: for the former see"
                 " SuperResolutionFlow.from_srflow and from_robustnf"
             )
-        flow = layout.options
-        if flow.pop("splits"):
-            raise CheckpointError(f"{label} has splits; those of LLFlow have none")
-        encoder = _encoder_options(state, label, layout.context_channels)
-        encoder |= {} if stacked is None else {"stacked": tuple(stacked)}
-        made = {**flow, "coupling": layout.map if coupling is None else coupling}
+        made = {**layout.options, "coupling": layout.map if coupling is None else coupling}
+        if made.pop("splits"):
+            raise checkpoint.refused("has splits; those of LLFlow have none")
+        trunk = checkpoint.trunk(stacked)
+        count = layout.context_channels // trunk["features"] - 1
+        trunk.setdefault("stacked", tuple(2 * i + 1 for i in range(count)))
         transitions = made.pop("transition_steps")
         if transitions != 2:
-            raise CheckpointError(
-                f"{label} must have 2 steps without coupling at each level; it has {transitions}"
+            raise checkpoint.refused(
+                f"must have 2 steps without coupling at each level; it has {transitions}"
             )
-        # Drawing the weights that are overwritten must not disturb the caller's random numbers.
-        with torch.random.fork_rng(devices=[]):
-            model = cls(**made, encoder=LowLightEncoder(**encoder, levels=made["levels"]))
-        model.to(dtype_of(state, label))
-        plan = plan_module(model.encoder, "conditioner.encoder.", "RRDB.")
-        plan |= plan_flow(model.flow, layout)
-        unread = (*DEAD_ENCODER, f"downconv{made['levels']}")
-        model.import_report = load(
-            model,
-            plan,
-            state,
-            label=label,
-            dead=(*DEAD, *(f"RRDB.{n}.{leaf}" for n in unread for leaf in ("weight", "bias"))),
-            inferred={**made, "encoder": encoder},
+        levels = layout.options["levels"]
+        unread = (*DEAD_ENCODER, f"downconv{levels}")
+        return cls.imported(
+            lambda: cls(**made, encoder=LowLightEncoder(**trunk, levels=levels)),
+            checkpoint,
+            [f"RRDB.{name}.{leaf}" for name in unread for leaf in ("weight", "bias")],
+            {**made, "encoder": trunk},
         )
-        return model.eval()
 
 
-def _whole(low: Tensor | LowLightCondition) -> Tensor:
-    if isinstance(low, LowLightCondition):
-        raise TypeError(
-            "tiles are there so that the condition is never held as a whole: give the dark images,"
-            " not what condition() made of them"
-        )
-    return _images(low)
-
-
-def _images(low: Tensor) -> Tensor:
-    if not isinstance(low, Tensor):
-        raise TypeError(
-            "low must be a tensor of dark images, or what condition() made of them;"
-            f" got {type(low).__name__}"
-        )
-    return low
-
-
-def _encoder_options(state: State, label: str, context_channels: int) -> dict[str, Any]:
-    """Infers the encoder from the shapes of its tensors."""
-    features = kernel_of(state, "RRDB.conv_first.weight", label)[0]
-    count = context_channels // features - 1
-    return {
-        "features": features,
-        "growth": kernel_of(state, "RRDB.RRDB_trunk.0.RDB1.conv1.weight", label)[0],
-        "blocks": count_blocks(state, "RRDB.RRDB_trunk."),
-        "stacked": tuple(2 * i + 1 for i in range(count)),
-    }
+def _mean(condition: ImageCondition) -> Tensor:
+    return cast(Tensor, condition.mean)

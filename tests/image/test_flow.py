@@ -1,6 +1,8 @@
 r"""Laws of the image layers and of the multiscale flow."""
 
+import copy
 import io
+import pickle
 from functools import partial
 
 import pytest
@@ -502,3 +504,225 @@ def test_a_callable_stands_for_the_map_that_it_makes():
     assert layer.map == Robust(bound=2.0)
     with pytest.raises(TypeError, match="callable that makes one; got int"):
         elementwise(lambda: 3)
+
+
+# -- conditions know whose they are -----------------------------------------------------------
+
+
+def a_condition(**options):
+    torch.manual_seed(0)
+    flow = ConditionalMultiscaleFlow(3, 5, levels=2, steps=2, hidden=4, **options).eval()
+    with torch.no_grad():
+        condition = flow.condition([torch.randn(1, 5, 4, 4), torch.randn(1, 5, 2, 2)])
+    return flow, condition
+
+
+def use(flow, condition):
+    z = [torch.zeros(1, 6, 4, 4), torch.zeros(1, 24, 2, 2)]
+    with torch.no_grad():
+        x, _ = flow.inverse([t.to(condition.features[0].dtype) for t in z], condition)
+        flow(x, condition)
+    return x
+
+
+def a_step(flow, optimizer=torch.optim.Adam):
+    for p in flow.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer(flow.parameters(), lr=0.1).step()
+
+
+def other_weights(flow):
+    torch.manual_seed(1)
+    return ConditionalMultiscaleFlow(3, 5, levels=2, steps=2, hidden=4).state_dict()
+
+
+@torch.no_grad()
+def swap_data(flow):
+    for _ in range(2):  # what comes second may lie where the first was
+        for p in flow.parameters():
+            p.data = p.data.clone().mul_(2)
+
+
+@torch.no_grad()
+def swap_layer(flow):
+    flow.steps[0][1].coupling.rest[1] = torch.nn.Conv2d(4, 4, 1)
+
+
+@torch.no_grad()
+def add_units(flow):
+    flow.steps[0][1].coupling.add_module("injector_units", torch.nn.Identity())
+
+
+@torch.inference_mode()
+def change_in_inference_mode(flow):
+    flow.steps[1][0].mix.weight.mul_(2)
+
+
+CHANGES = {
+    "a step of training": a_step,
+    "a step of SGD": lambda flow: a_step(flow, torch.optim.SGD),
+    "one parameter": lambda flow: torch.nn.init.ones_(flow.steps[1][0].coupling.rest[3].logs),
+    "a transition": lambda flow: torch.nn.init.ones_(flow.transitions[1][0].actnorm.logs),
+    "other weights": lambda flow: flow.load_state_dict(other_weights(flow), strict=False),
+    "other tensors": lambda flow: flow.load_state_dict(
+        {**flow.state_dict(), **other_weights(flow)}, strict=True, assign=True
+    ),
+    "other data": swap_data,
+    "another dtype": lambda flow: flow.double(),
+    "to and fro": lambda flow: flow.half().float(),
+    "another layer": swap_layer,
+    "another map": add_units,
+    "in inference mode": change_in_inference_mode,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_condition_is_refused_once_the_weights_change(change):
+    flow, condition = a_condition(transition_steps=1)
+    use(flow, condition)
+    use(flow, condition)
+    change(flow)
+    with pytest.raises(
+        ValueError, match=r"weights that it was made with; got .*condition\(\.\.\."
+    ):
+        use(flow, condition)
+
+
+OTHERS = {
+    "another flow": lambda flow: ConditionalMultiscaleFlow(3, 5, levels=2, steps=2, hidden=4),
+    "a copy": copy.deepcopy,
+    "a shallow copy": copy.copy,
+    "a pickle": lambda flow: pickle.loads(pickle.dumps(flow)),
+    "a replica": lambda flow: flow._replicate_for_data_parallel(),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
+def test_a_condition_is_refused_by_others(other):
+    flow, condition = a_condition()
+    with pytest.raises(ValueError, match="that made it; got one of another"):
+        use(other(flow).eval(), condition)
+    use(flow, condition)
+
+
+def test_a_condition_is_copied_with_its_origin_and_pickled_without():
+    flow, condition = a_condition()
+    use(flow, copy.deepcopy(condition))
+    copies = copy.deepcopy([flow, condition])
+    with pytest.raises(ValueError, match="that made it; got one of another"):
+        use(*copies)
+    again = pickle.loads(pickle.dumps(condition))
+    with pytest.raises(ValueError, match="that made it; got one of another"):
+        use(flow, again)
+
+
+def test_what_does_not_go_into_a_condition_may_change():
+    flow, condition = a_condition()
+    torch.nn.init.ones_(flow.splits[0].net.logs)  # asked each time
+    use(flow, condition)
+    flow.train()
+    flow.requires_grad_(False)
+    for p in flow.parameters():
+        p.grad = torch.ones_like(p)
+    use(flow.eval(), condition)
+
+
+def test_a_condition_with_gradients_serves_until_the_step_of_training():
+    flow, _ = a_condition()
+    flow.train()
+    optimizer = torch.optim.Adam(flow.parameters())
+    condition = flow.condition([torch.randn(2, 5, 4, 4), torch.randn(2, 5, 2, 2)])
+    x = torch.randn(2, 3, 8, 8)
+    # The first batch initialises normalisations, which do not go into it.
+    (-flow.log_prob(x, condition).sum() - flow.log_prob(x, condition).sum()).backward()
+    assert flow.steps[0][0].coupling.injector[0].weight.grad is not None
+    optimizer.step()
+    with pytest.raises(ValueError, match="got one from before they changed"):
+        flow.log_prob(x, condition)
+
+
+def test_a_condition_knows_of_normalisations_that_the_first_batch_initialises():
+    flow = ConditionalMultiscaleFlow(3, 5, levels=1, steps=1, hidden=4, normed=True)
+    condition = flow.condition([torch.randn(2, 5, 4, 4)])
+    x = torch.randn(2, 3, 8, 8)
+    flow(x, condition)
+    with pytest.raises(ValueError, match="got one from before they changed"):
+        flow(x, condition)
+
+
+@torch.no_grad()
+def test_the_first_batch_initialises_without_gradients_too():
+    flow = ConditionalMultiscaleFlow(3, 5, levels=1, steps=1, hidden=4)
+    z, _ = flow(3 + 5 * torch.randn(4, 3, 8, 8), [torch.randn(4, 5, 4, 4)])
+    assert bool(flow.steps[0][0].actnorm.initialized)
+    assert abs(z[0].std() - 1) < 0.1
+
+
+@torch.inference_mode()
+def test_conditions_work_in_inference_mode():
+    flow, condition = a_condition()  # of tensors that count no versions
+    assert flow.steps[0][0].mix.weight.is_inference()
+    x = use(flow, condition)
+    assert torch.equal(use(flow, condition), x)
+    flow.steps[0][0].mix.weight.mul_(2)
+    with pytest.raises(ValueError, match="got one from before they changed"):
+        use(flow, condition)
+
+
+def test_conditions_of_ordinary_weights_work_in_inference_mode():
+    flow, condition = a_condition()
+    with torch.inference_mode():
+        x = use(flow, condition)
+        made = flow.condition([c.clone() for c in condition.features])
+        assert torch.equal(use(flow, made), x)
+    assert torch.equal(use(flow, made), x)
+
+
+def test_conditions_work_under_autocast():
+    flow, _ = a_condition()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        condition = flow.condition([torch.randn(1, 5, 4, 4), torch.randn(1, 5, 2, 2)])
+        inside = use(flow, condition)
+    assert (use(flow, condition) - inside).abs().max() < 0.1
+
+
+def test_replicas_make_conditions_of_their_own():
+    flow, condition = a_condition()
+    replica = flow._replicate_for_data_parallel()
+    with torch.no_grad():
+        own = replica.condition(condition.features)
+    assert torch.equal(use(replica, own), use(flow, condition))
+
+
+class Density(torch.nn.Module):
+    r"""A density that makes its condition itself."""
+
+    def __init__(self, flow):
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, x, context):
+        return self.flow.log_prob(x, self.flow.condition(context)).sum()
+
+
+def test_transforms_of_functions_make_conditions():
+    density = Density(a_condition()[0])
+    inputs = torch.randn(1, 3, 8, 8), [torch.randn(1, 5, 4, 4), torch.randn(1, 5, 2, 2)]
+    weights = {n: p.detach() for n, p in density.named_parameters()}
+    gradients = torch.func.grad(torch.func.functional_call, argnums=1)(density, weights, inputs)
+    assert all(torch.isfinite(g).all() for g in gradients.values())
+
+
+def test_compiled_code_takes_conditions_and_does_not_ask():
+    flow, condition = a_condition()
+    torch._dynamo.reset()
+    encode = torch.compile(flow.forward, fullgraph=True, backend="eager")
+    x = torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        z, _ = encode(x, condition)
+        expected, _ = flow(x, condition)
+        condition_of = torch.compile(flow.condition, backend="eager")
+        made = condition_of(condition.features)
+    torch.testing.assert_close(z, expected)
+    with pytest.raises(ValueError, match="that made it; got one of another"):
+        use(flow, made)  # nobody knows of which weights

@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 
-from flowguard.image.tiling import tile_size, tiled_forward, tiled_inverse, tiles
+from flowguard.image.tiling import bar, tile_size, tiled_forward, tiled_inverse, tiles
 from flowguard.models import RRDBEncoder, SuperResolutionFlow
-from flowguard.models.base import bar
 
 COUPLINGS = ("affine", "reparametrized", "robust", "bspline")
 

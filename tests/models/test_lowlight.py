@@ -10,11 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 import flowguard
-from flowguard.models import LowLightEncoder, LowLightFlow
+from flowguard.models import LowLightEncoder, LowLightFlow, SuperResolutionFlow
 from flowguard.models.checkpoints import CheckpointError
 from flowguard.models.encoders.lowlight import color_map, low_light_input
 from flowguard.models.lowlight import rescale_brightness
-from flowguard.models.superres import ImageCondition
 
 SHARED = Path(__file__).parents[3] / "shared" / "golden"
 
@@ -453,6 +452,7 @@ def test_a_model_in_half_precision_takes_light_of_any_strength():
     assert bool(low_light_input(low).isfinite().all())
 
 
+SUPERRES = SuperResolutionFlow(scale=2, levels=1, steps=1, hidden=4, features=4)
 MISTAKES = {
     "levels": (
         lambda: LowLightFlow(levels=2, encoder=LowLightEncoder(8, 4, 1, ())),
@@ -482,9 +482,9 @@ MISTAKES = {
     "a name": (lambda: small().sample("x"), TypeError, "low must be a tensor of dark images"),
     "no images": (lambda: small().sample(None), TypeError, "low must be a tensor of dark images"),
     "the condition of super-resolution": (
-        lambda: small().sample(ImageCondition(torch.zeros(1, 3, 8, 8), None, [])),
-        TypeError,
-        "what condition.. made of them; got ImageCondition",
+        lambda: small().sample(SUPERRES.condition(torch.rand(1, 3, 8, 8))),
+        ValueError,
+        "serves the LowLightFlow that made it; got one of another",
     ),
     "no bright images": (
         lambda: small().nll(None, torch.rand(1, 3, 8, 8)),

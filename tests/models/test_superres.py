@@ -244,7 +244,7 @@ ERRORS = {
     "another coupling": (
         lambda: small(coupling="affine").sample(MODEL.condition(LR)),
         ValueError,
-        "the condition was made by another coupling: it holds 96 parameters",
+        "that made it; got one of another",
     ),
     "no hidden channels": (lambda: small(hidden=0), ValueError, "must be positive; got 0 and 8"),
     "no features": (lambda: small(features=0), ValueError, "features must be positive; got 0"),

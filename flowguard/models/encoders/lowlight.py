@@ -15,8 +15,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowguard.models._padding import pad_to_multiple
-from flowguard.models.encoders.rrdb import ResidualDenseTrunk, _conv, _leaky, stack_maps
+from flowguard.models.base import pad_to_multiple
+from flowguard.models.encoders.rrdb import ResidualDenseTrunk, conv3x3, leaky, stack_maps
 from flowguard.models.store import Recorded
 
 #: The least brightness, which keeps the logarithm of black finite, and the greatest.
@@ -171,12 +171,12 @@ class LowLightEncoder(Recorded, nn.Module):
         self.features = features
         self.channels = features * (1 + len(stacked))
         self.levels = levels
-        self.conv_first = _conv(12, features)
-        self.conv_second = _conv(features, features)
+        self.conv_first = conv3x3(12, features)
+        self.conv_second = conv3x3(features, features)
         self.RRDB_trunk = ResidualDenseTrunk(features, growth, blocks=blocks, stacked=stacked)
-        self.trunk_conv = _conv(features, features)
+        self.trunk_conv = conv3x3(features, features)
         for i in range(1, levels):
-            self.add_module(f"downconv{i}", _conv(features, features))
+            self.add_module(f"downconv{i}", conv3x3(features, features))
         self.fine_tune_color_map = nn.Sequential(nn.Conv2d(features, 3, 1), nn.Sigmoid())
 
     def extra_repr(self) -> str:
@@ -187,31 +187,39 @@ class LowLightEncoder(Recorded, nn.Module):
         r"""What the size of a condition is padded to a multiple of."""
         return 2**self.levels
 
-    def prepare(self, y: Tensor) -> Tensor:
-        r"""Returns the input of the whole condition; see :func:`low_light_input`.
+    def check(self, y: Tensor) -> None:
+        r"""Refuses a condition that is neither dark images nor what :meth:`prepare` made of them.
 
         Arguments:
-            y: Dark images, or what this method made of them, which is returned as it is.
+            y: The condition.
         """
         if y.dim() != 4 or y.shape[1] not in (3, 6) or 0 in y.shape[-2:]:
             raise ValueError(
                 "the condition must have shape (B, 3, H, W), or (B, 6, H, W) if it is prepared,"
                 f" with H and W at least 1; got {tuple(y.shape)}"
             )
+
+    def prepare(self, y: Tensor) -> Tensor:
+        r"""Returns the input of the whole condition; see :func:`low_light_input`.
+
+        Arguments:
+            y: Dark images, or what this method made of them, which is returned as it is.
+        """
+        self.check(y)
         return low_light_input(y) if y.shape[1] == 3 else y
 
     def forward(self, y: Tensor) -> list[Tensor]:
         y = pad_to_multiple(self.prepare(y), self.multiple)
         shares = color_map(torch.exp(y[:, :3]))
         x = self.conv_first(torch.cat((y, shares, noise_map(shares)), dim=1))
-        head = F.max_pool2d(self.conv_second(_leaky(x)), 2)
+        head = F.max_pool2d(self.conv_second(leaky(x)), 2)
         last, stack = self.RRDB_trunk(head)
         maps = [head + self.trunk_conv(last)]
         for i in range(1, self.levels):
             halved = F.interpolate(maps[-1], scale_factor=0.5, mode="bilinear")
             below = getattr(self, f"downconv{i}")(halved)
             # The published network activates all maps but the first and the last.
-            maps.append(_leaky(below) if i < self.levels - 1 else below)
+            maps.append(leaky(below) if i < self.levels - 1 else below)
         return [stack_maps(m, stack) for m in maps]
 
     def color_map(self, maps: Sequence[Tensor]) -> Tensor:

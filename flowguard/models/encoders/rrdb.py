@@ -1,6 +1,6 @@
 r"""The residual-in-residual dense encoder of the published super-resolution flows."""
 
-__all__ = ["RRDBEncoder", "ResidualDenseTrunk", "stack_maps"]
+__all__ = ["RRDBEncoder", "ResidualDenseTrunk", "conv3x3", "leaky", "stack_maps"]
 
 from collections.abc import Callable, Sequence
 from typing import Self
@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowguard.models._padding import pad_to_multiple
+from flowguard.models.base import pad_to_multiple
 from flowguard.models.checkpoints import (
     CheckpointError,
     ImportReport,
@@ -23,11 +23,13 @@ from flowguard.models.checkpoints import (
 from flowguard.models.store import Recorded
 
 
-def _conv(in_channels: int, out_channels: int) -> nn.Conv2d:
+def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
+    r"""Returns a 3×3 convolution that keeps the size."""
     return nn.Conv2d(in_channels, out_channels, 3, padding=1)
 
 
-def _leaky(x: Tensor) -> Tensor:
+def leaky(x: Tensor) -> Tensor:
+    r"""Applies the activation of these encoders."""
     return F.leaky_relu(x, 0.2)
 
 
@@ -44,16 +46,16 @@ class DenseBlock(nn.Module):
 
     def __init__(self, features: int, growth: int) -> None:
         super().__init__()
-        self.conv1 = _conv(features, growth)
-        self.conv2 = _conv(features + growth, growth)
-        self.conv3 = _conv(features + 2 * growth, growth)
-        self.conv4 = _conv(features + 3 * growth, growth)
-        self.conv5 = _conv(features + 4 * growth, features)
+        self.conv1 = conv3x3(features, growth)
+        self.conv2 = conv3x3(features + growth, growth)
+        self.conv3 = conv3x3(features + 2 * growth, growth)
+        self.conv4 = conv3x3(features + 3 * growth, growth)
+        self.conv5 = conv3x3(features + 4 * growth, features)
 
     def forward(self, x: Tensor) -> Tensor:
         seen = x
         for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
-            seen = torch.cat((seen, _leaky(conv(seen))), dim=1)
+            seen = torch.cat((seen, leaky(conv(seen))), dim=1)
         return torch.add(x, self.conv5(seen), alpha=0.2)
 
 
@@ -193,15 +195,15 @@ class RRDBEncoder(Recorded, nn.Module):
         self.scale = scale
         self.levels = levels
         doublings = scale.bit_length() - 1
-        self.conv_first = _conv(in_channels, features)
+        self.conv_first = conv3x3(in_channels, features)
         self.RRDB_trunk = ResidualDenseTrunk(features, growth, blocks=blocks, stacked=stacked)
-        self.trunk_conv = _conv(features, features)
+        self.trunk_conv = conv3x3(features, features)
         # The last doubling reaches the size of the image, which is no level's: it is the head's.
         for i in range(1, doublings + 1 if head else doublings):
-            self.add_module(f"upconv{i}", _conv(features, features))
+            self.add_module(f"upconv{i}", conv3x3(features, features))
         if head:
-            self.HRconv = _conv(features, features)
-            self.conv_last = _conv(features, in_channels)
+            self.HRconv = conv3x3(features, features)
+            self.conv_last = conv3x3(features, in_channels)
         self.head = head
 
     def extra_repr(self) -> str:
@@ -229,7 +231,7 @@ class RRDBEncoder(Recorded, nn.Module):
 
     def _double(self, x: Tensor, i: int) -> Tensor:
         conv: Callable[[Tensor], Tensor] = getattr(self, f"upconv{i}")
-        return _leaky(conv(F.interpolate(x, scale_factor=2.0)))
+        return leaky(conv(F.interpolate(x, scale_factor=2.0)))
 
     def forward(self, y: Tensor) -> list[Tensor]:
         self._check(y)
@@ -263,7 +265,7 @@ class RRDBEncoder(Recorded, nn.Module):
         x, _ = self._trunk(y)
         for i in range(1, self.scale.bit_length()):
             x = self._double(x, i)
-        image: Tensor = self.conv_last(_leaky(self.HRconv(x)))
+        image: Tensor = self.conv_last(leaky(self.HRconv(x)))
         return image
 
     @classmethod

@@ -1,0 +1,240 @@
+r"""What image models share: their conditions, their words, and what a further one needs."""
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import torch
+
+from flowguard.bounds import certify
+from flowguard.image import ConditionalMultiscaleFlow
+from flowguard.models import (
+    ImageModel,
+    LowLightEncoder,
+    LowLightFlow,
+    PyramidEncoder,
+    SuperResolutionFlow,
+    base,
+)
+
+
+class Denoiser(ImageModel):
+    r"""A third model: its encoder and its base."""
+
+    words = (("clean", "clean images"), ("noisy", "noisy images"))
+
+    def __init__(self, levels=2):
+        encoder = PyramidEncoder(6, scale=1, levels=levels)
+        super().__init__(encoder, ConditionalMultiscaleFlow(3, 6, levels=levels, steps=1))
+
+    def base_of(self, padded):
+        return padded
+
+
+def superres(**options):
+    return SuperResolutionFlow(scale=2, levels=2, steps=1, hidden=6, features=6, **options)
+
+
+def low_light():
+    encoder = LowLightEncoder(8, growth=4, blocks=1, stacked=(0,), levels=2)
+    return LowLightFlow(levels=2, steps=1, hidden=6, encoder=encoder)
+
+
+MODELS = {"superres": superres, "low light": low_light, "denoiser": Denoiser}
+
+
+@pytest.fixture(params=MODELS.values(), ids=MODELS)
+def model(request):
+    torch.manual_seed(0)
+    made = request.param().eval()
+    with torch.no_grad():
+        for p in made.flow.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    return made
+
+
+def pair(model, height=9, width=6):
+    scale = model.scale
+    y = torch.rand(2, 3, height, width)
+    return torch.rand(2, 3, scale * height, scale * width), y
+
+
+# -- conditions know whose they are -----------------------------------------------------------
+
+
+@torch.no_grad()
+def use(model, x, condition):
+    z, _ = model.encode(x, condition)
+    model.nll(x, condition)
+    model.sample(condition, 2, 0.5)
+    return model.decode(z, condition)
+
+
+def train_once(model, x, y):
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    model.nll(x, y).mean().backward()
+    optimizer.step()
+
+
+CHANGES = {
+    "a step of training": train_once,
+    "the encoder alone": lambda model, x, y: torch.nn.init.zeros_(
+        next(model.conditioner.encoder.parameters())
+    ),
+    "the flow alone": lambda model, x, y: torch.nn.init.zeros_(
+        model.flow.steps[0][0].coupling.rest[3].logs
+    ),
+    "the same weights once more": lambda model, x, y: model.load_state_dict(model.state_dict()),
+    "to and fro": lambda model, x, y: model.double().float(),
+    "another encoder": lambda model, x, y: setattr(
+        model.conditioner, "encoder", copy.deepcopy(model.conditioner.encoder)
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_condition_is_refused_once_the_weights_change(model, change):
+    x, y = pair(model)
+    with torch.no_grad():
+        condition = model.condition(y)
+    use(model, x, condition)
+    change(model, x, y)
+    calls = (
+        lambda: model.encode(x, condition),
+        lambda: model.decode([torch.zeros(2, *s) for s in model.latent_shapes(y)], condition),
+        lambda: model.nll(x, condition),
+        lambda: model.sample(condition),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=r"got one from before they changed.*condition\(\.\."):
+            call()
+
+
+@pytest.mark.parametrize(
+    "other", [copy.deepcopy, copy.copy, lambda m: pickle.loads(pickle.dumps(m))]
+)
+def test_a_condition_is_refused_by_a_copy(model, other):
+    x, y = pair(model)
+    with torch.no_grad():
+        condition = model.condition(y)
+    with pytest.raises(ValueError, match=f"serves the {type(model).__name__} that made it; got"):
+        other(model).decode([torch.zeros(2, *s) for s in model.latent_shapes(y)], condition)
+    use(model, x, condition)
+
+
+def test_a_condition_is_refused_by_another_model(model):
+    _, y = pair(model)
+    for make in MODELS.values():
+        with pytest.raises(ValueError, match="that made it; got one of another"):
+            make().sample(model.condition(y))
+
+
+def test_a_condition_with_gradients_serves_one_step_of_training(model):
+    x, y = pair(model)
+    model.train()
+    model.nll(x, y)  # initialises
+    condition = model.condition(y)
+    model.nll(x, condition).mean().backward()
+    assert all(p.grad is not None for p in model.conditioner.encoder.parameters())
+    torch.optim.Adam(model.parameters()).step()
+    with pytest.raises(ValueError, match="got one from before they changed"):
+        model.nll(x, condition)
+
+
+def test_conditions_work_in_inference_mode_and_under_autocast(model):
+    x, y = pair(model)
+    condition = model.condition(y)
+    with torch.inference_mode():
+        expected = use(model, x, condition)
+        again = use(model, x, model.condition(y))
+    torch.testing.assert_close(again, expected, rtol=0, atol=1e-4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        use(model, x, condition)
+        use(model, x, model.condition(y))
+
+
+@pytest.mark.slow
+def test_compiled_code_takes_conditions(model):
+    _, y = pair(model)
+    with torch.no_grad():
+        condition = model.condition(y)
+        z = [torch.randn(2, *s) for s in model.latent_shapes(y)]
+        torch._dynamo.reset()
+        decode = torch.compile(model.decode, backend="eager")
+        torch.testing.assert_close(decode(z, condition), model.decode(z, condition))
+
+
+# -- padding ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tile", [None, 16])
+def test_an_image_is_padded_once(model, monkeypatch, tile):
+    padded = []
+    pad = base.F.pad
+
+    def heard(x, *args, **kwargs):
+        padded.append(tuple(x.shape))
+        return pad(x, *args, **kwargs)
+
+    _, y = pair(model)
+    monkeypatch.setattr(base.F, "pad", heard)
+    model.sample(y, 2, tile=tile)
+    assert len([shape for shape in padded if shape[-2:] == y.shape[-2:]]) == 1
+
+
+# -- words ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["nll", "encode", "decode", "latent_shapes", "sample"])
+def test_methods_speak_the_words_of_the_model(model, method):
+    (x, _), (y, conditions) = model.words
+    told = inspect.getdoc(getattr(model, method))
+    names = set(inspect.signature(getattr(model, method)).parameters)
+    assert y in names
+    assert (x in names) == (method in ("nll", "encode"))
+    assert names.isdisjoint({"x", "y"})
+    assert f"{y}: The {conditions}" in told
+
+
+def test_words_are_keywords(model):
+    image, given = pair(model)
+    (x, _), (y, _) = model.words
+    named = {x: image, y: given}
+    torch.manual_seed(0)
+    bits = model.nll(**named)
+    torch.manual_seed(0)
+    assert torch.equal(model.nll(image, given), bits)
+    z, _ = model.encode(**named)
+    assert torch.equal(model.decode(z, **{y: given}), model.decode(latents=z, **{y: given}))
+    assert model.latent_shapes(**{y: given}) == model.latent_shapes(given)
+    assert model.sample(**{y: given}, temperature=0.0).shape == (1, *image.shape)
+    assert model.sample(model.condition(**{y: given})).shape == (1, *image.shape)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'picture'"):
+        model.nll(picture=image, **{y: given})
+
+
+# -- a third model ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(9, 6), (8, 8), (1, 1)], ids=str)
+@torch.no_grad()
+def test_a_third_model_is_its_encoder_and_its_base(size):
+    model = Denoiser()
+    x, y = pair(model, *size)
+    assert model.nll(x, y).shape == (2,)  # initialises
+    model.eval()
+    z, _ = model.encode(x, y)
+    torch.testing.assert_close(model.decode(z, y), x, rtol=0, atol=1e-4)
+    torch.testing.assert_close(model.decode(z, y, tile=8), x, rtol=0, atol=1e-4)
+    assert model.sample(y, 3).shape == (3, *x.shape)
+    with pytest.raises(ValueError, match=r"noisy must have shape \(B, 3, H, W\); got"):
+        model.sample(y[:, :1])
+    with pytest.raises(ValueError, match=r"clean must have shape \(2, 3, .* for noisy of shape"):
+        model.nll(x[:1], y)
+    assert certify(model.flow).certified
+
+
+def test_a_third_model_without_a_rule_is_refused():
+    certificate = certify(Denoiser().eval())
+    assert not certificate.certified

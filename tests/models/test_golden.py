@@ -1,0 +1,44 @@
+r"""Folders that were saved long ago load for ever, and give the same pictures."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flowguard import models
+
+SAVED = Path(__file__).parents[1] / "golden" / "saved"
+
+
+@pytest.fixture(params=["robust", "guarded"])
+def saved(request):
+    folder = SAVED / request.param
+    return models.load(folder), load_file(folder / "expected.safetensors")
+
+
+@torch.no_grad()
+def test_saved_models_decode_as_ever(saved):
+    model, expected = saved
+    latents = [expected[name] for name in sorted(n for n in expected if n.startswith("z"))]
+    made = model.decode(latents, expected["condition"])
+    torch.testing.assert_close(made, expected["x"], rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_saved_guards_judge_as_ever(saved):
+    model, expected = saved
+    if "p_values" not in expected:
+        assert not model.conditioner.calibrated
+        return
+    model.decode([expected["z0"]], expected["condition"])
+    report = model.conditioner.report
+    torch.testing.assert_close(
+        report.p_value.float(), expected["p_values"].float(), rtol=0, atol=1e-6
+    )
+
+
+def test_saved_models_say_what_they_were_saved_with(saved):
+    model, _ = saved
+    assert not model.training
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
