@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowguard.image.conditioning import Origin, check_origin, origin_of
+from flowguard.image.conditioning import Origin, origin_of
 from flowguard.image.flow import ConditionalMultiscaleFlow, FlowCondition
 from flowguard.image.tiling import MEMORY, TiledFlow, TileSize
 from flowguard.models.checkpoints import (
@@ -233,7 +233,8 @@ class ImageModel(Pretrained, nn.Module):
                 "tiles are there so that the condition is never held as a whole: give the"
                 f" {self.words[1][1]}, not what condition() made of them"
             )
-        check_origin(y.origin, self)
+        if y.origin is not None:
+            y.origin.check(self)
         return y
 
     # -- checks ----------------------------------------------------------------------------------
