@@ -6,7 +6,6 @@ the whole flow. One convolution with the weights of all steps does their work at
 
 __all__ = [
     "Origin",
-    "check_origin",
     "conditions",
     "convolve",
     "origin_of",
@@ -89,11 +88,13 @@ class Origin:
         r"""Refuses another module, and the same one with other weights.
 
         Arguments:
-            maker: The module that is to use what was made.
+            maker: The module that is to use what was made. Compiled code does not ask.
 
         Raises:
             ValueError: If it did not make it, or its weights have changed since.
         """
+        if torch.compiler.is_compiling():
+            return
         if self._maker is None or self._maker() is not maker:
             raise ValueError(
                 f"a condition serves the {type(maker).__name__} that made it; got one of another,"
@@ -114,20 +115,6 @@ UNKNOWN = Origin(None)
 def origin_of(maker: nn.Module, read: Iterable[nn.Module]) -> Origin:
     r"""Returns what is to be known of a condition's origin; see :class:`Origin`."""
     return UNKNOWN if torch.compiler.is_compiling() else Origin(maker, read)
-
-
-def check_origin(origin: Origin | None, maker: nn.Module) -> None:
-    r"""Refuses what another module made, or the same one with other weights.
-
-    Arguments:
-        origin: What is known of the origin; :py:`None` for what was made a moment ago.
-        maker: The module that is to use what was made. Compiled code does not ask.
-
-    Raises:
-        ValueError: If it did not make it, or its weights have changed since.
-    """
-    if origin is not None and not torch.compiler.is_compiling():
-        origin.check(maker)
 
 
 def conditions(

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from flowguard.image.conditioning import (
     Origin,
-    check_origin,
     conditions,
     origin_of,
     transition_mixes,
@@ -296,7 +295,8 @@ class ConditionalMultiscaleFlow(nn.Module):
             raise TypeError("the context must be a list with one map for each level; got a tensor")
         if not isinstance(context, FlowCondition):
             return self.work_out(context)
-        check_origin(context.origin, self)
+        if context.origin is not None:
+            context.origin.check(self)
         return context
 
     def forward(

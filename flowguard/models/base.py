@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowguard.image.conditioning import Origin, check_origin, origin_of
+from flowguard.image.conditioning import Origin, origin_of
 from flowguard.image.flow import ConditionalMultiscaleFlow, FlowCondition
 from flowguard.image.tiling import MEMORY, TiledFlow, TileSize
 from flowguard.models.checkpoints import (
@@ -31,6 +31,7 @@ from flowguard.numerics import normal_log_prob, repeat_rows
 from flowguard.ood import OODConditioner
 
 BITS = ("dim", "pixel")
+METHODS = ("condition", "nll", "encode", "decode", "latent_shapes", "sample")
 
 #: The most pixels of images that are made at a time: more take more memory, and no less time each.
 TOGETHER = 2**18
@@ -93,11 +94,10 @@ class ImageModel(Pretrained, nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "words" in vars(cls):
-            for name in {"condition", "nll", "encode", "decode", "latent_shapes", "sample"} - {
-                *vars(cls)
-            }:
-                setattr(cls, name, _in_words(getattr(ImageModel, name), cls.words))
+        for name in METHODS if "words" in vars(cls) else ():
+            own, shared = getattr(cls, name), getattr(ImageModel, name)
+            if inspect.unwrap(own) is inspect.unwrap(shared):  # not one that a model made anew
+                setattr(cls, name, _in_words(shared, cls.words))
 
     def __init__(
         self, encoder: nn.Module, flow: ConditionalMultiscaleFlow, quant: int = 256
@@ -233,7 +233,8 @@ class ImageModel(Pretrained, nn.Module):
                 "tiles are there so that the condition is never held as a whole: give the"
                 f" {self.words[1][1]}, not what condition() made of them"
             )
-        check_origin(y.origin, self)
+        if y.origin is not None:
+            y.origin.check(self)
         return y
 
     # -- checks ----------------------------------------------------------------------------------

@@ -214,6 +214,19 @@ def test_words_are_keywords(model):
         model.nll(picture=image, **{y: given})
 
 
+def test_a_model_may_change_the_words_of_another():
+    class Zoom(SuperResolutionFlow):
+        words = (("large", "large images"), ("small", "small images"))
+
+        def latent_shapes(self, small):
+            return super().latent_shapes(small)[:1]
+
+    assert list(inspect.signature(Zoom.nll).parameters)[1:3] == ["large", "small"]
+    assert Zoom.condition is SuperResolutionFlow.condition  # has words of its own
+    model = Zoom(scale=2, levels=1, steps=1, hidden=4, features=4)
+    assert model.latent_shapes(torch.rand(1, 3, 4, 4)) == [(12, 4, 4)]
+
+
 # -- a third model ----------------------------------------------------------------------------
 
 
