@@ -15,13 +15,14 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from flowguard.functional import FAITHFUL
 from flowguard.image.coupling import ConditionalCoupling
 from flowguard.image.flow import ConditionalMultiscaleFlow
 from flowguard.image.maps import Affine, Elementwise, Inscribed, ReparametrizedAffine
 from flowguard.image.split import Split
 from flowguard.migration.imitate import Affine as AffineMap
 from flowguard.migration.imitate import AnyTransform, RescaledSpline
-from flowguard.migration.inscribe import FAITHFUL, InscribedAffine
+from flowguard.migration.inscribe import InscribedAffine
 from flowguard.migration.surgeon import Site, Surgeon, surgeon
 from flowguard.numerics import normal_log_prob
 from flowguard.transforms import Univariate

@@ -6,10 +6,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from flowguard.functional import bounded
+from flowguard.functional import bounded, saturate
 from flowguard.image.coupling import Inner, crop
 from flowguard.image.layers import ZeroConv2d
-from flowguard.migration.inscribe import saturate
 from flowguard.numerics import repeat_rows
 
 

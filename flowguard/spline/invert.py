@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowguard.spline.autograd import least_share
-from flowguard.spline.bin import MIN_DERIVATIVE, mixing
+from flowguard.spline.bin import MIN_DERIVATIVE
 from flowguard.spline.many import ROOM, slope_limits
-from flowguard.spline.two import lean
+from flowguard.spline.options import Options
 
 LEAST = 1e-6  # the least share of a bin that has a finite logit
 LARGEST = 1e20  # what logits are cut at
@@ -35,7 +34,8 @@ def unconstrain(
         The unconstrained widths, heights and derivatives, each with shape :math:`(*, K - 1)`.
     """
     bins = widths.shape[-1]
-    floor, share = least_share(bins), mixing(slope)
+    o = Options(widths.dtype, bound=1.0, slope=slope)  # in shares of any box
+    floor, share = o.least(bins), o.share
     # Without the floor the sizes are w = (u + λ v) / (1 + λ) and h = (v + λ u) / (1 + λ).
     w, h = ((size - floor) / (1 - bins * floor) for size in (widths, heights))
     u, v = _shares((w - share * h) / (1 - share)), _shares((h - share * w) / (1 - share))
@@ -49,9 +49,10 @@ def unconstrain(
     if bins == 2:
         # The slope is H (1 + κ u) / (1 - κ u) with u = tanh(raw / 2), H the harmonic mean.
         ratio = slopes * (s0 + s1) / (2 * s0 * s1)
-        u = (ratio - 1) / (ratio + 1) / lean(slope)
+        u = (ratio - 1) / (ratio + 1) / o.lean
         return raw_w, raw_h, 2 * torch.atanh(u.clamp(MARGIN - 1, 1 - MARGIN))
-    mean, low, high = slope_limits(s0, s1, slope)
+    low = o.low
+    mean, high = slope_limits(s0, s1, low)
     # The slope is (a low + b high) / (a + b) with a = (high - mean) (1 - p), b = (mean - low) p.
     d = torch.minimum(slopes.clamp_min(low * (1 + MARGIN)), high * (1 - MARGIN))
     up, down = (high - mean).clamp_min(ROOM) * (d - low), (mean - low) * (high - d)

@@ -9,16 +9,7 @@ elements, without reductions in it. It makes no more than one loop of some 64 te
 more than once, hence the fewer of these the better.
 """
 
-__all__ = [
-    "CUT",
-    "ROOM",
-    "TOP",
-    "evaluate",
-    "is_strided",
-    "pull_back",
-    "slope_limits",
-    "softmax_scale",
-]
+__all__ = ["CUT", "ROOM", "TOP", "evaluate", "pull_back", "slope_limits"]
 
 import math
 from collections.abc import Callable, Sequence
@@ -29,13 +20,15 @@ import torch
 from torch import Tensor
 
 from flowguard.spline import bin as rq
+from flowguard.spline.bin import Cell, Pair, Params
+from flowguard.spline.options import Options
 
 CUT = 60.0  # of logits, as exp(CUT) is finite; and of raw slopes, whose maps are constant beyond
 TOP = math.exp(CUT) * (1 - 1e-5)  # what is above was cut
 ROOM = 1e-3  # the least room above the mean of two secants for the slope at their knot
+FEW = 7  # rows of parameters that the compiler reads from strided memory; more it copies first
 
 Rows = Sequence[Tensor]  # of bins or knots, from left to right
-Pair = tuple[Tensor, Tensor]
 
 
 class Softmax(NamedTuple):
@@ -59,27 +52,27 @@ class Bin(NamedTuple):
     raw: Pair  # the raw slopes at the left and at the right knot
 
 
-def softmax_scale(
-    bins: int, bound: float, slope: float | None, least: float
-) -> tuple[float, float]:
-    r"""What the softmax is multiplied by, and then raised by."""
-    total = 2 * bound / (1 + rq.mixing(slope))
-    return total * (1 - bins * least), total * least
-
-
 def _once(made: Tensor) -> Tensor:
     r"""Lets the compiler work out once what is used often, as a view wants memory to look at."""
     return made.as_strided(made.shape, made.stride()) if torch.compiler.is_compiling() else made
 
 
-def is_strided(x: Tensor) -> bool:
+def _is_strided(x: Tensor) -> bool:
     r"""Whether the compiler would see strided loads."""
     return torch.compiler.is_compiling() and x.dim() > 0 and x.stride(-1) != 1
 
 
+def _rows(params: Sequence[Tensor]) -> list[Rows]:
+    r"""The rows of widths, of heights and of derivatives."""
+    if _is_strided(params[0]) and len(params[0]) > FEW:
+        params = torch.cat([*params]).chunk(3)
+    # Of `unbind` all would be kept for the backward, rather than worked out anew.
+    return [[p[k] for k in range(len(p))] for p in params]
+
+
 def _loaded_once(made: Tensor, source: Tensor) -> Tensor:
     # Of a loop with many strided loads the compiler makes no vectors.
-    return _once(made) if is_strided(source) else made
+    return _once(made) if _is_strided(source) else made
 
 
 def _exp(x: Tensor) -> Tensor:
@@ -147,16 +140,14 @@ def _locate(
     )
 
 
-def slope_limits(s0: Tensor, s1: Tensor, slope: float) -> tuple[Tensor, float, Tensor]:
-    r"""The slope for a raw zero at the knot between two secants, the least and the largest."""
-    low = 1.001 * slope
+def slope_limits(s0: Tensor, s1: Tensor, low: float) -> Pair:
+    r"""The slope for a raw zero at the knot between two secants, and the largest one, where the
+    least one is `low`."""
     least = torch.minimum(s0, s1)
-    return (s0 * s1).sqrt(), low, (least * least * (0.5 / low)).clamp(max=1 / low)
+    return (s0 * s1).sqrt(), (least * least * (0.5 / low)).clamp(max=1 / low)
 
 
-def _inner_slope(
-    raw: Tensor, s0: Tensor, s1: Tensor, slope: float | None
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _inner_slope(raw: Tensor, s0: Tensor, s1: Tensor, o: Options) -> tuple[Tensor, Rows]:
     r"""The slope at the knot between two bins with secants `s0` and `s1`.
 
     It is :math:`g e^{raw}`, with :math:`g` the geometric mean of the two secants, saturating
@@ -164,10 +155,11 @@ def _inner_slope(
     of :math:`e^{raw}`. Without a least slope, it is that of the published parameterisation. What
     the slope is made of is returned for its pullback.
     """
-    if slope is None:
+    if o.slope is None:
         parts = rq.published_slope(raw)
         return parts[0], parts
-    mean, low, high = slope_limits(s0, s1, slope)
+    low = o.low
+    mean, high = slope_limits(s0, s1, low)
     decay = _exp(-raw.clamp(-CUT, CUT))
     # Of two terms one is always away from zero, as there is always some room.
     up, room = mean - low, high - mean
@@ -178,19 +170,14 @@ def _inner_slope(
 
 
 def _slope_pullback(
-    grad: Tensor,
-    raw: Tensor,
-    s0: Tensor,
-    s1: Tensor,
-    slope: float | None,
-    parts: tuple[Tensor, ...],
+    grad: Tensor, raw: Tensor, s0: Tensor, s1: Tensor, parts: Rows, o: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""The gradients to `raw` and to the logarithms of the secants."""
-    if slope is None:
+    if o.slope is None:
         none = torch.zeros_like(grad)
         d, share = parts
         return rq.published_slope_pullback(grad * d, raw, share), none, none
-    low = 1.001 * slope
+    low = o.low
     decay, ratio, inv, mean, high = parts
     # The slope is low + span ratio with ratio = up / R and R = up + room e, e = exp(-raw), where the
     # room that is left, high - mean, may be less than what is taken for it. If it is not,
@@ -207,34 +194,24 @@ def _slope_pullback(
 
 
 class State(NamedTuple):
-    r"""The bin of each element, its size and the slopes at its ends; with what these come from."""
+    r"""The bin of each element; with what it comes from."""
 
     u: Softmax
     v: Softmax
     bin: Bin
-    x0: Tensor
-    y0: Tensor
-    w: tuple[Tensor, ...]  # of the bin, of its left and of its right neighbour
-    h: tuple[Tensor, ...]
-    s: tuple[Tensor, ...]
-    d: Pair
-    ends: tuple[tuple[Tensor, ...], ...]  # what the pullbacks of the slopes need
+    cell: Cell
+    w: Rows  # of the bin, of its left and of its right neighbour
+    h: Rows
+    s: Rows
+    ends: tuple[Rows, Rows]  # what the pullbacks of the slopes need
 
 
-def _prepare(
-    x: Tensor,
-    widths: Rows,
-    heights: Rows,
-    derivatives: Rows,
-    bound: float,
-    slope: float | None,
-    least: float,
-    vertical: bool,
-) -> State:
-    if is_strided(derivatives[0]):
+def _prepare(x: Tensor, rows: Sequence[Rows], o: Options, vertical: bool) -> State:
+    widths, heights, derivatives = rows
+    if _is_strided(derivatives[0]):
         derivatives = [_once(d.clone()) for d in derivatives]
-    bins, share = len(widths) + 1, rq.mixing(slope)
-    scale, floor = softmax_scale(bins, bound, slope, least)
+    bins, share, bound = len(widths) + 1, o.share, o.bound
+    scale, floor = o.softmax(bins)
     floor *= 1 + share
     u, v = _softmax(widths, scale, share), _softmax(heights, scale, share)
     found = _locate(x, u, v, derivatives, bound, floor, vertical)
@@ -242,71 +219,50 @@ def _prepare(
     near = (found.own, found.left, found.right)
     w, h = zip(*(_sizes(u, v, of, floor) for of in near), strict=True)
     s, s0, s1 = secants = tuple(_once(q / p) for p, q in zip(w, h, strict=True))
-    d0, left = _inner_slope(found.raw[0], s0, s, slope)
-    d1, right = _inner_slope(found.raw[1], s, s1, slope)
+    d0, left = _inner_slope(found.raw[0], s0, s, o)
+    d1, right = _inner_slope(found.raw[1], s, s1, o)
     # The slope is one at both ends of the box.
     d0 = torch.where(found.number >= 1, d0, 1.0)
     d1 = torch.where(found.number >= bins - 1, 1.0, d1)
-    return State(u, v, found, x0, y0, w, h, secants, (d0, d1), (left, right))
+    return State(u, v, found, Cell(x0, y0, w[0], h[0], d0, d1), w, h, secants, (left, right))
 
 
 def _within(z: Tensor, size: Tensor) -> Tensor:
     return torch.minimum(z, size).clamp(min=0.0)
 
 
-def evaluate(
-    v: Tensor,
-    widths: Rows,
-    heights: Rows,
-    derivatives: Rows,
-    bound: float,
-    slope: float | None,
-    least: float,
-    inverse: bool,
-) -> tuple[Tensor, Tensor]:
+def evaluate(v: Tensor, params: Params, o: Options) -> Pair:
     r"""The spline or its inverse, and the logarithm of its slope."""
-    inside = v.clamp(-bound, bound)
-    at = _prepare(inside, widths, heights, derivatives, bound, slope, least, inverse)
-    w, h, s = at.w[0], at.h[0], at.s[0]
-    if inverse:
-        start, end, z = at.y0, at.x0, _within(inside - at.y0, h)
-        rise, steep = rq.solve(z, w, h, *at.d)
+    inside = v.clamp(-o.bound, o.bound)
+    at = _prepare(inside, _rows(params), o, o.inverse)
+    cell = at.cell
+    if o.inverse:
+        start, z = cell.y, _within(inside - cell.y, cell.h)
+        value, steep = rq.solve(z, cell)
     else:
-        start, end, z = at.x0, at.y0, _within(inside - at.x0, w)
-        rise, steep = rq.evaluate(z, w, s, *at.d)
+        start, z = cell.x, _within(inside - cell.x, cell.w)
+        value, steep = rq.evaluate(z, at.s[0], cell)
     # What the identity adds to the corner is what the distance was rounded to.
-    value, back = end + rise, start + z
-    return rq.finish(v, torch.where(value == back, inside, value), steep, bound)
+    return rq.finish(v, torch.where(value == start + z, inside, value), steep, o.bound)
 
 
-def pull_back(
-    x: Tensor,
-    widths: Rows,
-    heights: Rows,
-    derivatives: Rows,
-    grad_y: Tensor,
-    grad_l: Tensor,
-    bound: float,
-    slope: float | None,
-    least: float,
-    inverse: bool,
-) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+def pull_back(x: Tensor, params: Params, grads: Pair, o: Options) -> tuple[Tensor, ...]:
     r"""The gradients to the input and to all parameters; see :func:`flowguard.spline.bin.pull_back`."""
-    bins, share = len(widths) + 1, rq.mixing(slope)
-    inner = x.clamp(-bound, bound)
-    at = _prepare(inner, widths, heights, derivatives, bound, slope, least, False)
+    rows, bins, share = _rows(params), len(params[0]) + 1, o.share
+    inner = x.clamp(-o.bound, o.bound)
+    at = _prepare(inner, rows, o, False)
     w, h, s, found = at.w, at.h, at.s, at.bin
 
-    inside = x.abs() < bound
-    z = _within(inner - at.x0, w[0])
-    to_y, to_l = torch.where(inside, grad_y, 0.0), torch.where(inside, grad_l, 0.0)
-    pull = rq.pull_back(z, w[0], h[0], s[0], *at.d, to_y, to_l, inverse)
-    grad_x = pull.grad + torch.where(inside, 0.0, grad_y)
+    inside = x.abs() < o.bound
+    z = _within(inner - at.cell.x, w[0])
+    to_y, to_l = torch.where(inside, grads[0], 0.0), torch.where(inside, grads[1], 0.0)
+    pull = rq.pull_back(z, s[0], at.cell, (to_y, to_l), o.inverse)
+    grad_x = pull.grad + torch.where(inside, 0.0, grads[0])
 
     to_d0 = torch.where(found.number >= 1, pull.d0, 0.0)
     to_d1 = torch.where(found.number >= bins - 1, 0.0, pull.d1)
-    raw0, log0, log = _slope_pullback(to_d0, found.raw[0], s[1], s[0], slope, at.ends[0])
-    raw1, own_log, log1 = _slope_pullback(to_d1, found.raw[1], s[0], s[2], slope, at.ends[1])
+    raw0, log0, log = _slope_pullback(to_d0, found.raw[0], s[1], s[0], at.ends[0], o)
+    raw1, own_log, log1 = _slope_pullback(to_d1, found.raw[1], s[0], s[2], at.ends[1], o)
     log = pull.log_s + log + own_log
 
     # To the softmaxes of the bin, of its neighbours, and of all bins to its left, which push it.
@@ -318,7 +274,7 @@ def pull_back(
     to_v[0] = to_v[0] + torch.add(to_h, to_w, alpha=share)
     to_u.append(torch.add(-pull.z, pull.y, alpha=share))
     to_v.append(torch.add(pull.y, pull.z, alpha=-share))
-    scale, _ = softmax_scale(bins, bound, slope, least)
+    scale, _ = o.softmax(bins)
     spread = [
         raw1,
         raw0,
@@ -329,12 +285,10 @@ def pull_back(
         # A second loop begins here, which needs no more than these of the first one.
         spread = list(torch.stack(spread).unbind())
     number = found.number
-    return (
-        grad_x,
-        _spread_softmax(number, widths, spread[2:7]),
-        _spread_softmax(number, heights, spread[7:]),
-        [_for_bin(k, number, (*spread[:2], 0.0)) for k in range(1, bins)],
-    )
+    to_widths = _spread_softmax(number, rows[0], spread[2:7])
+    to_heights = _spread_softmax(number, rows[1], spread[7:])
+    to_raws = [_for_bin(k, number, (*spread[:2], 0.0)) for k in range(1, bins)]
+    return grad_x, *map(torch.stack, (to_widths, to_heights, to_raws))
 
 
 def _for_bin(bin: int, number: Tensor, values: Sequence[Tensor | float]) -> Tensor:

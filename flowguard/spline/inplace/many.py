@@ -13,10 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowguard.spline import bin as rq
-from flowguard.spline.inplace import bin as plain
+from flowguard.spline.bin import LOG2_E, Cell, Params
+from flowguard.spline.inplace import bin as rq
 from flowguard.spline.inplace.memory import Layout, Pair, Rows
-from flowguard.spline.many import CUT, ROOM, TOP, softmax_scale
+from flowguard.spline.many import CUT, ROOM, TOP
+from flowguard.spline.options import Options
 
 RAW = 1e3  # beyond, all maps of a raw slope are constant; a sum of these is finite
 
@@ -29,25 +30,19 @@ def layout(bins: int) -> Layout:
 
 
 def _softmax(
-    m: Rows,
-    widths: Tensor,
-    heights: Tensor,
-    scale: float,
-    padded: Tensor,
-    uncut: Sequence[Tensor] | None,
+    m: Rows, logits: Sequence[Tensor], scale: float, padded: Tensor, uncut: Sequence[Tensor]
 ) -> None:
     r"""The scaled softmaxes over the given logits and a zero; first and last row come twice. If
-    wanted, writes ones to where no logit was cut."""
-    bins = len(widths) + 1
+    there is something to write to, writes ones to where no logit was cut."""
+    bins = len(logits[0]) + 1
     out, total = padded[:, 1:-1], m.pair()
-    for part, logits in zip(out.unbind(), (widths, heights), strict=True):
+    for part, uneven in zip(out.unbind(), logits, strict=True):
         # copies with bins first in memory: far faster by way of this operation than by a copy
-        torch.clamp(logits, max=CUT, out=part[:-1])
+        torch.clamp(uneven, max=CUT, out=part[:-1])
     out[:, -1].zero_()
-    out.mul_(m.number(rq.LOG2_E)).exp2_()  # thrice as fast as exp
-    if uncut is not None:
-        for part, ones in zip(out.unbind(), uncut, strict=True):
-            torch.le(part[:-1], m.number(TOP), out=ones)
+    out.mul_(m.number(LOG2_E)).exp2_()  # thrice as fast as exp
+    for part, ones in zip(out.unbind(), uncut, strict=False):
+        torch.le(part[:-1], m.number(TOP), out=ones)
     torch.sum(out, 1, out=total[0])
     out.mul_(torch.div(m.number(scale), total[0], out=total[0]).unsqueeze(1))
     padded[:, :: bins + 1].copy_(padded[:, 1 :: bins - 1])
@@ -89,22 +84,13 @@ class State(NamedTuple):
 
 
 def _locate(
-    m: Rows,
-    x: Tensor,
-    widths: Tensor,
-    heights: Tensor,
-    derivatives: Tensor,
-    bound: float,
-    slope: float | None,
-    least: float,
-    vertical: bool,
-    uncut: Sequence[Tensor] | None = None,
+    m: Rows, x: Tensor, params: Params, o: Options, vertical: bool, uncut: Sequence[Tensor] = ()
 ) -> State:
-    bins = len(widths) + 1
-    share = rq.mixing(slope)
-    scale, floor = softmax_scale(bins, bound, slope, least)
+    *logits, derivatives = params
+    bins, share, bound = len(derivatives) + 1, o.share, o.bound
+    scale, floor = o.softmax(bins)
     softmax, cumulated, passed, raws, _ = m.blocks
-    _softmax(m, widths, heights, scale, softmax, uncut)
+    _softmax(m, logits, scale, softmax, uncut)
     _cumulated(softmax, cumulated)
     along, across = cumulated[:, 1:].unbind()
     if vertical:
@@ -163,31 +149,25 @@ def _inner(m: Rows, number: Tensor, bins: int, most: Sequence[Tensor]) -> Tensor
     return both
 
 
-def _limits(m: Rows, high: Tensor, mean: Tensor, s0: Tensor, s1: Tensor, slope: float) -> Tensor:
+def _limits(m: Rows, high: Tensor, mean: Tensor, at: State, o: Options) -> Tensor:
     r"""Writes the largest slope at the knot and that for a raw zero; returns the least one."""
-    low = 1.001 * slope
-    torch.minimum(s0, s1, out=high)
-    torch.addcmul(m.number(0.0), high, high, value=0.5 / low, out=high).clamp_(max=1 / low)
-    torch.mul(s0, s1, out=mean).sqrt_()
-    return m.number(low)
+    torch.minimum(at.s, at.ss[0], out=high)
+    torch.addcmul(m.number(0.0), high, high, value=0.5 / o.low, out=high).clamp_(max=1 / o.low)
+    torch.mul(at.s, at.ss[0], out=mean).sqrt_()
+    return m.number(o.low)
 
 
 def _inner_slope(
-    m: Rows,
-    rows: Sequence[Tensor],
-    raw: Tensor,
-    s0: Tensor,
-    s1: Tensor,
-    slope: float | None,
+    m: Rows, rows: Sequence[Tensor], at: State, o: Options
 ) -> tuple[Tensor, Sequence[Tensor]]:
-    r"""The slope at the knot between two bins with secants `s0` and `s1`; and a zero where it is
-    one, but for rounding, or else a one. Takes five rows."""
+    r"""The slope at both knots of the bin; and a zero where it is one, but for rounding, or else a
+    one. Takes five rows."""
     high, mean, p, room, bent = rows
-    one = m.number(1.0)
-    if slope is None:
-        plain.published_slope(m, raw, p, high)
+    raw, one = at.raw[0], m.number(1.0)
+    if o.slope is None:
+        rq.published_slope(m, raw, p, high)
         return high, (one, one)
-    low = _limits(m, high, mean, s0, s1, slope)
+    low = _limits(m, high, mean, at, o)
     # A zero between two secants of one gives a slope of one.
     torch.ne(torch.add(mean, raw, alpha=1e30, out=bent), one, out=bent)
     torch.sigmoid(raw, out=p)
@@ -199,16 +179,14 @@ def _inner_slope(
     return torch.addcdiv(low, mean.mul_(p).mul_(high), room, out=high), bent.unbind()
 
 
-def _inner_slope_parts(
-    m: Rows, rows: Sequence[Tensor], raw: Tensor, s0: Tensor, s1: Tensor, slope: float | None
-) -> None:
+def _inner_slope_parts(m: Rows, rows: Sequence[Tensor], at: State, o: Options) -> None:
     r"""The same in the first of eight rows; the others hold what :func:`_slope_pullback` needs."""
     d, p, ratio, part, gain, mean, high, span = rows
-    if slope is None:
-        plain.published_slope(m, raw, p, d)
+    if o.slope is None:
+        rq.published_slope(m, at.raw[0], p, d)
         return
-    low = _limits(m, high, mean, s0, s1, slope)
-    torch.sigmoid(raw, out=p)
+    low = _limits(m, high, mean, at, o)
+    torch.sigmoid(at.raw[0], out=p)
     torch.sub(mean, low, out=part)
     torch.sub(high, mean, out=gain).clamp_(min=ROOM).lerp_(part, p).reciprocal_()
     torch.mul(part.mul_(gain), p, out=ratio)
@@ -218,14 +196,7 @@ def _inner_slope_parts(
 
 
 def _slope_pullback(
-    m: Rows,
-    rows: Sequence[Tensor],
-    grad: Tensor,
-    raw: Tensor,
-    s0: Tensor,
-    s1: Tensor,
-    slope: float | None,
-    out: Tensor,
+    m: Rows, rows: Sequence[Tensor], grad: Tensor, at: State, o: Options, out: Tensor
 ) -> tuple[Tensor, Tensor] | None:
     r"""Writes the gradient to `raw`; returns *twice* those to the logarithms of both secants, if
     there are any. Overwrites the rows."""
@@ -237,8 +208,8 @@ def _slope_pullback(
     # Where the room is taken as a constant, ∂d / ∂mean is smaller by room / span, and
     # ∂d / ∂high = ratio.
     d, p, ratio, part, gain, mean, high, span = rows
-    if slope is None:
-        plain.published_slope_pullback(m, d.mul_(grad), raw, p, out)
+    if o.slope is None:
+        rq.published_slope_pullback(m, d.mul_(grad), at.raw[0], p, out)
         return None
     free = torch.sub(high, mean, out=d)
     torch.gt(free, m.number(ROOM), out=free)
@@ -248,13 +219,13 @@ def _slope_pullback(
     to_mean = squashed(mean.mul_(grad), p, grad_input=mean)
     to_mean.mul_(gain).mul_(gain).mul_(smaller)
     squashed(span.mul_(grad), ratio, grad_input=out)
-    uncut = torch.lt(high, m.number(1 / (1.001 * slope)), out=gain)
+    uncut = torch.lt(high, m.number(1 / o.low), out=gain)
     high.mul_(uncut).mul_(grad)
     to_high = p.addcmul_(p, p, value=-2).mul_(part).mul_(part).neg_()
     to_high = torch.lerp(ratio, to_high, free, out=p).mul_(high)
     # The logarithm of the mean is half of each, that of the highest slope twice the smaller one:
     # once each for equal ones.
-    smaller = torch.sub(s1, s0, out=smaller).sign_()
+    smaller = torch.sub(at.ss[0], at.s, out=smaller).sign_()
     both = to_mean.add_(to_high, alpha=2)
     to_high.mul_(smaller)
     to_first = torch.add(both, to_high, alpha=2, out=high)
@@ -266,78 +237,52 @@ def _within(m: Rows, x: Tensor, corner: Tensor, size: Tensor) -> Tensor:
     return torch.clamp(z, m.number(0.0), size, out=z)
 
 
-def evaluate(
-    m: Rows,
-    outs: Sequence[Tensor],
-    v: Tensor,
-    widths: Tensor,
-    heights: Tensor,
-    derivatives: Tensor,
-    bound: float,
-    slope: float | None,
-    least: float,
-    inverse: bool,
-) -> None:
-    r"""Writes the spline or its inverse, and the logarithm of its slope if there are two tensors
-    to write to."""
-    x = torch.clamp(v, -bound, bound, out=m.take())
-    at = _locate(m, x, widths, heights, derivatives, bound, slope, least, inverse)
+def evaluate(m: Rows, outs: Sequence[Tensor], v: Tensor, params: Params, o: Options) -> None:
+    r"""Writes the spline or its inverse, and the logarithm of its slope if that is wanted."""
+    x = torch.clamp(v, -o.bound, o.bound, out=m.take())
+    at = _locate(m, x, params, o, o.inverse)
     (_, x0, y0), (_, w, h) = at.corner, at.size
     for pair in (at.own, at.left, at.right, at.sums):
         m.give_pair(pair)
-    rows = [m.pair()[0] for _ in range(5)]
-    d, bent = _inner_slope(m, rows, at.raw[0], at.s, at.ss[0], slope)
-    d0, d1 = torch.lerp(m.number(1.0), d, _inner(m, at.number, len(widths) + 1, bent), out=d)
-    steep = len(outs) > 1
-    start, size = (y0, h) if inverse else (x0, w)
+    d, bent = _inner_slope(m, [m.pair()[0] for _ in range(5)], at, o)
+    inner = _inner(m, at.number, len(params[0]) + 1, bent)
+    cell = Cell(x0, y0, w, h, *torch.lerp(m.number(1.0), d, inner, out=d))
+    start, size = (y0, h) if o.inverse else (x0, w)
     z = _within(m, x, start, size)
     back = torch.add(start, z, out=m.take())
-    if inverse:
-        value, grown = plain.solve(m, z, w, h, d0, d1, x0, steep)
+    if o.inverse:
+        value, grown = rq.solve(m, z, cell, steep=o.steep)
     else:
-        value, grown = plain.advance(m, z, w, at.s, d0, d1, y0, steep)
+        value, grown = rq.advance(m, z, at.s, cell, steep=o.steep)
     # What the identity adds to the corner is what the distance was rounded to: it is undone.
     same = torch.eq(value, back, out=m.take())
     value.lerp_(x, same)
     m.give(back, same, x)
-    plain.finish(m, v, value, grown, bound, outs)
+    rq.finish(m, outs, v, (value, grown), o.bound)
 
 
 def pull_back(
-    m: Rows,
-    outs: Sequence[Tensor],
-    x: Tensor,
-    widths: Tensor,
-    heights: Tensor,
-    derivatives: Tensor,
-    grad_y: Tensor,
-    grad_l: Tensor,
-    bound: float,
-    slope: float | None,
-    least: float,
-    inverse: bool,
+    m: Rows, outs: Sequence[Tensor], x: Tensor, params: Params, grads: Sequence[Tensor], o: Options
 ) -> None:
     r"""Writes the gradients to the input and to all parameters; see :func:`flowguard.spline.bin.pull_back`."""
-    bins, one = len(widths) + 1, m.number(1.0)
-    z = torch.clamp(x, -bound, bound, out=m.take())
-    at = _locate(m, z, widths, heights, derivatives, bound, slope, least, False, outs[1:3])
-    (_, x0, _), (_, w, h), s = at.corner, at.size, at.s
+    bins, one = len(params[0]) + 1, m.number(1.0)
+    z = torch.clamp(x, -o.bound, o.bound, out=m.take())
+    at = _locate(m, z, params, o, False, outs[1:3])
     pairs = [m.pair() for _ in range(8)]
     rows = [p[0] for p in pairs]
-    _inner_slope_parts(m, rows, at.raw[0], s, at.ss[0], slope)
+    _inner_slope_parts(m, rows, at, o)
     d = m.pair()
     inner = _inner(m, at.number, bins, (one, one))
-    d0, d1 = torch.lerp(one, rows[0], inner, out=d[0])
+    torch.lerp(one, rows[0], inner, out=d[0])
+    cell = Cell(*at.corner[1:], *at.size[1:], *d[1:])
 
-    masked = torch.ops.aten.hardtanh_backward.grad_input
-    gy = masked(grad_y, x, -bound, bound, grad_input=m.take())
-    gl = masked(grad_l, x, -bound, bound, grad_input=m.take())
-    torch.sub(grad_y, gy, out=outs[0])
-    pull = plain.pull_back(m, _within(m, z, x0, w), w, h, s, d0, d1, gy, gl, inverse)
+    inside = rq.masked(m, outs, x, grads, o.bound)
+    z = _within(m, z, cell.x, cell.w)
+    pull = rq.pull_back(m, z, at.s, cell, inside, o.inverse)
     outs[0].add_(pull.grad)
     to_raw, log_s = at.corner, pull.log_s
     to_d = pull.d[0].mul_(inner)
-    logs = _slope_pullback(m, rows, to_d, at.raw[0], s, at.ss[0], slope, to_raw[0])
+    logs = _slope_pullback(m, rows, to_d, at, o, to_raw[0])
     if logs is not None:
         for to_log in logs[0].unbind():
             log_s.add_(to_log, alpha=0.5)
@@ -349,7 +294,7 @@ def pull_back(
     m.give_pair(pull.d)
 
     # To the sizes of the bin, of its neighbours, and of all bins to its left, which push it.
-    share = rq.mixing(slope)
+    share = o.share
     to_size, corner = m.pair(), m.pair()
     torch.div(log_s, at.size[0], out=to_size[0])
     to_size[1].addcmul_(pull.z, pull.t).neg_()
@@ -372,7 +317,7 @@ def pull_back(
     mean = torch.mul(at.own[0], of_own[0], out=at.own[0]).addcmul_(at.sums[0], of_passed[0])
     for side, of_side in zip((at.left, at.right), of_near, strict=False):
         mean.addcmul_(side[0], of_side[0])
-    mean.mul_(m.number(-1 / softmax_scale(bins, bound, slope, least)[0]))
+    mean.mul_(m.number(-1 / o.softmax(bins)[0]))
     pulled = cumulated[:, :-1]
     torch.addcmul(mean.unsqueeze(1), own[:-1], of_own[0].unsqueeze(1), out=pulled)
     pulled.addcmul_(passed, of_passed[0].unsqueeze(1))
