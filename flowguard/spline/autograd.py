@@ -10,7 +10,7 @@ __all__ = ["INPLACE", "apply", "evaluate", "prepare"]
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,15 +28,29 @@ from flowguard.spline.options import Options
 INPLACE = True
 
 
-def _kernels(widths: Tensor) -> tuple[ModuleType, ModuleType]:
-    r"""What computes splines of as many bins: traced, and in place."""
-    return (two, inplace_two) if len(widths) == 1 else (many, inplace_many)
+class _Kernels(NamedTuple):
+    r"""The modules that compute the same spline."""
+
+    traced: ModuleType  # formulas that the compiler sees and that can be differentiated
+    inplace: ModuleType
+
+
+TWO, MANY = _Kernels(two, inplace_two), _Kernels(many, inplace_many)
+
+
+def _kernels(widths: Tensor) -> _Kernels:
+    r"""What computes splines of as many bins."""
+    return TWO if len(widths) == 1 else MANY
 
 
 def _in_place() -> bool:
-    r"""Whether to compute in place. The compiler fuses better what is not; it also refuses
-    functions that define `jvp`."""
-    return INPLACE and not torch.compiler.is_compiling()
+    r"""Whether to compute in place. The compiler fuses better what is not, and the transforms of
+    `torch.func` forbid it."""
+    return (
+        INPLACE
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def apply(x: Tensor, params: Params, shift: Tensor | None, o: Options) -> tuple[Tensor, ...]:
@@ -52,29 +66,27 @@ def apply(x: Tensor, params: Params, shift: Tensor | None, o: Options) -> tuple[
         The value and, if it is wanted, the logarithm of the slope, in the dtype to work in.
     """
     inputs = x, *params, shift
-    if not _in_place():
-        # What is not wanted the compiler leaves out by itself.
-        outs = evaluate(*inputs, o) if o.prepared else RationalQuadratic.apply(*inputs, o)
-        return outs[: 1 + o.steep]
-    if o.prepared and _is_recorded(inputs):
-        return evaluate(*inputs, o)[: 1 + o.steep]
-    if torch._C._are_functorch_transforms_active():
-        return _Transformed.apply(*inputs, o)
-    if _is_recorded(inputs):
-        return _Eager.apply(*inputs, o)
-    return _evaluate_in_place(*inputs, o)
+    forward_mode = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+    if _in_place() and not forward_mode:
+        tracked = any(t is not None and t.requires_grad for t in inputs)
+        if not (tracked and torch.is_grad_enabled()):
+            return pieces.evaluate(_kernels(params[0]).inplace, inputs, o)
+        if not o.prepared:
+            return _InPlace.apply(*inputs, o)
+    if o.prepared:
+        outs = evaluate(*inputs, o)
+    elif torch.compiler.is_compiling():
+        outs = RationalQuadratic.apply(*inputs, o)
+    else:
+        outs = _Forward.apply(*inputs, o)
+    # What is not wanted the compiler leaves out by itself.
+    return outs[: 1 + o.steep]
 
 
 def prepare(outs: Sequence[Tensor], params: Params, shift: Tensor, o: Options) -> None:
-    r"""Writes what two-bin splines need to know of parameters and a shift, taken as constants: the
-    knot, the slope there and the shift, of which the parameters' place may be taken."""
-    pieces.prepare(_kernels(params[0])[1], outs, (None, *params, shift), o)
-
-
-def _is_recorded(tensors: tuple[Tensor | None, ...]) -> bool:
-    if forward_ad._current_level >= 0:
-        return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    r"""Writes what there is to know of parameters of two bins and of a shift, taken as constants:
+    the knot, the slope there and the shift, which may take the place of the parameters."""
+    pieces.prepare(_kernels(params[0]).inplace, outs, (None, *params, shift), o)
 
 
 def evaluate(
@@ -84,51 +96,23 @@ def evaluate(
     v, w, h, d = (t.to(o.work) for t in (v, w, h, d))
     by = None
     if shift is not None:
-        squash = rq.from_arc if o.prepared else rq.squash
-        by = squash(shift.to(o.work), o.shift_bound)
+        by = (rq.from_arc if o.prepared else rq.squash)(shift.to(o.work), o.shift_bound)
     if o.inverse and by is not None:
         v = v - by
-    out, steep = _kernels(w)[0].evaluate(v, (w, h, d), o)
+    out, steep = _kernels(w).traced.evaluate(v, (w, h, d), o)
     return out if o.inverse or by is None else out + by, steep
 
 
 def _pull_back(
-    x: Tensor, w: Tensor, h: Tensor, d: Tensor, shift: Tensor | None, *grads_o: Any
+    o: Options, x: Tensor, w: Tensor, h: Tensor, d: Tensor, shift: Tensor | None, *grads: Tensor
 ) -> tuple[Tensor | None, ...]:
-    *grads, o = grads_o
     x, w, h, d = (t.to(o.work) for t in (x, w, h, d))
-    to_x, *to_params = _kernels(w)[0].pull_back(x, (w, h, d), grads, o)
-    to_by = -to_x if o.inverse else grads[0]
-    return (
-        to_x,
-        *to_params,
-        None if shift is None else rq.squash_pullback(shift.to(o.work), to_by, o.shift_bound),
-    )
-
-
-def _narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
-    r"""Rounds to a dtype, where what is too large becomes the largest number."""
-    if x.dtype == dtype:
-        return x
-    info = torch.finfo(dtype)
-    return x.clamp(info.min, info.max).to(dtype)
-
-
-def _batch_first(
-    size: int, dims: Sequence[int | None], tensors: Sequence[Tensor | None]
-) -> tuple[Tensor | None, ...]:
-    r"""Moves a batch dimension to the front of elements, and behind the bins of parameters."""
-    x = tensors[0]
-    assert x is not None
-    rank = x.dim() - (dims[0] is not None)
-    out = []
-    for t, d in zip(tensors, dims, strict=True):
-        if t is not None:
-            to = t.dim() - (d is not None) - rank  # 1 for parameters
-            t = t.unsqueeze(to) if d is None else t.movedim(d, to)
-            t = t.expand(*t.shape[:to], size, *t.shape[to + 1 :])
-        out.append(t)
-    return tuple(out)
+    to_x, *to_params = _kernels(w).traced.pull_back(x, (w, h, d), grads, o)
+    to_shift = None
+    if shift is not None:
+        to_by = -to_x if o.inverse else grads[0]
+        to_shift = rq.squash_pullback(shift.to(o.work), to_by, o.shift_bound)
+    return to_x, *to_params, to_shift
 
 
 class RationalQuadratic(torch.autograd.Function):
@@ -152,38 +136,16 @@ class RationalQuadratic(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _narrowed(ctx, _pull_back(*ctx.saved_tensors, *grads, ctx.options))
+        return _narrowed(ctx, _pull_back(ctx.options, *ctx.saved_tensors, *grads))
 
 
-def _evaluate_in_place(*inputs: Any) -> tuple[Tensor, ...]:
-    *tensors, o = inputs
-    return pieces.evaluate(_kernels(tensors[1])[1], tensors, o)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    RationalQuadratic.setup_context(ctx, inputs, output)
-    ctx.save_for_forward(output[0] if ctx.options.inverse else inputs[0], *inputs[1:5])
-
-
-class _Eager(torch.autograd.Function):
-    r"""The same in place, with forward derivatives; without the slope if it is not wanted."""
+class _Forward(RationalQuadratic):
+    r"""The same with forward derivatives, which the compiler does not know."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        outs = _evaluate_in_place(*inputs)
-        _save(ctx, inputs, outs)
-        return outs
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # To be differentiated, or batched by `is_grads_batched`, which knows no rule for functions.
-        recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if len(grads) == 1:
-            grads = (*grads, torch.zeros_like(grads[0]))
-        if recorded or any(map(torch._C._functorch.is_legacy_batchedtensor, grads)):
-            return RationalQuadratic.backward(ctx, *grads)
-        pull = _PullBack.apply if torch._C._are_functorch_transforms_active() else _pull
-        return _narrowed(ctx, pull(*ctx.saved_tensors, *grads, ctx.options))
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        RationalQuadratic.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(output[0] if ctx.options.inverse else inputs[0], *inputs[1:5])
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
@@ -191,9 +153,9 @@ class _Eager(torch.autograd.Function):
         one = torch.ones_like(ctx.saved_tensors[0], dtype=ctx.options.work)
         zero = torch.zeros_like(one)
         outs = []
-        for to_outs in ((one, zero), (zero, one))[: 1 + ctx.options.steep]:
+        for to_outs in ((one, zero), (zero, one)):
             out = zero
-            grads = _pull_back(*ctx.saved_tensors, *to_outs, ctx.options)
+            grads = _pull_back(ctx.options, *ctx.saved_tensors, *to_outs)
             for grad, tangent in zip(grads, tangents, strict=False):
                 if grad is not None and tangent is not None:
                     product = grad * tangent
@@ -202,44 +164,36 @@ class _Eager(torch.autograd.Function):
         return tuple(outs)
 
 
-class _Transformed(_Eager):
-    r"""The same for the transforms of `torch.func`, whose way to call functions takes longer."""
-
-    forward = staticmethod(_evaluate_in_place)
-    setup_context = staticmethod(_save)
+class _InPlace(torch.autograd.Function):
+    r"""The same in place; without the logarithm of the slope if it is not wanted."""
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
-        # Nothing may be written in place under vmap: the batch becomes one more dimension.
-        tensors = _batch_first(info.batch_size, in_dims[:5], inputs[:5])
-        return _Transformed.apply(*tensors, inputs[5]), (0,) * (1 + inputs[5].steep)
-
-
-def _pull(*inputs: Any) -> tuple[Tensor, ...]:
-    *tensors, o = inputs
-    return pieces.pull_back(_kernels(tensors[1])[1], tensors, o)
-
-
-class _PullBack(torch.autograd.Function):
-    r"""The backward of the spline where it is not to be differentiated itself."""
-
-    forward = staticmethod(_pull)
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        *tensors, o = inputs
+        outs = pieces.evaluate(_kernels(tensors[1]).inplace, tensors, o)
+        RationalQuadratic.setup_context(ctx, inputs, outs)
+        return outs
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
-        tensors = _batch_first(info.batch_size, in_dims[:7], inputs[:7])
-        dims = (0, 1, 1, 1, 0)[: 4 + (tensors[4] is not None)]
-        return _PullBack.apply(*tensors, inputs[7]), dims
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if len(grads) == 1:
+            grads = (*grads, torch.zeros_like(grads[0]))
+        # To be differentiated, or batched by `is_grads_batched`.
+        batched = any(map(torch._C._functorch.is_legacy_batchedtensor, grads))
+        if torch.is_grad_enabled() or batched or not _in_place():
+            return RationalQuadratic.backward(ctx, *grads)
+        tensors = ctx.saved_tensors
+        made = pieces.pull_back(_kernels(tensors[1]).inplace, (*tensors, *grads), ctx.options)
+        return _narrowed(ctx, made)
 
 
 def _narrowed(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    # Without a shift there may be no gradient of one; there is none of the options.
-    out = [
-        None if g is None else _narrow(g, dtype)
-        for g, dtype in zip(grads, ctx.dtypes, strict=False)
-    ]
-    return *out, *[None] * (6 - len(out))
+    r"""Rounds gradients to the dtypes of the inputs, where what is too large becomes the largest
+    number. There is none of the options, and without a shift there may be none of that."""
+    out: list[Tensor | None] = [None] * 6
+    for k, (grad, dtype) in enumerate(zip(grads, ctx.dtypes, strict=False)):
+        if grad is not None and grad.dtype != dtype:
+            info = torch.finfo(dtype)
+            grad = grad.clamp(info.min, info.max).to(dtype)
+        out[k] = grad
+    return tuple(out)

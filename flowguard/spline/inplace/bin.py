@@ -46,22 +46,19 @@ def _below(bound: float, double: bool) -> float:
     return float(np.nextafter(kind(bound), kind(0)))
 
 
-def squash(m: Rows, x: Tensor, bound: float | None, out: Tensor) -> None:
+def squash(m: Rows, x: Tensor, bound: float | None, out: Tensor) -> Tensor:
     r"""Writes the shift, but for :func:`squash_factor`."""
     if bound is None:
-        out.copy_(x)
-    else:
-        torch.atan2(x, m.number(2 * bound / math.pi), out=out)
-
-
-def squash_factor(bound: float | None, dtype: torch.dtype) -> float:
-    r"""What a shift is still to be multiplied by, which is free beside a sum."""
-    return 1.0 if bound is None else _arc(bound, dtype == torch.float64)
+        return out.copy_(x)
+    return torch.atan2(x, m.number(2 * bound / math.pi), out=out)
 
 
 @functools.lru_cache(maxsize=256)
-def _arc(bound: float, double: bool) -> float:
-    r"""The largest number whose product with the arctangent of infinity is not above the bound."""
+def squash_factor(bound: float | None, double: bool) -> float:
+    r"""What a shift is still to be multiplied by, which is free beside a sum: the largest number
+    whose product with the arctangent of infinity is not above the bound."""
+    if bound is None:
+        return 1.0
     kind = np.float64 if double else np.float32
     right, limit = float(kind(math.pi / 2)), min(bound, float(kind(bound)))
     factor = kind(limit / right)

@@ -1,4 +1,7 @@
-r"""The spline with its shift in place, piece by piece: temporaries stay in the cache."""
+r"""The spline with its shift in place, piece by piece: temporaries stay in the cache.
+
+A `kernel` is the module that works on one piece.
+"""
 
 __all__ = ["evaluate", "prepare", "pull_back"]
 
@@ -20,97 +23,78 @@ Tensors = Sequence[Tensor | None]
 
 
 def evaluate(kernel: ModuleType, tensors: Tensors, o: Options) -> tuple[Tensor, ...]:
-    r"""The value and, if it is wanted, the logarithm of the slope, for `x`, parameters and shift.
+    r"""The value and, if it is wanted, the logarithm of the slope, for input, parameters and
+    shift."""
 
-    `kernel` is the module that works on one piece.
-    """
-    outs = _new((tensors[0],) * (1 + o.steep), o.work)
-    _in_pieces(_evaluate, kernel, outs, tensors, o)
-    return outs
+    def write(m: Rows, outs: Sequence[Tensor], v: Tensor, *rest: Any) -> None:
+        *params, shift = rest
+        if o.inverse and shift is not None:
+            by, factor = _shift(m, shift, o)
+            v = torch.sub(v, by, alpha=factor, out=m.take())
+        kernel.evaluate(m, outs, v, params, o)
+        if not o.inverse and shift is not None:
+            m.restart()
+            by, factor = _shift(m, shift, o)
+            outs[0].add_(by, alpha=factor)
 
-
-def pull_back(kernel: ModuleType, tensors: Tensors, o: Options) -> tuple[Tensor, ...]:
-    r"""The gradients to `x`, parameters and shift, which two gradients follow."""
-    outs = _new(tensors[:5], o.work)
-    _in_pieces(_pull_back, kernel, outs, tensors, o)
-    return outs
-
-
-def prepare(kernel: ModuleType, outs: Sequence[Tensor], tensors: Tensors, o: Options) -> None:
-    r"""Writes what there is to know of parameters and shift, which it may take the place of."""
-    _in_pieces(_prepare, kernel, outs, tensors, o)
-
-
-def _evaluate(
-    kernel: ModuleType, m: Rows, outs: Sequence[Tensor], tensors: Sequence[Any], o: Options
-) -> None:
-    v, *params, shift = tensors
-    if o.inverse and shift is not None:
-        by, factor = _shift(m, shift, o)
-        v = torch.sub(v, by, alpha=factor, out=m.take())
-    kernel.evaluate(m, outs, v, params, o)
-    if not o.inverse and shift is not None:
-        m.restart()
-        by, factor = _shift(m, shift, o)
-        outs[0].add_(by, alpha=factor)
+    return _in_pieces(write, kernel, _new((tensors[0],) * (1 + o.steep), o), tensors)
 
 
 def _shift(m: Rows, shift: Tensor, o: Options) -> tuple[Tensor, float]:
     r"""The shift, but for a factor, which is free beside a sum."""
-    by = shift
-    if not o.prepared:
-        rq.squash(m, shift, o.shift_bound, by := m.take())
-    return by, rq.squash_factor(o.shift_bound, by.dtype)
+    by = shift if o.prepared else rq.squash(m, shift, o.shift_bound, m.take())
+    return by, rq.squash_factor(o.shift_bound, by.dtype == torch.float64)
 
 
-def _pull_back(
-    kernel: ModuleType, m: Rows, outs: Sequence[Tensor], tensors: Sequence[Any], o: Options
-) -> None:
-    x, *params, shift, gy, gl = tensors
-    kernel.pull_back(m, outs, x, params, (gy, gl), o)
-    if shift is not None:
-        m.restart()
-        to_by = torch.neg(outs[0], out=m.take()) if o.inverse else gy
-        rq.squash_pullback(m, shift, to_by, o.shift_bound, outs[4])
+def pull_back(kernel: ModuleType, tensors: Tensors, o: Options) -> tuple[Tensor, ...]:
+    r"""The gradients to input, parameters and shift, which those to both outputs follow."""
+
+    def write(m: Rows, outs: Sequence[Tensor], x: Tensor, *rest: Any) -> None:
+        *params, shift, gy, gl = rest
+        kernel.pull_back(m, outs, x, params, (gy, gl), o)
+        if shift is not None:
+            m.restart()
+            to_by = torch.neg(outs[0], out=m.take()) if o.inverse else gy
+            rq.squash_pullback(m, shift, to_by, o.shift_bound, outs[4])
+
+    return _in_pieces(write, kernel, _new(tensors[:5], o), tensors)
 
 
-def _prepare(
-    kernel: ModuleType, m: Rows, outs: Sequence[Tensor], tensors: Sequence[Any], o: Options
-) -> None:
-    _, *params, shift = tensors
-    kernel.prepare(m, outs, params, o)
-    rq.squash(m, shift, o.shift_bound, outs[3])
+def prepare(kernel: ModuleType, outs: Sequence[Tensor], tensors: Tensors, o: Options) -> None:
+    r"""Writes what there is to know of parameters and shift."""
+
+    def write(m: Rows, outs: Sequence[Tensor], _: None, *rest: Any) -> None:
+        *params, shift = rest
+        kernel.prepare(m, outs, params, o)
+        rq.squash(m, shift, o.shift_bound, outs[3])
+
+    _in_pieces(write, kernel, outs, tensors)
 
 
-def _new(like: Tensors, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def _new(like: Tensors, o: Options) -> Sequence[Tensor]:
     r"""Makes tensors of these shapes, to be written to."""
     form = torch.contiguous_format
-    return tuple(
-        torch.empty_like(t, dtype=dtype, memory_format=form) for t in like if t is not None
-    )
+    return [torch.empty_like(t, dtype=o.work, memory_format=form) for t in like if t is not None]
 
 
 def _in_pieces(
-    function: Callable[..., None],
-    kernel: ModuleType,
-    outs: Sequence[Tensor],
-    tensors: Tensors,
-    o: Options,
-) -> None:
+    write: Callable[..., None], kernel: ModuleType, outs: Sequence[Tensor], tensors: Tensors
+) -> tuple[Tensor, ...]:
     r"""Lets an element-wise function write what it makes of plain tensors, piece by piece where
     that is faster."""
     like, widths = outs[0], tensors[1]
     assert widths is not None
     layout = kernel.layout(len(widths) + 1)
-    tensors = [t if t is None else t.to(o.work) for t in tensors]
+    tensors = [t if t is None else t.to(like.dtype) for t in tensors]
     at_home = like.device.type == "cpu"
     chunk = (LIMIT if at_home else ELSEWHERE) // (layout.total * like.element_size())
     if at_home:
         chunk = min(chunk, CHUNK * torch.get_num_threads())
-    memory = scratch(like, o.work)
+    memory = scratch(like, like.dtype)
     for target, piece in _pieces(outs, tensors, like.shape, chunk):
-        function(kernel, memory.rows(layout, target[0].shape), target, piece, o)
+        write(memory.rows(layout, target[0].shape), target, *piece)
     keep(memory)
+    return tuple(outs)
 
 
 def _pieces(
