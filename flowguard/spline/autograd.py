@@ -10,7 +10,7 @@ __all__ = ["INPLACE", "apply", "evaluate", "prepare"]
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,19 +28,9 @@ from flowguard.spline.options import Options
 INPLACE = True
 
 
-class _Kernels(NamedTuple):
-    r"""The modules that compute the same spline."""
-
-    traced: ModuleType  # formulas that the compiler sees and that can be differentiated
-    inplace: ModuleType
-
-
-TWO, MANY = _Kernels(two, inplace_two), _Kernels(many, inplace_many)
-
-
-def _kernels(widths: Tensor) -> _Kernels:
-    r"""What computes splines of as many bins."""
-    return TWO if len(widths) == 1 else MANY
+def _kernels(widths: Tensor) -> tuple[ModuleType, ModuleType]:
+    r"""What computes splines of as many bins: formulas to be traced, and the same in place."""
+    return (two, inplace_two) if len(widths) == 1 else (many, inplace_many)
 
 
 def _in_place() -> bool:
@@ -70,7 +60,7 @@ def apply(x: Tensor, params: Params, shift: Tensor | None, o: Options) -> tuple[
     if _in_place() and not forward_mode:
         tracked = any(t is not None and t.requires_grad for t in inputs)
         if not (tracked and torch.is_grad_enabled()):
-            return pieces.evaluate(_kernels(params[0]).inplace, inputs, o)
+            return pieces.evaluate(_kernels(params[0])[1], inputs, o)
         if not o.prepared:
             return _InPlace.apply(*inputs, o)
     if o.prepared:
@@ -86,7 +76,7 @@ def apply(x: Tensor, params: Params, shift: Tensor | None, o: Options) -> tuple[
 def prepare(outs: Sequence[Tensor], params: Params, shift: Tensor, o: Options) -> None:
     r"""Writes what there is to know of parameters of two bins and of a shift, taken as constants:
     the knot, the slope there and the shift, which may take the place of the parameters."""
-    pieces.prepare(_kernels(params[0]).inplace, outs, (None, *params, shift), o)
+    pieces.prepare(_kernels(params[0])[1], outs, (None, *params, shift), o)
 
 
 def evaluate(
@@ -99,7 +89,7 @@ def evaluate(
         by = (rq.from_arc if o.prepared else rq.squash)(shift.to(o.work), o.shift_bound)
     if o.inverse and by is not None:
         v = v - by
-    out, steep = _kernels(w).traced.evaluate(v, (w, h, d), o)
+    out, steep = _kernels(w)[0].evaluate(v, (w, h, d), o)
     return out if o.inverse or by is None else out + by, steep
 
 
@@ -107,7 +97,7 @@ def _pull_back(
     o: Options, x: Tensor, w: Tensor, h: Tensor, d: Tensor, shift: Tensor | None, *grads: Tensor
 ) -> tuple[Tensor | None, ...]:
     x, w, h, d = (t.to(o.work) for t in (x, w, h, d))
-    to_x, *to_params = _kernels(w).traced.pull_back(x, (w, h, d), grads, o)
+    to_x, *to_params = _kernels(w)[0].pull_back(x, (w, h, d), grads, o)
     to_shift = None
     if shift is not None:
         to_by = -to_x if o.inverse else grads[0]
@@ -170,7 +160,7 @@ class _InPlace(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         *tensors, o = inputs
-        outs = pieces.evaluate(_kernels(tensors[1]).inplace, tensors, o)
+        outs = pieces.evaluate(_kernels(tensors[1])[1], tensors, o)
         RationalQuadratic.setup_context(ctx, inputs, outs)
         return outs
 
@@ -183,7 +173,7 @@ class _InPlace(torch.autograd.Function):
         if torch.is_grad_enabled() or batched or not _in_place():
             return RationalQuadratic.backward(ctx, *grads)
         tensors = ctx.saved_tensors
-        made = pieces.pull_back(_kernels(tensors[1]).inplace, (*tensors, *grads), ctx.options)
+        made = pieces.pull_back(_kernels(tensors[1])[1], (*tensors, *grads), ctx.options)
         return _narrowed(ctx, made)
 
 

@@ -21,7 +21,6 @@ __all__ = [
     "squash",
     "squash_factor",
     "squash_pullback",
-    "tanh_half",
 ]
 
 import functools
@@ -74,12 +73,6 @@ def squash_pullback(m: Rows, x: Tensor, grad: Tensor, bound: float | None, out: 
         return
     y = torch.mul(x, m.number(math.pi / (2 * bound)), out=m.take())
     torch.div(grad, torch.addcmul(m.number(1.0), y, y, out=y), out=out)
-
-
-def tanh_half(m: Rows, x: Tensor, out: Tensor) -> Tensor:
-    r"""The hyperbolic tangent of one half of `x`."""
-    torch.sigmoid(x, out=out)
-    return torch.add(m.number(-1.0), out, alpha=2, out=out)
 
 
 def _log(m: Rows, x: Tensor, out: Tensor) -> None:

@@ -49,14 +49,6 @@ def _softmax(
     m.give_pair(total)
 
 
-def _cumulated(padded: Tensor, out: Tensor) -> None:
-    r"""The sum of all bins to the left, for each bin."""
-    total, *rest = out.unbind(1)
-    total.zero_()
-    for row, total_row in zip(padded[:, 1:].unbind(1), rest, strict=False):
-        total = torch.add(total, row, out=total_row)
-
-
 def _mixed(to_u: Tensor, to_v: Tensor, share: float, out: Pair) -> Pair:
     torch.add(to_u, to_v, alpha=share, out=out[1])
     torch.add(to_v, to_u, alpha=share, out=out[2])
@@ -91,7 +83,10 @@ def _locate(
     scale, floor = o.softmax(bins)
     softmax, cumulated, passed, raws, _ = m.blocks
     _softmax(m, logits, scale, softmax, uncut)
-    _cumulated(softmax, cumulated)
+    total, *rest = cumulated.unbind(1)  # over all bins to the left, for each bin
+    total.zero_()
+    for row, out in zip(softmax[:, 1:].unbind(1), rest, strict=False):
+        total = torch.add(total, row, out=out)
     along, across = cumulated[:, 1:].unbind()
     if vertical:
         along, across = across, along
@@ -140,7 +135,7 @@ def _locate(
     return State(softmax, passed, own, left, right, sums, corner, its, s, ws, hs, ss, raw, number)
 
 
-def _inner(m: Rows, number: Tensor, bins: int, most: Sequence[Tensor]) -> Tensor:
+def _inner(m: Rows, number: Tensor, bins: int, most: Sequence[Tensor] | Tensor) -> Tensor:
     r"""Zeros for the knots at the ends of the box, where the slope is one; `most` for others."""
     both, left, right = m.pair()
     torch.minimum(number, most[0], out=left)
@@ -149,49 +144,23 @@ def _inner(m: Rows, number: Tensor, bins: int, most: Sequence[Tensor]) -> Tensor
     return both
 
 
-def _limits(m: Rows, high: Tensor, mean: Tensor, at: State, o: Options) -> Tensor:
-    r"""Writes the largest slope at the knot and that for a raw zero; returns the least one."""
-    torch.minimum(at.s, at.ss[0], out=high)
-    torch.addcmul(m.number(0.0), high, high, value=0.5 / o.low, out=high).clamp_(max=1 / o.low)
-    torch.mul(at.s, at.ss[0], out=mean).sqrt_()
-    return m.number(o.low)
-
-
-def _inner_slope(
-    m: Rows, rows: Sequence[Tensor], at: State, o: Options
-) -> tuple[Tensor, Sequence[Tensor]]:
-    r"""The slope at both knots of the bin; and a zero where it is one, but for rounding, or else a
-    one. Takes five rows."""
-    high, mean, p, room, bent = rows
-    raw, one = at.raw[0], m.number(1.0)
-    if o.slope is None:
-        rq.published_slope(m, raw, p, high)
-        return high, (one, one)
-    low = _limits(m, high, mean, at, o)
-    # A zero between two secants of one gives a slope of one.
-    torch.ne(torch.add(mean, raw, alpha=1e30, out=bent), one, out=bent)
-    torch.sigmoid(raw, out=p)
-    torch.sub(high, mean, out=room).clamp_(min=ROOM)
-    mean.sub_(low)
-    # The mean of both weights is away from zero, as one of them is.
-    room.lerp_(mean, p)
-    high.sub_(low)
-    return torch.addcdiv(low, mean.mul_(p).mul_(high), room, out=high), bent.unbind()
-
-
-def _inner_slope_parts(m: Rows, rows: Sequence[Tensor], at: State, o: Options) -> None:
-    r"""The same in the first of eight rows; the others hold what :func:`_slope_pullback` needs."""
+def _inner_slope(m: Rows, rows: Sequence[Tensor], at: State, o: Options) -> None:
+    r"""Writes the slopes at both knots of the bin; and the largest of them and those for a raw
+    zero, with what else :func:`_slope_pullback` needs. Takes eight rows."""
     d, p, ratio, part, gain, mean, high, span = rows
     if o.slope is None:
         rq.published_slope(m, at.raw[0], p, d)
         return
-    low = _limits(m, high, mean, at, o)
+    low, s, ss = m.number(o.low), at.s, at.ss[0]
+    torch.minimum(s, ss, out=high)
+    torch.addcmul(m.number(0.0), high, high, value=0.5 / o.low, out=high).clamp_(max=1 / o.low)
+    torch.mul(s, ss, out=mean).sqrt_()
     torch.sigmoid(at.raw[0], out=p)
     torch.sub(mean, low, out=part)
+    # The mean of both weights is away from zero, as one of them is.
     torch.sub(high, mean, out=gain).clamp_(min=ROOM).lerp_(part, p).reciprocal_()
     torch.mul(part.mul_(gain), p, out=ratio)
     torch.sub(high, low, out=span)
-    gain.mul_(span)
     torch.addcmul(low, span, ratio, out=d)
 
 
@@ -213,6 +182,7 @@ def _slope_pullback(
         return None
     free = torch.sub(high, mean, out=d)
     torch.gt(free, m.number(ROOM), out=free)
+    gain.mul_(span)
     smaller = m.pair()[0]
     torch.lerp(torch.div(m.number(ROOM), span, out=smaller), m.number(1.0), free, out=smaller)
     squashed = torch.ops.aten.sigmoid_backward.grad_input
@@ -244,9 +214,14 @@ def evaluate(m: Rows, outs: Sequence[Tensor], v: Tensor, params: Params, o: Opti
     (_, x0, y0), (_, w, h) = at.corner, at.size
     for pair in (at.own, at.left, at.right, at.sums):
         m.give_pair(pair)
-    d, bent = _inner_slope(m, [m.pair()[0] for _ in range(5)], at, o)
-    inner = _inner(m, at.number, len(params[0]) + 1, bent)
-    cell = Cell(x0, y0, w, h, *torch.lerp(m.number(1.0), d, inner, out=d))
+    *_, mean, _, bent = rows = [m.pair()[0] for _ in range(8)]
+    _inner_slope(m, rows, at, o)
+    d, one = rows[0], m.number(1.0)
+    if o.slope is not None:
+        # A zero between two secants of one gives a slope of one, but for rounding.
+        torch.ne(torch.add(mean, at.raw[0], alpha=1e30, out=bent), one, out=bent)
+    inner = _inner(m, at.number, len(params[0]) + 1, (one, one) if o.slope is None else bent)
+    cell = Cell(x0, y0, w, h, *torch.lerp(one, d, inner, out=d))
     start, size = (y0, h) if o.inverse else (x0, w)
     z = _within(m, x, start, size)
     back = torch.add(start, z, out=m.take())
@@ -270,7 +245,7 @@ def pull_back(
     at = _locate(m, z, params, o, False, outs[1:3])
     pairs = [m.pair() for _ in range(8)]
     rows = [p[0] for p in pairs]
-    _inner_slope_parts(m, rows, at, o)
+    _inner_slope(m, rows, at, o)
     d = m.pair()
     inner = _inner(m, at.number, bins, (one, one))
     torch.lerp(one, rows[0], inner, out=d[0])

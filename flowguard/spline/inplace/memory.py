@@ -9,6 +9,9 @@ __all__ = ["Layout", "Rows", "keep", "release", "scratch"]
 
 import math
 import threading
+from collections.abc import Callable
+from functools import lru_cache, partial
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -39,19 +42,21 @@ class Rows:
     r"""Temporaries of one shape, to be taken and given back.
 
     What was given back last is taken first, as it is in the cache. Pairs are there for what one
-    operation can do at once; :attr:`blocks` are tensors of several rows.
+    operation can do at once; :attr:`blocks` are tensors of several rows. `number` makes tensors
+    without dimensions of numbers, which must not be written to.
     """
 
-    def __init__(self, numbers: "_Numbers", memory: Tensor, layout: Layout, shape: Size) -> None:
+    def __init__(
+        self, number: Callable[[float], Tensor], memory: Tensor, layout: Layout, shape: Size
+    ) -> None:
         numel = shape.numel()
-        self.number = numbers.__getitem__
+        self.number = number
         rows = [(2,)] * layout.pairs + [()] * layout.singles + [*layout.blocks]
         parts = memory[: layout.total * numel].split([math.prod(r) * numel for r in rows])
-        views = [part.view((*r, *shape)) for part, r in zip(parts, rows, strict=True)]
-        singles = layout.pairs + layout.singles
-        self._pairs = [(t, *t.unbind()) for t in views[: layout.pairs]]
-        self._singles = views[layout.pairs : singles]
-        self.blocks = views[singles:]
+        views = (part.view((*r, *shape)) for part, r in zip(parts, rows, strict=True))
+        self._pairs = [(t, *t.unbind()) for t in islice(views, layout.pairs)]
+        self._singles = [*islice(views, layout.singles)]
+        self.blocks = [*views]
         self._counted: Tensor | None = None
         self.restart()
 
@@ -80,22 +85,10 @@ class Rows:
         return torch.add(self._counted, place, alpha=size, out=place)
 
 
-class _Numbers(dict[float, Tensor]):
-    r"""Numbers as tensors without dimensions, which must not be written to.
-
-    To make one takes longer than to multiply some thousand elements by it.
-    """
-
-    def __init__(self, memory: Tensor) -> None:
-        super().__init__()
-        self.memory = memory
-
-    def __missing__(self, value: float) -> Tensor:
-        if len(self) >= MOST:
-            self.clear()
-        with torch.inference_mode(False):
-            made = self[value] = self.memory.new_full((), value)
-        return made
+def _number(memory: Tensor, value: float) -> Tensor:
+    # To make one takes longer than to multiply some thousand elements by it.
+    with torch.inference_mode(False):
+        return memory.new_full((), value)
 
 
 class Scratch:
@@ -105,7 +98,7 @@ class Scratch:
         self.dtype = dtype
         self.kept = kept
         self._memory = like.new_empty(0, dtype=dtype)
-        self._numbers = _Numbers(self._memory)
+        self._number = lru_cache(MOST)(partial(_number, self._memory))
         self._rows: dict[tuple[Layout, Size], Rows] = {}
 
     def rows(self, layout: Layout, shape: Size) -> Rows:
@@ -123,7 +116,7 @@ class Scratch:
                 if count * memory.element_size() <= 2 * LIMIT:
                     self._memory = memory
                     self._rows.clear()
-            rows = Rows(self._numbers, memory, layout, shape)
+            rows = Rows(self._number, memory, layout, shape)
         if memory is self._memory:
             if len(self._rows) >= MOST:
                 self._rows.clear()

@@ -53,7 +53,7 @@ def _knot(m: Rows, params: Params, o: Options, sign: int = 1) -> Knot:
         torch.addcmul(square, at[2], at[2], value=-1, out=top)
         torch.addcmul(square, at[1], at[2], value=-1, out=bottom)
         low, up = m.take(), o.lean
-        rq.tanh_half(m, raw, u)
+        torch.add(m.number(-1.0), torch.sigmoid(raw, out=u), alpha=2, out=u)
         torch.addcmul(bottom, bottom, u, value=-up, out=low)
         torch.addcmul(top, top, u, value=up, out=d).div_(low)
         m.give(low)
