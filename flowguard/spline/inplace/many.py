@@ -146,7 +146,7 @@ def _inner(m: Rows, number: Tensor, bins: int, most: Sequence[Tensor] | Tensor) 
 
 def _inner_slope(m: Rows, rows: Sequence[Tensor], at: State, o: Options) -> None:
     r"""Writes the slopes at both knots of the bin; and the largest of them and those for a raw
-    zero, with what else :func:`_slope_pullback` needs. Takes eight rows."""
+    zero, with what else :func:`_slope_pullback` needs, in eight rows."""
     d, p, ratio, part, gain, mean, high, span = rows
     if o.slope is None:
         rq.published_slope(m, at.raw[0], p, d)
@@ -214,9 +214,9 @@ def evaluate(m: Rows, outs: Sequence[Tensor], v: Tensor, params: Params, o: Opti
     (_, x0, y0), (_, w, h) = at.corner, at.size
     for pair in (at.own, at.left, at.right, at.sums):
         m.give_pair(pair)
-    *_, mean, _, bent = rows = [m.pair()[0] for _ in range(8)]
-    _inner_slope(m, rows, at, o)
-    d, one = rows[0], m.number(1.0)
+    d, p, bent, mean, high = (m.pair()[0] for _ in range(5))
+    _inner_slope(m, (d, p, p, d, bent, mean, high, high), at, o)  # no pullback: rows in common
+    one = m.number(1.0)
     if o.slope is not None:
         # A zero between two secants of one gives a slope of one, but for rounding.
         torch.ne(torch.add(mean, at.raw[0], alpha=1e30, out=bent), one, out=bent)
