@@ -41,17 +41,6 @@ class Softmax(NamedTuple):
     crossed: Tensor
 
 
-class Bin(NamedTuple):
-    r"""The bin of each element: its number and what is picked by it, of widths and of heights."""
-
-    number: Tensor
-    own: Pair  # exponentials
-    left: Pair  # those of its neighbours; of some bin, where there is none
-    right: Pair
-    passed: Pair  # their sums over all bins to the left
-    raw: Pair  # the raw slopes at the left and at the right knot
-
-
 def _once(made: Tensor) -> Tensor:
     r"""Lets the compiler work out once what is used often, as a view wants memory to look at."""
     return made.as_strided(made.shape, made.stride()) if torch.compiler.is_compiling() else made
@@ -108,38 +97,6 @@ def _pick(number: Tensor, values: Sequence[Tensor | float]) -> Tensor:
     return picked
 
 
-def _locate(
-    x: Tensor,
-    u: Softmax,
-    v: Softmax,
-    derivatives: Rows,
-    bound: float,
-    floor: float,
-    vertical: bool,
-) -> Bin:
-    r"""Walks over the knots and picks each element's bin; the knot itself opens its bin."""
-    number = torch.zeros_like(x)
-    for k, sums in enumerate(zip(u.sums, v.sums, strict=True), 1):
-        # Of the sign of a difference the compiler keeps nothing for the backward.
-        beyond = x - _sizes(u, v, sums, k * floor - bound)[vertical]
-        number = torch.where(beyond >= 0, float(k), number)
-
-    def pick(values: Callable[[Softmax], Sequence[Tensor | float]]) -> Pair:
-        return _pick(number, values(u)), _pick(number, values(v))
-
-    # A NaN in any of them is one of the element; this adds it, or else zero.
-    *_, total = accumulate(d.detach().abs() for d in derivatives)
-    bad = (-total).relu()
-    return Bin(
-        number,
-        own=pick(lambda s: [*s.exps, 1.0]),
-        left=pick(lambda s: [s.exps[0], *s.exps]),
-        right=pick(lambda s: [*s.exps[1:], 1.0]),
-        passed=pick(lambda s: [0.0, *s.sums]),
-        raw=(_pick(number, [0.0, *derivatives]) + bad, _pick(number, derivatives) + bad),
-    )
-
-
 def slope_limits(s0: Tensor, s1: Tensor, low: float) -> Pair:
     r"""The slope for a raw zero at the knot between two secants, and the largest one, where the
     least one is `low`."""
@@ -147,17 +104,16 @@ def slope_limits(s0: Tensor, s1: Tensor, low: float) -> Pair:
     return (s0 * s1).sqrt(), (least * least * (0.5 / low)).clamp(max=1 / low)
 
 
-def _inner_slope(raw: Tensor, s0: Tensor, s1: Tensor, o: Options) -> tuple[Tensor, Rows]:
+def _inner_slope(raw: Tensor, s0: Tensor, s1: Tensor, o: Options) -> Rows:
     r"""The slope at the knot between two bins with secants `s0` and `s1`.
 
     It is :math:`g e^{raw}`, with :math:`g` the geometric mean of the two secants, saturating
     smoothly at both ends of the interval that :mod:`flowguard.spline.bin` allows: a Möbius function
     of :math:`e^{raw}`. Without a least slope, it is that of the published parameterisation. What
-    the slope is made of is returned for its pullback.
+    the slope is made of follows it, for its pullback.
     """
     if o.slope is None:
-        parts = rq.published_slope(raw)
-        return parts[0], parts
+        return rq.published_slope(raw)
     low = o.low
     mean, high = slope_limits(s0, s1, low)
     decay = _exp(-raw.clamp(-CUT, CUT))
@@ -166,7 +122,7 @@ def _inner_slope(raw: Tensor, s0: Tensor, s1: Tensor, o: Options) -> tuple[Tenso
     whole = torch.addcmul(up, room.clamp(min=ROOM), decay)
     inv = whole.reciprocal()
     # For a raw zero the fraction is exactly one, and so is the slope between two secants of one.
-    return up * ((up + room) / whole) + low, (decay, up * inv, inv, mean, high)
+    return up * ((up + room) / whole) + low, decay, up * inv, inv, mean, high
 
 
 def _slope_pullback(
@@ -174,11 +130,10 @@ def _slope_pullback(
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""The gradients to `raw` and to the logarithms of the secants."""
     if o.slope is None:
-        none = torch.zeros_like(grad)
-        d, share = parts
+        none, (d, share) = torch.zeros_like(grad), parts
         return rq.published_slope_pullback(grad * d, raw, share), none, none
     low = o.low
-    decay, ratio, inv, mean, high = parts
+    _, decay, ratio, inv, mean, high = parts
     # The slope is low + span ratio with ratio = up / R and R = up + room e, e = exp(-raw), where the
     # room that is left, high - mean, may be less than what is taken for it. If it is not,
     #     ∂d / ∂mean = span² e / R², ∂d / ∂high = ratio² (1 - e);
@@ -194,11 +149,16 @@ def _slope_pullback(
 
 
 class State(NamedTuple):
-    r"""The bin of each element; with what it comes from."""
+    r"""The bin of each element and what it comes from. Pairs are of widths and of heights."""
 
     u: Softmax
     v: Softmax
-    bin: Bin
+    number: Tensor  # of the bin
+    own: Pair  # exponentials of the bin
+    left: Pair  # those of its neighbours; of some bin, where there is none
+    right: Pair
+    passed: Pair  # their sums over all bins to the left
+    raw: Pair  # the raw slopes at the left and at the right knot
     cell: Cell
     w: Rows  # of the bin, of its left and of its right neighbour
     h: Rows
@@ -210,21 +170,37 @@ def _prepare(x: Tensor, rows: Sequence[Rows], o: Options, vertical: bool) -> Sta
     widths, heights, derivatives = rows
     if _is_strided(derivatives[0]):
         derivatives = [_once(d.clone()) for d in derivatives]
-    bins, share, bound = len(widths) + 1, o.share, o.bound
+    bins, share = len(widths) + 1, o.share
     scale, floor = o.softmax(bins)
     floor *= 1 + share
     u, v = _softmax(widths, scale, share), _softmax(heights, scale, share)
-    found = _locate(x, u, v, derivatives, bound, floor, vertical)
-    x0, y0 = _sizes(u, v, found.passed, found.number * floor - bound)
-    near = (found.own, found.left, found.right)
-    w, h = zip(*(_sizes(u, v, of, floor) for of in near), strict=True)
+
+    # Walks over the knots, of which each opens its bin.
+    number = torch.zeros_like(x)
+    for k, sums in enumerate(zip(u.sums, v.sums, strict=True), 1):
+        # Of the sign of a difference the compiler keeps nothing for the backward.
+        beyond = x - _sizes(u, v, sums, k * floor - o.bound)[vertical]
+        number = torch.where(beyond >= 0, float(k), number)
+
+    def pick(values: Callable[[Softmax], Sequence[Tensor | float]]) -> Pair:
+        return _pick(number, values(u)), _pick(number, values(v))
+
+    # A NaN in any of them is one of the element; this adds it, or else zero.
+    *_, total = accumulate(d.detach().abs() for d in derivatives)
+    bad = (-total).relu()
+    own, left = pick(lambda s: [*s.exps, 1.0]), pick(lambda s: [s.exps[0], *s.exps])
+    right, passed = pick(lambda s: [*s.exps[1:], 1.0]), pick(lambda s: [0.0, *s.sums])
+    raw = _pick(number, [0.0, *derivatives]) + bad, _pick(number, derivatives) + bad
+
+    x0, y0 = _sizes(u, v, passed, number * floor - o.bound)
+    w, h = zip(*(_sizes(u, v, of, floor) for of in (own, left, right)), strict=True)
     s, s0, s1 = secants = tuple(_once(q / p) for p, q in zip(w, h, strict=True))
-    d0, left = _inner_slope(found.raw[0], s0, s, o)
-    d1, right = _inner_slope(found.raw[1], s, s1, o)
+    ends = _inner_slope(raw[0], s0, s, o), _inner_slope(raw[1], s, s1, o)
     # The slope is one at both ends of the box.
-    d0 = torch.where(found.number >= 1, d0, 1.0)
-    d1 = torch.where(found.number >= bins - 1, 1.0, d1)
-    return State(u, v, found, Cell(x0, y0, w[0], h[0], d0, d1), w, h, secants, (left, right))
+    d0 = torch.where(number >= 1, ends[0][0], 1.0)
+    d1 = torch.where(number >= bins - 1, 1.0, ends[1][0])
+    cell = Cell(x0, y0, w[0], h[0], d0, d1)
+    return State(u, v, number, own, left, right, passed, raw, cell, w, h, secants, ends)
 
 
 def _within(z: Tensor, size: Tensor) -> Tensor:
@@ -251,7 +227,7 @@ def pull_back(x: Tensor, params: Params, grads: Pair, o: Options) -> tuple[Tenso
     rows, bins, share = _rows(params), len(params[0]) + 1, o.share
     inner = x.clamp(-o.bound, o.bound)
     at = _prepare(inner, rows, o, False)
-    w, h, s, found = at.w, at.h, at.s, at.bin
+    w, h, s, number = at.w, at.h, at.s, at.number
 
     inside = x.abs() < o.bound
     z = _within(inner - at.cell.x, w[0])
@@ -259,10 +235,10 @@ def pull_back(x: Tensor, params: Params, grads: Pair, o: Options) -> tuple[Tenso
     pull = rq.pull_back(z, s[0], at.cell, (to_y, to_l), o.inverse)
     grad_x = pull.grad + torch.where(inside, 0.0, grads[0])
 
-    to_d0 = torch.where(found.number >= 1, pull.d0, 0.0)
-    to_d1 = torch.where(found.number >= bins - 1, 0.0, pull.d1)
-    raw0, log0, log = _slope_pullback(to_d0, found.raw[0], s[1], s[0], at.ends[0], o)
-    raw1, own_log, log1 = _slope_pullback(to_d1, found.raw[1], s[0], s[2], at.ends[1], o)
+    to_d0 = torch.where(number >= 1, pull.d0, 0.0)
+    to_d1 = torch.where(number >= bins - 1, 0.0, pull.d1)
+    raw0, log0, log = _slope_pullback(to_d0, at.raw[0], s[1], s[0], at.ends[0], o)
+    raw1, own_log, log1 = _slope_pullback(to_d1, at.raw[1], s[0], s[2], at.ends[1], o)
     log = pull.log_s + log + own_log
 
     # To the softmaxes of the bin, of its neighbours, and of all bins to its left, which push it.
@@ -275,16 +251,11 @@ def pull_back(x: Tensor, params: Params, grads: Pair, o: Options) -> tuple[Tenso
     to_u.append(torch.add(-pull.z, pull.y, alpha=share))
     to_v.append(torch.add(pull.y, pull.z, alpha=-share))
     scale, _ = o.softmax(bins)
-    spread = [
-        raw1,
-        raw0,
-        *_softmax_pullback(at.u, found, 0, to_u, scale),
-        *_softmax_pullback(at.v, found, 1, to_v, scale),
-    ]
+    of_u = _softmax_pullback(at.u, at, 0, to_u, scale)
+    spread = [raw1, raw0, *of_u, *_softmax_pullback(at.v, at, 1, to_v, scale)]
     if torch.compiler.is_compiling():
         # A second loop begins here, which needs no more than these of the first one.
         spread = list(torch.stack(spread).unbind())
-    number = found.number
     to_widths = _spread_softmax(number, rows[0], spread[2:7])
     to_heights = _spread_softmax(number, rows[1], spread[7:])
     to_raws = [_for_bin(k, number, (*spread[:2], 0.0)) for k in range(1, bins)]
@@ -302,14 +273,14 @@ def _for_bin(bin: int, number: Tensor, values: Sequence[Tensor | float]) -> Tens
 
 
 def _softmax_pullback(
-    softmax: Softmax, found: Bin, which: int, grads: Sequence[Tensor], scale: float
+    softmax: Softmax, at: State, which: int, grads: Sequence[Tensor], scale: float
 ) -> tuple[Tensor, ...]:
     r"""What :func:`_spread_softmax` needs. The gradients are those to the bin, to its left and its
     right neighbour, and to all to its left."""
     own, left, right, passed = (g * softmax.weight for g in grads)
-    mean = torch.addcmul(found.own[which] * own, found.left[which], left)
-    mean = torch.addcmul(mean, found.right[which], right)
-    mean = torch.addcmul(mean, found.passed[which], passed) * (softmax.weight * (1 / scale))
+    mean = torch.addcmul(at.own[which] * own, at.left[which], left)
+    mean = torch.addcmul(mean, at.right[which], right)
+    mean = torch.addcmul(mean, at.passed[which], passed) * (softmax.weight * (1 / scale))
     return mean, right, own, left + passed, passed
 
 

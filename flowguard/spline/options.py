@@ -12,25 +12,15 @@ MOST_LEAN = 1 - 1e-5  # for the slope at the knot to stay finite in single preci
 
 
 class Options(NamedTuple):
-    r"""All that is known of a spline before its numbers are.
+    r"""All that is known of a spline before its numbers are."""
 
-    Arguments:
-        work: The dtype to work in.
-        bound: The bound :math:`B` of the box.
-        slope: The least slope :math:`\epsilon`; :py:`None` for the published parameterisation.
-        shift_bound: The bound of the shift; :py:`None` for a free one.
-        inverse: Whether to apply the inverse map.
-        steep: Whether the logarithm of the slope is wanted.
-        prepared: Whether the parameters are what was made of those of two bins ahead.
-    """
-
-    work: torch.dtype
-    bound: float
-    slope: float | None
-    shift_bound: float | None = None
-    inverse: bool = False
-    steep: bool = True
-    prepared: bool = False
+    work: torch.dtype  # to compute in
+    bound: float  # of the box
+    slope: float | None  # the least one; None for the published parameterisation
+    shift_bound: float | None = None  # None for a free shift
+    inverse: bool = False  # whether to apply the inverse map
+    steep: bool = True  # whether the logarithm of the slope is wanted
+    prepared: bool = False  # whether the parameters are what was made of those of two bins ahead
 
     def least(self, bins: int) -> float:
         r"""The least width and height of a bin, as a share of the box."""

@@ -113,13 +113,11 @@ class Scratch:
         with torch.inference_mode(False):  # what is made in that mode cannot be used outside of it
             if count > memory.numel():
                 memory = memory.new_empty(count)
-                if count * memory.element_size() <= 2 * LIMIT:
-                    self._memory = memory
-                    self._rows.clear()
             rows = Rows(self._number, memory, layout, shape)
-        if memory is self._memory:
-            if len(self._rows) >= MOST:
+        if memory.nbytes <= 2 * LIMIT:
+            if memory is not self._memory or len(self._rows) >= MOST:
                 self._rows.clear()
+            self._memory = memory
             self._rows[layout, shape] = rows
         return rows
 
