@@ -36,24 +36,17 @@ def _kernels(widths: Tensor) -> tuple[ModuleType, ModuleType]:
 def _in_place() -> bool:
     r"""Whether to compute in place. The compiler fuses better what is not, and the transforms of
     `torch.func` forbid it."""
-    return (
-        INPLACE
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-    )
+    if not INPLACE or torch.compiler.is_compiling():
+        return False
+    return not torch._C._are_functorch_transforms_active()
 
 
 def apply(x: Tensor, params: Params, shift: Tensor | None, o: Options) -> tuple[Tensor, ...]:
     r"""Applies the spline as one operation; in eager mode forward derivatives work too.
 
-    Arguments:
-        x: The input, with shape :math:`(*)`.
-        params: The parameters, with shape :math:`(K - 1, *)`.
-        shift: The shift, with shape :math:`(*)`, or :py:`None`.
-        o: The options. What was prepared is taken as constant.
-
-    Returns:
-        The value and, if it is wanted, the logarithm of the slope, in the dtype to work in.
+    Takes an input and a shift of shape :math:`(*)` and parameters of shape :math:`(K - 1, *)`, of
+    which what was prepared is taken as constant. Returns the value and, if it is wanted, the
+    logarithm of the slope, in the dtype to work in.
     """
     inputs = x, *params, shift
     forward_mode = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
@@ -108,10 +101,8 @@ def _pull_back(
 class RationalQuadratic(torch.autograd.Function):
     r"""The spline with a closed-form backward, which keeps no intermediate tensor alive.
 
-    Takes x of shape :math:`(*)`, three parameters of shape :math:`(K - 1, *)`, a shift of shape
-    :math:`(*)` or None, and options; returns the value and the logarithm of the slope, in the dtype
-    to work in. The backward is made of differentiable operations, so that it can be differentiated
-    itself. Gradients to half precision are cut at what it can hold.
+    The backward is made of differentiable operations, so that it can be differentiated itself.
+    Gradients to half precision are cut at what it can hold.
     """
 
     generate_vmap_rule = True

@@ -35,8 +35,8 @@ __all__ = [
     "evaluate",
     "finish",
     "from_arc",
+    "published_pullback",
     "published_slope",
-    "published_slope_pullback",
     "pull_back",
     "sigmoid",
     "solve",
@@ -230,6 +230,6 @@ def published_slope(raw: Tensor) -> Pair:
     return d, grown / d
 
 
-def published_slope_pullback(grad: Tensor, raw: Tensor, share: Tensor) -> Tensor:
+def published_pullback(grad: Tensor, raw: Tensor, share: Tensor) -> Tensor:
     r"""The gradient to `raw` for that to the logarithm of the slope."""
     return torch.where(raw < max_logit(raw.dtype), grad * share, share - share)

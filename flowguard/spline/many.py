@@ -131,7 +131,7 @@ def _slope_pullback(
     r"""The gradients to `raw` and to the logarithms of the secants."""
     if o.slope is None:
         none, (d, share) = torch.zeros_like(grad), parts
-        return rq.published_slope_pullback(grad * d, raw, share), none, none
+        return rq.published_pullback(grad * d, raw, share), none, none
     low = o.low
     _, decay, ratio, inv, mean, high = parts
     # The slope is low + span ratio with ratio = up / R and R = up + room e, e = exp(-raw), where the

@@ -57,7 +57,7 @@ def _slope(raw: Tensor, mean: Pair, o: Options) -> Pair:
 def _slope_pullback(grad: Tensor, raw: Tensor, u: Tensor, o: Options) -> Tensor:
     r"""The gradient to `raw` for that to the logarithm of the slope."""
     if o.slope is None:
-        return rq.published_slope_pullback(grad, raw, u)
+        return rq.published_pullback(grad, raw, u)
     square = u * u
     return grad * (o.lean * (1 - square)) / (1 - o.lean**2 * square)
 

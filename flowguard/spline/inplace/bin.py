@@ -14,8 +14,8 @@ __all__ = [
     "advance",
     "finish",
     "masked",
+    "published_pullback",
     "published_slope",
-    "published_slope_pullback",
     "pull_back",
     "solve",
     "squash",
@@ -25,7 +25,6 @@ __all__ = [
 
 import functools
 import math
-from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -35,7 +34,9 @@ from torch import Tensor
 
 from flowguard.spline import bin as rq
 from flowguard.spline.bin import Cell
-from flowguard.spline.inplace.memory import Pair, Rows
+from flowguard.spline.inplace.memory import Pair, Rows, Tensors
+
+Made = tuple[Tensor, Tensor | None]  # value and slope
 
 
 @functools.lru_cache(maxsize=256)
@@ -88,14 +89,7 @@ def _log(m: Rows, x: Tensor, out: Tensor) -> None:
 
 
 def finish(
-    m: Rows,
-    outs: Sequence[Tensor],
-    v: Tensor,
-    made: tuple[Tensor, Tensor | None],
-    bound: float,
-    *,
-    factor: float = 1.0,
-    even: bool = False,
+    m: Rows, outs: Tensors, v: Tensor, made: Made, bound: float, *, factor: float, even: bool
 ) -> None:
     r"""Writes the value times a factor, or the identity outside the box; and the logarithm of the
     slope, if there is one, which may be known to be `even` with one outside. Overwrites both."""
@@ -113,9 +107,7 @@ def finish(
     m.give(outside, inside)
 
 
-def advance(
-    m: Rows, z: Tensor, s: Tensor, cell: Cell, *, steep: bool, sign: int = 1
-) -> tuple[Tensor, Tensor | None]:
+def advance(m: Rows, z: Tensor, s: Tensor, cell: Cell, steep: bool, sign: int = 1) -> Made:
     r"""The value at the distance `z` from the corner, times a sign, in a bin with secant `s`, and
     the slope if that is wanted. The size has the same sign. Overwrites `z` and the secant."""
     t = torch.div(z, cell.w, out=m.take())
@@ -133,9 +125,7 @@ def advance(
     return value, slope
 
 
-def solve(
-    m: Rows, z: Tensor, cell: Cell, *, steep: bool, sign: int = 1
-) -> tuple[Tensor, Tensor | None]:
+def solve(m: Rows, z: Tensor, cell: Cell, steep: bool, sign: int = 1) -> Made:
     r"""The inverse at the rise `z` above the corner, times a sign, and its slope if that is wanted.
     The size has the same sign. Overwrites `z`."""
     one = m.number(1.0)
@@ -172,17 +162,13 @@ def published_slope(m: Rows, raw: Tensor, share: Tensor, out: Tensor) -> None:
     share.div_(out)
 
 
-def published_slope_pullback(
-    m: Rows, grad: Tensor, raw: Tensor, share: Tensor, out: Tensor
-) -> None:
+def published_pullback(m: Rows, grad: Tensor, raw: Tensor, share: Tensor, out: Tensor) -> None:
     r"""Writes the gradient to `raw` for that to the logarithm of the slope; overwrites the share."""
     torch.mul(share, grad, out=share)
     torch.lt(raw, m.number(rq.max_logit(raw.dtype)), out=out).mul_(share)
 
 
-def masked(
-    m: Rows, outs: Sequence[Tensor], x: Tensor, grads: Sequence[Tensor], bound: float
-) -> tuple[Tensor, Tensor]:
+def masked(m: Rows, outs: Tensors, x: Tensor, grads: Tensors, bound: float) -> Tensors:
     r"""Both gradients inside the box. Writes what the gradient to `x` is outside, where it is that
     to the value."""
     mask = torch.ops.aten.hardtanh_backward.grad_input
@@ -204,15 +190,12 @@ class Pull(NamedTuple):
     rest: Tensor
 
 
-def pull_back(
-    m: Rows, z: Tensor, s: Tensor, cell: Cell, grads: Sequence[Tensor], inverse: bool
-) -> Pull:
+def pull_back(m: Rows, z: Tensor, s: Tensor, cell: Cell, grads: Tensors, inverse: bool) -> Pull:
     r"""The gradients to what the map is made of within the bin; see :func:`flowguard.spline.bin.pull_back`.
     Overwrites the gradients."""
     take, (grad_y, grad_l), w, h, d0 = m.take, grads, cell.w, cell.h, cell.d0
-    d1 = one = m.number(1.0)
-    if cell.d1 is not None:
-        d1 = cell.d1
+    one = m.number(1.0)
+    d1 = one if cell.d1 is None else cell.d1
     ends, to_d = m.pair(), m.pair()
     both, r, t = ends
     torch.div(z, w, out=t)

@@ -7,7 +7,6 @@ one row of padding on either side for its neighbours.
 
 __all__ = ["evaluate", "layout", "pull_back"]
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from flowguard.spline.bin import LOG2_E, Cell, Params
 from flowguard.spline.inplace import bin as rq
-from flowguard.spline.inplace.memory import Layout, Pair, Rows
+from flowguard.spline.inplace.memory import Layout, Pair, Rows, Tensors
 from flowguard.spline.many import CUT, ROOM, TOP
 from flowguard.spline.options import Options
 
@@ -29,9 +28,7 @@ def layout(bins: int) -> Layout:
     return Layout(pairs=23, singles=17, blocks=blocks)
 
 
-def _softmax(
-    m: Rows, logits: Sequence[Tensor], scale: float, padded: Tensor, uncut: Sequence[Tensor]
-) -> None:
+def _softmax(m: Rows, logits: Tensors, scale: float, padded: Tensor, uncut: Tensors) -> None:
     r"""The scaled softmaxes over the given logits and a zero; first and last row come twice. If
     there is something to write to, writes ones to where no logit was cut."""
     bins = len(logits[0]) + 1
@@ -76,7 +73,7 @@ class State(NamedTuple):
 
 
 def _locate(
-    m: Rows, x: Tensor, params: Params, o: Options, vertical: bool, uncut: Sequence[Tensor] = ()
+    m: Rows, x: Tensor, params: Params, o: Options, vertical: bool, uncut: Tensors = ()
 ) -> State:
     *logits, derivatives = params
     bins, share, bound = len(derivatives) + 1, o.share, o.bound
@@ -135,7 +132,7 @@ def _locate(
     return State(softmax, passed, own, left, right, sums, corner, its, s, ws, hs, ss, raw, number)
 
 
-def _inner(m: Rows, number: Tensor, bins: int, most: Sequence[Tensor] | Tensor) -> Tensor:
+def _inner(m: Rows, number: Tensor, bins: int, most: Tensors | Tensor) -> Tensor:
     r"""Zeros for the knots at the ends of the box, where the slope is one; `most` for others."""
     both, left, right = m.pair()
     torch.minimum(number, most[0], out=left)
@@ -144,7 +141,7 @@ def _inner(m: Rows, number: Tensor, bins: int, most: Sequence[Tensor] | Tensor) 
     return both
 
 
-def _inner_slope(m: Rows, rows: Sequence[Tensor], at: State, o: Options) -> None:
+def _inner_slope(m: Rows, rows: Tensors, at: State, o: Options) -> None:
     r"""Writes the slopes at both knots of the bin; and the largest of them and those for a raw
     zero, with what else :func:`_slope_pullback` needs, in eight rows."""
     d, p, ratio, part, gain, mean, high, span = rows
@@ -165,7 +162,7 @@ def _inner_slope(m: Rows, rows: Sequence[Tensor], at: State, o: Options) -> None
 
 
 def _slope_pullback(
-    m: Rows, rows: Sequence[Tensor], grad: Tensor, at: State, o: Options, out: Tensor
+    m: Rows, rows: Tensors, grad: Tensor, at: State, o: Options, out: Tensor
 ) -> tuple[Tensor, Tensor] | None:
     r"""Writes the gradient to `raw`; returns *twice* those to the logarithms of both secants, if
     there are any. Overwrites the rows."""
@@ -178,7 +175,7 @@ def _slope_pullback(
     # ∂d / ∂high = ratio.
     d, p, ratio, part, gain, mean, high, span = rows
     if o.slope is None:
-        rq.published_slope_pullback(m, d.mul_(grad), at.raw[0], p, out)
+        rq.published_pullback(m, d.mul_(grad), at.raw[0], p, out)
         return None
     free = torch.sub(high, mean, out=d)
     torch.gt(free, m.number(ROOM), out=free)
@@ -207,7 +204,7 @@ def _within(m: Rows, x: Tensor, corner: Tensor, size: Tensor) -> Tensor:
     return torch.clamp(z, m.number(0.0), size, out=z)
 
 
-def evaluate(m: Rows, outs: Sequence[Tensor], v: Tensor, params: Params, o: Options) -> None:
+def evaluate(m: Rows, outs: Tensors, v: Tensor, params: Params, o: Options) -> None:
     r"""Writes the spline or its inverse, and the logarithm of its slope if that is wanted."""
     x = torch.clamp(v, -o.bound, o.bound, out=m.take())
     at = _locate(m, x, params, o, o.inverse)
@@ -226,18 +223,18 @@ def evaluate(m: Rows, outs: Sequence[Tensor], v: Tensor, params: Params, o: Opti
     z = _within(m, x, start, size)
     back = torch.add(start, z, out=m.take())
     if o.inverse:
-        value, grown = rq.solve(m, z, cell, steep=o.steep)
+        value, grown = rq.solve(m, z, cell, o.steep)
     else:
-        value, grown = rq.advance(m, z, at.s, cell, steep=o.steep)
+        value, grown = rq.advance(m, z, at.s, cell, o.steep)
     # What the identity adds to the corner is what the distance was rounded to: it is undone.
     same = torch.eq(value, back, out=m.take())
     value.lerp_(x, same)
     m.give(back, same, x)
-    rq.finish(m, outs, v, (value, grown), o.bound)
+    rq.finish(m, outs, v, (value, grown), o.bound, factor=1.0, even=False)
 
 
 def pull_back(
-    m: Rows, outs: Sequence[Tensor], x: Tensor, params: Params, grads: Sequence[Tensor], o: Options
+    m: Rows, outs: Tensors, x: Tensor, params: Params, grads: Tensors, o: Options
 ) -> None:
     r"""Writes the gradients to the input and to all parameters; see :func:`flowguard.spline.bin.pull_back`."""
     bins, one = len(params[0]) + 1, m.number(1.0)

@@ -5,11 +5,11 @@ the system hands out pages of zeros for each temporary and takes them back. So e
 one block for each dtype, and what works in it writes in place.
 """
 
-__all__ = ["Layout", "Rows", "keep", "release", "scratch"]
+__all__ = ["LIMIT", "Layout", "Pair", "Rows", "Tensors", "keep", "release", "scratch"]
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from itertools import islice
 from typing import NamedTuple
@@ -20,6 +20,8 @@ from torch import Size, Tensor
 LIMIT = 2**26  # bytes that a call should ask for; of each dtype a thread keeps at most twice that
 MOST = 64  # shapes and numbers for which it keeps tensors
 
+Number = Callable[[float], Tensor]
+Tensors = Sequence[Tensor]
 Pair = tuple[Tensor, Tensor, Tensor]  # of shape (2, *), and its two rows
 
 _kept = threading.local()
@@ -46,11 +48,8 @@ class Rows:
     without dimensions of numbers, which must not be written to.
     """
 
-    def __init__(
-        self, number: Callable[[float], Tensor], memory: Tensor, layout: Layout, shape: Size
-    ) -> None:
-        numel = shape.numel()
-        self.number = number
+    def __init__(self, memory: Tensor, layout: Layout, shape: Size, number: Number) -> None:
+        self.number, numel = number, shape.numel()
         rows = [(2,)] * layout.pairs + [()] * layout.singles + [*layout.blocks]
         parts = memory[: layout.total * numel].split([math.prod(r) * numel for r in rows])
         views = (part.view((*r, *shape)) for part, r in zip(parts, rows, strict=True))
@@ -113,7 +112,7 @@ class Scratch:
         with torch.inference_mode(False):  # what is made in that mode cannot be used outside of it
             if count > memory.numel():
                 memory = memory.new_empty(count)
-            rows = Rows(self._number, memory, layout, shape)
+            rows = Rows(memory, layout, shape, self._number)
         if memory.nbytes <= 2 * LIMIT:
             if memory is not self._memory or len(self._rows) >= MOST:
                 self._rows.clear()

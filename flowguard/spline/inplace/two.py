@@ -8,7 +8,6 @@ gradients are made of them, the knot is.
 
 __all__ = ["evaluate", "layout", "prepare", "pull_back"]
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from flowguard.spline.bin import Cell, Params
 from flowguard.spline.inplace import bin as rq
-from flowguard.spline.inplace.memory import Layout, Pair, Rows
+from flowguard.spline.inplace.memory import Layout, Pair, Rows, Tensors
 from flowguard.spline.options import Options
 
 
@@ -60,14 +59,14 @@ def _knot(m: Rows, params: Params, o: Options, sign: int = 1) -> Knot:
     return Knot(sigmoids, at, top, bottom, u, d)
 
 
-def prepare(m: Rows, outs: Sequence[Tensor], params: Params, o: Options) -> None:
+def prepare(m: Rows, outs: Tensors, params: Params, o: Options) -> None:
     r"""Writes the inner knot and the slope there: all that the spline needs to know."""
     knot = _knot(m, params, o)
     for out, made in zip(outs, (*knot.at[1:], knot.d), strict=False):
         out.copy_(made)
 
 
-def evaluate(m: Rows, outs: Sequence[Tensor], v: Tensor, params: Params, o: Options) -> None:
+def evaluate(m: Rows, outs: Tensors, v: Tensor, params: Params, o: Options) -> None:
     r"""Writes the spline or its inverse, and the logarithm of its slope if that is wanted."""
     if o.prepared:
         kx, ky, d = (p[0] for p in params)
@@ -83,15 +82,15 @@ def evaluate(m: Rows, outs: Sequence[Tensor], v: Tensor, params: Params, o: Opti
     w, h = torch.add(end, kx, out=m.take()), torch.add(end, ky, out=m.take())
     cell = Cell(kx, ky, w, h, d)
     if o.inverse:
-        made = rq.solve(m, z, cell, steep=steep, sign=-1)
+        made = rq.solve(m, z, cell, steep, sign=-1)
     else:
-        made = rq.advance(m, z, torch.div(h, w, out=m.take()), cell, steep=steep, sign=-1)
+        made = rq.advance(m, z, torch.div(h, w, out=m.take()), cell, steep, sign=-1)
     # Going forward, the end of the box is reached exactly, and so is the slope there.
     rq.finish(m, outs, v, made, o.bound, factor=scale, even=not o.inverse)
 
 
 def pull_back(
-    m: Rows, outs: Sequence[Tensor], x: Tensor, params: Params, grads: Sequence[Tensor], o: Options
+    m: Rows, outs: Tensors, x: Tensor, params: Params, grads: Tensors, o: Options
 ) -> None:
     r"""Writes the gradients to the input and to the parameters; see :func:`flowguard.spline.bin.pull_back`."""
     (_, p, q), minus, top, bottom, u, d = _knot(m, params, o, sign=-1)
@@ -112,7 +111,7 @@ def pull_back(
     to_width, to_height, to_raw = (out[0] for out in outs[1:4])
     log_d = pull.d[1].mul_(d)
     if o.slope is None:
-        rq.published_slope_pullback(m, log_d, params[2][0], u, to_raw)
+        rq.published_pullback(m, log_d, params[2][0], u, to_raw)
         to_raw.mul_(m.number(scale))
     else:
         up, rest = o.lean, d
