@@ -133,16 +133,14 @@ class _Forward(RationalQuadratic):
         # Every element has its own derivatives: those of the two outputs, one at a time.
         one = torch.ones_like(ctx.saved_tensors[0], dtype=ctx.options.work)
         zero = torch.zeros_like(one)
-        outs = []
-        for to_outs in ((one, zero), (zero, one)):
-            out = zero
+
+        def along(*to_outs: Tensor) -> Tensor:
             grads = _pull_back(ctx.options, *ctx.saved_tensors, *to_outs)
-            for grad, tangent in zip(grads, tangents, strict=False):
-                if grad is not None and tangent is not None:
-                    product = grad * tangent
-                    out = out + (product if product.dim() == one.dim() else product.sum(0))
-            outs.append(out)
-        return tuple(outs)
+            pairs = zip(grads, tangents, strict=False)
+            products = [g * t for g, t in pairs if g is not None and t is not None]
+            return sum((p if p.dim() == one.dim() else p.sum(0) for p in products), start=zero)
+
+        return along(one, zero), along(zero, one)
 
 
 class _InPlace(torch.autograd.Function):

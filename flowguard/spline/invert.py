@@ -18,20 +18,13 @@ MARGIN = 1e-4  # how near to its limits, relatively, a slope has a finite logit
 def unconstrain(
     widths: Tensor, heights: Tensor, slopes: Tensor, *, slope: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Returns the unconstrained parameters of the spline with these knots.
+    r"""Returns the unconstrained parameters, with shape :math:`(*, K - 1)`, of the spline with these
+    knots: with the widths and heights of all bins, as shares of the box, with shape
+    :math:`(*, K)`, and the slopes at the inner knots, with shape :math:`(*, K - 1)`.
 
-    It inverts the parameterisation of :func:`flowguard.functional.rational_quadratic_spline`.
-    Where a bin is smaller than it allows, or a slope out of its bounds, the result is the nearest
-    that it can do.
-
-    Arguments:
-        widths: The widths of all bins as shares of the box, with shape :math:`(*, K)`.
-        heights: The heights of all bins as shares of the box, with shape :math:`(*, K)`.
-        slopes: The slopes at the inner knots, with shape :math:`(*, K - 1)`.
-        slope: The least slope of the spline; :py:`None` for the published parameterisation.
-
-    Returns:
-        The unconstrained widths, heights and derivatives, each with shape :math:`(*, K - 1)`.
+    It inverts the parameterisation of :func:`flowguard.functional.rational_quadratic_spline` with
+    the least slope `slope`. Where a bin is smaller than it allows, or a slope out of its bounds,
+    the result is the nearest that it can do.
     """
     bins = widths.shape[-1]
     o = Options(widths.dtype, bound=1.0, slope=slope)  # in shares of any box
@@ -67,18 +60,10 @@ def unconstrain_softmax(
     least: tuple[float, float, float],
     slope: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Returns the same for a spline whose sizes come from a softmax, and slopes from a softplus.
+    r"""Returns those of :func:`unconstrain` for a spline whose sizes come from a softmax over all
+    bins, and slopes from a softplus (Durkan et al., 2019, https://arxiv.org/abs/1906.04032).
 
-    References:
-        | Neural Spline Flows (Durkan et al., 2019)
-        | https://arxiv.org/abs/1906.04032
-
-    Arguments:
-        widths: The logits of the widths, with shape :math:`(*, K)`.
-        heights: The logits of the heights, with shape :math:`(*, K)`.
-        slopes: What the slopes at the inner knots come from, with shape :math:`(*, K - 1)`.
-        least: The least width and height, as shares of the box, and the least slope.
-        slope: The least slope of the result.
+    There `least` holds the least width and height, as shares of the box, and the least slope.
     """
     # A softmax makes NaN of what is infinite.
     w, h, d = (p.clamp(-LARGEST, LARGEST) for p in (widths, heights, slopes))

@@ -88,11 +88,12 @@ def _sizes(u: Softmax, v: Softmax, of: Pair, raised: Tensor | float) -> Pair:
     return w + raised, h + raised
 
 
-def _pick(number: Tensor, values: Sequence[Tensor | float]) -> Tensor:
-    r"""The value of that number, counted from zero; the last one, if there are not as many."""
-    picked = values[0]
-    for k, value in enumerate(values[1:], 1):
-        picked = torch.where(number >= k, value, picked)
+def _pick(number: Tensor, values: Sequence[Tensor | float], first: int = 0) -> Tensor:
+    r"""The value of that number, which are counted from `first`: zero before it, and the last one
+    also behind."""
+    picked: Tensor | float = 0.0
+    for k, value in enumerate(values, first):
+        picked = value if k <= 0 else torch.where(number >= k, value, picked)
     assert isinstance(picked, Tensor)
     return picked
 
@@ -258,18 +259,8 @@ def pull_back(x: Tensor, params: Params, grads: Pair, o: Options) -> tuple[Tenso
         spread = list(torch.stack(spread).unbind())
     to_widths = _spread_softmax(number, rows[0], spread[2:7])
     to_heights = _spread_softmax(number, rows[1], spread[7:])
-    to_raws = [_for_bin(k, number, (*spread[:2], 0.0)) for k in range(1, bins)]
+    to_raws = [_pick(number, (*spread[:2], 0.0), k - 1) for k in range(1, bins)]
     return grad_x, *map(torch.stack, (to_widths, to_heights, to_raws))
-
-
-def _for_bin(bin: int, number: Tensor, values: Sequence[Tensor | float]) -> Tensor:
-    r"""The first value where the bin is the right neighbour of the element's bin, the second where
-    it is that bin, and so on; the last one also where it is further to the left."""
-    out: Tensor | float = 0.0
-    for k, value in enumerate(values, bin - 1):
-        out = value if k <= 0 else torch.where(number >= k, value, out)
-    assert isinstance(out, Tensor)
-    return out
 
 
 def _softmax_pullback(
@@ -287,13 +278,15 @@ def _softmax_pullback(
 def _spread_softmax(number: Tensor, logits: Rows, values: Rows) -> list[Tensor]:
     r"""Hands the gradients to the bins that they belong to, and through the softmax.
 
-    The last bin takes what is left of the box; as probabilities add up, so does its softmax.
+    The first of these is for the elements of the bin to the left, the second for its own, and the
+    last one also for all that lie further to the right. The last bin takes what is left of the
+    box; as probabilities add up, so does its softmax.
     """
     mean, *grads = values
     out = []
     for k, x in enumerate(logits):
         # Other than above, or the compiler would keep that one for the second loop.
         e = _loaded_once((x.clamp(max=CUT) * rq.LOG2_E).exp2(), x)
-        pulled = e * (_for_bin(k, number, grads) - mean)
+        pulled = e * (_pick(number, grads, k - 1) - mean)
         out.append(torch.where(e > TOP, 0.0, pulled))
     return out

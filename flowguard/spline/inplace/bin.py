@@ -76,18 +76,6 @@ def squash_pullback(m: Rows, x: Tensor, grad: Tensor, bound: float | None, out: 
     torch.div(grad, torch.addcmul(m.number(1.0), y, y, out=y), out=out)
 
 
-def _log(m: Rows, x: Tensor, out: Tensor) -> None:
-    r"""Writes the logarithm of positive numbers; overwrites them.
-
-    It is that of 1 + y with y = x - 1, or minus that of 1 + y with y = (1 - x) / x for x < 1: no
-    digit is lost in either.
-    """
-    y = torch.sub(x, m.number(1.0), out=m.take())
-    y.div_(x.clamp_(max=1.0))
-    torch.mul(torch.abs(y, out=x).log1p_(), y.sign_(), out=out)
-    m.give(y)
-
-
 def finish(
     m: Rows, outs: Tensors, v: Tensor, made: Made, bound: float, *, factor: float, even: bool
 ) -> None:
@@ -103,7 +91,11 @@ def finish(
     if slope is not None:
         if not even:
             torch.lerp(m.number(1.0), slope, inside, out=slope)
-        _log(m, slope, outs[1])
+        # The logarithm of x is that of 1 + y with y = x - 1, or minus that of 1 + y with
+        # y = (1 - x) / x for x < 1: no digit is lost in either.
+        y = torch.sub(slope, m.number(1.0), out=outside)
+        y.div_(slope.clamp_(max=1.0))
+        torch.mul(torch.abs(y, out=slope).log1p_(), y.sign_(), out=outs[1])
     m.give(outside, inside)
 
 

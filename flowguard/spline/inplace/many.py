@@ -56,8 +56,6 @@ class State(NamedTuple):
     r"""All that is known of each element's bin. Softmaxes are of widths and of heights, without
     their floors; what has a side is a pair of the left and of the right one."""
 
-    softmax: Tensor  # padded
-    passed: Tensor  # a one for each inner knot to its left, or on which it lies
     own: Pair  # softmaxes of its bin
     left: Pair  # softmaxes of its left neighbour
     right: Pair
@@ -90,7 +88,7 @@ def _locate(
     offset = torch.arange(1, bins, dtype=x.dtype, device=x.device)
     offset = offset.mul_(-floor * (1 + share)).add_(bound).view(-1, *(1,) * x.dim())
     torch.add(along, across, alpha=share, out=passed).sub_(offset)
-    torch.ge(x, passed, out=passed)
+    torch.ge(x, passed, out=passed)  # a one for each knot to the left, or on which it lies
     number = torch.sum(passed, 0, out=m.take())
     place = m.places(number, bins + 2)
 
@@ -123,13 +121,11 @@ def _locate(
     # of the left and of the right one each: widths and heights, then sorted by these
     ws, hs, ss = m.pair(), m.pair(), m.pair()
     for side, near in enumerate((left, right), 1):
-        torch.add(near[0], least_size, out=raised[0])
-        torch.add(raised[1], raised[2], alpha=share, out=ws[side])
-        torch.add(raised[2], raised[1], alpha=share, out=hs[side])
+        mix(near, least_size, (ss[0], ws[side], hs[side]))
     torch.div(hs[0], ws[0], out=ss[0])
     s = torch.div(its[2], its[1], out=bad)
     m.give_pair(raised)
-    return State(softmax, passed, own, left, right, sums, corner, its, s, ws, hs, ss, raw, number)
+    return State(own, left, right, sums, corner, its, s, ws, hs, ss, raw, number)
 
 
 def _inner(m: Rows, number: Tensor, bins: int, most: Tensors | Tensor) -> Tensor:

@@ -8,8 +8,6 @@ gradients are made of them, the knot is.
 
 __all__ = ["evaluate", "layout", "prepare", "pull_back"]
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -24,18 +22,11 @@ def layout(bins: int) -> Layout:
     return Layout(pairs=6, singles=17)
 
 
-class Knot(NamedTuple):
-    r"""The knot, times a sign, and the slope there."""
-
-    sigmoids: Pair  # of the raw width and height
-    at: Pair
-    top: Tensor  # of the mean of the secants
-    bottom: Tensor
-    u: Tensor  # what the pullback of the slope needs
-    d: Tensor
-
-
-def _knot(m: Rows, params: Params, o: Options, sign: int = 1) -> Knot:
+def _knot(
+    m: Rows, params: Params, o: Options, sign: int = 1
+) -> tuple[Pair, Pair, Tensor, Tensor, Tensor, Tensor]:
+    r"""The sigmoids of raw width and height; the knot, times a sign; numerator and denominator of
+    the mean of the secants; what the pullback of the slope at the knot needs, and that slope."""
     (width, height, raw), reach = (p[0] for p in params), sign * o.reach
     sigmoids, shares, at = m.pair(), m.pair(), m.pair()
     torch.sigmoid(width, out=sigmoids[1])
@@ -56,13 +47,13 @@ def _knot(m: Rows, params: Params, o: Options, sign: int = 1) -> Knot:
         torch.addcmul(bottom, bottom, u, value=-up, out=low)
         torch.addcmul(top, top, u, value=up, out=d).div_(low)
         m.give(low)
-    return Knot(sigmoids, at, top, bottom, u, d)
+    return sigmoids, at, top, bottom, u, d
 
 
 def prepare(m: Rows, outs: Tensors, params: Params, o: Options) -> None:
     r"""Writes the inner knot and the slope there: all that the spline needs to know."""
-    knot = _knot(m, params, o)
-    for out, made in zip(outs, (*knot.at[1:], knot.d), strict=False):
+    _, (_, kx, ky), *_, d = _knot(m, params, o)
+    for out, made in zip(outs, (kx, ky, d), strict=False):
         out.copy_(made)
 
 
