@@ -112,7 +112,10 @@ class RationalQuadratic(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, ctx.options = inputs
         # The inverse saves its output: there the gradients are those of the forward direction.
-        ctx.save_for_backward(output[0] if ctx.options.inverse else tensors[0], *tensors[1:])
+        saved = output[0] if ctx.options.inverse else tensors[0], *tensors[1:]
+        ctx.save_for_backward(*saved)
+        if not torch.compiler.is_compiling():
+            ctx.save_for_forward(*saved)
         ctx.dtypes = [None if t is None else t.dtype for t in tensors]
 
     @staticmethod
@@ -122,11 +125,6 @@ class RationalQuadratic(torch.autograd.Function):
 
 class _Forward(RationalQuadratic):
     r"""The same with forward derivatives, which the compiler does not know."""
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        RationalQuadratic.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(output[0] if ctx.options.inverse else inputs[0], *inputs[1:5])
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:

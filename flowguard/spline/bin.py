@@ -55,14 +55,9 @@ Params = tuple[Tensor, Tensor, Tensor]  # widths, heights and derivatives, with 
 
 LOG2_E = 1 / math.log(2)
 MIN_DERIVATIVE = 1e-3  # the least inner derivative of the published parameterisation
-
-
-def max_logit(dtype: torch.dtype) -> float:
-    r"""The logarithm of the largest derivative that the published parameterisation may take.
-
-    Its square has to be finite beside the square of the largest ratio of two secants.
-    """
-    return 300.0 if dtype == torch.float64 else 30.0
+# The logarithm of the largest one: its square has to be finite beside the square of the largest
+# ratio of two secants.
+MAX_LOGIT = {torch.float32: 30.0, torch.float64: 300.0}
 
 
 def sigmoid(x: Tensor) -> Tensor:
@@ -225,11 +220,11 @@ def pull_back(z: Tensor, s: Tensor, cell: Cell, grads: Pair, inverse: bool) -> P
 def published_slope(raw: Tensor) -> Pair:
     r"""The slope at an inner knot of the published parameterisation; and the share of it that
     grows with `raw`."""
-    grown = raw.clamp(max=max_logit(raw.dtype)).exp() * (1 - MIN_DERIVATIVE)
+    grown = raw.clamp(max=MAX_LOGIT[raw.dtype]).exp() * (1 - MIN_DERIVATIVE)
     d = grown + MIN_DERIVATIVE
     return d, grown / d
 
 
 def published_pullback(grad: Tensor, raw: Tensor, share: Tensor) -> Tensor:
     r"""The gradient to `raw` for that to the logarithm of the slope."""
-    return torch.where(raw < max_logit(raw.dtype), grad * share, share - share)
+    return torch.where(raw < MAX_LOGIT[raw.dtype], grad * share, share - share)

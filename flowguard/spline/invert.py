@@ -31,7 +31,8 @@ def unconstrain(
     floor, share = o.least(bins), o.share
     # Without the floor the sizes are w = (u + λ v) / (1 + λ) and h = (v + λ u) / (1 + λ).
     w, h = ((size - floor) / (1 - bins * floor) for size in (widths, heights))
-    u, v = _shares((w - share * h) / (1 - share)), _shares((h - share * w) / (1 - share))
+    u, v = ((p / (1 - share)).clamp_min(LEAST) for p in (w - share * h, h - share * w))
+    u, v = (p / p.sum(dim=-1, keepdim=True) for p in (u, v))
     raw_w, raw_h = (p[..., :-1].log() - p[..., -1:].log() for p in (u, v))
     if slope is None:
         rest = (slopes - MIN_DERIVATIVE).clamp_min(MIN_DERIVATIVE * MARGIN)
@@ -73,8 +74,3 @@ def unconstrain_softmax(
         for size, p in zip(least, (w, h), strict=False)
     )
     return unconstrain(w, h, least[2] + F.softplus(d), slope=slope)
-
-
-def _shares(p: Tensor) -> Tensor:
-    p = p.clamp_min(LEAST)
-    return p / p.sum(dim=-1, keepdim=True)

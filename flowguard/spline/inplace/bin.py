@@ -148,7 +148,7 @@ def solve(m: Rows, z: Tensor, cell: Cell, steep: bool, sign: int = 1) -> Made:
 
 def published_slope(m: Rows, raw: Tensor, share: Tensor, out: Tensor) -> None:
     r"""Writes that of :func:`flowguard.spline.bin.published_slope`."""
-    torch.clamp(raw, max=rq.max_logit(raw.dtype), out=share)
+    torch.clamp(raw, max=rq.MAX_LOGIT[raw.dtype], out=share)
     share.exp_().mul_(m.number(1 - rq.MIN_DERIVATIVE))
     torch.add(share, m.number(rq.MIN_DERIVATIVE), out=out)
     share.div_(out)
@@ -157,7 +157,7 @@ def published_slope(m: Rows, raw: Tensor, share: Tensor, out: Tensor) -> None:
 def published_pullback(m: Rows, grad: Tensor, raw: Tensor, share: Tensor, out: Tensor) -> None:
     r"""Writes the gradient to `raw` for that to the logarithm of the slope; overwrites the share."""
     torch.mul(share, grad, out=share)
-    torch.lt(raw, m.number(rq.max_logit(raw.dtype)), out=out).mul_(share)
+    torch.lt(raw, m.number(rq.MAX_LOGIT[raw.dtype]), out=out).mul_(share)
 
 
 def masked(m: Rows, outs: Tensors, x: Tensor, grads: Tensors, bound: float) -> Tensors:

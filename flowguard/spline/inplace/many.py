@@ -28,24 +28,6 @@ def layout(bins: int) -> Layout:
     return Layout(pairs=23, singles=17, blocks=blocks)
 
 
-def _softmax(m: Rows, logits: Tensors, scale: float, padded: Tensor, uncut: Tensors) -> None:
-    r"""The scaled softmaxes over the given logits and a zero; first and last row come twice. If
-    there is something to write to, writes ones to where no logit was cut."""
-    bins = len(logits[0]) + 1
-    out, total = padded[:, 1:-1], m.pair()
-    for part, uneven in zip(out.unbind(), logits, strict=True):
-        # copies with bins first in memory: far faster by way of this operation than by a copy
-        torch.clamp(uneven, max=CUT, out=part[:-1])
-    out[:, -1].zero_()
-    out.mul_(m.number(LOG2_E)).exp2_()  # thrice as fast as exp
-    for part, ones in zip(out.unbind(), uncut, strict=False):
-        torch.le(part[:-1], m.number(TOP), out=ones)
-    torch.sum(out, 1, out=total[0])
-    out.mul_(torch.div(m.number(scale), total[0], out=total[0]).unsqueeze(1))
-    padded[:, :: bins + 1].copy_(padded[:, 1 :: bins - 1])
-    m.give_pair(total)
-
-
 def _mixed(to_u: Tensor, to_v: Tensor, share: float, out: Pair) -> Pair:
     torch.add(to_u, to_v, alpha=share, out=out[1])
     torch.add(to_v, to_u, alpha=share, out=out[2])
@@ -73,15 +55,30 @@ class State(NamedTuple):
 def _locate(
     m: Rows, x: Tensor, params: Params, o: Options, vertical: bool, uncut: Tensors = ()
 ) -> State:
+    r"""Writes ones to where no logit was cut, if there is something to write to."""
     *logits, derivatives = params
     bins, share, bound = len(derivatives) + 1, o.share, o.bound
     scale, floor = o.softmax(bins)
-    softmax, cumulated, passed, raws, _ = m.blocks
-    _softmax(m, logits, scale, softmax, uncut)
-    total, *rest = cumulated.unbind(1)  # over all bins to the left, for each bin
-    total.zero_()
-    for row, out in zip(softmax[:, 1:].unbind(1), rest, strict=False):
-        total = torch.add(total, row, out=out)
+    padded, cumulated, passed, raws, _ = m.blocks
+
+    # The scaled softmaxes over logits and a zero; first and last row come twice.
+    softmax, total = padded[:, 1:-1], m.pair()
+    for part, uneven in zip(softmax.unbind(), logits, strict=True):
+        # copies with bins first in memory: far faster by way of this operation than by a copy
+        torch.clamp(uneven, max=CUT, out=part[:-1])
+    softmax[:, -1].zero_()
+    softmax.mul_(m.number(LOG2_E)).exp2_()  # thrice as fast as exp
+    for part, ones in zip(softmax.unbind(), uncut, strict=False):
+        torch.le(part[:-1], m.number(TOP), out=ones)
+    torch.sum(softmax, 1, out=total[0])
+    softmax.mul_(torch.div(m.number(scale), total[0], out=total[0]).unsqueeze(1))
+    padded[:, :: bins + 1].copy_(padded[:, 1 :: bins - 1])
+    m.give_pair(total)
+
+    before, *rest = cumulated.unbind(1)  # over all bins to the left, for each bin
+    before.zero_()
+    for row, out in zip(softmax.unbind(1), rest, strict=False):
+        before = torch.add(before, row, out=out)
     along, across = cumulated[:, 1:].unbind()
     if vertical:
         along, across = across, along
@@ -101,7 +98,7 @@ def _locate(
             torch.index_select(rows[k:].view(-1), 0, place, out=out.view(-1))
 
     for k in range(2):
-        fetch(softmax[k], left[k + 1], own[k + 1], right[k + 1])
+        fetch(padded[k], left[k + 1], own[k + 1], right[k + 1])
         fetch(cumulated[k], sums[k + 1])
     fetch(raws, *raw[1:])
     # A NaN anywhere is one of the element: those of the logits are in every bin already.
@@ -195,11 +192,6 @@ def _slope_pullback(
     return to_first, both.sub_(to_high, alpha=2)
 
 
-def _within(m: Rows, x: Tensor, corner: Tensor, size: Tensor) -> Tensor:
-    z = torch.sub(x, corner, out=m.take())
-    return torch.clamp(z, m.number(0.0), size, out=z)
-
-
 def evaluate(m: Rows, outs: Tensors, v: Tensor, params: Params, o: Options) -> None:
     r"""Writes the spline or its inverse, and the logarithm of its slope if that is wanted."""
     x = torch.clamp(v, -o.bound, o.bound, out=m.take())
@@ -216,7 +208,8 @@ def evaluate(m: Rows, outs: Tensors, v: Tensor, params: Params, o: Options) -> N
     inner = _inner(m, at.number, len(params[0]) + 1, (one, one) if o.slope is None else bent)
     cell = Cell(x0, y0, w, h, *torch.lerp(one, d, inner, out=d))
     start, size = (y0, h) if o.inverse else (x0, w)
-    z = _within(m, x, start, size)
+    z = torch.sub(x, start, out=m.take())
+    torch.clamp(z, m.number(0.0), size, out=z)
     back = torch.add(start, z, out=m.take())
     if o.inverse:
         value, grown = rq.solve(m, z, cell, o.steep)
@@ -245,7 +238,7 @@ def pull_back(
     cell = Cell(*at.corner[1:], *at.size[1:], *d[1:])
 
     inside = rq.masked(m, outs, x, grads, o.bound)
-    z = _within(m, z, cell.x, cell.w)
+    torch.clamp(z.sub_(cell.x), m.number(0.0), cell.w, out=z)
     pull = rq.pull_back(m, z, at.s, cell, inside, o.inverse)
     outs[0].add_(pull.grad)
     to_raw, log_s = at.corner, pull.log_s

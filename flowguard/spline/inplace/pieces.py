@@ -23,8 +23,7 @@ Tensors = Sequence[Tensor | None]
 
 
 def evaluate(kernel: ModuleType, tensors: Tensors, o: Options) -> tuple[Tensor, ...]:
-    r"""The value and, if it is wanted, the logarithm of the slope, for input, parameters and
-    shift."""
+    r"""The value and, if wanted, the logarithm of the slope for input, parameters and shift."""
 
     def write(m: Rows, outs: Sequence[Tensor], v: Tensor, *rest: Any) -> None:
         *params, shift = rest
