@@ -56,12 +56,8 @@ def apply(x: Tensor, params: Params, shift: Tensor | None, o: Options) -> tuple[
             return pieces.evaluate(_kernels(params[0])[1], inputs, o)
         if not o.prepared:
             return _InPlace.apply(*inputs, o)
-    if o.prepared:
-        outs = evaluate(*inputs, o)
-    elif torch.compiler.is_compiling():
-        outs = RationalQuadratic.apply(*inputs, o)
-    else:
-        outs = _Forward.apply(*inputs, o)
+    function = RationalQuadratic if torch.compiler.is_compiling() else _Forward
+    outs = evaluate(*inputs, o) if o.prepared else function.apply(*inputs, o)
     # What is not wanted the compiler leaves out by itself.
     return outs[: 1 + o.steep]
 

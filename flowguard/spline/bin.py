@@ -102,24 +102,19 @@ def finish(v: Tensor, out: Tensor, slope: Tensor, bound: float) -> Pair:
 
 
 class Cell(NamedTuple):
-    r"""A bin: its corner, its size and the slopes at its ends, of which None is one."""
+    r"""A bin: its corner, its size and the slopes at its ends."""
 
     x: Tensor
     y: Tensor
     w: Tensor
     h: Tensor
     d0: Tensor
-    d1: Tensor | None = None
-
-    @property
-    def end(self) -> Tensor | float:
-        r"""The slope at the other end."""
-        return 1.0 if self.d1 is None else self.d1
+    d1: Tensor | float = 1.0
 
 
 def _parts(t: Tensor, r: Tensor, s: Tensor, cell: Cell) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     r"""P, Q, D and N."""
-    p, q = torch.addcmul(s * t, cell.d0, r), s * r + cell.end * t
+    p, q = torch.addcmul(s * t, cell.d0, r), s * r + cell.d1 * t
     return p, q, torch.addcmul(t * p, r, q), torch.addcmul(t * q, r, p)
 
 
@@ -148,7 +143,7 @@ def solve(z: Tensor, cell: Cell) -> Pair:
     # the one is taken in which no two numbers cancel. The root is 2 β t + 1 - β, so that the
     # derivative of the equation is dt / dθ = (1 + (a + b - 2) t r) / √.
     inv_s = cell.w / cell.h
-    a, b = cell.d0 * inv_s, cell.end * inv_s
+    a, b = cell.d0 * inv_s, cell.d1 * inv_s
     theta = z / cell.h
     rest = 1 - theta
     skew = rest - theta
@@ -189,7 +184,7 @@ def pull_back(z: Tensor, s: Tensor, cell: Cell, grads: Pair, inverse: bool) -> P
     gives them for the cotangents (-g / f', -grad_l) with g = grad_x - grad_l ∂ log f' / ∂x, and y
     receives g / f'.
     """
-    (grad_y, grad_l), w, h, d0, d1 = grads, cell.w, cell.h, cell.d0, cell.end
+    (grad_y, grad_l), w, h, d0, d1 = grads, cell.w, cell.h, cell.d0, cell.d1
     t = z / w
     r = 1 - t
     p, q, den, num = _parts(t, r, s, cell)

@@ -52,8 +52,7 @@ class Options(NamedTuple):
 
     @property
     def reach(self) -> float:
-        r"""The knot between two bins for logits that are infinite, without what the other one adds,
-        in the units of the box."""
+        r"""The knot for infinite logits, in the box's units and without what the other one adds."""
         return self.unit[0] * (1 - 2 * self.least(2)) / (1 + self.share)
 
     def softmax(self, bins: int) -> tuple[float, float]:

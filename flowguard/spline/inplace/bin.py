@@ -104,7 +104,7 @@ def advance(m: Rows, z: Tensor, s: Tensor, cell: Cell, steep: bool, sign: int = 
     the slope if that is wanted. The size has the same sign. Overwrites `z` and the secant."""
     t = torch.div(z, cell.w, out=m.take())
     p = torch.lerp(cell.d0, s, t, out=m.take())
-    q = torch.lerp(s, m.number(1.0) if cell.d1 is None else cell.d1, t, out=m.take())
+    q = torch.lerp(s, m.number(1.0) if isinstance(cell.d1, float) else cell.d1, t, out=m.take())
     den = torch.lerp(q, p, t, out=m.take())
     z.mul_(s)
     slope = None
@@ -126,7 +126,7 @@ def solve(m: Rows, z: Tensor, cell: Cell, steep: bool, sign: int = 1) -> Made:
     rest = torch.sub(one, theta, out=m.take())
     skew = torch.sub(rest, theta, out=m.take())
     a = torch.mul(cell.d0, inv_s, out=m.take())
-    b = inv_s if cell.d1 is None else torch.mul(cell.d1, inv_s, out=m.take())
+    b = inv_s if isinstance(cell.d1, float) else torch.mul(cell.d1, inv_s, out=m.take())
     delta = torch.mul(a, rest, out=m.take()).addcmul_(b, theta, value=-1)
     beta = torch.sub(skew, delta, out=m.take())
     root = delta.mul_(delta).addcmul_(theta, rest, value=4).sqrt_()
@@ -187,7 +187,7 @@ def pull_back(m: Rows, z: Tensor, s: Tensor, cell: Cell, grads: Tensors, inverse
     Overwrites the gradients."""
     take, (grad_y, grad_l), w, h, d0 = m.take, grads, cell.w, cell.h, cell.d0
     one = m.number(1.0)
-    d1 = one if cell.d1 is None else cell.d1
+    d1 = one if isinstance(cell.d1, float) else cell.d1
     ends, to_d = m.pair(), m.pair()
     both, r, t = ends
     torch.div(z, w, out=t)

@@ -1,4 +1,4 @@
-r"""The spline with its shift in place, piece by piece: temporaries stay in the cache.
+r"""The spline with its shift in place, in pieces whose temporaries stay in the cache.
 
 A `kernel` is the module that works on one piece.
 """
