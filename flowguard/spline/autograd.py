@@ -36,9 +36,8 @@ def _kernels(widths: Tensor) -> tuple[ModuleType, ModuleType]:
 def _in_place() -> bool:
     r"""Whether to compute in place. The compiler fuses better what is not, and the transforms of
     `torch.func` forbid it."""
-    if not INPLACE or torch.compiler.is_compiling():
-        return False
-    return not torch._C._are_functorch_transforms_active()
+    traced = not INPLACE or torch.compiler.is_compiling()
+    return not (traced or torch._C._are_functorch_transforms_active())
 
 
 def apply(x: Tensor, params: Params, shift: Tensor | None, o: Options) -> tuple[Tensor, ...]:
@@ -97,8 +96,8 @@ def _pull_back(
 class RationalQuadratic(torch.autograd.Function):
     r"""The spline with a closed-form backward, which keeps no intermediate tensor alive.
 
-    The backward is made of differentiable operations, so that it can be differentiated itself.
-    Gradients to half precision are cut at what it can hold.
+    The backward is made of operations that can be differentiated themselves. Gradients to half
+    precision are cut at what it can hold.
     """
 
     generate_vmap_rule = True

@@ -66,9 +66,8 @@ def evaluate(v: Tensor, params: Params, o: Options) -> Pair:
     r"""The spline or its inverse, and the logarithm of its slope. What was prepared are the knot
     and the slope there."""
     first, second, raw = (p[0] for p in params)
-    if o.prepared:
-        knot, d = (first, second), raw
-    else:
+    knot, d = (first, second), raw
+    if not o.prepared:
         knot = _knot(rq.sigmoid(first), rq.sigmoid(second), o)
         d, _ = _slope(raw, _mean(knot, o), o)
     scale = o.unit[1]

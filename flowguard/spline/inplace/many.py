@@ -60,7 +60,6 @@ def _locate(
     bins, share, bound = len(derivatives) + 1, o.share, o.bound
     scale, floor = o.softmax(bins)
     padded, cumulated, passed, raws, _ = m.blocks
-
     # The scaled softmaxes over logits and a zero; first and last row come twice.
     softmax, total = padded[:, 1:-1], m.pair()
     for part, uneven in zip(softmax.unbind(), logits, strict=True):
