@@ -7,6 +7,7 @@ The parameters are drawn as K logits for the peers; ours takes K - 1, the last o
     python benchmarks/spline.py --bins 2 8 --elements 150000 --repeats 5
     python benchmarks/spline.py --device cpu --threads 1 --write-readme
     python benchmarks/spline.py --device cpu --threads 1 --processor-time   # on a machine at work
+    python benchmarks/spline.py --device cpu --ours inplace,traced          # our two ways, eager
 
 `x copy` is the time over the copy limit, the bytes that the call has to read and to write divided
 by the bandwidth of `torch.copy_` (256 MiB to 256 MiB, in the same turns): 1 is the speed of the
@@ -35,7 +36,7 @@ from torch import Tensor
 
 OURS = "flowguard"
 PEERS = ("nflows", "zuko", "normflows")
-NAMES = (OURS, *PEERS)
+WAYS = ("inplace", "traced")  # ours in eager mode; what is compiled is traced
 MODES = ("forward", "inverse", "forward+inverse", "forward+backward")
 HOW = ("eager", "compiled")
 BOUND = 5.0
@@ -70,14 +71,30 @@ class Result(NamedTuple):
     broken: set[str]  # compiled, but not into one graph
 
 
+def columns(ways: Sequence[str]) -> list[str]:
+    r"""What is compared, ours first."""
+    ours = [OURS] if tuple(ways) == WAYS[:1] else [f"{OURS} {way}" for way in ways]
+    return [*ours, *PEERS]
+
+
+def is_ours(name: str) -> bool:
+    return name.split()[0] == OURS
+
+
 def load(name: str) -> Spline:
     r"""The spline of a library as (x, widths, heights, derivatives, inverse) -> (y, ladj)."""
-    if name == OURS:
+    if is_ours(name):
         ours = importlib.import_module("flowguard.functional").rational_quadratic_spline
+        switch = importlib.import_module("flowguard.spline.autograd")
+        inplace = not name.endswith("traced")
+        if not isinstance(switch.INPLACE, bool):
+            raise TypeError(f"INPLACE must be the switch of our kernels; got {switch.INPLACE!r}")
 
         def flowguard(
             x: Tensor, w: Tensor, h: Tensor, d: Tensor, inverse: bool
         ) -> tuple[Tensor, Tensor]:
+            if not torch.compiler.is_compiling():
+                switch.INPLACE = inplace  # until the next call: for the backward too
             return ours(x, w, h, d, bound=BOUND, inverse=inverse)
 
         return flowguard
@@ -272,7 +289,7 @@ def ready(
     torch._dynamo.utils.counters.clear()
     if case.how == "compiled":
         # Ours must compile into one graph; the peers may break it.
-        spline = torch.compile(spline, fullgraph=name == OURS, dynamic=False)
+        spline = torch.compile(spline, fullgraph=is_ours(name), dynamic=False)
     call = prepare(spline, case, tensors)
     call()
     call()
@@ -283,7 +300,14 @@ def ready(
     return call, broken
 
 
-def measure(case: Case, device: torch.device, layout: str, repeats: int, limit: float) -> Result:
+def measure(
+    case: Case,
+    device: torch.device,
+    layout: str,
+    repeats: int,
+    limit: float,
+    names: Sequence[str] = (OURS, *PEERS),
+) -> Result:
     r"""Runs one line of the table: warm up, measure memory, then time all in turns."""
     torch._dynamo.reset()
     gc.collect()
@@ -293,9 +317,9 @@ def measure(case: Case, device: torch.device, layout: str, repeats: int, limit: 
     turns: dict[str, Callable[[], object]] = {}
     broken = set()
 
-    for name in NAMES:
+    for name in names:
         try:
-            tensors = ours if name == OURS else peers
+            tensors = ours if is_ours(name) else peers
             turns[name], breaks = ready(name, case, tensors, memory)
             if breaks:
                 broken.add(name)
@@ -371,9 +395,11 @@ def row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def against(name: str, result: Result, figures: dict[str, float | str], unit: float) -> str:
-    r"""A peer's figure and how many times ours it is; or why there is none."""
-    ours, peer = figures[OURS], figures[name]
+def against(
+    name: str, first: str, result: Result, figures: dict[str, float | str], unit: float
+) -> str:
+    r"""A figure and how many times that of the first one it is; or why there is none."""
+    ours, peer = figures[first], figures[name]
     if isinstance(peer, str):
         return peer
     text = number(peer / unit)
@@ -383,26 +409,27 @@ def against(name: str, result: Result, figures: dict[str, float | str], unit: fl
     return text + "†" * (name in result.broken)
 
 
-def tables(results: Sequence[Result]) -> str:
+def tables(results: Sequence[Result], names: Sequence[str] = (OURS, *PEERS)) -> str:
     r"""Two tables in Markdown: milliseconds of all modes, MiB of forward+backward."""
 
     def head(first: str, *more: str) -> list[str]:
-        cells = ["K", "elements", *more, "how", first, *PEERS]
-        return [row(cells), row(["---:"] * 2 + ["---"] * (1 + len(more)) + ["---:"] * 4)]
+        cells = ["K", "elements", *more, "how", first, *others]
+        return [row(cells), row(["---:"] * 2 + ["---"] * (1 + len(more)) + ["---:"] * len(names))]
 
-    speed = head(f"{OURS} ms (× copy)", "mode")
-    space = head(f"{OURS} MiB")
+    main, *others = names
+    speed = head(f"{main} ms (× copy)", "mode")
+    space = head(f"{main} MiB")
     for result in results:
-        case, ours = result.case, result.time[OURS]
+        case, ours = result.case, result.time[main]
         label = [str(case.bins), count(case.elements)]
         if not isinstance(ours, str):
             ours = f"{number(ours)} ({number(ours / result.copy)})"
-        peers = [against(name, result, result.time, 1.0) for name in PEERS]
+        peers = [against(name, main, result, result.time, 1.0) for name in others]
         speed.append(row([*label, case.mode, case.how, ours, *peers]))
         if case.mode == "forward+backward":
-            used = result.memory[OURS]
+            used = result.memory[main]
             used = used if isinstance(used, str) else number(used / 2**20)
-            peers = [against(name, result, result.memory, 2**20) for name in PEERS]
+            peers = [against(name, main, result, result.memory, 2**20) for name in others]
             space.append(row([*label, case.how, used, *peers]))
 
     text = "\n".join(speed)
@@ -437,6 +464,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--device", nargs="+", default=devices, help="cpu, cuda; default: all present")
     add("--modes", nargs="+", choices=MODES, default=list(MODES))
     add("--how", nargs="+", choices=HOW, default=list(HOW))
+    add(
+        "--ours",
+        type=lambda s: s.split(","),
+        default=list(WAYS[:1]),
+        help="inplace, traced or both, separated by a comma: the way of our eager mode",
+    )
     add("--layout", choices=("last", "first"), default="last", help="of the bins in memory")
     add("--repeats", type=int, default=15)
     add("--limit", type=float, default=60.0, help="seconds for the turns of one line")
@@ -454,6 +487,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
+    if not set(options.ours) <= set(WAYS):
+        raise SystemExit(f"--ours must be of {', '.join(WAYS)}; got {', '.join(options.ours)}")
+    names = columns(options.ours)
+    if names[0] != OURS:
+        options.how = ["eager"]  # compiled, both ways are the same
+    if options.write_readme and names[0] != OURS:
+        raise SystemExit("--write-readme is for the table of our only way; leave --ours out")
     torch.set_num_threads(options.threads)
     if options.processor_time:
         if options.threads > 1 or options.device != ["cpu"]:
@@ -472,11 +512,17 @@ def main(argv: Sequence[str] | None = None) -> None:
                 for mode in options.modes:
                     for how in options.how:
                         case = Case(bins, elements, mode, how)
-                        results.append(
-                            measure(case, device, options.layout, options.repeats, options.limit)
+                        how_often = options.repeats, options.limit
+                        result = measure(case, device, options.layout, *how_often, names)
+                        results.append(result)
+                        print(
+                            tables(results[-1:], names).splitlines()[2],
+                            file=sys.stderr,
+                            flush=True,
                         )
-                        print(tables(results[-1:]).splitlines()[2], file=sys.stderr, flush=True)
-        parts.append(f"{title(device, options.layout, options.repeats)}\n\n{tables(results)}")
+        parts.append(
+            f"{title(device, options.layout, options.repeats)}\n\n{tables(results, names)}"
+        )
 
     text = "\n\n".join(parts)
     print(text)

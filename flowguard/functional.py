@@ -4,18 +4,34 @@ Each is a monotone map of the real line, applied element by element. `ladj` is t
 the absolute derivative of the direction taken, element by element: nothing is summed here.
 """
 
-__all__ = ["additive", "affine", "bounded", "rational_quadratic_spline", "reparametrized_affine"]
+__all__ = [
+    "FAITHFUL",
+    "Prepared",
+    "additive",
+    "affine",
+    "bounded",
+    "prepare",
+    "prepared_spline",
+    "rational_quadratic_spline",
+    "reparametrized_affine",
+    "saturate",
+    "shifted_spline",
+]
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Real
+from typing import NamedTuple
 
 import torch
 from torch import Size, Tensor
 
 from flowguard.spline import autograd
 from flowguard.spline import bin as rq
+from flowguard.spline.options import Options
 
+FAITHFUL = 0.8  # the share of a bound up to which :func:`saturate` is the identity
+NEAR = 1 - 1e-3  # the share that it may reach, for which :func:`bounded` has a finite argument
 BOUNDS = 1e-10, 1e10  # of the box, for all to stay finite in single precision
 
 
@@ -37,6 +53,9 @@ def rational_quadratic_spline(
     :math:`[\epsilon, 1/\epsilon]` on the whole line, and value, slope and all gradients are finite
     for finite `x`. A NaN in `x` or in the parameters makes that element NaN, and no other.
 
+    Two bins are another map than three and more: zero derivatives make the slope at their knot the
+    harmonic mean of the slopes of the adjacent bins, with three and more bins the geometric mean.
+
     References:
         | Neural Spline Flows (Durkan et al., 2019)
         | https://arxiv.org/abs/1906.04032
@@ -50,8 +69,7 @@ def rational_quadratic_spline(
             where the exponential is still finite.
         heights: The unconstrained heights of all bins but the last, with shape :math:`(*, K - 1)`.
         derivatives: The unconstrained slopes at the inner knots, with shape :math:`(*, K - 1)`.
-            Zero is a mean of the slopes of the two adjacent bins: the harmonic mean for two bins,
-            the geometric mean for more.
+            Zero is a mean of the slopes of the two adjacent bins.
         bound: The bound :math:`B` of the box.
         slope: The least slope :math:`\epsilon`, in :math:`(0, 0.49]`. If :py:`None`, use the
             published parameterisation, in which the slope has no bound: bins of at least a
@@ -83,9 +101,9 @@ def rational_quadratic_spline(
         ... )[0]
         tensor([-9.0000,  0.5000,  9.0000])
     """
-    _check_spline(widths, heights, derivatives, bound, slope)
+    check_spline(widths, heights, derivatives, bound, slope)
     y, ladj = shifted_spline(
-        x, widths, heights, derivatives, None, bound, slope, None, inverse, steep=True
+        x, widths, heights, derivatives, None, bound=bound, slope=slope, inverse=inverse
     )
     return y, ladj
 
@@ -96,12 +114,12 @@ def shifted_spline(
     heights: Tensor,
     derivatives: Tensor,
     shift: Tensor | None,
+    *,
     bound: float,
     slope: float | None,
-    shift_bound: float | None,
-    inverse: bool,
-    *,
-    steep: bool,
+    shift_bound: float | None = None,
+    inverse: bool = False,
+    steep: bool = True,
 ) -> tuple[Tensor, ...]:
     r"""The spline plus a :func:`bounded` shift, if there is one, as one operation. Returns the
     value and, if it shall be `steep`, the logarithm of the slope."""
@@ -112,10 +130,65 @@ def shifted_spline(
     # Half precision has too few digits for knots; autocast must not touch the maths either.
     work = dtype if dtype in (torch.float32, torch.float64) else torch.float32
     full = (*shape, bins - 1)
-    params = (_expand(p, full).movedim(-1, 0) for p in (widths, heights, derivatives))
+    w, h, d = (_expand(p, full).movedim(-1, 0) for p in (widths, heights, derivatives))
     by = None if shift is None else _expand(shift, shape)
-    options = (work, bound, slope, shift_bound, inverse)
-    outs = autograd.apply(_expand(x, shape), *params, by, *options, steep=steep)
+    options = Options(work, bound, slope, shift_bound, inverse, steep)
+    outs = autograd.apply(_expand(x, shape), (w, h, d), by, options)
+    return tuple(t.to(dtype) for t in outs)
+
+
+class Prepared(NamedTuple):
+    r"""What there is to know of a two-bin spline with a shift, as :func:`prepare` works it out."""
+
+    values: Sequence[
+        Tensor
+    ]  # the knot's coordinates, the slope there, the shift; in its own units
+    bound: float
+    shift_bound: float | None
+    work: torch.dtype  # that it was prepared in
+
+
+def prepare(
+    width: Tensor,
+    height: Tensor,
+    derivative: Tensor,
+    shift: Tensor,
+    *,
+    bound: float,
+    slope: float | None,
+    shift_bound: float | None,
+    out: Sequence[Tensor],
+) -> Prepared:
+    r"""Works out what the parameters of a two-bin spline with a shift say, taken as constants, for
+    :func:`prepared_spline` to apply it many times.
+
+    Arguments:
+        width: The unconstrained width, in single or double precision, with shape :math:`(*)`.
+        height: The unconstrained height, with shape :math:`(*)`.
+        derivative: The unconstrained slope at the knot, with shape :math:`(*)`.
+        shift: The unconstrained shift, with shape :math:`(*)`.
+        bound: The bound :math:`B` of the box.
+        slope: The least slope.
+        shift_bound: The bound of the shift. If :py:`None`, the shift is free.
+        out: Four tensors to hold what is worked out, which may be the parameters themselves.
+    """
+    options = Options(shift.dtype, bound, slope, shift_bound)
+    w, h, d = (p.unsqueeze(0) for p in (width, height, derivative))
+    autograd.prepare(out, (w, h, d), shift, options)
+    return Prepared(out, bound, shift_bound, shift.dtype)
+
+
+def prepared_spline(
+    x: Tensor, prepared: Prepared, *, inverse: bool = False, steep: bool = True
+) -> tuple[Tensor, ...]:
+    r"""Applies the spline with its shift, as :func:`shifted_spline` does. What was prepared is taken
+    as constant."""
+    values, bound, shift_bound, work = prepared
+    dtype, shape = _result_dtype(x, *values), torch.broadcast_shapes(x.shape, values[0].shape)
+    *knot, shift = (_expand(p, shape) for p in values)
+    kx, ky, d = (p.unsqueeze(0) for p in knot)
+    options = Options(work, bound, None, shift_bound, inverse, steep, prepared=True)
+    outs = autograd.apply(_expand(x, shape), (kx, ky, d), shift, options)
     return tuple(t.to(dtype) for t in outs)
 
 
@@ -234,6 +307,25 @@ def bounded(x: Tensor, bound: float | None) -> Tensor:
     return rq.squash(x, bound)
 
 
+def saturate(x: Tensor, bound: float) -> Tensor:
+    r"""Squashes smoothly into :math:`(-\beta, \beta)`; in the inner 80 % it is the identity.
+
+    What comes out is the value of :func:`bounded` for a finite argument.
+
+    Arguments:
+        x: The number, with shape :math:`(*)`.
+        bound: The bound :math:`\beta`.
+
+    Example:
+        >>> saturate(torch.tensor([-torch.inf, 0.5, 1.6]), 2.0)
+        tensor([-1.9980,  0.5000,  1.6000])
+    """
+    inner = FAITHFUL * bound
+    room = NEAR * bound - inner
+    beyond = (x.abs() - inner).clamp_min(0.0)
+    return x.clamp(-inner, inner) + x.sign() * room * torch.tanh(beyond / room)
+
+
 def check_shift_bound(bound: float | None) -> None:
     r"""Refuses a bound of a shift that is neither None nor a positive number."""
     if bound is None:
@@ -287,9 +379,10 @@ def check_bound(bound: float, name: str = "bound") -> None:
         )
 
 
-def _check_spline(
+def check_spline(
     widths: Tensor, heights: Tensor, derivatives: Tensor, bound: float, slope: float | None
-) -> int:
+) -> None:
+    r"""Refuses what is no spline: numbers of bins that disagree, and bounds that are out of range."""
     check_bound(bound)
     if slope is not None and not (0 < slope <= 0.49):
         raise ValueError(
@@ -301,7 +394,6 @@ def _check_spline(
             "widths, heights and derivatives must hold K - 1 numbers each in their last dimension,"
             f" for K >= 2 bins; got {sizes[0]}, {sizes[1]} and {sizes[2]}"
         )
-    return sizes[0] + 1
 
 
 def _result_dtype(*tensors: Tensor) -> torch.dtype:

@@ -4,6 +4,7 @@ __all__ = [
     "AdditiveTransform",
     "AffineTransform",
     "CubicBSpline",
+    "PreparedSpline",
     "ReparametrizedAffineTransform",
     "RobustSpline",
     "Univariate",
@@ -123,7 +124,28 @@ def _check_radius(radius: float) -> None:
         raise ValueError(f"radius must not be negative; got {radius}")
 
 
-class RobustSpline(Univariate):
+class _Spline(Univariate):
+    r"""A map of which value and slope are one operation, half of which is for the slope."""
+
+    def _spline(self, x: Tensor, inverse: bool, steep: bool) -> tuple[Tensor, ...]:
+        raise NotImplementedError
+
+    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, ladj = self._spline(x, inverse=False, steep=True)
+        return y, ladj
+
+    def _backward(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        x, ladj = self._spline(y, inverse=True, steep=True)
+        return x, ladj
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self._spline(x, inverse=False, steep=False)[0]
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self._spline(y, inverse=True, steep=False)[0]
+
+
+class RobustSpline(_Spline):
     r"""Creates a robust rational-quadratic spline, to be used in place of an affine map.
 
     .. math:: f(x) = \mathrm{RQS}(x) + t
@@ -134,7 +156,9 @@ class RobustSpline(Univariate):
 
     .. math:: |f^{-1}(y)| \leq \max(B, |y| + \beta)
 
-    All-zero parameters give the identity.
+    All-zero parameters give the identity. Two bins are another map than three and more: the slope
+    at the knot of two bins is a multiple of the harmonic mean of the slopes of both, with three and
+    more bins zero derivatives give the geometric mean.
 
     References:
         | On the Robustness of Normalizing Flows for Inverse Problems in Imaging (Hong et al., 2023)
@@ -177,7 +201,7 @@ class RobustSpline(Univariate):
         cache_size: int = 0,
     ) -> None:
         super().__init__(cache_size=cache_size)
-        F._check_spline(widths, heights, derivatives, bound, slope)
+        F.check_spline(widths, heights, derivatives, bound, slope)
         self.widths = widths
         self.heights = heights
         self.derivatives = derivatives
@@ -216,30 +240,38 @@ class RobustSpline(Univariate):
         return None if self._shift is None else F.bounded(self._shift, self.shift_bound)
 
     def _spline(self, x: Tensor, inverse: bool, steep: bool) -> tuple[Tensor, ...]:
-        params = self.widths, self.heights, self.derivatives, self._shift
-        options = self.bound, self.slope, self.shift_bound, inverse
-        return F.shifted_spline(x, *params, *options, steep=steep)
-
-    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y, ladj = self._spline(x, inverse=False, steep=True)
-        return y, ladj
-
-    def _backward(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        x, ladj = self._spline(y, inverse=True, steep=True)
-        return x, ladj
-
-    # Half of the work is for the logarithm of the slope.
-
-    def _call(self, x: Tensor) -> Tensor:
-        return self._spline(x, inverse=False, steep=False)[0]
-
-    def _inverse(self, y: Tensor) -> Tensor:
-        return self._spline(y, inverse=True, steep=False)[0]
+        return F.shifted_spline(
+            x,
+            self.widths,
+            self.heights,
+            self.derivatives,
+            self._shift,
+            bound=self.bound,
+            slope=self.slope,
+            shift_bound=self.shift_bound,
+            inverse=inverse,
+            steep=steep,
+        )
 
     def inverse_bound(self, radius: float) -> float:
         _check_radius(radius)
         shift = 0.0 if self._shift is None else self.shift_bound
         return math.inf if shift is None else max(self.bound, radius + shift)
+
+
+class PreparedSpline(_Spline):
+    r"""Creates the robust spline of what :func:`flowguard.functional.prepare` made.
+
+    Arguments:
+        prepared: What was made, taken as constant.
+    """
+
+    def __init__(self, prepared: F.Prepared) -> None:
+        super().__init__()
+        self.prepared = prepared
+
+    def _spline(self, x: Tensor, inverse: bool, steep: bool) -> tuple[Tensor, ...]:
+        return F.prepared_spline(x, self.prepared, inverse=inverse, steep=steep)
 
 
 class AffineTransform(Univariate):

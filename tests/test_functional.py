@@ -20,6 +20,8 @@ from flowguard.functional import (
     reparametrized_affine,
 )
 from flowguard.spline import autograd
+from flowguard.spline.inplace import pieces
+from flowguard.spline.options import Options
 
 BOUND = 5.0
 SCALES = [1.0, 10.0, 100.0, 1e4, math.inf]
@@ -230,10 +232,9 @@ def test_identity_for_zeros_to_the_last_bit(bins):
         y, ladj = rational_quadratic_spline(x, *params, **options)
         assert torch.equal(y, x)
         assert torch.equal(ladj, torch.zeros_like(x))
-        traced, slopes = autograd._evaluate(
-            x.detach(), *(p.unsqueeze(-1).expand(-1, len(x)) for p in params), None, dtype,
-            bound, slope, None, bool(inverse),
-        )  # fmt: skip
+        first = (p.unsqueeze(-1).expand(-1, len(x)) for p in params)
+        settings = Options(dtype, bound, slope, inverse=bool(inverse))
+        traced, slopes = autograd.evaluate(x.detach(), *first, None, settings)
         assert torch.equal(traced, x)
         assert torch.equal(slopes, torch.zeros_like(x))
 
@@ -318,11 +319,11 @@ def test_gradients_where_the_slope_at_a_knot_has_no_room(inverse, slope):
         p[0] = torch.tensor(first)
     x[0] = -2.1275
     args = [a.clone().requires_grad_() for a in (x, *params)]
-    options = torch.float64, BOUND, slope, None, inverse
+    options = Options(torch.float64, BOUND, slope, inverse=inverse)
     first = [a.movedim(-1, 0) if a.dim() > 1 else a for a in args]
     # what automatic differentiation makes of the formulas themselves
     expected = torch.autograd.grad(
-        autograd._evaluate(*first, None, *options), args, (x.cos(), x.sin())
+        autograd.evaluate(*first, None, options), args, (x.cos(), x.sin())
     )
     out = spline(*args, slope=slope, inverse=inverse)
     for create_graph in (False, True):
@@ -345,9 +346,9 @@ def test_finite_at_extreme_bounds_and_slopes(slope, bound, bins):
     for inverse in (False, True):
         out = rational_quadratic_spline(*args, bound=bound, slope=slope, inverse=inverse)
         first = [a.movedim(-1, 0) if a.dim() > 1 else a for a in args]
-        options = torch.float32, bound, slope, None, inverse
-        plain = autograd._evaluate(*first, None, *options)  # what is compiled
-        for tensor in (*out, *plain, *torch.autograd.grad(out, args, (torch.ones(4000),) * 2)):
+        options = Options(torch.float32, bound, slope, inverse=inverse)
+        traced = autograd.evaluate(*first, None, options)  # what is compiled
+        for tensor in (*out, *traced, *torch.autograd.grad(out, args, (torch.ones(4000),) * 2)):
             assert tensor.isfinite().all()
 
 
@@ -374,7 +375,7 @@ def test_pieces_change_nothing(shape, bins, monkeypatch):
         return *out, *torch.autograd.grad(out, args, (x, x))
 
     whole = run()
-    monkeypatch.setattr(autograd, "CHUNK", 64 // torch.get_num_threads())
+    monkeypatch.setattr(pieces, "CHUNK", 64 // torch.get_num_threads())
     for one, other in zip(run(), whole, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
 
@@ -477,11 +478,11 @@ def test_eager_agrees_with_what_is_differentiated(bins):
         x, params = 2 * torch.randn(3000, dtype=torch.float64), draw(3000, bins, torch.float64, 1)
         args = [a.requires_grad_() for a in (x, *params)]
         out = spline(*args, slope=slope, inverse=inverse)
-        plain, recorded = (
+        inplace, traced = (
             torch.autograd.grad(out, args, (x.cos(), x.sin()), retain_graph=True, create_graph=c)
             for c in (False, True)
         )
-        for one, other in zip(plain, recorded, strict=True):
+        for one, other in zip(inplace, traced, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
 
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from flowguard import transforms
+from flowguard.functional import Prepared, prepare
 from flowguard.numerics import sum_rows
-from flowguard.spline import autograd
 
 
 class Elementwise(Protocol):
@@ -198,49 +198,23 @@ class Inscribed:
 
 
 @dataclass(frozen=True)
-class Knotted:
-    r"""Creates the two-bin spline of what :func:`flowguard.spline.autograd.knots` made.
+class Ahead:
+    r"""Creates the two-bin splines whose parameters :func:`work_out` prepared.
 
     Arguments:
         bound: The bound :math:`B` of the box.
-        factor: What the shift is to be multiplied by.
+        shift_bound: The bound of the shift.
+        dtype: The dtype that they were prepared in.
     """
 
     bound: float
-    factor: float
+    shift_bound: float | None
+    dtype: torch.dtype
     parameters: ClassVar[int] = 4
 
     def transform(self, phi: Tensor) -> transforms.Univariate:
-        mx, my, d, arc = phi.unbind(2)
-        return _KnottedSpline((mx, my, d), arc, self.bound, self.factor)
-
-
-class _KnottedSpline(transforms.Univariate):
-    def __init__(
-        self, knot: tuple[Tensor, Tensor, Tensor], arc: Tensor, bound: float, factor: float
-    ) -> None:
-        super().__init__()
-        self.knot = knot
-        self.arc = arc
-        self.bound = bound
-        self.factor = factor
-
-    def _apply(self, x: Tensor, inverse: bool, steep: bool) -> tuple[Tensor, ...]:
-        if inverse:
-            x = torch.sub(x, self.arc, alpha=self.factor)
-        y, *ladj = autograd.apply_at(x, *self.knot, self.bound, inverse, steep=steep)
-        return y if inverse else torch.add(y, self.arc, alpha=self.factor), *ladj
-
-    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y, ladj = self._apply(x, inverse=False, steep=True)
-        return y, ladj
-
-    def _backward(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        x, ladj = self._apply(y, inverse=True, steep=True)
-        return x, ladj
-
-    def _inverse(self, y: Tensor) -> Tensor:
-        return self._apply(y, inverse=True, steep=False)[0]
+        prepared = Prepared(phi.unbind(2), self.bound, self.shift_bound, self.dtype)
+        return transforms.PreparedSpline(prepared)
 
 
 def work_out(
@@ -262,9 +236,10 @@ def work_out(
     ):
         return family, raw
     made = raw if overwrite else torch.empty_like(raw)
-    params, outs = (t.unflatten(1, (channels, 4)) for t in (raw, made))
-    factor = autograd.knots(params, outs, 2, family.bound, family.slope, family.shift_bound)
-    return Knotted(family.bound, factor), made
+    params, out = (t.unflatten(1, (channels, 4)).unbind(2) for t in (raw, made))
+    bounds = family.bound, family.shift_bound
+    prepare(*params, bound=bounds[0], slope=family.slope, shift_bound=bounds[1], out=out)
+    return Ahead(*bounds, raw.dtype), made
 
 
 NAMED: dict[str, Callable[[], Elementwise]] = {

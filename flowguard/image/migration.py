@@ -18,13 +18,14 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from flowguard.functional import FAITHFUL
 from flowguard.image.coupling import ConditionalCoupling
 from flowguard.image.flow import ConditionalMultiscaleFlow
 from flowguard.image.maps import Affine, Elementwise, Inscribed, ReparametrizedAffine
 from flowguard.image.steps import Split
 from flowguard.migration.exchange import successor
 from flowguard.migration.imitate import AffineMap, AnyTransform, RescaledSpline
-from flowguard.migration.inscribe import FAITHFUL, InscribedAffine
+from flowguard.migration.inscribe import InscribedAffine
 from flowguard.migration.surgeon import Site, Surgeon, surgeon
 from flowguard.numerics import normal_log_prob
 from flowguard.transforms import Univariate

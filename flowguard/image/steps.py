@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from flowguard.functional import bounded
+from flowguard.functional import bounded, saturate
 from flowguard.image.coupling import Condition, ConditionalCoupling, Inner, crop
 from flowguard.image.layers import (
     ActNorm,
@@ -17,7 +17,6 @@ from flowguard.image.layers import (
     ZeroConv2d,
 )
 from flowguard.image.maps import Coupling
-from flowguard.migration.inscribe import saturate
 from flowguard.numerics import repeat_rows
 
 Mix = FixedConv1x1 | InvertibleConv1x1 | OrthogonalConv1x1

@@ -4,7 +4,7 @@ Where :mod:`flowguard.migration.imitate` fits a network to an affine map, this c
 the old network asks for, in closed form, so that the network is kept as a whole.
 """
 
-__all__ = ["InscribedAffine", "InscribedShift", "inscribe", "saturate"]
+__all__ = ["InscribedAffine", "InscribedShift", "inscribe"]
 
 import math
 from collections.abc import Mapping
@@ -14,31 +14,17 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from flowguard.functional import saturate
 from flowguard.migration.imitate import SMALLEST, InUnits, Rescaled, RescaledSpline
-from flowguard.spline.bin import mixing
 from flowguard.spline.invert import unconstrain
+from flowguard.spline.options import Options
 from flowguard.transforms import AdditiveTransform, RobustSpline
 
-FAITHFUL = 0.8  # the share of a shift's bound up to which it is kept as it is
 STRAIGHT = 0.9  # the share of the box in which the map is straight, for slopes up to one
 STRAIGHT_STEEP = 0.75  # and for the steepest ones, which need some room to bend
 INNER = 0.75  # the share of the box that all values which were met shall lie in
 WIDEST = 4.0  # by how much it may be widened for that
-NEAR = 1 - 1e-3  # what a bounded shift may reach: its parameter stays finite
 FAR = 1e6  # what an intercept is cut at first: far beyond any box, and its square is finite
-
-
-def saturate(x: Tensor, bound: float) -> Tensor:
-    r"""Squashes smoothly into :math:`[-\beta, \beta]`; in the inner 80 % it is the identity.
-
-    Arguments:
-        x: The number, with shape :math:`(*)`.
-        bound: The bound :math:`\beta`.
-    """
-    inner = FAITHFUL * bound
-    room = NEAR * bound - inner
-    beyond = (x.abs() - inner).clamp_min(0.0)
-    return x.clamp(-inner, inner) + x.sign() * room * torch.tanh(beyond / room)
 
 
 def inscribe(
@@ -66,8 +52,8 @@ def inscribe(
     Returns:
         Widths, heights and derivatives, with shape :math:`(*, 2)`, and shifts.
     """
-    # A secant of a bin is at least mixing(slope): twice as much leaves room for the bends.
-    least = max(2 * mixing(slope), 1e-3)
+    # A secant of a bin is at least that share: twice as much leaves room for the bends.
+    least = max(2 * Options(gain.dtype, bound, slope).share, 1e-3)
     a = gain.clamp(least, 1 / least)
     b = intercept.clamp(-FAR, FAR)
     steep = a.clamp_min(1.0)

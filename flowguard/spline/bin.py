@@ -28,19 +28,20 @@ These functions can be differentiated, and are what the compiler sees. What runs
 """
 
 __all__ = [
+    "Cell",
+    "Pair",
+    "Params",
     "Pull",
     "evaluate",
-    "exact",
     "finish",
-    "mixing",
+    "from_arc",
+    "published_pullback",
     "published_slope",
-    "published_slope_pullback",
     "pull_back",
     "sigmoid",
     "solve",
     "squash",
     "squash_pullback",
-    "unit",
 ]
 
 import math
@@ -49,33 +50,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+Pair = tuple[Tensor, Tensor]
+Params = tuple[Tensor, Tensor, Tensor]  # widths, heights and derivatives, with bins in front
+
 LOG2_E = 1 / math.log(2)
 MIN_DERIVATIVE = 1e-3  # the least inner derivative of the published parameterisation
-
-
-def max_logit(dtype: torch.dtype) -> float:
-    r"""The logarithm of the largest derivative that the published parameterisation may take.
-
-    Its square has to be finite beside the square of the largest ratio of two secants.
-    """
-    return 300.0 if dtype == torch.float64 else 30.0
-
-
-def mixing(slope: float | None) -> float:
-    r"""The share :math:`\lambda` that keeps all secants in :math:`[\lambda, 1/\lambda]`.
-
-    The slope is raised by a thousandth first, so that rounding cannot break the bound.
-    """
-    return 0.0 if slope is None else math.sqrt(2.0 * 1.001 * slope)
-
-
-def unit(bound: float) -> tuple[float, float]:
-    r"""A number in [1/2, 1) and a power of two whose product is the bound.
-
-    Scaled by that power, which no digit is lost by, products of sizes of bins are finite.
-    """
-    fraction, exponent = math.frexp(bound)
-    return fraction, math.ldexp(1.0, exponent)
+# The logarithm of the largest one: its square has to be finite beside the square of the largest
+# ratio of two secants.
+MAX_LOGIT = {torch.float32: 30.0, torch.float64: 300.0}
 
 
 def sigmoid(x: Tensor) -> Tensor:
@@ -88,23 +70,28 @@ def sigmoid(x: Tensor) -> Tensor:
 
 def squash(x: Tensor, bound: float | None) -> Tensor:
     r"""That of :func:`flowguard.functional.bounded`."""
+    return x if bound is None else from_arc(torch.atan(x / (2 * bound / math.pi)), bound)
+
+
+def from_arc(arc: Tensor, bound: float | None) -> Tensor:
+    r"""The same for an arctangent that is known; what is not squashed is known as it is."""
     if bound is None:
-        return x
-    scale = 2 * bound / math.pi
-    y = scale * torch.atan(x / scale)
+        return arc
+    y = 2 * bound / math.pi * arc
     # Rounding may land an ulp outside, and certificates rely on the bound. What is too much is
     # taken as a constant: the backward of a clamp costs more than all the rest.
     return y - (y - y.clamp(-bound, bound)).detach()
 
 
 def squash_pullback(x: Tensor, grad: Tensor, bound: float | None) -> Tensor:
+    r"""The gradient to what was squashed."""
     if bound is None:
         return grad
     y = x * (math.pi / (2 * bound))
     return grad / (y * y + 1)
 
 
-def finish(v: Tensor, out: Tensor, slope: Tensor, bound: float) -> tuple[Tensor, Tensor]:
+def finish(v: Tensor, out: Tensor, slope: Tensor, bound: float) -> Pair:
     r"""The identity outside the box; and the logarithm of the slope."""
     inside = v.abs() < bound
     # Rounding may land an ulp outside of the box, and certificates rely on it.
@@ -114,40 +101,40 @@ def finish(v: Tensor, out: Tensor, slope: Tensor, bound: float) -> tuple[Tensor,
     return out, torch.where(inside, slope, 1 + (slope - slope)).log()
 
 
-def exact(x: Tensor, where: Tensor, value: Tensor | float) -> Tensor:
-    r"""What is known to be this value, but for rounding; with the gradients of what it was."""
-    return x + torch.where(where, value - x, 0.0).detach()
+class Cell(NamedTuple):
+    r"""A bin: its corner, its size and the slopes at its ends."""
+
+    x: Tensor
+    y: Tensor
+    w: Tensor
+    h: Tensor
+    d0: Tensor
+    d1: Tensor | float = 1.0
 
 
-def _parts(
-    t: Tensor, r: Tensor, s: Tensor, d0: Tensor, d1: Tensor | float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _parts(t: Tensor, r: Tensor, s: Tensor, cell: Cell) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     r"""P, Q, D and N."""
-    p, q = torch.addcmul(s * t, d0, r), s * r + d1 * t
+    p, q = torch.addcmul(s * t, cell.d0, r), s * r + cell.d1 * t
     return p, q, torch.addcmul(t * p, r, q), torch.addcmul(t * q, r, p)
 
 
-def evaluate(
-    z: Tensor, w: Tensor, s: Tensor, d0: Tensor, d1: Tensor | float
-) -> tuple[Tensor, Tensor]:
-    r"""The rise above the corner at the distance `z` from it, and the slope.
+def evaluate(z: Tensor, s: Tensor, cell: Cell) -> Pair:
+    r"""The value at the distance `z` from the corner of a bin with secant `s`, and the slope.
 
     Here and below, `z` must not lie outside of the bin by a rounding error: steep ends grow it.
     """
-    t = z / w
+    t = z / cell.w
     r = 1 - t
-    p, q, den, num = _parts(t, r, s, d0, d1)
+    p, q, den, num = _parts(t, r, s, cell)
     inv = den.reciprocal()
     # θ = t + t r (P - Q) / D: adding the bend to the chord keeps the identity exact.
     bend = r * ((p - q) * inv)
     g = s * inv
-    return s * torch.addcmul(z, z, bend), (g * g) * num
+    return cell.y + s * torch.addcmul(z, z, bend), (g * g) * num
 
 
-def solve(
-    z: Tensor, w: Tensor, h: Tensor, d0: Tensor, d1: Tensor | float
-) -> tuple[Tensor, Tensor]:
-    r"""The distance from the corner at the rise `z` above it, and the slope of the inverse."""
+def solve(z: Tensor, cell: Cell) -> Pair:
+    r"""The inverse at the rise `z` above the corner, and its slope."""
     # With a = d0 / s and b = d1 / s, θ D = t P is β t² + (1 - β) t - θ = 0 with
     # β = (1 - a) (1 - θ) - (1 - b) θ, and, seen from the other corner,
     # -β r² + (1 + β) r - (1 - θ) = 0. With δ = a (1 - θ) - b θ both have the discriminant
@@ -155,21 +142,22 @@ def solve(
     #     t = 2 θ / (1 - β + √) and r = 2 (1 - θ) / (1 + β + √)
     # the one is taken in which no two numbers cancel. The root is 2 β t + 1 - β, so that the
     # derivative of the equation is dt / dθ = (1 + (a + b - 2) t r) / √.
-    inv_s = w / h
-    a, b = d0 * inv_s, d1 * inv_s
-    theta = z / h
+    inv_s = cell.w / cell.h
+    a, b = cell.d0 * inv_s, cell.d1 * inv_s
+    theta = z / cell.h
     rest = 1 - theta
     skew = rest - theta
     delta = torch.addcmul(a * rest, b, theta, value=-1)
     beta = skew - delta  # exactly 0 for the identity
     root = torch.addcmul(delta * delta, theta, rest, value=4).sqrt()
-    root = exact(root, beta == 0, 1.0)  # as that of the identity
+    # That of the identity is one, but for rounding; it keeps the gradients of what it was.
+    root = root + torch.where(beta == 0, 1.0 - root, 0.0).detach()
     near = torch.where(beta > 0, rest, theta)
     u = (2 * near / (beta.abs() + root + 1)).clamp(max=1.0)
     both = u * (1 - u)  # t r
     # t = θ + β t r: adding the bend to the chord keeps the identity exact.
     slope = torch.addcmul(inv_s, (a + b - 2) * inv_s, both) / root
-    return torch.addcmul(z * inv_s, w, beta * both), slope
+    return cell.x + torch.addcmul(z * inv_s, cell.w, beta * both), slope
 
 
 class Pull(NamedTuple):
@@ -188,17 +176,7 @@ class Pull(NamedTuple):
     rest: Tensor
 
 
-def pull_back(
-    z: Tensor,
-    w: Tensor,
-    h: Tensor,
-    s: Tensor,
-    d0: Tensor,
-    d1: Tensor | float,
-    grad_y: Tensor,
-    grad_l: Tensor,
-    inverse: bool,
-) -> Pull:
+def pull_back(z: Tensor, s: Tensor, cell: Cell, grads: Pair, inverse: bool) -> Pull:
     r"""The gradients to what the map is made of within the bin, at `z` from the corner.
 
     For the inverse, `z` is that of its *output* and the gradients are those of the implicit
@@ -206,9 +184,10 @@ def pull_back(
     gives them for the cotangents (-g / f', -grad_l) with g = grad_x - grad_l ∂ log f' / ∂x, and y
     receives g / f'.
     """
+    (grad_y, grad_l), w, h, d0, d1 = grads, cell.w, cell.h, cell.d0, cell.d1
     t = z / w
     r = 1 - t
-    p, q, den, num = _parts(t, r, s, d0, d1)
+    p, q, den, num = _parts(t, r, s, cell)
     inv_den, inv_num = den.reciprocal(), num.reciprocal()
     tau = (t * r) * inv_den
     theta, rest = (t * p) * inv_den, (r * q) * inv_den
@@ -233,14 +212,14 @@ def pull_back(
     return Pull(grad, to_z, grad_y, to_log_s, to_d0, to_d1, t, r, theta, rest)
 
 
-def published_slope(raw: Tensor) -> tuple[Tensor, Tensor]:
+def published_slope(raw: Tensor) -> Pair:
     r"""The slope at an inner knot of the published parameterisation; and the share of it that
     grows with `raw`."""
-    grown = raw.clamp(max=max_logit(raw.dtype)).exp() * (1 - MIN_DERIVATIVE)
+    grown = raw.clamp(max=MAX_LOGIT[raw.dtype]).exp() * (1 - MIN_DERIVATIVE)
     d = grown + MIN_DERIVATIVE
     return d, grown / d
 
 
-def published_slope_pullback(grad: Tensor, raw: Tensor, share: Tensor) -> Tensor:
+def published_pullback(grad: Tensor, raw: Tensor, share: Tensor) -> Tensor:
     r"""The gradient to `raw` for that to the logarithm of the slope."""
-    return torch.where(raw < max_logit(raw.dtype), grad * share, share - share)
+    return torch.where(raw < MAX_LOGIT[raw.dtype], grad * share, share - share)

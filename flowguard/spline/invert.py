@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowguard.spline.autograd import least_share
-from flowguard.spline.bin import MIN_DERIVATIVE, mixing
+from flowguard.spline.bin import MIN_DERIVATIVE
 from flowguard.spline.many import ROOM, slope_limits
-from flowguard.spline.two import lean
+from flowguard.spline.options import Options
 
 LEAST = 1e-6  # the least share of a bin that has a finite logit
 LARGEST = 1e20  # what logits are cut at
@@ -19,26 +18,21 @@ MARGIN = 1e-4  # how near to its limits, relatively, a slope has a finite logit
 def unconstrain(
     widths: Tensor, heights: Tensor, slopes: Tensor, *, slope: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Returns the unconstrained parameters of the spline with these knots.
+    r"""Returns the unconstrained parameters, with shape :math:`(*, K - 1)`, of the spline with these
+    knots: with the widths and heights of all bins, as shares of the box, with shape
+    :math:`(*, K)`, and the slopes at the inner knots, with shape :math:`(*, K - 1)`.
 
-    It inverts the parameterisation of :func:`flowguard.functional.rational_quadratic_spline`.
-    Where a bin is smaller than it allows, or a slope out of its bounds, the result is the nearest
-    that it can do.
-
-    Arguments:
-        widths: The widths of all bins as shares of the box, with shape :math:`(*, K)`.
-        heights: The heights of all bins as shares of the box, with shape :math:`(*, K)`.
-        slopes: The slopes at the inner knots, with shape :math:`(*, K - 1)`.
-        slope: The least slope of the spline; :py:`None` for the published parameterisation.
-
-    Returns:
-        The unconstrained widths, heights and derivatives, each with shape :math:`(*, K - 1)`.
+    It inverts the parameterisation of :func:`flowguard.functional.rational_quadratic_spline` with
+    the least slope `slope`. Where a bin is smaller than it allows, or a slope out of its bounds,
+    the result is the nearest that it can do.
     """
     bins = widths.shape[-1]
-    floor, share = least_share(bins), mixing(slope)
+    o = Options(widths.dtype, bound=1.0, slope=slope)  # in shares of any box
+    floor, share = o.least(bins), o.share
     # Without the floor the sizes are w = (u + λ v) / (1 + λ) and h = (v + λ u) / (1 + λ).
     w, h = ((size - floor) / (1 - bins * floor) for size in (widths, heights))
-    u, v = _shares((w - share * h) / (1 - share)), _shares((h - share * w) / (1 - share))
+    u, v = ((p / (1 - share)).clamp_min(LEAST) for p in (w - share * h, h - share * w))
+    u, v = (p / p.sum(dim=-1, keepdim=True) for p in (u, v))
     raw_w, raw_h = (p[..., :-1].log() - p[..., -1:].log() for p in (u, v))
     if slope is None:
         rest = (slopes - MIN_DERIVATIVE).clamp_min(MIN_DERIVATIVE * MARGIN)
@@ -49,9 +43,10 @@ def unconstrain(
     if bins == 2:
         # The slope is H (1 + κ u) / (1 - κ u) with u = tanh(raw / 2), H the harmonic mean.
         ratio = slopes * (s0 + s1) / (2 * s0 * s1)
-        u = (ratio - 1) / (ratio + 1) / lean(slope)
+        u = (ratio - 1) / (ratio + 1) / o.lean
         return raw_w, raw_h, 2 * torch.atanh(u.clamp(MARGIN - 1, 1 - MARGIN))
-    mean, low, high = slope_limits(s0, s1, slope)
+    low = o.low
+    mean, high = slope_limits(s0, s1, low)
     # The slope is (a low + b high) / (a + b) with a = (high - mean) (1 - p), b = (mean - low) p.
     d = torch.minimum(slopes.clamp_min(low * (1 + MARGIN)), high * (1 - MARGIN))
     up, down = (high - mean).clamp_min(ROOM) * (d - low), (mean - low) * (high - d)
@@ -66,18 +61,10 @@ def unconstrain_softmax(
     least: tuple[float, float, float],
     slope: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Returns the same for a spline whose sizes come from a softmax, and slopes from a softplus.
+    r"""Returns those of :func:`unconstrain` for a spline whose sizes come from a softmax over all
+    bins, and slopes from a softplus (Durkan et al., 2019, https://arxiv.org/abs/1906.04032).
 
-    References:
-        | Neural Spline Flows (Durkan et al., 2019)
-        | https://arxiv.org/abs/1906.04032
-
-    Arguments:
-        widths: The logits of the widths, with shape :math:`(*, K)`.
-        heights: The logits of the heights, with shape :math:`(*, K)`.
-        slopes: What the slopes at the inner knots come from, with shape :math:`(*, K - 1)`.
-        least: The least width and height, as shares of the box, and the least slope.
-        slope: The least slope of the result.
+    There `least` holds the least width and height, as shares of the box, and the least slope.
     """
     # A softmax makes NaN of what is infinite.
     w, h, d = (p.clamp(-LARGEST, LARGEST) for p in (widths, heights, slopes))
@@ -87,8 +74,3 @@ def unconstrain_softmax(
         for size, p in zip(least, (w, h), strict=False)
     )
     return unconstrain(w, h, least[2] + F.softplus(d), slope=slope)
-
-
-def _shares(p: Tensor) -> Tensor:
-    p = p.clamp_min(LEAST)
-    return p / p.sum(dim=-1, keepdim=True)

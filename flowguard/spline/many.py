@@ -9,16 +9,7 @@ elements, without reductions in it. It makes no more than one loop of some 64 te
 more than once, hence the fewer of these the better.
 """
 
-__all__ = [
-    "CUT",
-    "ROOM",
-    "TOP",
-    "evaluate",
-    "is_strided",
-    "pull_back",
-    "slope_limits",
-    "softmax_scale",
-]
+__all__ = ["CUT", "ROOM", "TOP", "evaluate", "pull_back", "slope_limits"]
 
 import math
 from collections.abc import Callable, Sequence
@@ -29,13 +20,15 @@ import torch
 from torch import Tensor
 
 from flowguard.spline import bin as rq
+from flowguard.spline.bin import Cell, Pair, Params
+from flowguard.spline.options import Options
 
 CUT = 60.0  # of logits, as exp(CUT) is finite; and of raw slopes, whose maps are constant beyond
 TOP = math.exp(CUT) * (1 - 1e-5)  # what is above was cut
 ROOM = 1e-3  # the least room above the mean of two secants for the slope at their knot
+FEW = 7  # rows of parameters that the compiler reads from strided memory; more it copies first
 
 Rows = Sequence[Tensor]  # of bins or knots, from left to right
-Pair = tuple[Tensor, Tensor]
 
 
 class Softmax(NamedTuple):
@@ -48,38 +41,27 @@ class Softmax(NamedTuple):
     crossed: Tensor
 
 
-class Bin(NamedTuple):
-    r"""The bin of each element: its number and what is picked by it, of widths and of heights."""
-
-    number: Tensor
-    own: Pair  # exponentials
-    left: Pair  # those of its neighbours; of some bin, where there is none
-    right: Pair
-    passed: Pair  # their sums over all bins to the left
-    raw: Pair  # the raw slopes at the left and at the right knot
-
-
-def softmax_scale(
-    bins: int, bound: float, slope: float | None, least: float
-) -> tuple[float, float]:
-    r"""What the softmax is multiplied by, and then raised by."""
-    total = 2 * bound / (1 + rq.mixing(slope))
-    return total * (1 - bins * least), total * least
-
-
 def _once(made: Tensor) -> Tensor:
     r"""Lets the compiler work out once what is used often, as a view wants memory to look at."""
     return made.as_strided(made.shape, made.stride()) if torch.compiler.is_compiling() else made
 
 
-def is_strided(x: Tensor) -> bool:
+def _is_strided(x: Tensor) -> bool:
     r"""Whether the compiler would see strided loads."""
     return torch.compiler.is_compiling() and x.dim() > 0 and x.stride(-1) != 1
 
 
+def _rows(params: Sequence[Tensor]) -> list[Rows]:
+    r"""The rows of widths, of heights and of derivatives."""
+    if _is_strided(params[0]) and len(params[0]) > FEW:
+        params = torch.cat([*params]).chunk(3)
+    # Of `unbind` all would be kept for the backward, rather than worked out anew.
+    return [[p[k] for k in range(len(p))] for p in params]
+
+
 def _loaded_once(made: Tensor, source: Tensor) -> Tensor:
     # Of a loop with many strided loads the compiler makes no vectors.
-    return _once(made) if is_strided(source) else made
+    return _once(made) if _is_strided(source) else made
 
 
 def _exp(x: Tensor) -> Tensor:
@@ -106,92 +88,53 @@ def _sizes(u: Softmax, v: Softmax, of: Pair, raised: Tensor | float) -> Pair:
     return w + raised, h + raised
 
 
-def _pick(number: Tensor, values: Sequence[Tensor | float]) -> Tensor:
-    r"""The value of that number, counted from zero; the last one, if there are not as many."""
-    picked = values[0]
-    for k, value in enumerate(values[1:], 1):
-        picked = torch.where(number >= k, value, picked)
+def _pick(number: Tensor, values: Sequence[Tensor | float], first: int = 0) -> Tensor:
+    r"""The value of that number, which are counted from `first`: zero before it, and the last one
+    also behind."""
+    picked: Tensor | float = 0.0
+    for k, value in enumerate(values, first):
+        picked = value if k <= 0 else torch.where(number >= k, value, picked)
     assert isinstance(picked, Tensor)
     return picked
 
 
-def _locate(
-    x: Tensor,
-    u: Softmax,
-    v: Softmax,
-    derivatives: Rows,
-    bound: float,
-    floor: float,
-    vertical: bool,
-) -> Bin:
-    r"""Walks over the knots and picks each element's bin; the knot itself opens its bin."""
-    number = torch.zeros_like(x)
-    for k, sums in enumerate(zip(u.sums, v.sums, strict=True), 1):
-        # Of the sign of a difference the compiler keeps nothing for the backward.
-        beyond = x - _sizes(u, v, sums, k * floor - bound)[vertical]
-        number = torch.where(beyond >= 0, float(k), number)
-
-    def pick(values: Callable[[Softmax], Sequence[Tensor | float]]) -> Pair:
-        return _pick(number, values(u)), _pick(number, values(v))
-
-    # A NaN in any of them is one of the element; this adds it, or else zero.
-    *_, total = accumulate(d.detach().abs() for d in derivatives)
-    bad = (-total).relu()
-    return Bin(
-        number,
-        own=pick(lambda s: [*s.exps, 1.0]),
-        left=pick(lambda s: [s.exps[0], *s.exps]),
-        right=pick(lambda s: [*s.exps[1:], 1.0]),
-        passed=pick(lambda s: [0.0, *s.sums]),
-        raw=(_pick(number, [0.0, *derivatives]) + bad, _pick(number, derivatives) + bad),
-    )
-
-
-def slope_limits(s0: Tensor, s1: Tensor, slope: float) -> tuple[Tensor, float, Tensor]:
-    r"""The slope for a raw zero at the knot between two secants, the least and the largest."""
-    low = 1.001 * slope
+def slope_limits(s0: Tensor, s1: Tensor, low: float) -> Pair:
+    r"""The slope for a raw zero at the knot between two secants, and the largest one, where the
+    least one is `low`."""
     least = torch.minimum(s0, s1)
-    return (s0 * s1).sqrt(), low, (least * least * (0.5 / low)).clamp(max=1 / low)
+    return (s0 * s1).sqrt(), (least * least * (0.5 / low)).clamp(max=1 / low)
 
 
-def _inner_slope(
-    raw: Tensor, s0: Tensor, s1: Tensor, slope: float | None
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _inner_slope(raw: Tensor, s0: Tensor, s1: Tensor, o: Options) -> Rows:
     r"""The slope at the knot between two bins with secants `s0` and `s1`.
 
     It is :math:`g e^{raw}`, with :math:`g` the geometric mean of the two secants, saturating
     smoothly at both ends of the interval that :mod:`flowguard.spline.bin` allows: a Möbius function
     of :math:`e^{raw}`. Without a least slope, it is that of the published parameterisation. What
-    the slope is made of is returned for its pullback.
+    the slope is made of follows it, for its pullback.
     """
-    if slope is None:
-        parts = rq.published_slope(raw)
-        return parts[0], parts
-    mean, low, high = slope_limits(s0, s1, slope)
+    if o.slope is None:
+        return rq.published_slope(raw)
+    low = o.low
+    mean, high = slope_limits(s0, s1, low)
     decay = _exp(-raw.clamp(-CUT, CUT))
     # Of two terms one is always away from zero, as there is always some room.
     up, room = mean - low, high - mean
     whole = torch.addcmul(up, room.clamp(min=ROOM), decay)
     inv = whole.reciprocal()
     # For a raw zero the fraction is exactly one, and so is the slope between two secants of one.
-    return up * ((up + room) / whole) + low, (decay, up * inv, inv, mean, high)
+    return up * ((up + room) / whole) + low, decay, up * inv, inv, mean, high
 
 
 def _slope_pullback(
-    grad: Tensor,
-    raw: Tensor,
-    s0: Tensor,
-    s1: Tensor,
-    slope: float | None,
-    parts: tuple[Tensor, ...],
+    grad: Tensor, raw: Tensor, s0: Tensor, s1: Tensor, parts: Rows, o: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""The gradients to `raw` and to the logarithms of the secants."""
-    if slope is None:
-        none = torch.zeros_like(grad)
-        d, share = parts
-        return rq.published_slope_pullback(grad * d, raw, share), none, none
-    low = 1.001 * slope
-    decay, ratio, inv, mean, high = parts
+    if o.slope is None:
+        none, (d, share) = torch.zeros_like(grad), parts
+        return rq.published_pullback(grad * d, raw, share), none, none
+    low = o.low
+    _, decay, ratio, inv, mean, high = parts
     # The slope is low + span ratio with ratio = up / R and R = up + room e, e = exp(-raw), where the
     # room that is left, high - mean, may be less than what is taken for it. If it is not,
     #     ∂d / ∂mean = span² e / R², ∂d / ∂high = ratio² (1 - e);
@@ -207,106 +150,96 @@ def _slope_pullback(
 
 
 class State(NamedTuple):
-    r"""The bin of each element, its size and the slopes at its ends; with what these come from."""
+    r"""The bin of each element and what it comes from. Pairs are of widths and of heights."""
 
     u: Softmax
     v: Softmax
-    bin: Bin
-    x0: Tensor
-    y0: Tensor
-    w: tuple[Tensor, ...]  # of the bin, of its left and of its right neighbour
-    h: tuple[Tensor, ...]
-    s: tuple[Tensor, ...]
-    d: Pair
-    ends: tuple[tuple[Tensor, ...], ...]  # what the pullbacks of the slopes need
+    number: Tensor  # of the bin
+    own: Pair  # exponentials of the bin
+    left: Pair  # those of its neighbours; of some bin, where there is none
+    right: Pair
+    passed: Pair  # their sums over all bins to the left
+    raw: Pair  # the raw slopes at the left and at the right knot
+    cell: Cell
+    w: Rows  # of the bin, of its left and of its right neighbour
+    h: Rows
+    s: Rows
+    ends: tuple[Rows, Rows]  # what the pullbacks of the slopes need
 
 
-def _prepare(
-    x: Tensor,
-    widths: Rows,
-    heights: Rows,
-    derivatives: Rows,
-    bound: float,
-    slope: float | None,
-    least: float,
-    vertical: bool,
-) -> State:
-    if is_strided(derivatives[0]):
+def _prepare(x: Tensor, rows: Sequence[Rows], o: Options, vertical: bool) -> State:
+    widths, heights, derivatives = rows
+    if _is_strided(derivatives[0]):
         derivatives = [_once(d.clone()) for d in derivatives]
-    bins, share = len(widths) + 1, rq.mixing(slope)
-    scale, floor = softmax_scale(bins, bound, slope, least)
+    bins, share = len(widths) + 1, o.share
+    scale, floor = o.softmax(bins)
     floor *= 1 + share
     u, v = _softmax(widths, scale, share), _softmax(heights, scale, share)
-    found = _locate(x, u, v, derivatives, bound, floor, vertical)
-    x0, y0 = _sizes(u, v, found.passed, found.number * floor - bound)
-    near = (found.own, found.left, found.right)
-    w, h = zip(*(_sizes(u, v, of, floor) for of in near), strict=True)
+
+    # Walks over the knots, of which each opens its bin.
+    number = torch.zeros_like(x)
+    for k, sums in enumerate(zip(u.sums, v.sums, strict=True), 1):
+        # Of the sign of a difference the compiler keeps nothing for the backward.
+        beyond = x - _sizes(u, v, sums, k * floor - o.bound)[vertical]
+        number = torch.where(beyond >= 0, float(k), number)
+
+    def pick(values: Callable[[Softmax], Sequence[Tensor | float]]) -> Pair:
+        return _pick(number, values(u)), _pick(number, values(v))
+
+    # A NaN in any of them is one of the element; this adds it, or else zero.
+    *_, total = accumulate(d.detach().abs() for d in derivatives)
+    bad = (-total).relu()
+    own, left = pick(lambda s: [*s.exps, 1.0]), pick(lambda s: [s.exps[0], *s.exps])
+    right, passed = pick(lambda s: [*s.exps[1:], 1.0]), pick(lambda s: [0.0, *s.sums])
+    raw = _pick(number, [0.0, *derivatives]) + bad, _pick(number, derivatives) + bad
+
+    x0, y0 = _sizes(u, v, passed, number * floor - o.bound)
+    w, h = zip(*(_sizes(u, v, of, floor) for of in (own, left, right)), strict=True)
     s, s0, s1 = secants = tuple(_once(q / p) for p, q in zip(w, h, strict=True))
-    d0, left = _inner_slope(found.raw[0], s0, s, slope)
-    d1, right = _inner_slope(found.raw[1], s, s1, slope)
+    ends = _inner_slope(raw[0], s0, s, o), _inner_slope(raw[1], s, s1, o)
     # The slope is one at both ends of the box.
-    d0 = torch.where(found.number >= 1, d0, 1.0)
-    d1 = torch.where(found.number >= bins - 1, 1.0, d1)
-    return State(u, v, found, x0, y0, w, h, secants, (d0, d1), (left, right))
+    d0 = torch.where(number >= 1, ends[0][0], 1.0)
+    d1 = torch.where(number >= bins - 1, 1.0, ends[1][0])
+    cell = Cell(x0, y0, w[0], h[0], d0, d1)
+    return State(u, v, number, own, left, right, passed, raw, cell, w, h, secants, ends)
 
 
 def _within(z: Tensor, size: Tensor) -> Tensor:
     return torch.minimum(z, size).clamp(min=0.0)
 
 
-def evaluate(
-    v: Tensor,
-    widths: Rows,
-    heights: Rows,
-    derivatives: Rows,
-    bound: float,
-    slope: float | None,
-    least: float,
-    inverse: bool,
-) -> tuple[Tensor, Tensor]:
+def evaluate(v: Tensor, params: Params, o: Options) -> Pair:
     r"""The spline or its inverse, and the logarithm of its slope."""
-    inside = v.clamp(-bound, bound)
-    at = _prepare(inside, widths, heights, derivatives, bound, slope, least, inverse)
-    w, h, s = at.w[0], at.h[0], at.s[0]
-    if inverse:
-        start, end, z = at.y0, at.x0, _within(inside - at.y0, h)
-        rise, steep = rq.solve(z, w, h, *at.d)
+    inside = v.clamp(-o.bound, o.bound)
+    at = _prepare(inside, _rows(params), o, o.inverse)
+    cell = at.cell
+    if o.inverse:
+        start, z = cell.y, _within(inside - cell.y, cell.h)
+        value, steep = rq.solve(z, cell)
     else:
-        start, end, z = at.x0, at.y0, _within(inside - at.x0, w)
-        rise, steep = rq.evaluate(z, w, s, *at.d)
+        start, z = cell.x, _within(inside - cell.x, cell.w)
+        value, steep = rq.evaluate(z, at.s[0], cell)
     # What the identity adds to the corner is what the distance was rounded to.
-    value, back = end + rise, start + z
-    return rq.finish(v, torch.where(value == back, inside, value), steep, bound)
+    return rq.finish(v, torch.where(value == start + z, inside, value), steep, o.bound)
 
 
-def pull_back(
-    x: Tensor,
-    widths: Rows,
-    heights: Rows,
-    derivatives: Rows,
-    grad_y: Tensor,
-    grad_l: Tensor,
-    bound: float,
-    slope: float | None,
-    least: float,
-    inverse: bool,
-) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+def pull_back(x: Tensor, params: Params, grads: Pair, o: Options) -> tuple[Tensor, ...]:
     r"""The gradients to the input and to all parameters; see :func:`flowguard.spline.bin.pull_back`."""
-    bins, share = len(widths) + 1, rq.mixing(slope)
-    inner = x.clamp(-bound, bound)
-    at = _prepare(inner, widths, heights, derivatives, bound, slope, least, False)
-    w, h, s, found = at.w, at.h, at.s, at.bin
+    rows, bins, share = _rows(params), len(params[0]) + 1, o.share
+    inner = x.clamp(-o.bound, o.bound)
+    at = _prepare(inner, rows, o, False)
+    w, h, s, number = at.w, at.h, at.s, at.number
 
-    inside = x.abs() < bound
-    z = _within(inner - at.x0, w[0])
-    to_y, to_l = torch.where(inside, grad_y, 0.0), torch.where(inside, grad_l, 0.0)
-    pull = rq.pull_back(z, w[0], h[0], s[0], *at.d, to_y, to_l, inverse)
-    grad_x = pull.grad + torch.where(inside, 0.0, grad_y)
+    inside = x.abs() < o.bound
+    z = _within(inner - at.cell.x, w[0])
+    to_y, to_l = torch.where(inside, grads[0], 0.0), torch.where(inside, grads[1], 0.0)
+    pull = rq.pull_back(z, s[0], at.cell, (to_y, to_l), o.inverse)
+    grad_x = pull.grad + torch.where(inside, 0.0, grads[0])
 
-    to_d0 = torch.where(found.number >= 1, pull.d0, 0.0)
-    to_d1 = torch.where(found.number >= bins - 1, 0.0, pull.d1)
-    raw0, log0, log = _slope_pullback(to_d0, found.raw[0], s[1], s[0], slope, at.ends[0])
-    raw1, own_log, log1 = _slope_pullback(to_d1, found.raw[1], s[0], s[2], slope, at.ends[1])
+    to_d0 = torch.where(number >= 1, pull.d0, 0.0)
+    to_d1 = torch.where(number >= bins - 1, 0.0, pull.d1)
+    raw0, log0, log = _slope_pullback(to_d0, at.raw[0], s[1], s[0], at.ends[0], o)
+    raw1, own_log, log1 = _slope_pullback(to_d1, at.raw[1], s[0], s[2], at.ends[1], o)
     log = pull.log_s + log + own_log
 
     # To the softmaxes of the bin, of its neighbours, and of all bins to its left, which push it.
@@ -318,57 +251,42 @@ def pull_back(
     to_v[0] = to_v[0] + torch.add(to_h, to_w, alpha=share)
     to_u.append(torch.add(-pull.z, pull.y, alpha=share))
     to_v.append(torch.add(pull.y, pull.z, alpha=-share))
-    scale, _ = softmax_scale(bins, bound, slope, least)
-    spread = [
-        raw1,
-        raw0,
-        *_softmax_pullback(at.u, found, 0, to_u, scale),
-        *_softmax_pullback(at.v, found, 1, to_v, scale),
-    ]
+    scale, _ = o.softmax(bins)
+    of_u = _softmax_pullback(at.u, at, 0, to_u, scale)
+    spread = [raw1, raw0, *of_u, *_softmax_pullback(at.v, at, 1, to_v, scale)]
     if torch.compiler.is_compiling():
         # A second loop begins here, which needs no more than these of the first one.
         spread = list(torch.stack(spread).unbind())
-    number = found.number
-    return (
-        grad_x,
-        _spread_softmax(number, widths, spread[2:7]),
-        _spread_softmax(number, heights, spread[7:]),
-        [_for_bin(k, number, (*spread[:2], 0.0)) for k in range(1, bins)],
-    )
-
-
-def _for_bin(bin: int, number: Tensor, values: Sequence[Tensor | float]) -> Tensor:
-    r"""The first value where the bin is the right neighbour of the element's bin, the second where
-    it is that bin, and so on; the last one also where it is further to the left."""
-    out: Tensor | float = 0.0
-    for k, value in enumerate(values, bin - 1):
-        out = value if k <= 0 else torch.where(number >= k, value, out)
-    assert isinstance(out, Tensor)
-    return out
+    to_widths = _spread_softmax(number, rows[0], spread[2:7])
+    to_heights = _spread_softmax(number, rows[1], spread[7:])
+    to_raws = [_pick(number, (*spread[:2], 0.0), k - 1) for k in range(1, bins)]
+    return grad_x, *map(torch.stack, (to_widths, to_heights, to_raws))
 
 
 def _softmax_pullback(
-    softmax: Softmax, found: Bin, which: int, grads: Sequence[Tensor], scale: float
+    softmax: Softmax, at: State, which: int, grads: Sequence[Tensor], scale: float
 ) -> tuple[Tensor, ...]:
     r"""What :func:`_spread_softmax` needs. The gradients are those to the bin, to its left and its
     right neighbour, and to all to its left."""
     own, left, right, passed = (g * softmax.weight for g in grads)
-    mean = torch.addcmul(found.own[which] * own, found.left[which], left)
-    mean = torch.addcmul(mean, found.right[which], right)
-    mean = torch.addcmul(mean, found.passed[which], passed) * (softmax.weight * (1 / scale))
+    mean = torch.addcmul(at.own[which] * own, at.left[which], left)
+    mean = torch.addcmul(mean, at.right[which], right)
+    mean = torch.addcmul(mean, at.passed[which], passed) * (softmax.weight * (1 / scale))
     return mean, right, own, left + passed, passed
 
 
 def _spread_softmax(number: Tensor, logits: Rows, values: Rows) -> list[Tensor]:
     r"""Hands the gradients to the bins that they belong to, and through the softmax.
 
-    The last bin takes what is left of the box; as probabilities add up, so does its softmax.
+    The first of these is for the elements of the bin to the left, the second for its own, and the
+    last one also for all that lie further to the right. The last bin takes what is left of the
+    box; as probabilities add up, so does its softmax.
     """
     mean, *grads = values
     out = []
     for k, x in enumerate(logits):
         # Other than above, or the compiler would keep that one for the second loop.
         e = _loaded_once((x.clamp(max=CUT) * rq.LOG2_E).exp2(), x)
-        pulled = e * (_for_bin(k, number, grads) - mean)
+        pulled = e * (_pick(number, grads, k - 1) - mean)
         out.append(torch.where(e > TOP, 0.0, pulled))
     return out

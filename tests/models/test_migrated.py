@@ -273,7 +273,7 @@ def test_what_is_refused(spoil, match, folder, tmp_path):
 
 def test_maps_within_the_library_are_no_couplings_of_a_file():
     assert set(store.MAPS) == {"Affine", "CubicBSpline", "ReparametrizedAffine", "Robust"}
-    for kind in (maps.Inscribed, maps.Knotted):
+    for kind in (maps.Inscribed, maps.Ahead):
         assert kind.__name__ not in store.MAPS
 
 

@@ -8,7 +8,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from flowguard.functional import rational_quadratic_spline
-from flowguard.spline.inplace import memory as _scratch
+from flowguard.spline.inplace import memory
 
 BINS = pytest.mark.parametrize("bins", [2, 5])
 spline = partial(rational_quadratic_spline, bound=3.0)
@@ -41,7 +41,7 @@ def test_results_are_not_overwritten_by_later_calls(bins):
 def test_fresh_memory_gives_the_same(bins):
     args = draw(500, bins)
     warm = both(args)
-    _scratch.release()
+    memory.release()
     assert all(torch.equal(a, b) for a, b in zip(both(args), warm, strict=True))
 
 
@@ -66,18 +66,18 @@ def test_threads_do_not_share_it(bins):
 
 
 def test_a_call_within_a_call_has_its_own():
-    outer = _scratch.scratch(torch.empty(1), torch.float32)
-    inner = _scratch.scratch(torch.empty(1), torch.float32)
+    outer = memory.scratch(torch.empty(1), torch.float32)
+    inner = memory.scratch(torch.empty(1), torch.float32)
     assert outer is not inner
-    _scratch.keep(inner)
-    _scratch.keep(outer)
-    assert _scratch.scratch(torch.empty(1), torch.float32) is outer
+    memory.keep(inner)
+    memory.keep(outer)
+    assert memory.scratch(torch.empty(1), torch.float32) is outer
 
 
 def test_inference_mode_leaves_nothing_that_others_cannot_use():
     args = draw(50, 2, torch.float32)
     expected = spline(*args)[0]
-    _scratch.release()
+    memory.release()
     with torch.inference_mode():
         assert torch.equal(spline(*args)[0], expected)
     assert torch.equal(both(args)[0], expected)
@@ -86,7 +86,7 @@ def test_inference_mode_leaves_nothing_that_others_cannot_use():
 def test_another_default_device():
     args = draw(20, 2)
     expected = spline(*args)[0]
-    _scratch.release()
+    memory.release()
     torch.set_default_device("meta")
     try:
         y = spline(*args)[0]
@@ -97,11 +97,11 @@ def test_another_default_device():
 
 def test_little_is_kept():
     spline(*draw(2**20, 5, torch.float32))
-    memory = _scratch.scratch(torch.empty(1), torch.float32)
-    assert memory._memory.nbytes <= 2 * _scratch.LIMIT
-    for n in range(1, 3 * _scratch.MOST):
-        memory.rows(_scratch.Layout(1, 1), torch.Size([n]))
-    assert len(memory._rows) <= _scratch.MOST
+    block = memory.scratch(torch.empty(1), torch.float32)
+    assert block._memory.nbytes <= 2 * memory.LIMIT
+    for n in range(1, 3 * memory.MOST):
+        block.rows(memory.Layout(1, 1), torch.Size([n]))
+    assert len(block._rows) <= memory.MOST
 
 
 @BINS

@@ -2,8 +2,7 @@ r"""What :mod:`flowguard.spline.bin` computes, in place: for eager mode without 
 
 Here each pass over the elements counts, and so does each call: temporaries come from memory that
 is at hand, and numbers come as tensors. Nothing here can be differentiated. The functions take
-temporaries to work with, and what they return lies in some of these. A slope :math:`d_1` of None
-is one.
+temporaries to work with, and what they return lies in some of these.
 
 Of the transcendental functions those are used that PyTorch computes itself. Others it leaves to a
 library that takes up to four times as long, the logarithm, the exponential and the arctangent of
@@ -14,19 +13,18 @@ __all__ = [
     "Pull",
     "advance",
     "finish",
+    "masked",
+    "published_pullback",
     "published_slope",
-    "published_slope_pullback",
     "pull_back",
     "solve",
     "squash",
     "squash_factor",
     "squash_pullback",
-    "tanh_half",
 ]
 
 import functools
 import math
-from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -35,7 +33,10 @@ import torch
 from torch import Tensor
 
 from flowguard.spline import bin as rq
-from flowguard.spline.inplace.memory import Pair, Rows
+from flowguard.spline.bin import Cell
+from flowguard.spline.inplace.memory import Pair, Rows, Tensors
+
+Made = tuple[Tensor, Tensor | None]  # value and slope
 
 
 @functools.lru_cache(maxsize=256)
@@ -45,22 +46,19 @@ def _below(bound: float, double: bool) -> float:
     return float(np.nextafter(kind(bound), kind(0)))
 
 
-def squash(m: Rows, x: Tensor, bound: float | None, out: Tensor) -> None:
+def squash(m: Rows, x: Tensor, bound: float | None, out: Tensor) -> Tensor:
     r"""Writes the shift, but for :func:`squash_factor`."""
     if bound is None:
-        out.copy_(x)
-    else:
-        torch.atan2(x, m.number(2 * bound / math.pi), out=out)
-
-
-def squash_factor(bound: float | None, dtype: torch.dtype) -> float:
-    r"""What a shift is still to be multiplied by, which is free beside a sum."""
-    return 1.0 if bound is None else _arc(bound, dtype == torch.float64)
+        return out.copy_(x)
+    return torch.atan2(x, m.number(2 * bound / math.pi), out=out)
 
 
 @functools.lru_cache(maxsize=256)
-def _arc(bound: float, double: bool) -> float:
-    r"""The largest number whose product with the arctangent of infinity is not above the bound."""
+def squash_factor(bound: float | None, double: bool) -> float:
+    r"""What a shift is still to be multiplied by, which is free beside a sum: the largest number
+    whose product with the arctangent of infinity is not above the bound."""
+    if bound is None:
+        return 1.0
     kind = np.float64 if double else np.float32
     right, limit = float(kind(math.pi / 2)), min(bound, float(kind(bound)))
     factor = kind(limit / right)
@@ -70,6 +68,7 @@ def _arc(bound: float, double: bool) -> float:
 
 
 def squash_pullback(m: Rows, x: Tensor, grad: Tensor, bound: float | None, out: Tensor) -> None:
+    r"""Writes the gradient to what was squashed."""
     if bound is None:
         out.copy_(grad)
         return
@@ -77,67 +76,35 @@ def squash_pullback(m: Rows, x: Tensor, grad: Tensor, bound: float | None, out: 
     torch.div(grad, torch.addcmul(m.number(1.0), y, y, out=y), out=out)
 
 
-def tanh_half(m: Rows, x: Tensor, out: Tensor) -> Tensor:
-    r"""The hyperbolic tangent of one half of `x`."""
-    torch.sigmoid(x, out=out)
-    return torch.add(m.number(-1.0), out, alpha=2, out=out)
-
-
-def _log(m: Rows, x: Tensor, out: Tensor) -> None:
-    r"""Writes the logarithm of positive numbers; overwrites them.
-
-    It is that of 1 + y with y = x - 1, or minus that of 1 + y with y = (1 - x) / x for x < 1: no
-    digit is lost in either.
-    """
-    y = torch.sub(x, m.number(1.0), out=m.take())
-    y.div_(x.clamp_(max=1.0))
-    torch.mul(torch.abs(y, out=x).log1p_(), y.sign_(), out=out)
-    m.give(y)
-
-
 def finish(
-    m: Rows,
-    v: Tensor,
-    value: Tensor,
-    slope: Tensor | None,
-    bound: float,
-    outs: Sequence[Tensor],
-    *,
-    factor: float = 1.0,
-    even: bool = False,
+    m: Rows, outs: Tensors, v: Tensor, made: Made, bound: float, *, factor: float, even: bool
 ) -> None:
     r"""Writes the value times a factor, or the identity outside the box; and the logarithm of the
     slope, if there is one, which may be known to be `even` with one outside. Overwrites both."""
+    value, slope = made
     # What is not below the bound, else zero.
     outside = torch.hardshrink(v, _below(bound, v.dtype == torch.float64), out=m.take())
     inside = torch.eq(outside, m.number(0.0), out=m.take())
     # Rounding may land an ulp outside of the box, and certificates rely on it.
-    limit = bound / abs(factor)
+    limit = bound / factor
     torch.addcmul(outside, value.clamp_(-limit, limit), inside, value=factor, out=outs[0])
     if slope is not None:
         if not even:
             torch.lerp(m.number(1.0), slope, inside, out=slope)
-        _log(m, slope, outs[1])
+        # The logarithm of x is that of 1 + y with y = x - 1, or minus that of 1 + y with
+        # y = (1 - x) / x for x < 1: no digit is lost in either.
+        y = torch.sub(slope, m.number(1.0), out=outside)
+        y.div_(slope.clamp_(max=1.0))
+        torch.mul(torch.abs(y, out=slope).log1p_(), y.sign_(), out=outs[1])
     m.give(outside, inside)
 
 
-def advance(
-    m: Rows,
-    z: Tensor,
-    w: Tensor,
-    s: Tensor,
-    d0: Tensor,
-    d1: Tensor | None,
-    y0: Tensor,
-    steep: bool,
-    *,
-    sign: int = 1,
-) -> tuple[Tensor, Tensor | None]:
-    r"""The value at the distance `z` from the corner, and the slope if that is wanted: y0 plus the
-    rise, or minus it. Overwrites `z` and the secant."""
-    t = torch.div(z, w, out=m.take())
-    p = torch.lerp(d0, s, t, out=m.take())
-    q = torch.lerp(s, m.number(1.0) if d1 is None else d1, t, out=m.take())
+def advance(m: Rows, z: Tensor, s: Tensor, cell: Cell, steep: bool, sign: int = 1) -> Made:
+    r"""The value at the distance `z` from the corner, times a sign, in a bin with secant `s`, and
+    the slope if that is wanted. The size has the same sign. Overwrites `z` and the secant."""
+    t = torch.div(z, cell.w, out=m.take())
+    p = torch.lerp(cell.d0, s, t, out=m.take())
+    q = torch.lerp(s, m.number(1.0) if isinstance(cell.d1, float) else cell.d1, t, out=m.take())
     den = torch.lerp(q, p, t, out=m.take())
     z.mul_(s)
     slope = None
@@ -145,32 +112,21 @@ def advance(
         s.div_(den)
         slope = s.mul_(s).mul_(torch.lerp(p, q, t, out=q))
     # P / D is exactly one for the identity.
-    value = torch.addcmul(y0, z, p.div_(den), value=sign, out=z)
+    value = torch.addcmul(cell.y, z, p.div_(den), value=sign, out=z)
     m.give(t, p, q, den)
     return value, slope
 
 
-def solve(
-    m: Rows,
-    z: Tensor,
-    w: Tensor,
-    h: Tensor,
-    d0: Tensor,
-    d1: Tensor | None,
-    x0: Tensor,
-    steep: bool,
-    *,
-    sign: int = 1,
-) -> tuple[Tensor, Tensor | None]:
-    r"""The inverse at the rise `z` above the corner, and its slope if that is wanted: x0 plus the
-    distance, or minus it. Overwrites `z`."""
+def solve(m: Rows, z: Tensor, cell: Cell, steep: bool, sign: int = 1) -> Made:
+    r"""The inverse at the rise `z` above the corner, times a sign, and its slope if that is wanted.
+    The size has the same sign. Overwrites `z`."""
     one = m.number(1.0)
-    inv_s = torch.div(w, h, out=m.take())
-    theta = torch.div(z, h, out=m.take())
+    inv_s = torch.div(cell.w, cell.h, out=m.take())
+    theta = torch.div(z, cell.h, out=m.take())
     rest = torch.sub(one, theta, out=m.take())
     skew = torch.sub(rest, theta, out=m.take())
-    a = torch.mul(d0, inv_s, out=m.take())
-    b = inv_s if d1 is None else torch.mul(d1, inv_s, out=m.take())
+    a = torch.mul(cell.d0, inv_s, out=m.take())
+    b = inv_s if isinstance(cell.d1, float) else torch.mul(cell.d1, inv_s, out=m.take())
     delta = torch.mul(a, rest, out=m.take()).addcmul_(b, theta, value=-1)
     beta = torch.sub(skew, delta, out=m.take())
     root = delta.mul_(delta).addcmul_(theta, rest, value=4).sqrt_()
@@ -186,28 +142,35 @@ def solve(
         excess = a.add_(b).sub_(m.number(2.0)).mul_(inv_s)
         slope = torch.addcmul(inv_s, excess, both, value=2, out=excess).div_(root)
     # t = θ + β t r: adding the bend to the chord keeps the identity exact.
-    torch.addcmul(x0, z, inv_s, value=sign, out=z)
-    return z.addcmul_(w, both.mul_(beta), value=2 * sign), slope
+    torch.addcmul(cell.x, z, inv_s, value=sign, out=z)
+    return z.addcmul_(cell.w, both.mul_(beta), value=2 * sign), slope
 
 
 def published_slope(m: Rows, raw: Tensor, share: Tensor, out: Tensor) -> None:
-    torch.clamp(raw, max=rq.max_logit(raw.dtype), out=share)
+    r"""Writes that of :func:`flowguard.spline.bin.published_slope`."""
+    torch.clamp(raw, max=rq.MAX_LOGIT[raw.dtype], out=share)
     share.exp_().mul_(m.number(1 - rq.MIN_DERIVATIVE))
     torch.add(share, m.number(rq.MIN_DERIVATIVE), out=out)
     share.div_(out)
 
 
-def published_slope_pullback(
-    m: Rows, grad: Tensor, raw: Tensor, share: Tensor, out: Tensor
-) -> None:
-    r"""Overwrites the share."""
+def published_pullback(m: Rows, grad: Tensor, raw: Tensor, share: Tensor, out: Tensor) -> None:
+    r"""Writes the gradient to `raw` for that to the logarithm of the slope; overwrites the share."""
     torch.mul(share, grad, out=share)
-    torch.lt(raw, m.number(rq.max_logit(raw.dtype)), out=out).mul_(share)
+    torch.lt(raw, m.number(rq.MAX_LOGIT[raw.dtype]), out=out).mul_(share)
+
+
+def masked(m: Rows, outs: Tensors, x: Tensor, grads: Tensors, bound: float) -> Tensors:
+    r"""Both gradients inside the box. Writes what the gradient to `x` is outside, where it is that
+    to the value."""
+    mask = torch.ops.aten.hardtanh_backward.grad_input
+    gy, gl = (mask(g, x, -bound, bound, grad_input=m.take()) for g in grads)
+    torch.sub(grads[0], gy, out=outs[0])
+    return gy, gl
 
 
 class Pull(NamedTuple):
-    r"""The gradients of one bin: to x, to z = x - x_k, to y_k, to log s and to the end slopes; and
-    t, 1 - t, 1 - θ."""
+    r"""Those of :class:`flowguard.spline.bin.Pull`, but for θ."""
 
     grad: Tensor
     z: Tensor
@@ -219,27 +182,18 @@ class Pull(NamedTuple):
     rest: Tensor
 
 
-def pull_back(
-    m: Rows,
-    z: Tensor,
-    w: Tensor,
-    h: Tensor,
-    s: Tensor,
-    d0: Tensor,
-    d1: Tensor | None,
-    grad_y: Tensor,
-    grad_l: Tensor,
-    inverse: bool,
-) -> Pull:
+def pull_back(m: Rows, z: Tensor, s: Tensor, cell: Cell, grads: Tensors, inverse: bool) -> Pull:
     r"""The gradients to what the map is made of within the bin; see :func:`flowguard.spline.bin.pull_back`.
     Overwrites the gradients."""
-    one, take, give = m.number(1.0), m.take, m.give
+    take, (grad_y, grad_l), w, h, d0 = m.take, grads, cell.w, cell.h, cell.d0
+    one = m.number(1.0)
+    d1 = one if isinstance(cell.d1, float) else cell.d1
     ends, to_d = m.pair(), m.pair()
     both, r, t = ends
     torch.div(z, w, out=t)
     torch.sub(one, t, out=r)
     p = torch.lerp(d0, s, t, out=take())
-    q = torch.lerp(s, one if d1 is None else d1, t, out=take())
+    q = torch.lerp(s, d1, t, out=take())
     inv_den = torch.lerp(q, p, t, out=take()).reciprocal_()
     num = torch.lerp(p, q, t, out=take())
     inv_num = torch.reciprocal(num, out=take())
@@ -248,7 +202,7 @@ def pull_back(
     log_t = torch.sub(q, p, out=p).mul_(inv_num)
     rest = q.mul_(r).mul_(inv_den)
     turn = torch.sub(r, t, out=take()).mul_(inv_den)
-    excess = torch.add(d0, one if d1 is None else d1, out=take()).sub_(s, alpha=2)
+    excess = torch.add(d0, d1, out=take()).sub_(s, alpha=2)
     log_t.addcmul_(turn, excess, value=-1).mul_(grad_l)
     tau = torch.mul(t, r, out=turn).mul_(inv_den)
     theta_t = num.mul_(inv_den).mul_(inv_den.mul_(s))
@@ -267,6 +221,6 @@ def pull_back(
     to_d[2].sub_(bent)
     # Where s and both end slopes grow alike, θ stays, and so does f' / s.
     log_s = torch.addcmul(grad_l, to_d[1], d0, value=-1, out=bent)
-    log_s = log_s.sub_(to_d[2]) if d1 is None else log_s.addcmul_(to_d[2], d1, value=-1)
-    give(p, inv_den, inv_num, tau)
+    log_s = log_s.sub_(to_d[2]) if d1 is one else log_s.addcmul_(to_d[2], d1, value=-1)
+    m.give(p, inv_den, inv_num, tau)
     return Pull(grad, to_z, grad_y, log_s, to_d, t, r, rest)

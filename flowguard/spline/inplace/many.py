@@ -7,16 +7,16 @@ one row of padding on either side for its neighbours.
 
 __all__ = ["evaluate", "layout", "pull_back"]
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from flowguard.spline import bin as rq
-from flowguard.spline.inplace import bin as plain
-from flowguard.spline.inplace.memory import Layout, Pair, Rows
-from flowguard.spline.many import CUT, ROOM, TOP, softmax_scale
+from flowguard.spline.bin import LOG2_E, Cell, Params
+from flowguard.spline.inplace import bin as rq
+from flowguard.spline.inplace.memory import Layout, Pair, Rows, Tensors
+from flowguard.spline.many import CUT, ROOM, TOP
+from flowguard.spline.options import Options
 
 RAW = 1e3  # beyond, all maps of a raw slope are constant; a sum of these is finite
 
@@ -26,40 +26,6 @@ def layout(bins: int) -> Layout:
     the knots, for the raw slopes and for masks of the bins."""
     blocks = (2, bins + 2), (2, bins), (bins - 1,), (bins + 1,), (bins,)
     return Layout(pairs=23, singles=17, blocks=blocks)
-
-
-def _softmax(
-    m: Rows,
-    widths: Tensor,
-    heights: Tensor,
-    scale: float,
-    padded: Tensor,
-    uncut: Sequence[Tensor] | None,
-) -> None:
-    r"""The scaled softmaxes over the given logits and a zero; first and last row come twice. If
-    wanted, writes ones to where no logit was cut."""
-    bins = len(widths) + 1
-    out, total = padded[:, 1:-1], m.pair()
-    for part, logits in zip(out.unbind(), (widths, heights), strict=True):
-        # copies with bins first in memory: far faster by way of this operation than by a copy
-        torch.clamp(logits, max=CUT, out=part[:-1])
-    out[:, -1].zero_()
-    out.mul_(m.number(rq.LOG2_E)).exp2_()  # thrice as fast as exp
-    if uncut is not None:
-        for part, ones in zip(out.unbind(), uncut, strict=True):
-            torch.le(part[:-1], m.number(TOP), out=ones)
-    torch.sum(out, 1, out=total[0])
-    out.mul_(torch.div(m.number(scale), total[0], out=total[0]).unsqueeze(1))
-    padded[:, :: bins + 1].copy_(padded[:, 1 :: bins - 1])
-    m.give_pair(total)
-
-
-def _cumulated(padded: Tensor, out: Tensor) -> None:
-    r"""The sum of all bins to the left, for each bin."""
-    total, *rest = out.unbind(1)
-    total.zero_()
-    for row, total_row in zip(padded[:, 1:].unbind(1), rest, strict=False):
-        total = torch.add(total, row, out=total_row)
 
 
 def _mixed(to_u: Tensor, to_v: Tensor, share: float, out: Pair) -> Pair:
@@ -72,8 +38,6 @@ class State(NamedTuple):
     r"""All that is known of each element's bin. Softmaxes are of widths and of heights, without
     their floors; what has a side is a pair of the left and of the right one."""
 
-    softmax: Tensor  # padded
-    passed: Tensor  # a one for each inner knot to its left, or on which it lies
     own: Pair  # softmaxes of its bin
     left: Pair  # softmaxes of its left neighbour
     right: Pair
@@ -89,30 +53,38 @@ class State(NamedTuple):
 
 
 def _locate(
-    m: Rows,
-    x: Tensor,
-    widths: Tensor,
-    heights: Tensor,
-    derivatives: Tensor,
-    bound: float,
-    slope: float | None,
-    least: float,
-    vertical: bool,
-    uncut: Sequence[Tensor] | None = None,
+    m: Rows, x: Tensor, params: Params, o: Options, vertical: bool, uncut: Tensors = ()
 ) -> State:
-    bins = len(widths) + 1
-    share = rq.mixing(slope)
-    scale, floor = softmax_scale(bins, bound, slope, least)
-    softmax, cumulated, passed, raws, _ = m.blocks
-    _softmax(m, widths, heights, scale, softmax, uncut)
-    _cumulated(softmax, cumulated)
+    r"""Writes ones to where no logit was cut, if there is something to write to."""
+    *logits, derivatives = params
+    bins, share, bound = len(derivatives) + 1, o.share, o.bound
+    scale, floor = o.softmax(bins)
+    padded, cumulated, passed, raws, _ = m.blocks
+    # The scaled softmaxes over logits and a zero; first and last row come twice.
+    softmax, total = padded[:, 1:-1], m.pair()
+    for part, uneven in zip(softmax.unbind(), logits, strict=True):
+        # copies with bins first in memory: far faster by way of this operation than by a copy
+        torch.clamp(uneven, max=CUT, out=part[:-1])
+    softmax[:, -1].zero_()
+    softmax.mul_(m.number(LOG2_E)).exp2_()  # thrice as fast as exp
+    for part, ones in zip(softmax.unbind(), uncut, strict=False):
+        torch.le(part[:-1], m.number(TOP), out=ones)
+    torch.sum(softmax, 1, out=total[0])
+    softmax.mul_(torch.div(m.number(scale), total[0], out=total[0]).unsqueeze(1))
+    padded[:, :: bins + 1].copy_(padded[:, 1 :: bins - 1])
+    m.give_pair(total)
+
+    before, *rest = cumulated.unbind(1)  # over all bins to the left, for each bin
+    before.zero_()
+    for row, out in zip(softmax.unbind(1), rest, strict=False):
+        before = torch.add(before, row, out=out)
     along, across = cumulated[:, 1:].unbind()
     if vertical:
         along, across = across, along
     offset = torch.arange(1, bins, dtype=x.dtype, device=x.device)
     offset = offset.mul_(-floor * (1 + share)).add_(bound).view(-1, *(1,) * x.dim())
     torch.add(along, across, alpha=share, out=passed).sub_(offset)
-    torch.ge(x, passed, out=passed)
+    torch.ge(x, passed, out=passed)  # a one for each knot to the left, or on which it lies
     number = torch.sum(passed, 0, out=m.take())
     place = m.places(number, bins + 2)
 
@@ -125,7 +97,7 @@ def _locate(
             torch.index_select(rows[k:].view(-1), 0, place, out=out.view(-1))
 
     for k in range(2):
-        fetch(softmax[k], left[k + 1], own[k + 1], right[k + 1])
+        fetch(padded[k], left[k + 1], own[k + 1], right[k + 1])
         fetch(cumulated[k], sums[k + 1])
     fetch(raws, *raw[1:])
     # A NaN anywhere is one of the element: those of the logits are in every bin already.
@@ -145,16 +117,14 @@ def _locate(
     # of the left and of the right one each: widths and heights, then sorted by these
     ws, hs, ss = m.pair(), m.pair(), m.pair()
     for side, near in enumerate((left, right), 1):
-        torch.add(near[0], least_size, out=raised[0])
-        torch.add(raised[1], raised[2], alpha=share, out=ws[side])
-        torch.add(raised[2], raised[1], alpha=share, out=hs[side])
+        mix(near, least_size, (ss[0], ws[side], hs[side]))
     torch.div(hs[0], ws[0], out=ss[0])
     s = torch.div(its[2], its[1], out=bad)
     m.give_pair(raised)
-    return State(softmax, passed, own, left, right, sums, corner, its, s, ws, hs, ss, raw, number)
+    return State(own, left, right, sums, corner, its, s, ws, hs, ss, raw, number)
 
 
-def _inner(m: Rows, number: Tensor, bins: int, most: Sequence[Tensor]) -> Tensor:
+def _inner(m: Rows, number: Tensor, bins: int, most: Tensors | Tensor) -> Tensor:
     r"""Zeros for the knots at the ends of the box, where the slope is one; `most` for others."""
     both, left, right = m.pair()
     torch.minimum(number, most[0], out=left)
@@ -163,69 +133,28 @@ def _inner(m: Rows, number: Tensor, bins: int, most: Sequence[Tensor]) -> Tensor
     return both
 
 
-def _limits(m: Rows, high: Tensor, mean: Tensor, s0: Tensor, s1: Tensor, slope: float) -> Tensor:
-    r"""Writes the largest slope at the knot and that for a raw zero; returns the least one."""
-    low = 1.001 * slope
-    torch.minimum(s0, s1, out=high)
-    torch.addcmul(m.number(0.0), high, high, value=0.5 / low, out=high).clamp_(max=1 / low)
-    torch.mul(s0, s1, out=mean).sqrt_()
-    return m.number(low)
-
-
-def _inner_slope(
-    m: Rows,
-    rows: Sequence[Tensor],
-    raw: Tensor,
-    s0: Tensor,
-    s1: Tensor,
-    slope: float | None,
-) -> tuple[Tensor, Sequence[Tensor]]:
-    r"""The slope at the knot between two bins with secants `s0` and `s1`; and a zero where it is
-    one, but for rounding, or else a one. Takes five rows."""
-    high, mean, p, room, bent = rows
-    one = m.number(1.0)
-    if slope is None:
-        plain.published_slope(m, raw, p, high)
-        return high, (one, one)
-    low = _limits(m, high, mean, s0, s1, slope)
-    # A zero between two secants of one gives a slope of one.
-    torch.ne(torch.add(mean, raw, alpha=1e30, out=bent), one, out=bent)
-    torch.sigmoid(raw, out=p)
-    torch.sub(high, mean, out=room).clamp_(min=ROOM)
-    mean.sub_(low)
-    # The mean of both weights is away from zero, as one of them is.
-    room.lerp_(mean, p)
-    high.sub_(low)
-    return torch.addcdiv(low, mean.mul_(p).mul_(high), room, out=high), bent.unbind()
-
-
-def _inner_slope_parts(
-    m: Rows, rows: Sequence[Tensor], raw: Tensor, s0: Tensor, s1: Tensor, slope: float | None
-) -> None:
-    r"""The same in the first of eight rows; the others hold what :func:`_slope_pullback` needs."""
+def _inner_slope(m: Rows, rows: Tensors, at: State, o: Options) -> None:
+    r"""Writes the slopes at both knots of the bin; and the largest of them and those for a raw
+    zero, with what else :func:`_slope_pullback` needs, in eight rows."""
     d, p, ratio, part, gain, mean, high, span = rows
-    if slope is None:
-        plain.published_slope(m, raw, p, d)
+    if o.slope is None:
+        rq.published_slope(m, at.raw[0], p, d)
         return
-    low = _limits(m, high, mean, s0, s1, slope)
-    torch.sigmoid(raw, out=p)
+    low, s, ss = m.number(o.low), at.s, at.ss[0]
+    torch.minimum(s, ss, out=high)
+    torch.addcmul(m.number(0.0), high, high, value=0.5 / o.low, out=high).clamp_(max=1 / o.low)
+    torch.mul(s, ss, out=mean).sqrt_()
+    torch.sigmoid(at.raw[0], out=p)
     torch.sub(mean, low, out=part)
+    # The mean of both weights is away from zero, as one of them is.
     torch.sub(high, mean, out=gain).clamp_(min=ROOM).lerp_(part, p).reciprocal_()
     torch.mul(part.mul_(gain), p, out=ratio)
     torch.sub(high, low, out=span)
-    gain.mul_(span)
     torch.addcmul(low, span, ratio, out=d)
 
 
 def _slope_pullback(
-    m: Rows,
-    rows: Sequence[Tensor],
-    grad: Tensor,
-    raw: Tensor,
-    s0: Tensor,
-    s1: Tensor,
-    slope: float | None,
-    out: Tensor,
+    m: Rows, rows: Tensors, grad: Tensor, at: State, o: Options, out: Tensor
 ) -> tuple[Tensor, Tensor] | None:
     r"""Writes the gradient to `raw`; returns *twice* those to the logarithms of both secants, if
     there are any. Overwrites the rows."""
@@ -237,107 +166,83 @@ def _slope_pullback(
     # Where the room is taken as a constant, ∂d / ∂mean is smaller by room / span, and
     # ∂d / ∂high = ratio.
     d, p, ratio, part, gain, mean, high, span = rows
-    if slope is None:
-        plain.published_slope_pullback(m, d.mul_(grad), raw, p, out)
+    if o.slope is None:
+        rq.published_pullback(m, d.mul_(grad), at.raw[0], p, out)
         return None
     free = torch.sub(high, mean, out=d)
     torch.gt(free, m.number(ROOM), out=free)
+    gain.mul_(span)
     smaller = m.pair()[0]
     torch.lerp(torch.div(m.number(ROOM), span, out=smaller), m.number(1.0), free, out=smaller)
     squashed = torch.ops.aten.sigmoid_backward.grad_input
     to_mean = squashed(mean.mul_(grad), p, grad_input=mean)
     to_mean.mul_(gain).mul_(gain).mul_(smaller)
     squashed(span.mul_(grad), ratio, grad_input=out)
-    uncut = torch.lt(high, m.number(1 / (1.001 * slope)), out=gain)
+    uncut = torch.lt(high, m.number(1 / o.low), out=gain)
     high.mul_(uncut).mul_(grad)
     to_high = p.addcmul_(p, p, value=-2).mul_(part).mul_(part).neg_()
     to_high = torch.lerp(ratio, to_high, free, out=p).mul_(high)
     # The logarithm of the mean is half of each, that of the highest slope twice the smaller one:
     # once each for equal ones.
-    smaller = torch.sub(s1, s0, out=smaller).sign_()
+    smaller = torch.sub(at.ss[0], at.s, out=smaller).sign_()
     both = to_mean.add_(to_high, alpha=2)
     to_high.mul_(smaller)
     to_first = torch.add(both, to_high, alpha=2, out=high)
     return to_first, both.sub_(to_high, alpha=2)
 
 
-def _within(m: Rows, x: Tensor, corner: Tensor, size: Tensor) -> Tensor:
-    z = torch.sub(x, corner, out=m.take())
-    return torch.clamp(z, m.number(0.0), size, out=z)
-
-
-def evaluate(
-    m: Rows,
-    outs: Sequence[Tensor],
-    v: Tensor,
-    widths: Tensor,
-    heights: Tensor,
-    derivatives: Tensor,
-    bound: float,
-    slope: float | None,
-    least: float,
-    inverse: bool,
-) -> None:
-    r"""Writes the spline or its inverse, and the logarithm of its slope if there are two tensors
-    to write to."""
-    x = torch.clamp(v, -bound, bound, out=m.take())
-    at = _locate(m, x, widths, heights, derivatives, bound, slope, least, inverse)
+def evaluate(m: Rows, outs: Tensors, v: Tensor, params: Params, o: Options) -> None:
+    r"""Writes the spline or its inverse, and the logarithm of its slope if that is wanted."""
+    x = torch.clamp(v, -o.bound, o.bound, out=m.take())
+    at = _locate(m, x, params, o, o.inverse)
     (_, x0, y0), (_, w, h) = at.corner, at.size
     for pair in (at.own, at.left, at.right, at.sums):
         m.give_pair(pair)
-    rows = [m.pair()[0] for _ in range(5)]
-    d, bent = _inner_slope(m, rows, at.raw[0], at.s, at.ss[0], slope)
-    d0, d1 = torch.lerp(m.number(1.0), d, _inner(m, at.number, len(widths) + 1, bent), out=d)
-    steep = len(outs) > 1
-    start, size = (y0, h) if inverse else (x0, w)
-    z = _within(m, x, start, size)
+    d, p, bent, mean, high = (m.pair()[0] for _ in range(5))
+    _inner_slope(m, (d, p, p, d, bent, mean, high, high), at, o)  # no pullback: rows in common
+    one = m.number(1.0)
+    if o.slope is not None:
+        # A zero between two secants of one gives a slope of one, but for rounding.
+        torch.ne(torch.add(mean, at.raw[0], alpha=1e30, out=bent), one, out=bent)
+    inner = _inner(m, at.number, len(params[0]) + 1, (one, one) if o.slope is None else bent)
+    cell = Cell(x0, y0, w, h, *torch.lerp(one, d, inner, out=d))
+    start, size = (y0, h) if o.inverse else (x0, w)
+    z = torch.sub(x, start, out=m.take())
+    torch.clamp(z, m.number(0.0), size, out=z)
     back = torch.add(start, z, out=m.take())
-    if inverse:
-        value, grown = plain.solve(m, z, w, h, d0, d1, x0, steep)
+    if o.inverse:
+        value, grown = rq.solve(m, z, cell, o.steep)
     else:
-        value, grown = plain.advance(m, z, w, at.s, d0, d1, y0, steep)
+        value, grown = rq.advance(m, z, at.s, cell, o.steep)
     # What the identity adds to the corner is what the distance was rounded to: it is undone.
     same = torch.eq(value, back, out=m.take())
     value.lerp_(x, same)
     m.give(back, same, x)
-    plain.finish(m, v, value, grown, bound, outs)
+    rq.finish(m, outs, v, (value, grown), o.bound, factor=1.0, even=False)
 
 
 def pull_back(
-    m: Rows,
-    outs: Sequence[Tensor],
-    x: Tensor,
-    widths: Tensor,
-    heights: Tensor,
-    derivatives: Tensor,
-    grad_y: Tensor,
-    grad_l: Tensor,
-    bound: float,
-    slope: float | None,
-    least: float,
-    inverse: bool,
+    m: Rows, outs: Tensors, x: Tensor, params: Params, grads: Tensors, o: Options
 ) -> None:
     r"""Writes the gradients to the input and to all parameters; see :func:`flowguard.spline.bin.pull_back`."""
-    bins, one = len(widths) + 1, m.number(1.0)
-    z = torch.clamp(x, -bound, bound, out=m.take())
-    at = _locate(m, z, widths, heights, derivatives, bound, slope, least, False, outs[1:3])
-    (_, x0, _), (_, w, h), s = at.corner, at.size, at.s
+    bins, one = len(params[0]) + 1, m.number(1.0)
+    z = torch.clamp(x, -o.bound, o.bound, out=m.take())
+    at = _locate(m, z, params, o, False, outs[1:3])
     pairs = [m.pair() for _ in range(8)]
     rows = [p[0] for p in pairs]
-    _inner_slope_parts(m, rows, at.raw[0], s, at.ss[0], slope)
+    _inner_slope(m, rows, at, o)
     d = m.pair()
     inner = _inner(m, at.number, bins, (one, one))
-    d0, d1 = torch.lerp(one, rows[0], inner, out=d[0])
+    torch.lerp(one, rows[0], inner, out=d[0])
+    cell = Cell(*at.corner[1:], *at.size[1:], *d[1:])
 
-    masked = torch.ops.aten.hardtanh_backward.grad_input
-    gy = masked(grad_y, x, -bound, bound, grad_input=m.take())
-    gl = masked(grad_l, x, -bound, bound, grad_input=m.take())
-    torch.sub(grad_y, gy, out=outs[0])
-    pull = plain.pull_back(m, _within(m, z, x0, w), w, h, s, d0, d1, gy, gl, inverse)
+    inside = rq.masked(m, outs, x, grads, o.bound)
+    torch.clamp(z.sub_(cell.x), m.number(0.0), cell.w, out=z)
+    pull = rq.pull_back(m, z, at.s, cell, inside, o.inverse)
     outs[0].add_(pull.grad)
     to_raw, log_s = at.corner, pull.log_s
     to_d = pull.d[0].mul_(inner)
-    logs = _slope_pullback(m, rows, to_d, at.raw[0], s, at.ss[0], slope, to_raw[0])
+    logs = _slope_pullback(m, rows, to_d, at, o, to_raw[0])
     if logs is not None:
         for to_log in logs[0].unbind():
             log_s.add_(to_log, alpha=0.5)
@@ -349,7 +254,7 @@ def pull_back(
     m.give_pair(pull.d)
 
     # To the sizes of the bin, of its neighbours, and of all bins to its left, which push it.
-    share = rq.mixing(slope)
+    share = o.share
     to_size, corner = m.pair(), m.pair()
     torch.div(log_s, at.size[0], out=to_size[0])
     to_size[1].addcmul_(pull.z, pull.t).neg_()
@@ -372,7 +277,7 @@ def pull_back(
     mean = torch.mul(at.own[0], of_own[0], out=at.own[0]).addcmul_(at.sums[0], of_passed[0])
     for side, of_side in zip((at.left, at.right), of_near, strict=False):
         mean.addcmul_(side[0], of_side[0])
-    mean.mul_(m.number(-1 / softmax_scale(bins, bound, slope, least)[0]))
+    mean.mul_(m.number(-1 / o.softmax(bins)[0]))
     pulled = cumulated[:, :-1]
     torch.addcmul(mean.unsqueeze(1), own[:-1], of_own[0].unsqueeze(1), out=pulled)
     pulled.addcmul_(passed, of_passed[0].unsqueeze(1))

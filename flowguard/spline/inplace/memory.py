@@ -5,10 +5,13 @@ the system hands out pages of zeros for each temporary and takes them back. So e
 one block for each dtype, and what works in it writes in place.
 """
 
-__all__ = ["Layout", "Rows", "keep", "release", "scratch"]
+__all__ = ["LIMIT", "Layout", "Pair", "Rows", "Tensors", "keep", "release", "scratch"]
 
 import math
 import threading
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -17,6 +20,8 @@ from torch import Size, Tensor
 LIMIT = 2**26  # bytes that a call should ask for; of each dtype a thread keeps at most twice that
 MOST = 64  # shapes and numbers for which it keeps tensors
 
+Number = Callable[[float], Tensor]
+Tensors = Sequence[Tensor]
 Pair = tuple[Tensor, Tensor, Tensor]  # of shape (2, *), and its two rows
 
 _kept = threading.local()
@@ -39,19 +44,18 @@ class Rows:
     r"""Temporaries of one shape, to be taken and given back.
 
     What was given back last is taken first, as it is in the cache. Pairs are there for what one
-    operation can do at once; :attr:`blocks` are tensors of several rows.
+    operation can do at once; :attr:`blocks` are tensors of several rows. `number` makes tensors
+    without dimensions of numbers, which must not be written to.
     """
 
-    def __init__(self, numbers: "_Numbers", memory: Tensor, layout: Layout, shape: Size) -> None:
-        numel = shape.numel()
-        self.number = numbers.__getitem__
+    def __init__(self, memory: Tensor, layout: Layout, shape: Size, number: Number) -> None:
+        self.number, numel = number, shape.numel()
         rows = [(2,)] * layout.pairs + [()] * layout.singles + [*layout.blocks]
         parts = memory[: layout.total * numel].split([math.prod(r) * numel for r in rows])
-        views = [part.view((*r, *shape)) for part, r in zip(parts, rows, strict=True)]
-        singles = layout.pairs + layout.singles
-        self._pairs = [(t, *t.unbind()) for t in views[: layout.pairs]]
-        self._singles = views[layout.pairs : singles]
-        self.blocks = views[singles:]
+        views = (part.view((*r, *shape)) for part, r in zip(parts, rows, strict=True))
+        self._pairs = [(t, *t.unbind()) for t in islice(views, layout.pairs)]
+        self._singles = [*islice(views, layout.singles)]
+        self.blocks = [*views]
         self._counted: Tensor | None = None
         self.restart()
 
@@ -80,22 +84,10 @@ class Rows:
         return torch.add(self._counted, place, alpha=size, out=place)
 
 
-class _Numbers(dict[float, Tensor]):
-    r"""Numbers as tensors without dimensions, which must not be written to.
-
-    To make one takes longer than to multiply some thousand elements by it.
-    """
-
-    def __init__(self, memory: Tensor) -> None:
-        super().__init__()
-        self.memory = memory
-
-    def __missing__(self, value: float) -> Tensor:
-        if len(self) >= MOST:
-            self.clear()
-        with torch.inference_mode(False):
-            made = self[value] = self.memory.new_full((), value)
-        return made
+def _number(memory: Tensor, value: float) -> Tensor:
+    # To make one takes longer than to multiply some thousand elements by it.
+    with torch.inference_mode(False):
+        return memory.new_full((), value)
 
 
 class Scratch:
@@ -105,7 +97,7 @@ class Scratch:
         self.dtype = dtype
         self.kept = kept
         self._memory = like.new_empty(0, dtype=dtype)
-        self._numbers = _Numbers(self._memory)
+        self._number = lru_cache(MOST)(partial(_number, self._memory))
         self._rows: dict[tuple[Layout, Size], Rows] = {}
 
     def rows(self, layout: Layout, shape: Size) -> Rows:
@@ -120,13 +112,11 @@ class Scratch:
         with torch.inference_mode(False):  # what is made in that mode cannot be used outside of it
             if count > memory.numel():
                 memory = memory.new_empty(count)
-                if count * memory.element_size() <= 2 * LIMIT:
-                    self._memory = memory
-                    self._rows.clear()
-            rows = Rows(self._numbers, memory, layout, shape)
-        if memory is self._memory:
-            if len(self._rows) >= MOST:
+            rows = Rows(memory, layout, shape, self._number)
+        if memory.nbytes <= 2 * LIMIT:
+            if memory is not self._memory or len(self._rows) >= MOST:
                 self._rows.clear()
+            self._memory = memory
             self._rows[layout, shape] = rows
         return rows
 
