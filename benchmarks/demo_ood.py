@@ -62,7 +62,7 @@ def main() -> None:
         masks.append(mask)
         for name, m in metrics.level_maps(report, (mask.shape[-2], mask.shape[-1])).items():
             maps.setdefault(name, []).append(m)
-    found = metrics.evaluate(reports, masks)
+    found = metrics.evaluate_maps(reports, masks)
     print(f"{len(strange)} conditions, {sum(m.numel() for m in masks)} pixels")
     for name, numbers in found.items():
         print(f"{name:10s}", "  ".join(f"{k} {v:.3f}" for k, v in numbers.items()))

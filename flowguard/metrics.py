@@ -39,7 +39,7 @@ WINDOW = 11  # rows and columns of the Gaussian window of the SSIM
 
 
 def _shown(image: Tensor) -> Tensor:
-    """The image on [0, 1], in double precision where the device has it."""
+    r"""The image on [0, 1], in double precision where the device has it."""
     if image.dim() != 4:
         raise ValueError(f"images must have shape (B, C, H, W); got {tuple(image.shape)}")
     dtype = torch.float32 if image.device.type == "mps" else torch.float64
@@ -154,7 +154,7 @@ def _torchmetrics(name: str, what: str) -> Any:
 
 
 def _cubic(x: Tensor) -> Tensor:
-    """Keys' kernel with a = -1/2, that of MATLAB."""
+    r"""Keys' kernel with a = -1/2, that of MATLAB."""
     x = x.abs()
     near = 1.5 * x**3 - 2.5 * x**2 + 1
     far = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
@@ -162,7 +162,7 @@ def _cubic(x: Tensor) -> Tensor:
 
 
 def _resampling(size: int, scale: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The matrix that resizes `size` pixels, with shape (ceil(scale * size), size)."""
+    r"""The matrix that resizes `size` pixels, with shape (ceil(scale * size), size)."""
     new = math.ceil(scale * size - 1e-9)
     shrink = min(scale, 1.0)  # a kernel wider than a pixel is the antialiasing
     # Pixel i covers (i, i + 1); centres of new pixels in the coordinates of the old ones.

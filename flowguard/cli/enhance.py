@@ -291,7 +291,7 @@ def maps(report: Any) -> list[tuple[str, bytes]]:
         from matplotlib import colormaps
         from PIL import Image
 
-        from flowguard.ood.plot import NINES, nines
+        from flowguard.ood.report import NINES, nines
 
         drawn = []
         for name, level in report.levels.items():

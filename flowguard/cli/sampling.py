@@ -81,7 +81,7 @@ def sample(
 
 
 def _feature_bytes(model: Any, y: Tensor) -> float:
-    """What the feature maps of the condition take, judged by those of its corner."""
+    r"""What the feature maps of the condition take, judged by those of its corner."""
     corner = y[..., :32, :32]
     corner = pad_to_multiple(corner, 32)
     found = model.conditioner.encoder(corner)
@@ -97,7 +97,7 @@ def _reports(model: Any) -> list[Any]:
 def _spans(
     size: int, tile: int, margin: int, multiple: int
 ) -> Iterator[tuple[int, int, int, int]]:
-    """Each tile's first and last row, and those that it is computed from."""
+    r"""Each tile's first and last row, and those that it is computed from."""
     for first in range(0, size, tile):
         last = min(first + tile, size)
         start = max(0, first - margin) // multiple * multiple

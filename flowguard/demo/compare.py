@@ -135,7 +135,7 @@ class Comparison:
 
 
 def _strict(value: Any) -> Any:
-    """JSON has neither infinity nor NaN: they become the words."""
+    r"""JSON has neither infinity nor NaN: they become the words."""
     if isinstance(value, dict):
         return {k: _strict(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -144,7 +144,7 @@ def _strict(value: Any) -> Any:
 
 
 def _parts(options: CompareOptions) -> list[tuple[Tensor, Tensor]]:
-    """Of each picture the part to train with and the part to calibrate with."""
+    r"""Of each picture the part to train with and the part to calibrate with."""
     images = list(options.images[:-1]) or [data.photograph(n) for n in data.TRAINING_PHOTOGRAPHS]
     cuts = [image.shape[-1] * 3 // 4 for image in images]
     return [(image[..., :n], image[..., n:]) for image, n in zip(images, cuts, strict=True)]
@@ -163,7 +163,7 @@ def _held_out(task: Task, options: CompareOptions) -> tuple[Tensor, Tensor]:
 
 
 def _guard(task: Task, model: Model, parts: list[tuple[Tensor, Tensor]], seed: int) -> None:
-    """Fits and calibrates the guard, unless it is."""
+    r"""Fits and calibrates the guard, unless it is."""
     if model.conditioner.calibrated:
         return
     model.conditioner.fit(task.contexts([p for p, _ in parts], seed), progress=False)
@@ -178,7 +178,7 @@ def _samples(model: Model, y: Tensor, o: CompareOptions, temperature: float) -> 
 
 
 def _rates(samples: Tensor, y: Tensor, prefix: str) -> dict[str, float]:
-    """The share of samples and pixels that err, given the range of the condition."""
+    r"""The share of samples and pixels that err, given the range of the condition."""
     low, high = min(0.0, float(y.min())) - 0.5, max(1.0, float(y.max())) + 0.5
     return {
         f"{prefix}_error_rate": float(metrics.error_rate(samples, low=low, high=high)),

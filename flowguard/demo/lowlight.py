@@ -86,7 +86,7 @@ class LowLightTask(Task):
         )
 
     def _shots(self, parts: list[Tensor], seed: int) -> list[tuple[Tensor, Tensor]]:
-        """Each photograph, taken in the dark several times and prepared as a whole."""
+        r"""Each photograph, taken in the dark several times and prepared as a whole."""
         rng = np.random.default_rng(seed)
         generator = torch.Generator().manual_seed(seed)
         pairs = []

@@ -18,7 +18,7 @@ from flowguard._version import __version__
 from flowguard.demo.run import Result, Sampled
 from flowguard.demo.task import NOISE, QUANTILE, Condition
 from flowguard.io.atomic import atomic, save_tensors, write_text
-from flowguard.ood.plot import NINES, nines
+from flowguard.ood.report import NINES, nines
 
 
 def _number(value: float) -> str:
@@ -116,7 +116,7 @@ def table(result: Result) -> str:
 
 
 def _shown(image: Tensor, condition: Tensor) -> Any:
-    """The image with the range of [0, 1] and the condition mapped to black … white."""
+    r"""The image with the range of [0, 1] and the condition mapped to black … white."""
     low, high = min(0.0, float(condition.min())), max(1.0, float(condition.max()))
     return data.to_uint8((image - low) / (high - low))
 
@@ -259,7 +259,7 @@ def _panel_name(index: int, condition: str) -> str:
 
 
 def _earlier_panels(numbers: Path) -> list[str]:
-    """The names of the panels of the run that wrote these numbers, if a run of the demo did."""
+    r"""The names of the panels of the run that wrote these numbers, if a run of the demo did."""
     try:
         conditions = json.loads(numbers.read_text(encoding="utf-8"))["conditions"]
         return [_panel_name(i, str(c["name"])) for i, c in enumerate(conditions)]

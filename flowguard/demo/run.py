@@ -174,7 +174,7 @@ class Result:
 
 
 def _strict(value: Any) -> Any:
-    """JSON has neither infinity nor NaN: they become the words."""
+    r"""JSON has neither infinity nor NaN: they become the words."""
     if isinstance(value, dict):
         return {k: _strict(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -223,7 +223,7 @@ def conditions(
 
 
 def _split(image: Tensor) -> tuple[Tensor, Tensor]:
-    """The left three quarters are for training, the rest for calibration."""
+    r"""The left three quarters are for training, the rest for calibration."""
     cut = image.shape[-1] * 3 // 4
     return image[..., :cut], image[..., cut:]
 

@@ -109,7 +109,7 @@ def _read(image: Any) -> Picture:
 
 
 def _picture(pixels: Array, grey: bool, bits: int, orientation: int, icc: bytes | None) -> Picture:
-    """A picture of whole numbers with shape (H, W, channels)."""
+    r"""A picture of whole numbers with shape (H, W, channels)."""
     exact = torch.from_numpy(pixels.astype(np.float32) / (2**bits - 1)).movedim(-1, 0)
     exact = _upright(exact, orientation).contiguous()
     count = 1 if grey else 3
@@ -118,7 +118,7 @@ def _picture(pixels: Array, grey: bool, bits: int, orientation: int, icc: bytes 
 
 
 def _shallow(image: Any) -> tuple[Array, bool]:
-    """The pixels of a picture of 8 bits, and whether it is grey."""
+    r"""The pixels of a picture of 8 bits, and whether it is grey."""
     mode = image.mode
     if mode not in ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr"):
         raise ImageError(f"pictures have 8 or 16 bits per channel; this one has the mode {mode!r}")
@@ -132,7 +132,7 @@ def _shallow(image: Any) -> tuple[Array, bool]:
 
 
 def _deep_png(image: Any) -> Array | None:
-    """The pixels of a PNG of 16 bits in colour or with alpha, of which Pillow has but the upper
+    r"""The pixels of a PNG of 16 bits in colour or with alpha, of which Pillow has but the upper
     bytes: the same stream is read once more for the lower ones."""
     kind = image.tile[0][3] if image.tile else None
     if kind not in DEEP_PNG:
@@ -150,7 +150,7 @@ def _deep_png(image: Any) -> Array | None:
 
 
 def _is_deep_tiff(path: Path) -> bool:
-    """Whether it is a TIFF of more than 8 bits: Pillow keeps 8 of them, or knows it not at all."""
+    r"""Whether it is a TIFF of more than 8 bits: Pillow keeps 8 of them, or knows it not at all."""
     with path.open("rb") as stream:
         if stream.read(4) not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
             return False
@@ -213,7 +213,7 @@ STRIP = 256  # rows that are made into whole numbers at a time: large pictures f
 
 
 def _levels(picture: Picture) -> Array:
-    """The whole numbers of a picture, with shape (H, W, channels)."""
+    r"""The whole numbers of a picture, with shape (H, W, channels)."""
     height, width = picture.colour.shape[-2:]
     count = (1 if picture.grey else 3) + (picture.alpha is not None)
     kind = np.uint16 if picture.bits == 16 else np.uint8

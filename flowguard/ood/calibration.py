@@ -1,6 +1,6 @@
 r"""Calibration on held-out images: per image by conformal p-value, per pixel by quantile."""
 
-from __future__ import annotations
+__all__ = ["STATISTICS", "Calibration", "Calibrator", "image_statistics"]
 
 import math
 
@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 
 from flowguard.ood.state import PinnedState
-
-__all__ = ["STATISTICS", "Calibration", "Calibrator", "image_statistics"]
 
 STATISTICS = ("mean", "max", "share")
 
@@ -66,11 +64,11 @@ class Calibration(PinnedState):
         super().__init__()
         empty = torch.empty(0, dtype=torch.float64)
         self.register_buffer("scores", empty.reshape(0, len(STATISTICS)))
-        """The statistics of the calibration images, each column sorted on its own."""
+        r"""The statistics of the calibration images, each column sorted on its own."""
         self.register_buffer("grid", empty.clone())
-        """The quantiles of the pixel scores at the levels of the grid; empty for vectors."""
+        r"""The quantiles of the pixel scores at the levels of the grid; empty for vectors."""
         self.register_buffer("edge", torch.full((), torch.nan, dtype=torch.float64))
-        """The score above which a pixel counts for ``"share"``, near the 0.99 quantile."""
+        r"""The score above which a pixel counts for ``"share"``, near the 0.99 quantile."""
 
     @property
     def calibrated(self) -> bool:
@@ -144,8 +142,8 @@ class Calibrator:
             return
         if not scores.isfinite().all():
             raise ValueError(
-                "The features of the calibration must be finite. Got NaN or inf; find the "
-                "contexts that cause them (`torch.isfinite`) and leave them out."
+                "the features of the calibration must be finite; got NaN or inf: find the "
+                "contexts that cause them (`torch.isfinite`) and leave them out"
             )
         for images in scores.split(32) if scores.ndim == 3 else ():
             position = torch.bucketize(images.flatten(1).cpu().double(), self.edges[1:-1])
@@ -188,7 +186,7 @@ class Calibrator:
         return calibration
 
     def _grid(self, pixels: Tensor, largest: float) -> Tensor:
-        """Quantiles by linear interpolation within the bins; the last one is the maximum."""
+        r"""Quantiles by linear interpolation within the bins; the last one is the maximum."""
         cumulative = pixels.cumsum(0).double()
         wanted = _quantile_levels() * cumulative[-1]
         place = torch.searchsorted(cumulative, wanted).clamp_max(len(pixels) - 1)

@@ -1,6 +1,6 @@
 r"""From whatever users have, batches and encoder outputs, to named levels and back."""
 
-from __future__ import annotations
+__all__ = ["Selector", "contexts", "device_of", "to_levels", "with_levels"]
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-
-__all__ = ["Selector", "contexts", "device_of", "to_levels", "with_levels"]
 
 Selector = int | str | Callable[[Any], Tensor] | None
 
@@ -27,25 +25,25 @@ def to_levels(output: Any, names: Sequence[str] | None = None) -> dict[str, Tens
         names = [str(key) for key in output] if names is None else names
         if missing := [name for name in names if name not in output]:
             raise ValueError(
-                f"The encoder's output has no level {missing[0]!r}; it has {list(output)}."
+                f"the encoder's output must have a level {missing[0]!r}; got {list(output)}"
             )
         values = [output[name] for name in names]
     else:
         values = [output] if isinstance(output, Tensor) or output is None else list(output)
         if names is not None and len(names) != len(values):
             raise ValueError(
-                f"The encoder gives {len(values)} levels, and {len(names)} names were given: "
-                f"{list(names)}."
+                f"levels must name the {len(values)} levels that the encoder gives; got "
+                f"{len(names)} names: {list(names)}"
             )
         names = names or [f"level{i + 1}" for i in range(len(values))]
     if not values:
-        raise ValueError("The encoder gives no level; its output is empty.")
+        raise ValueError("the encoder must give a level at least; got an empty output")
     for name, value in zip(names, values, strict=True):
         if not isinstance(value, Tensor) or not value.is_floating_point():
             what = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value)
             raise TypeError(
-                f"Level {name!r} must be a floating point tensor. Got {what}; choose the outputs "
-                "to watch with `levels=[...]` on a dictionary, or wrap the encoder."
+                f"level {name!r} must be a floating point tensor; got {what}: choose the outputs "
+                "to watch with `levels=[...]` on a dictionary, or wrap the encoder"
             )
     return {n: v[None] if v.ndim == 1 else v for n, v in zip(names, values, strict=True)}
 
@@ -76,8 +74,8 @@ def contexts(
         batches = batches.split(64)
     elif not isinstance(batches, Iterable):
         raise TypeError(
-            f"`{name}` needs an iterable of batches, like a DataLoader or a list of tensors. "
-            f"Got {type(batches).__name__}."
+            f"`{name}` needs an iterable of batches, like a DataLoader or a list of tensors; "
+            f"got {type(batches).__name__}"
         )
     empty = True
     for batch in tqdm(batches, desc=name, unit="batch", disable=not progress, leave=False):
@@ -86,8 +84,8 @@ def contexts(
         yield y.to(device) if device is not None and isinstance(y, Tensor) else y
     if empty:
         raise ValueError(
-            f"`{name}` got no batch. An iterator is spent after one pass: give a list, a "
-            "DataLoader, or a fresh iterator."
+            f"`{name}` needs a batch at least; got none: an iterator is spent after one pass, "
+            "so give a list, a DataLoader, or a fresh iterator"
         )
 
 
@@ -101,8 +99,8 @@ def _select(batch: Any, select: Selector) -> Any:
     if isinstance(batch, list | tuple | dict):
         keys = list(batch) if isinstance(batch, dict) else f"0 to {len(batch) - 1}"
         raise ValueError(
-            f"The batches are a {type(batch).__name__} of {len(batch)}; say which part is the "
-            f"context with `context=`, a key ({keys}) or a function of the batch."
+            "batches must be contexts, or `context=` must say which part of them is, by a key "
+            f"({keys}) or a function of the batch; got a {type(batch).__name__} of {len(batch)}"
         )
     return batch
 

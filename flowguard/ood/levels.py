@@ -1,6 +1,6 @@
 r"""The fitted and calibrated levels of an encoder: what conditioner and monitor share."""
 
-from __future__ import annotations
+__all__ = ["Level", "LevelSet", "Statistic"]
 
 import json
 import math
@@ -13,12 +13,10 @@ from torch import Tensor, nn
 
 from flowguard._version import __version__
 from flowguard.ood.calibration import STATISTICS, Calibration, Calibrator, image_statistics
-from flowguard.ood.distributed import gather
 from flowguard.ood.errors import NotFittedError
 from flowguard.ood.gaussian import Shrinkage, StreamingGaussian
 from flowguard.ood.report import LevelReport, OODReport
-
-__all__ = ["Level", "LevelSet", "Statistic"]
+from flowguard.ood.state import gather
 
 Statistic = Literal["mean", "max", "share"]
 
@@ -55,10 +53,12 @@ class LevelSet(nn.Module):
     ) -> None:
         super().__init__()
         if statistic not in STATISTICS:
-            raise ValueError(f"statistic must be one of {STATISTICS}. Got {statistic!r}.")
+            raise ValueError(
+                f"statistic must be one of {', '.join(STATISTICS)}; got {statistic!r}"
+            )
         if isinstance(shrinkage, str) and shrinkage not in ("oas", "ledoit_wolf"):
             raise ValueError(
-                f"shrinkage must be 'oas', 'ledoit_wolf' or a number in [0, 1]. Got {shrinkage!r}."
+                f"shrinkage must be 'oas', 'ledoit_wolf' or a number in [0, 1]; got {shrinkage!r}"
             )
         StreamingGaussian(normalize=normalize)  # checks it now, and not at the first fit
         self.shrinkage = shrinkage
@@ -69,7 +69,7 @@ class LevelSet(nn.Module):
         self.kinds: list[str] = []
         self.fingerprint = ""
 
-    def fresh(self) -> LevelSet:
+    def fresh(self) -> "LevelSet":
         r"""Returns an empty set with the same options."""
         return LevelSet(self.shrinkage, self.normalize, self.statistic)
 
@@ -97,13 +97,13 @@ class LevelSet(nn.Module):
         r"""Refuses to go on unfitted (or uncalibrated), naming the method to call."""
         if not self.fitted:
             raise NotFittedError(
-                f"The {owner} is not fitted; call `fit(batches)` on training contexts and then "
-                "`calibrate(batches)` on held-out ones."
+                f"the {owner} is not fitted; call `fit(batches)` on training contexts and then "
+                "`calibrate(batches)` on held-out ones"
             )
         if calibrated and not self.calibrated:
             raise NotFittedError(
-                f"The {owner} is fitted but not calibrated; call `calibrate(batches)` on "
-                "held-out contexts."
+                f"the {owner} is fitted but not calibrated; call `calibrate(batches)` on "
+                "held-out contexts"
             )
 
     # -- fit ---------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ class LevelSet(nn.Module):
             try:
                 level.gaussian.update(embeddings[name])
             except (TypeError, ValueError) as error:
-                raise type(error)(f"Level {name!r}: {error}") from error
+                raise type(error)(f"level {name!r}: {error}") from error
 
     def finalize(self, fingerprint: str, distributed: bool = False) -> None:
         r"""Ends the fit."""
@@ -142,7 +142,7 @@ class LevelSet(nn.Module):
             try:
                 calibrators[name].add(level.gaussian.mahalanobis(embeddings[name]))
             except ValueError as error:
-                raise ValueError(f"Level {name!r}: {error}") from error
+                raise ValueError(f"level {name!r}: {error}") from error
 
     def set_calibration(
         self, calibrators: Mapping[str, Calibrator], alpha: float, distributed: bool = False
@@ -158,7 +158,7 @@ class LevelSet(nn.Module):
                 calibrator = merged
             built.append(calibrator.build().to(level.gaussian.mean.device))
         if not all(calibration.calibrated for calibration in built):
-            raise ValueError("The calibration batches hold no context.")
+            raise ValueError("the calibration batches must hold a context at least; got none")
         for level, calibration in zip(self._levels(), built, strict=True):
             level.calibration = calibration
         least, wanted = self.least_alpha, math.ceil(len(self.names) / alpha - 1e-9) - 1
@@ -243,25 +243,25 @@ class LevelSet(nn.Module):
     def _check(self, embeddings: Mapping[str, Tensor], partial: bool = False) -> None:
         if not (set(embeddings) <= set(self.names) if partial else list(embeddings) == self.names):
             raise ValueError(
-                f"The encoder gives the levels {list(embeddings)}, the fit was on {self.names}; "
-                "use the encoder of the fit, or call `fit(batches)` again."
+                f"the levels must be those of the fit, {self.names}; got {list(embeddings)}: use "
+                "the encoder of the fit, or call `fit(batches)` again"
             )
         sizes = {name: len(value) for name, value in embeddings.items()}
         if len(set(sizes.values())) > 1:
-            raise ValueError(f"All levels must have the same batch size. Got {sizes}.")
+            raise ValueError(f"all levels must have the same batch size; got {sizes}")
         for (name, level), kind in zip(self.items(), self.kinds, strict=True):
             value = embeddings.get(name)
             if value is None:
                 continue
             if _kind(value) != kind:
                 raise ValueError(
-                    f"Level {name!r} was fitted on {kind}. Got shape {tuple(value.shape)}."
+                    f"level {name!r} must be {kind}, as in the fit; got shape {tuple(value.shape)}"
                 )
             known = level.gaussian.features
             if known is not None and value.shape[1] != known:
                 raise ValueError(
-                    f"Level {name!r} has {value.shape[1]} channels, it was fitted on {known}; use "
-                    "the encoder of the fit, or call `fit(batches)` again."
+                    f"level {name!r} must have the {known} channels of the fit; got "
+                    f"{value.shape[1]}: use the encoder of the fit, or call `fit(batches)` again"
                 )
 
     # -- state -------------------------------------------------------------------------------
@@ -278,7 +278,7 @@ class LevelSet(nn.Module):
         return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Read in `_load_from_state_dict`, before the levels are loaded."""
+        r"""Read in `_load_from_state_dict`, before the levels are loaded."""
 
     def _load_from_state_dict(
         self,
@@ -295,14 +295,14 @@ class LevelSet(nn.Module):
             state = json.loads(bytes(extra.cpu().tolist()))
             if state["format"] != 1:
                 error_msgs.append(
-                    f"The OOD state has format {state['format']}, written by flowguard "
-                    f"{state['flowguard']}; this is flowguard {__version__}, which reads format 1."
+                    f"the OOD state must have format 1; got format {state['format']}, written by "
+                    f"flowguard {state['flowguard']}, where this is flowguard {__version__}"
                 )
                 return
             if state["normalize"] != self.normalize:
                 error_msgs.append(
-                    f"The OOD state was fitted with normalize={state['normalize']!r}, this one "
-                    f"has {self.normalize!r}; construct it with the same."
+                    f"the OOD state was fitted with normalize={state['normalize']!r}, and must be "
+                    f"loaded with the same; got normalize={self.normalize!r}"
                 )
                 return
             self.names, self.kinds = state["names"], state["kinds"]
@@ -317,6 +317,6 @@ class LevelSet(nn.Module):
 def _kind(value: Tensor) -> str:
     if value.ndim not in (2, 4):
         raise ValueError(
-            f"An embedding must have shape (N, C) or (N, C, H, W). Got shape {tuple(value.shape)}."
+            f"an embedding must have shape (N, C) or (N, C, H, W); got {tuple(value.shape)}"
         )
     return "vectors (N, C)" if value.ndim == 2 else "maps (N, C, H, W)"

@@ -5,21 +5,19 @@ and a negative eigenvalue were measured at mean 20). The moments here are centra
 and two sets of them merge exactly, whether they come from two chunks or from two ranks.
 """
 
-from __future__ import annotations
+__all__ = ["Moments", "ledoit_wolf", "merge", "moments", "oas"]
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Moments", "ledoit_wolf", "merge", "moments", "oas"]
-
 
 class Moments(NamedTuple):
     r"""Central moments of :math:`n` vectors :math:`x_i`, with :math:`\delta_i = x_i - \bar{x}`."""
 
     n: Tensor
-    """:math:`n`, with shape :math:`()`."""
+    r""":math:`n`, with shape :math:`()`."""
     mean: Tensor
     r""":math:`\bar{x}`, with shape :math:`(C)`."""
     scatter: Tensor
@@ -40,7 +38,7 @@ def moments(columns: Tensor) -> Moments:
 
 
 def _recentre(m: Moments, d: Tensor) -> Moments:
-    """Moments about ``mean + d``; expand (δ - d) and use Σδ = 0."""
+    r"""Moments about ``mean + d``; expand (δ - d) and use Σδ = 0."""
     n, squared, spread = m.n, d @ d, m.scatter @ d
     trace = m.scatter.trace()
     return Moments(

@@ -1,6 +1,6 @@
 r"""The robust autoregressive transform, in nflows' terms."""
 
-from __future__ import annotations
+__all__ = ["MaskedRobustSplineAutoregressiveTransform"]
 
 from collections.abc import Callable
 from typing import Any
@@ -13,8 +13,6 @@ from flowguard.numerics import cut
 
 from .host import part
 from .spline import SplineHead, check_floating, check_positive, check_tails, map_of
-
-__all__ = ["MaskedRobustSplineAutoregressiveTransform"]
 
 AutoregressiveTransform: Any = part("transforms.autoregressive").AutoregressiveTransform
 MADE: Any = part("transforms.made").MADE

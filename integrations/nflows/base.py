@@ -1,6 +1,6 @@
 r"""The base of image flows in nflows' terms, for images of any size."""
 
-from __future__ import annotations
+__all__ = ["MultiscaleNormal"]
 
 from typing import Any
 
@@ -11,8 +11,6 @@ from flowguard.numerics import normal_log_prob
 
 from .host import part
 from .image import ConditionalMultiscaleTransform
-
-__all__ = ["MultiscaleNormal"]
 
 Distribution: Any = part("distributions.base").Distribution
 

@@ -1,6 +1,6 @@
 r"""The robust coupling for vectors and images, in nflows' terms."""
 
-from __future__ import annotations
+__all__ = ["RobustSplineCDF", "RobustSplineCouplingTransform"]
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,8 +14,6 @@ from flowguard.numerics import cut
 
 from .host import part
 from .spline import SplineHead, check_floating, check_tails, map_of, run
-
-__all__ = ["RobustSplineCDF", "RobustSplineCouplingTransform"]
 
 Transform: Any = part("transforms.base").Transform
 CouplingTransform: Any = part("transforms.coupling").CouplingTransform

@@ -1,6 +1,6 @@
 r"""Image flows in nflows' terms: a context map for each level, and the flow step."""
 
-from __future__ import annotations
+__all__ = ["ConditionalMultiscaleTransform", "RobustFlowStep"]
 
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
@@ -19,8 +19,6 @@ from .coupling import RobustSplineCouplingTransform
 from .host import part
 from .maps import unpack_maps
 from .spline import check_positive
-
-__all__ = ["ConditionalMultiscaleTransform", "RobustFlowStep"]
 
 MultiscaleCompositeTransform: Any = part("transforms.base").MultiscaleCompositeTransform
 CompositeTransform: Any = part("transforms.base").CompositeTransform

@@ -1,6 +1,13 @@
 r"""What the robust layers for nflows share: from the outputs of a network to splines."""
 
-from __future__ import annotations
+__all__ = [
+    "SplineHead",
+    "check_floating",
+    "check_positive",
+    "check_tails",
+    "map_of",
+    "run",
+]
 
 import math
 from numbers import Integral, Real
@@ -13,15 +20,6 @@ from torch import Tensor
 from flowguard.image import Robust
 from flowguard.numerics import sum_rows
 from flowguard.transforms import Univariate
-
-__all__ = [
-    "SplineHead",
-    "check_floating",
-    "check_positive",
-    "check_tails",
-    "map_of",
-    "run",
-]
 
 #: How much faster a gain learns than the network behind it. Without it, a coupling that starts
 #: from a gain of zero lags behind one that starts from a last layer of zeros.

@@ -1,6 +1,6 @@
 r"""How a context finds its way to the layers that take one, past those that do not."""
 
-from __future__ import annotations
+__all__ = ["ContextAdapter", "Route", "accepts", "route", "run"]
 
 import inspect
 from collections.abc import Callable
@@ -10,8 +10,6 @@ from typing import Any
 import torch.nn as nn
 from normflows.flows import Composite, Flow, Reverse
 from torch import Tensor
-
-__all__ = ["ContextAdapter", "Route", "accepts", "route", "run"]
 
 
 def accepts(function: Callable[..., Any], name: str) -> bool:
@@ -36,7 +34,7 @@ class Route:
     """
 
     kind: str
-    parts: tuple[Route, ...] = ()
+    parts: "tuple[Route, ...]" = ()
 
     @property
     def takes(self) -> bool:

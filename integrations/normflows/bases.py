@@ -1,6 +1,6 @@
 r"""A base distribution for images of any size, which may look at what is known already."""
 
-from __future__ import annotations
+__all__ = ["GaussianPrior", "from_noise"]
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,8 +20,6 @@ from flowguard.image import ZeroConv2d
 from flowguard.numerics import normal_log_prob, repeat_rows
 
 from .context import check_sizes, context_like
-
-__all__ = ["GaussianPrior", "from_noise"]
 
 
 class GaussianPrior(BaseDistribution):

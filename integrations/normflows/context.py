@@ -1,6 +1,13 @@
 r"""What all layers ask of a context, and how they read the output of a network as a map."""
 
-from __future__ import annotations
+__all__ = [
+    "Constructor",
+    "additive_map",
+    "context_like",
+    "robust_map",
+    "total",
+    "unpack",
+]
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,15 +20,6 @@ from torch import Tensor
 
 from flowguard.numerics import cut, repeat_rows, sum_rows
 from flowguard.transforms import AdditiveTransform, RobustSpline, Univariate
-
-__all__ = [
-    "Constructor",
-    "additive_map",
-    "context_like",
-    "robust_map",
-    "total",
-    "unpack",
-]
 
 #: From unconstrained parameters to a univariate map.
 Constructor = Callable[..., Univariate]

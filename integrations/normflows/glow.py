@@ -4,7 +4,7 @@ Mind the direction: in normflows `forward` goes from noise to data, `inverse` fr
 the layers of the core that a block is made of go the other way.
 """
 
-from __future__ import annotations
+__all__ = ["LUConv1x1", "RobustCouplingBlock", "RobustGlowBlock", "conv_net"]
 
 import math
 
@@ -26,8 +26,6 @@ from .context import (
     total,
     unpack,
 )
-
-__all__ = ["LUConv1x1", "RobustCouplingBlock", "RobustGlowBlock", "conv_net"]
 
 SPLIT_MODES = ("channel", "channel_inv", "checkerboard", "checkerboard_inv")
 SCALE_MAPS = ("exp", "sigmoid", "sigmoid_inv")

@@ -1,6 +1,6 @@
 r"""The guard in front of a conditional flow."""
 
-from __future__ import annotations
+__all__ = ["GuardedConditionalFlow"]
 
 from typing import Any
 
@@ -9,8 +9,6 @@ from normflows import ConditionalNormalizingFlow
 from torch import Tensor
 
 from flowguard.ood import OODConditioner, OODReport
-
-__all__ = ["GuardedConditionalFlow"]
 
 
 class GuardedConditionalFlow(ConditionalNormalizingFlow):

@@ -3,7 +3,7 @@ r"""Robust splines over vectors: a coupling and its autoregressive twin.
 Mind the direction: in normflows `forward` goes from noise to data, `inverse` from data to noise.
 """
 
-from __future__ import annotations
+__all__ = ["RobustSplineAutoregressive", "RobustSplineCoupling"]
 
 import math
 from collections.abc import Callable
@@ -18,8 +18,6 @@ from torch import Tensor
 from flowguard.transforms import SHIFT_BOUND, Univariate
 
 from .context import check_sizes, context_like, robust_map, total, unpack
-
-__all__ = ["RobustSplineAutoregressive", "RobustSplineCoupling"]
 
 
 class RobustSplineCoupling(Flow):

@@ -1,6 +1,6 @@
 r"""normflows' multiscale flow with a context everywhere, for images of any size."""
 
-from __future__ import annotations
+__all__ = ["ConditionalMultiscaleFlow", "Context"]
 
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,8 +22,6 @@ from flowguard.numerics import cut, repeat_rows
 
 from .adapter import accepts, route, run
 from .bases import from_noise
-
-__all__ = ["ConditionalMultiscaleFlow", "Context"]
 
 Context = Tensor | Sequence[Tensor] | Mapping[str, Tensor] | None
 

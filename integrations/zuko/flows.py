@@ -1,6 +1,6 @@
 r"""Robust flows over vectors, and the guard around any flow."""
 
-from __future__ import annotations
+__all__ = ["GuardedFlow", "RobustCouplingFlow", "RobustNSF"]
 
 from functools import partial
 from typing import Any
@@ -12,8 +12,6 @@ from zuko.lazy import LazyDistribution
 
 from flowguard.ood import OODConditioner, OODReport
 from flowguard.transforms import SHIFT_BOUND, RobustSpline
-
-__all__ = ["GuardedFlow", "RobustCouplingFlow", "RobustNSF"]
 
 
 class RobustNSF(MAF):

@@ -5,7 +5,7 @@ each level. zuko's distributions have one event shape: here the latents are one 
 finest level first.
 """
 
-from __future__ import annotations
+__all__ = ["ConditionalMultiscaleTransform", "MultiscaleFlow", "MultiscaleTransform"]
 
 from collections.abc import Mapping, Sequence
 from math import prod
@@ -20,8 +20,6 @@ from zuko.distributions import DiagNormal, NormalizingFlow
 from zuko.lazy import LazyDistribution, LazyTransform
 
 from flowguard.image import ConditionalMultiscaleFlow, Coupling
-
-__all__ = ["ConditionalMultiscaleTransform", "MultiscaleFlow", "MultiscaleTransform"]
 
 Context = Tensor | Sequence[Tensor] | Mapping[str, Tensor] | None
 
