@@ -30,11 +30,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from flowguard.io.pictures import GREY, shown, whole_numbers
+
 #: A distance of images (N, 3, H, W) to images of the same shape, as a map (N, H, W).
 Distance = Callable[[Tensor, Tensor], Tensor]
 Net = Literal["alex", "vgg", "squeeze"]
 
-GREY = (0.299, 0.587, 0.114)
 WINDOW = 11  # rows and columns of the Gaussian window of the SSIM
 
 
@@ -47,7 +48,7 @@ def _shown(image: Tensor) -> Tensor:
         return image.to(dtype) / 255
     if not image.is_floating_point():
         raise TypeError(f"images must be floating-point or uint8; got {image.dtype}")
-    return torch.nan_to_num(image.detach().to(dtype), nan=0.0).clamp(0, 1)
+    return shown(image.detach().to(dtype))
 
 
 def _pair(image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,7 +70,7 @@ def quantise(image: Tensor) -> Tensor:
         >>> quantise(torch.tensor([-0.2, 0.5, 1.2, torch.nan]).reshape(1, 1, 2, 2)).flatten()
         tensor([  0, 128, 255,   0], dtype=torch.uint8)
     """
-    return image if image.dtype == torch.uint8 else (_shown(image) * 255).round().to(torch.uint8)
+    return image if image.dtype == torch.uint8 else whole_numbers(_shown(image)).to(torch.uint8)
 
 
 def psnr(image: Tensor, target: Tensor) -> Tensor:

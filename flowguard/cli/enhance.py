@@ -271,7 +271,7 @@ def thumbnail(image: Any) -> bytes:
     from PIL import Image
     from torch.nn.functional import avg_pool2d
 
-    from flowguard.data import to_uint8
+    from flowguard.io.pictures import to_uint8
 
     factor = max(image.shape) // (4 * THUMBNAIL)
     if factor > 1:  # whole numbers of a large picture would fill the memory
