@@ -16,7 +16,6 @@ from flowguard.cli.parsing import (
     Parser,
     UserError,
     add_machine,
-    check_device,
     file,
     folder,
     need,
@@ -45,7 +44,7 @@ class Outcome:
     pictures: list[tuple[str, bytes]] = field(default_factory=list)  # for the report, as PNG
 
 
-def tile_size(text: Any) -> int | str:
+def read_tile(text: Any) -> int | str:
     r"""Reads the size of a tile: auto, none, or a whole number."""
     return str(text) if text in ("auto", "none") else whole(8, 10**6)(text)
 
@@ -101,7 +100,7 @@ def add_arguments(parser: Parser, *, temperature: float) -> None:
     )
     parser.add_argument(
         "--tile",
-        type=tile_size,
+        type=read_tile,
         default="auto",
         metavar="SIZE",
         help=(
@@ -129,9 +128,6 @@ def add_arguments(parser: Parser, *, temperature: float) -> None:
     )
     add_machine(parser)
     parser.add_config()
-
-
-Prepare = Callable[[Any, Any], Any]
 
 
 def load_model(path: Path, kind: str, device: str) -> Any:
@@ -333,8 +329,3 @@ def tell(outcomes: list[Outcome], args: Any) -> int:
     for o in by_status["failed"]:
         print(f"flowguard: failed: {o.source}: {o.reason}", file=sys.stderr)
     return 1 if by_status["failed"] else 0
-
-
-def ready(args: Any) -> None:
-    r"""Refuses arguments before any work."""
-    check_device(args.device)

@@ -50,13 +50,13 @@ def run(args: Any) -> int:
     print(f"{args.folder}: {config['class']}, written by flowguard {config['flowguard']}\n")
     for name, value in config["arguments"].items():
         print(f"  {name} = {_short(value)}")
-    print("\n" + aligned(list(architecture(model))))
+    print("\n" + columns(list(architecture(model))))
     print("\n" + certificate(model, args.radius))
     print("\n" + "\n\n".join(calibration(n, c) for n, c in conditioners(model)))
     return 0
 
 
-def aligned(rows: list[tuple[str, ...]]) -> str:
+def columns(rows: list[tuple[str, ...]]) -> str:
     r"""Returns rows as a table of plain text."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
@@ -151,4 +151,4 @@ def calibration(name: str, conditioner: Any) -> str:
         images = f"{len(scores)} images" if level.calibration.calibrated else "nothing"
         count = f"{int(gaussian.n):,} vectors"
         rows.append((level_name, str(gaussian.features), count, images))
-    return "\n".join([*lines, aligned(rows)])
+    return "\n".join([*lines, columns(rows)])

@@ -1,6 +1,6 @@
 r"""The demo's second task: photographs taken in the dark."""
 
-__all__ = ["LowLightTask", "jpeg"]
+__all__ = ["HELD_OUT", "LowLightTask", "jpeg"]
 
 import io
 from collections.abc import Iterable, Iterator
@@ -15,13 +15,12 @@ from flowguard.demo.task import (
     BATCH,
     CALIBRATION_BATCH,
     CROP,
-    Condition,
+    Question,
     Task,
     other_worlds,
-    psnr,
-    ssim,
 )
 from flowguard.image.maps import Elementwise
+from flowguard.io.pictures import read_image, to_uint8
 from flowguard.models import LowLightEncoder, LowLightFlow
 from flowguard.models.encoders.lowlight import low_light_input
 
@@ -41,9 +40,9 @@ def jpeg(image: Tensor, quality: int) -> Tensor:
     from PIL import Image
 
     stream = io.BytesIO()
-    Image.fromarray(data.to_uint8(image[0])).save(stream, format="JPEG", quality=quality)
+    Image.fromarray(to_uint8(image[0])).save(stream, format="JPEG", quality=quality)
     stream.seek(0)
-    return data.read_image(stream)[None]
+    return read_image(stream)[None]
 
 
 def spotlight(height: int, width: int) -> Tensor:
@@ -113,18 +112,18 @@ class LowLightTask(Task):
         high = data.photograph(data.HELD_OUT_PHOTOGRAPH)[None]
         return high, data.expose(high, HELD_OUT, torch.Generator().manual_seed(seed))
 
-    def conditions(self, held_out: Tensor, seed: int, quick: bool) -> Iterator[Condition]:
+    def conditions(self, held_out: Tensor, seed: int, quick: bool) -> Iterator[Question]:
         high = data.photograph(data.HELD_OUT_PHOTOGRAPH)[None]
         generator = torch.Generator()
 
         def shot(image: Tensor, exposure: Tensor | float) -> Tensor:
             return data.expose(image, exposure, generator.manual_seed(seed))
 
-        yield Condition("held-out photograph", held_out)
+        yield Question("held-out photograph", held_out)
         for name, image in other_worlds(quick):
-            yield Condition(f"{name}, dark", shot(image[None], HELD_OUT))
+            yield Question(f"{name}, dark", shot(image[None], HELD_OUT))
             if not quick:
-                yield Condition(f"{name}, lit", image[None])
+                yield Question(f"{name}, lit", image[None])
         lamp = spotlight(*high.shape[-2:])
         warm, cold = torch.tensor([1.0, 0.3, 0.05]), torch.tensor([0.05, 0.3, 1.0])
         for name, strengths, made in (
@@ -137,22 +136,19 @@ class LowLightTask(Task):
             ("lit JPEG q", (20, 5), lambda s: jpeg(high, s)),
         ):
             for strength in strengths[-1:] if quick else strengths:
-                yield Condition(f"{name}{strength:g}", made(strength), strength == strengths[-1])
+                yield Question(f"{name}{strength:g}", made(strength), strength == strengths[-1])
         for corruption in data.corruptions(seed):
             if corruption.name in ("noise σ", "clamped noise σ", "gain"):
                 strength = corruption.strengths[-1]
-                yield Condition(f"{corruption.name} {strength:g}", corruption(held_out, strength))
+                yield Question(f"{corruption.name} {strength:g}", corruption(held_out, strength))
 
     def restored(self, condition: Tensor) -> Tensor:
         light = data.linearize(condition.clamp(0, 1)) / HELD_OUT
         return data.delinearize(light.clamp(0, 1))
 
     def measures(self, image: Tensor, target: Tensor) -> dict[str, float]:
-        return {
-            "psnr": psnr(image, target),
-            "psnr_gt_mean": psnr(metrics.gt_mean(image, target).float(), target),
-            "ssim": ssim(image, target),
-        }
+        found = metrics.low_light(image, target)
+        return {name: float(found[name]) for name in ("psnr", "psnr_gt_mean", "ssim")}
 
     def sampler(self, model: Any, condition: Tensor) -> tuple[Any, Tensor]:
         # What is prepared can be changed smoothly; a histogram cannot.

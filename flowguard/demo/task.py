@@ -1,9 +1,19 @@
-r"""What a task of the demo is, and the first one: super-resolution."""
+r"""What a task of the demo is."""
 
-__all__ = ["Condition", "SuperResolutionTask", "Task", "psnr", "ssim"]
+__all__ = [
+    "BATCH",
+    "CALIBRATION_BATCH",
+    "CALIBRATION_CROPS",
+    "CROP",
+    "NOISE",
+    "QUANTILE",
+    "Model",
+    "Question",
+    "Task",
+    "other_worlds",
+]
 
 import abc
-import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +37,8 @@ Model = SuperResolutionFlow | LowLightFlow
 
 
 @dataclass(frozen=True)
-class Condition:
-    r"""An image that the models are asked to restore."""
+class Question:
+    r"""A condition that the models are asked to restore, under the name that reports give it."""
 
     name: str
     image: Tensor
@@ -80,7 +90,7 @@ class Task(abc.ABC):
         r"""Returns target and condition of the held-out photograph."""
 
     @abc.abstractmethod
-    def conditions(self, held_out: Tensor, seed: int, quick: bool) -> Iterator[Condition]:
+    def conditions(self, held_out: Tensor, seed: int, quick: bool) -> Iterator[Question]:
         r"""Yields the held-out condition, other worlds, and corruptions of the held-out one."""
 
     @abc.abstractmethod
@@ -119,20 +129,6 @@ class Task(abc.ABC):
         ).value
 
 
-def psnr(image: Tensor, target: Tensor) -> float:
-    r"""Returns the peak signal-to-noise ratio in dB of an image cut to :math:`[0, 1]`."""
-    error = (image.nan_to_num().clamp(0, 1) - target).square().mean()
-    return float(-10 * torch.log10(error))
-
-
-def ssim(image: Tensor, target: Tensor) -> float:
-    r"""Returns the structural similarity of an image with shape :math:`(1, 3, H, W)`."""
-    from skimage.metrics import structural_similarity
-
-    arrays = [data.to_uint8(t[0]) for t in (target, image)]
-    return float(structural_similarity(*arrays, channel_axis=2))
-
-
 def other_worlds(quick: bool) -> Iterator[tuple[str, Tensor]]:
     r"""Yields names and middles of pictures from other worlds, with shape :math:`(3, H, W)`."""
     size = 128 if quick else 384
@@ -140,82 +136,3 @@ def other_worlds(quick: bool) -> Iterator[tuple[str, Tensor]]:
         image = data.photograph(file)
         top, left = (max(0, (n - size) // 2) for n in image.shape[-2:])
         yield name, image[:, top : top + size, left : left + size]
-
-
-class SuperResolutionTask(Task):
-    r"""Creates the task of enlarging photographs four times."""
-
-    scale = 4
-    title = "×4 super-resolution"
-    condition = "condition (LR)"
-    bounded = "residual |x - bicubic(y)|"
-    baseline = "bicubic"
-    headline = "gain 5"
-    temperature = 0.8
-    steps = 400
-    columns = {  # noqa: RUF012  # never changed
-        "psnr": ("PSNR", ".2f"),
-        "ssim": ("SSIM", ".3f"),
-        "psnr_temperature_0": ("PSNR τ=0", ".2f"),
-        "ssim_temperature_0": ("SSIM τ=0", ".3f"),
-    }
-
-    def model(self, coupling: str | Elementwise, quick: bool) -> SuperResolutionFlow:
-        steps, hidden, features = (1, 16, 16) if quick else (4, 64, 64)
-        return SuperResolutionFlow(
-            scale=self.scale,
-            levels=2,
-            steps=steps,
-            hidden=hidden,
-            features=features,
-            coupling=coupling,
-        )
-
-    def crops(self, parts: list[Tensor], seed: int) -> Iterable[tuple[Tensor, Tensor]]:
-        return data.PairedCrops(parts, scale=self.scale, size=CROP, batch=BATCH, seed=seed)
-
-    def contexts(self, parts: list[Tensor], seed: int) -> list[Tensor]:
-        return [
-            data.downsample(data.crop_to_multiple(part, 8)[None], self.scale) for part in parts
-        ]
-
-    def calibration(self, parts: list[Tensor], seed: int, count: int) -> Iterator[Tensor]:
-        crops = data.PairedCrops(
-            parts, scale=self.scale, size=96, batch=CALIBRATION_BATCH, seed=seed
-        )
-        for _, lr in itertools.islice(crops, count // CALIBRATION_BATCH):
-            yield lr
-
-    def held_out(self, seed: int) -> tuple[Tensor, Tensor]:
-        photograph = data.photograph(data.HELD_OUT_PHOTOGRAPH)
-        hr = data.crop_to_multiple(photograph, self.scale)[None]
-        return hr, data.downsample(hr, self.scale)
-
-    def conditions(self, held_out: Tensor, seed: int, quick: bool) -> Iterator[Condition]:
-        yield Condition("held-out photograph", held_out)
-        for name, image in other_worlds(quick):
-            fitting = data.crop_to_multiple(image, self.scale)[None]
-            yield Condition(name, data.downsample(fitting, self.scale))
-        for corruption in data.corruptions(seed):
-            strengths = corruption.strengths[-1:] if quick else corruption.strengths
-            for strength in strengths:
-                yield Condition(
-                    f"{corruption.name} {strength:g}",
-                    corruption(held_out, strength),
-                    strength == corruption.strengths[-1],
-                )
-
-    def restored(self, condition: Tensor) -> Tensor:
-        return torch.nn.functional.interpolate(
-            condition, scale_factor=float(self.scale), mode="bicubic"
-        )
-
-    def measures(self, image: Tensor, target: Tensor) -> dict[str, float]:
-        return {"psnr": psnr(image, target), "ssim": ssim(image, target)}
-
-    def sampler(self, model: Any, condition: Tensor) -> tuple[Any, Tensor]:
-        def residual(z: list[Tensor], y: Tensor) -> Tensor:
-            enlarged: Tensor = model.decode(z, y)
-            return enlarged - self.restored(y)
-
-        return residual, condition[..., 24:40, 40:56]

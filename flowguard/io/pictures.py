@@ -20,7 +20,7 @@ import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -97,7 +97,7 @@ def read(path: str | os.PathLike[str]) -> Picture:
         raise ImageError(reason) from error
 
 
-def read_image(file: str | os.PathLike[str] | BinaryIO) -> Tensor:
+def read_image(file: str | os.PathLike[str] | IO[bytes]) -> Tensor:
     r"""Reads an image of 8 bits as RGB, upright and without its opacity.
 
     Arguments:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from flowguard.io.atomic import strict_json
 from flowguard.ood.calibration import Calibration
 
 if TYPE_CHECKING:
@@ -209,7 +210,7 @@ class OODReport:
 
     def to_json(self, maps: bool = False) -> str:
         r"""Returns :meth:`to_dict` as JSON; infinite scores, which JSON lacks, as ``"inf"``."""
-        return json.dumps(_strict(self.to_dict(maps)), allow_nan=False)
+        return json.dumps(strict_json(self.to_dict(maps)), allow_nan=False)
 
     def plot(self, image: Tensor | None = None, index: int | None = None) -> "Figure":
         r"""Draws the maps of one context on the calibrated scale; see :func:`plot_report`."""
@@ -308,13 +309,3 @@ def _draw_image(axis: Any, image: Tensor, index: int) -> None:
 
 
 _HEADER = ("level", "flagged", "median", "worst", "context", "threshold", "p", "above boundary")
-
-
-def _strict(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _strict(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_strict(v) for v in value]
-    if isinstance(value, float) and not abs(value) < float("inf"):
-        return str(value)
-    return value
