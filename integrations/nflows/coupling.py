@@ -13,7 +13,15 @@ from flowguard.image import Robust
 from flowguard.numerics import cut
 
 from .host import part
-from .spline import SplineHead, check_floating, check_tails, map_of, run
+from .spline import (
+    SHIFT_BOUND,
+    TAIL_BOUND,
+    SplineHead,
+    apply_map,
+    check_floating,
+    check_tails,
+    map_of,
+)
 
 Transform: Any = part("transforms.base").Transform
 CouplingTransform: Any = part("transforms.coupling").CouplingTransform
@@ -45,8 +53,8 @@ class RobustSplineCDF(Transform):
         self,
         shape: Sequence[int],
         num_bins: int = 8,
-        tail_bound: float = 3.0,
-        shift_bound: float | None = 3.0,
+        tail_bound: float = TAIL_BOUND,
+        shift_bound: float | None = SHIFT_BOUND,
         slope: float | None = 1e-3,
     ) -> None:
         super().__init__()
@@ -62,7 +70,7 @@ class RobustSplineCDF(Transform):
     def _run(self, inputs: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         ones = (1,) * (inputs.dim() - self.phi.dim())
         phi = self.phi.reshape(1, *self.phi.shape, *ones)
-        return run(self.map.transform(phi), inputs, inverse)
+        return apply_map(self.map.transform(phi), inputs, inverse)
 
     def forward(self, inputs: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
         return self._run(inputs, inverse=False)
@@ -138,8 +146,8 @@ class RobustSplineCouplingTransform(CouplingTransform):
         mask: Tensor | Sequence[int],
         transform_net_create_fn: Callable[[int, int], nn.Module],
         num_bins: int = 8,
-        tail_bound: float = 3.0,
-        shift_bound: float | None = 3.0,
+        tail_bound: float = TAIL_BOUND,
+        shift_bound: float | None = SHIFT_BOUND,
         slope: float | None = 1e-3,
         apply_unconditional_transform: bool = False,
         img_shape: Sequence[int] | None = None,

@@ -18,7 +18,7 @@ from flowguard.numerics import cut
 from .coupling import RobustSplineCouplingTransform
 from .host import part
 from .maps import unpack_maps
-from .spline import check_positive
+from .spline import IMAGE_SHIFT_BOUND, TAIL_BOUND, check_positive
 
 MultiscaleCompositeTransform: Any = part("transforms.base").MultiscaleCompositeTransform
 CompositeTransform: Any = part("transforms.base").CompositeTransform
@@ -328,8 +328,8 @@ class RobustFlowStep(CompositeTransform):
         num_blocks: int = 2,
         transform_net_create_fn: Callable[[int, int], nn.Module] | None = None,
         num_bins: int = 8,
-        tail_bound: float = 3.0,
-        shift_bound: float | None = 1.0,
+        tail_bound: float = TAIL_BOUND,
+        shift_bound: float | None = IMAGE_SHIFT_BOUND,
         slope: float | None = 1e-3,
         mix: str = "orthogonal",
     ) -> None:

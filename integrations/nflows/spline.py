@@ -1,12 +1,15 @@
 r"""What the robust layers for nflows share: from the outputs of a network to splines."""
 
 __all__ = [
+    "IMAGE_SHIFT_BOUND",
+    "SHIFT_BOUND",
+    "TAIL_BOUND",
     "SplineHead",
+    "apply_map",
     "check_floating",
     "check_positive",
     "check_tails",
     "map_of",
-    "run",
 ]
 
 import math
@@ -20,6 +23,16 @@ from torch import Tensor
 from flowguard.image import Robust
 from flowguard.numerics import sum_rows
 from flowguard.transforms import Univariate
+
+# Why these, and what the other hosts have: "Boxes and shifts" in docs/guarantees.md.
+#: The box: that of the experiments of Durkan et al. (2019). nflows' own default of 1 is for data
+#: that are known to lie within.
+TAIL_BOUND = 3.0
+#: The bound of the shift of splines over vectors: the box again, which cost no likelihood.
+SHIFT_BOUND = 3.0
+#: And of those over images: 1 was enough on photographs, and an image flow has many steps, each of
+#: which adds its bound to that of the samples.
+IMAGE_SHIFT_BOUND = 1.0
 
 #: How much faster a gain learns than the network behind it. Without it, a coupling that starts
 #: from a gain of zero lags behind one that starts from a last layer of zeros.
@@ -81,7 +94,7 @@ def check_floating(inputs: Any) -> None:
         raise TypeError(f"the inputs must be a floating point tensor; got {given}")
 
 
-def run(f: Univariate, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+def apply_map(f: Univariate, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     r"""Applies a univariate map; returns the output and `ladj` with shape :math:`(N)`."""
     y, ladj = f.inverse_and_ladj(x) if inverse else f.call_and_ladj(x)
     return y, sum_rows(ladj)
@@ -163,7 +176,7 @@ class SplineHead(nn.Module):
 
     def forward(self, x: Tensor, raw: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
         r"""Transforms `x`, with shape :math:`(N, C)` or :math:`(N, C, H, W)`."""
-        return run(self.spline(raw), x, inverse)
+        return apply_map(self.spline(raw), x, inverse)
 
 
 def _start_at_zero(net: Any) -> bool:

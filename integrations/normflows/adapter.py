@@ -1,6 +1,6 @@
 r"""How a context finds its way to the layers that take one, past those that do not."""
 
-__all__ = ["ContextAdapter", "Route", "accepts", "route", "run"]
+__all__ = ["ContextAdapter", "Route", "accepts", "route", "run_layer"]
 
 import inspect
 from collections.abc import Callable
@@ -74,7 +74,7 @@ def route(flow: Any) -> Route:
     return Route("context" if takes else "blind")
 
 
-def run(flow: Any, way: Route, z: Any, context: Any, inverse: bool) -> tuple[Any, Any]:
+def run_layer(flow: Any, way: Route, z: Any, context: Any, inverse: bool) -> tuple[Any, Any]:
     r"""Runs a layer, with the context where its route says so.
 
     Arguments:
@@ -85,12 +85,12 @@ def run(flow: Any, way: Route, z: Any, context: Any, inverse: bool) -> tuple[Any
         inverse: Whether to run the layer's `inverse`, from data to noise.
     """
     if way.kind == "reverse":
-        return run(flow.flow, way.parts[0], z, context, not inverse)
+        return run_layer(flow.flow, way.parts[0], z, context, not inverse)
     if way.kind == "composite":
         pairs = list(zip(flow._flows, way.parts, strict=True))
         total: Any = 0
         for part, part_way in reversed(pairs) if inverse else pairs:
-            z, log_det = run(part, part_way, z, context, inverse)
+            z, log_det = run_layer(part, part_way, z, context, inverse)
             total = total + log_det
         return z, total
     call = flow.inverse if inverse else flow
@@ -128,7 +128,7 @@ class ContextAdapter(Flow):
         return f"takes={self.route.takes}"
 
     def forward(self, z: Any, context: Tensor | None = None) -> tuple[Any, Any]:
-        return run(self.flow, self.route, z, context, inverse=False)
+        return run_layer(self.flow, self.route, z, context, inverse=False)
 
     def inverse(self, z: Any, context: Tensor | None = None) -> tuple[Any, Any]:
-        return run(self.flow, self.route, z, context, inverse=True)
+        return run_layer(self.flow, self.route, z, context, inverse=True)

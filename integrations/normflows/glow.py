@@ -18,6 +18,9 @@ from flowguard.image import ActNorm, InvertibleConv1x1, OrthogonalConv1x1
 from flowguard.transforms import Univariate
 
 from .context import (
+    IMAGE_SHIFT_BOUND,
+    IMAGE_TAIL_BOUND,
+    TAIL_BOUND,
     Constructor,
     additive_map,
     check_sizes,
@@ -73,7 +76,7 @@ class RobustCouplingBlock(Flow):
         if (univariate is None) != (shapes is None):
             raise ValueError("univariate and shapes belong together: give both, or neither")
         if univariate is None or shapes is None:
-            univariate, shapes = robust_map(2, 3.0, 1.0, 1e-3)
+            univariate, shapes = robust_map(2, TAIL_BOUND, IMAGE_SHIFT_BOUND, 1e-3)
         self.context_channels = context_channels
         self.split_mode = split_mode
         self.univariate = univariate
@@ -264,8 +267,8 @@ class RobustGlowBlock(Flow):
         *,
         orthogonal: bool = False,
         num_bins: int = 2,
-        tail_bound: float = 5.0,
-        shift_bound: float | None = 1.0,
+        tail_bound: float = IMAGE_TAIL_BOUND,
+        shift_bound: float | None = IMAGE_SHIFT_BOUND,
         slope: float | None = 1e-3,
     ) -> None:
         super().__init__()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flowguard.transforms import SHIFT_BOUND, Univariate
 
-from .context import check_sizes, context_like, robust_map, total, unpack
+from .context import TAIL_BOUND, check_sizes, context_like, robust_map, total, unpack
 
 
 class RobustSplineCoupling(Flow):
@@ -81,7 +81,7 @@ class RobustSplineCoupling(Flow):
         num_hidden_channels: int,
         num_context_channels: int | None = None,
         num_bins: int = 8,
-        tail_bound: float = 3.0,
+        tail_bound: float = TAIL_BOUND,
         shift_bound: float | None = SHIFT_BOUND,
         activation: Callable[[], nn.Module] = nn.ReLU,
         dropout_probability: float = 0.0,
@@ -215,7 +215,7 @@ class RobustSplineAutoregressive(Flow):
         num_hidden_channels: int,
         num_context_channels: int | None = None,
         num_bins: int = 8,
-        tail_bound: float = 3.0,
+        tail_bound: float = TAIL_BOUND,
         shift_bound: float | None = SHIFT_BOUND,
         activation: Callable[[], nn.Module] = nn.ReLU,
         dropout_probability: float = 0.0,

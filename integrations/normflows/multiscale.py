@@ -20,7 +20,7 @@ from torch import Tensor
 from flowguard.io.atomic import atomic
 from flowguard.numerics import cut, repeat_rows
 
-from .adapter import accepts, route, run
+from .adapter import accepts, route, run_layer
 from .bases import from_noise
 
 Context = Tensor | Sequence[Tensor] | Mapping[str, Tensor] | None
@@ -361,11 +361,11 @@ class ConditionalMultiscaleFlow(MultiscaleFlow):
         if i == 0:
             z = latent
         else:
-            z, total = run(
+            z, total = run_layer(
                 self.merges[i - 1], self._merge_routes[i - 1], [z, latent], maps[i], False
             )
         for layer, way in zip(self.flows[i], self._routes[i], strict=True):
-            z, log_det = run(layer, way, z, maps[i], inverse=False)
+            z, log_det = run_layer(layer, way, z, maps[i], inverse=False)
             total = total + log_det
         return z, total
 
@@ -373,7 +373,7 @@ class ConditionalMultiscaleFlow(MultiscaleFlow):
         if self.transform is None or self._transform_route is None:
             return z, 0
         # Some transforms of normflows write into their input.
-        return run(self.transform, self._transform_route, z.clone(), maps[-1], inverse=False)
+        return run_layer(self.transform, self._transform_route, z.clone(), maps[-1], inverse=False)
 
     def _inverse(
         self, x: Tensor, maps: list[Any]
@@ -387,19 +387,19 @@ class ConditionalMultiscaleFlow(MultiscaleFlow):
         total = x.new_zeros(len(x))
         if self.transform is not None and self._transform_route is not None:
             way = self._transform_route
-            x, log_det = run(self.transform, way, x.clone(), maps[-1], inverse=True)
+            x, log_det = run_layer(self.transform, way, x.clone(), maps[-1], inverse=True)
             total = total + log_det
         z: list[Any] = [None] * self.num_levels
         known: list[Tensor | None] = [None] * self.num_levels
         for i in reversed(range(self.num_levels)):
             for layer, way in reversed(list(zip(self.flows[i], self._routes[i], strict=True))):
-                x, log_det = run(layer, way, x, maps[i], inverse=True)
+                x, log_det = run_layer(layer, way, x, maps[i], inverse=True)
                 total = total + log_det
             if i == 0:
                 z[i] = x
             else:
                 merge, way = self.merges[i - 1], self._merge_routes[i - 1]
-                (x, z[i]), log_det = run(merge, way, x, maps[i], inverse=True)
+                (x, z[i]), log_det = run_layer(merge, way, x, maps[i], inverse=True)
                 known[i] = x
                 total = total + log_det
         return z, known, total

@@ -13,6 +13,9 @@ from zuko.lazy import LazyDistribution
 from flowguard.ood import OODConditioner, OODReport
 from flowguard.transforms import SHIFT_BOUND, RobustSpline
 
+#: The box: that of zuko's own spline, and of :class:`flowguard.RobustSpline`.
+BOUND = 5.0
+
 
 class RobustNSF(MAF):
     r"""Creates a neural spline flow whose samples are bounded for *every* context.
@@ -72,7 +75,7 @@ class RobustNSF(MAF):
         features: int,
         context: int = 0,
         bins: int = 8,
-        bound: float = 5.0,
+        bound: float = BOUND,
         shift_bound: float | None = SHIFT_BOUND,
         slope: float | None = 1e-3,
         **kwargs: Any,
@@ -132,7 +135,7 @@ class RobustCouplingFlow(NICE):
         features: int,
         context: int = 0,
         bins: int = 8,
-        bound: float = 5.0,
+        bound: float = BOUND,
         shift_bound: float | None = SHIFT_BOUND,
         slope: float | None = 1e-3,
         **kwargs: Any,
