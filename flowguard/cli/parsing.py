@@ -39,6 +39,7 @@ class Parser(jsonargparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=Formatter, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        r"""Ends with exit code 2 and one line: what is wrong, and how to get help."""
         # jsonargparse puts the command before each name: superres.output.
         names = "|".join(COMMANDS)
         plain = re.sub(rf'(?<=[ "])(?:{names})\.(?=[a-z_]+(?:[",:]|$))', "", message)
@@ -46,6 +47,7 @@ class Parser(jsonargparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {line} (see {self.prog} --help)\n")
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        r"""Ends with an exit code, after a message on the standard error."""
         if message:
             sys.stderr.write(message)
         raise SystemExit(status)

@@ -76,6 +76,7 @@ class LowLightTask(Task):
     }
 
     def model(self, coupling: str | Elementwise, quick: bool) -> LowLightFlow:
+        r"""Returns an untrained low-light flow of two levels with an encoder of its own."""
         features, blocks, steps, hidden = (8, 1, 1, 16) if quick else (16, 2, 4, 48)
         encoder = LowLightEncoder(
             features, growth=8, blocks=blocks, stacked=tuple(range(blocks)), levels=2
@@ -97,22 +98,29 @@ class LowLightTask(Task):
         return pairs
 
     def crops(self, parts: list[Tensor], seed: int) -> Iterable[tuple[Tensor, Tensor]]:
+        r"""Returns an endless stream of batches of aligned crops of bright photographs and
+        prepared dark ones, all 32×32."""
         return data.AlignedCrops(self._shots(parts, seed), size=CROP, batch=BATCH, seed=seed)
 
     def contexts(self, parts: list[Tensor], seed: int) -> list[Tensor]:
+        r"""Returns dark shots of each part, prepared, with shape :math:`(1, C, H, W)`."""
         return [dark[None] for _, dark in self._shots(parts, seed)]
 
     def calibration(self, parts: list[Tensor], seed: int, count: int) -> Iterator[Tensor]:
+        r"""Yields batches of prepared dark crops of 64×64 pixels, `count` crops in all."""
         pairs = self._shots(parts, seed)
         crops = data.AlignedCrops(pairs, size=64, batch=CALIBRATION_BATCH, seed=seed)
         for _, (_, dark) in zip(range(count // CALIBRATION_BATCH), crops, strict=False):
             yield dark
 
     def held_out(self, seed: int) -> tuple[Tensor, Tensor]:
+        r"""Returns the held-out photograph and a dark shot of it, with a batch of one."""
         high = data.photograph(data.HELD_OUT_PHOTOGRAPH)[None]
         return high, data.expose(high, HELD_OUT, torch.Generator().manual_seed(seed))
 
     def conditions(self, held_out: Tensor, seed: int, quick: bool) -> Iterator[Question]:
+        r"""Yields the held-out dark photograph, pictures from other worlds, dark and lit, and
+        other lights, exposures and noise."""
         high = data.photograph(data.HELD_OUT_PHOTOGRAPH)[None]
         generator = torch.Generator()
 
@@ -143,13 +151,17 @@ class LowLightTask(Task):
                 yield Question(f"{corruption.name} {strength:g}", corruption(held_out, strength))
 
     def restored(self, condition: Tensor) -> Tensor:
+        r"""Returns the condition brightened by the exact inverse of its exposure."""
         light = data.linearize(condition.clamp(0, 1)) / HELD_OUT
         return data.delinearize(light.clamp(0, 1))
 
     def measures(self, image: Tensor, target: Tensor) -> dict[str, float]:
+        r"""Returns PSNR, PSNR after the mean was set to that of the truth, and SSIM, of an image
+        with shape :math:`(1, 3, H, W)`."""
         found = metrics.low_light(image, target)
         return {name: float(found[name]) for name in ("psnr", "psnr_gt_mean", "ssim")}
 
     def sampler(self, model: Any, condition: Tensor) -> tuple[Any, Tensor]:
+        r"""Returns the decoder, and a part of the prepared condition of 32×32 pixels."""
         # What is prepared can be changed smoothly; a histogram cannot.
         return model.decode, low_light_input(condition)[..., 96:128, 160:192]

@@ -182,9 +182,11 @@ class OODConditioner(nn.Module):
         return self._last.value
 
     def extra_repr(self) -> str:
+        r"""Returns policy and alpha, for the printed module."""
         return f"policy={self.policy!r}, alpha={self.alpha:g}"
 
     def train(self, mode: bool = True) -> Self:
+        r"""Sets the mode as of any module; in training mode scores and policy are off."""
         self._off = mode
         return super().train(mode)
 
@@ -262,6 +264,8 @@ class OODConditioner(nn.Module):
         return self._score(y, levels)
 
     def forward(self, y: Any) -> Any:
+        r"""Returns what the encoder makes of contexts; scores it and acts by the policy, in
+        evaluation mode."""
         output = y if self.encoder is None else self.encoder(y)
         if self._off:
             return self._overheard(y, output) if recording.listening() else output

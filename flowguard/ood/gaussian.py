@@ -119,6 +119,7 @@ class StreamingGaussian(PinnedState):
         return self.cholesky @ self.cholesky.T
 
     def extra_repr(self) -> str:
+        r"""Returns features, count and whether it is fitted, for the printed module."""
         return f"features={self.features}, count={int(self.n)}, fitted={self.fitted}"
 
     @torch.no_grad()

@@ -74,6 +74,7 @@ class LevelSet(nn.Module):
         return LevelSet(self.shrinkage, self.normalize, self.statistic)
 
     def extra_repr(self) -> str:
+        r"""Returns names and state, for the printed module."""
         return f"names={self.names}, fitted={self.fitted}, calibrated={self.calibrated}"
 
     @property
@@ -267,6 +268,8 @@ class LevelSet(nn.Module):
     # -- state -------------------------------------------------------------------------------
 
     def get_extra_state(self) -> Tensor:
+        r"""Returns names, kinds and fingerprint of the levels as JSON, in bytes with shape
+        :math:`(n)`."""
         state = {
             "format": 1,
             "flowguard": __version__,

@@ -110,6 +110,7 @@ class MaskedRobustSplineAutoregressiveTransform(AutoregressiveTransform):
         self.head = SplineHead(spline, features, net, hidden_features, identity_init)
 
     def extra_repr(self) -> str:
+        r"""Returns the number of features, for the printed module."""
         return f"features={self.features}"
 
     def _output_dim_multiplier(self) -> int:

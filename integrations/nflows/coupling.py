@@ -65,6 +65,7 @@ class RobustSplineCDF(Transform):
         nn.init.uniform_(self.phi, -1e-6, 1e-6)
 
     def extra_repr(self) -> str:
+        r"""Returns the number of features and the family of splines, for the printed module."""
         return f"features={self.phi.shape[0]}, {self.map}"
 
     def _run(self, inputs: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -73,9 +74,11 @@ class RobustSplineCDF(Transform):
         return apply_map(self.map.transform(phi), inputs, inverse)
 
     def forward(self, inputs: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+        r"""Takes data to noise, whatever the context; returns the noise and the log-determinant."""
         return self._run(inputs, inverse=False)
 
     def inverse(self, inputs: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+        r"""Takes noise to data, whatever the context; returns the data and the log-determinant."""
         return self._run(inputs, inverse=True)
 
 
@@ -180,6 +183,7 @@ class RobustSplineCouplingTransform(CouplingTransform):
         )
 
     def extra_repr(self) -> str:
+        r"""Returns the numbers of all and of transformed features, for the printed module."""
         return f"features={self.features}, transformed={len(self.transform_features)}"
 
     def _transform_dim_multiplier(self) -> int:

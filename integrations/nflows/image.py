@@ -119,6 +119,7 @@ class ConditionalMultiscaleTransform(MultiscaleCompositeTransform):
         self._level_shapes: list[Shape] = []
 
     def extra_repr(self) -> str:
+        r"""Returns the number of levels and the split dimension, for the printed module."""
         return f"levels={self._num_transforms}, split_dim={self._split_dim}"
 
     def add_transform(

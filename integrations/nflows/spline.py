@@ -140,6 +140,8 @@ class SplineHead(nn.Module):
             self.gain = nn.Parameter(torch.zeros(features, n))
 
     def extra_repr(self) -> str:
+        r"""Returns the family of splines, the number of features and whether there is a gain, for
+        the printed module."""
         return f"{self.map}, features={self.features}, gain={self.gain is not None}"
 
     def phi(self, raw: Tensor) -> Tensor:

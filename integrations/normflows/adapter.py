@@ -125,10 +125,15 @@ class ContextAdapter(Flow):
         self.route = route(flow)
 
     def extra_repr(self) -> str:
+        r"""Returns whether the context reaches a layer that takes it, for the printed module."""
         return f"takes={self.route.takes}"
 
     def forward(self, z: Any, context: Tensor | None = None) -> tuple[Any, Any]:
+        r"""Takes noise to data by the layer's `forward`; returns the output and the log-
+        determinant."""
         return run_layer(self.flow, self.route, z, context, inverse=False)
 
     def inverse(self, z: Any, context: Tensor | None = None) -> tuple[Any, Any]:
+        r"""Takes data to noise by the layer's `inverse`; returns the output and the log-
+        determinant."""
         return run_layer(self.flow, self.route, z, context, inverse=True)

@@ -76,6 +76,7 @@ class GaussianPrior(BaseDistribution):
         self.constant = None if inputs else constant
 
     def extra_repr(self) -> str:
+        r"""Returns the numbers of channels, for the printed module."""
         return (
             f"{self.num_channels}, context_channels={self.context_channels},"
             f" given_channels={self.given_channels}"

@@ -84,6 +84,7 @@ class RobustCouplingBlock(Flow):
         self.param_map = param_map
 
     def extra_repr(self) -> str:
+        r"""Returns the channels of the context and the split, for the printed module."""
         return f"context_channels={self.context_channels}, split_mode={self.split_mode!r}"
 
     def split(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,11 +130,13 @@ class RobustCouplingBlock(Flow):
         return unpack(self.univariate, self.shapes, self.param_map(kept))
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        r"""Takes noise to data; returns the data and the log-determinant, with shape :math:`(B)`."""
         kept, changed = self.split(z)
         changed, ladj = self._map(z, kept, context).inverse_and_ladj(changed)
         return self.merge(kept, changed), total(ladj)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        r"""Takes data to noise; returns the noise and the log-determinant, with shape :math:`(B)`."""
         kept, changed = self.split(z)
         changed, ladj = self._map(z, kept, context).call_and_ladj(changed)
         return self.merge(kept, changed), total(ladj)
@@ -176,6 +179,7 @@ class LUConv1x1(nn.Module):
         self.logs = nn.Parameter(diagonal.abs().log().to(dtype))
 
     def extra_repr(self) -> str:
+        r"""Returns the number of channels, for the printed module."""
         return f"channels={self.logs.shape[0]}"
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,11 +194,15 @@ class LUConv1x1(nn.Module):
         return (self.logs.sum() * (x.shape[-2] * x.shape[-1])).to(x.dtype).expand(x.shape[0])
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Takes data to noise, as the layers of the core do; returns the image and the log-
+        determinant, with shape :math:`(B)`."""
         p, lower, upper = self.factors()
         weight = (p @ lower @ upper).to(x.dtype)
         return F.conv2d(x, weight[:, :, None, None]), self._ladj(x)
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Takes noise to data, as the layers of the core do; returns the image and the log-
+        determinant, with shape :math:`(B)`."""
         p, lower, upper = self.factors()
         weight = torch.linalg.solve_triangular(lower, p.T, upper=False, unitriangular=True)
         weight = torch.linalg.solve_triangular(upper, weight, upper=True).to(z.dtype)
@@ -310,6 +318,7 @@ class RobustGlowBlock(Flow):
             )
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        r"""Takes noise to data; returns the data and the log-determinant, with shape :math:`(B)`."""
         self._check(z)
         z, total = self.coupling(z, context)
         if self.mix is not None:
@@ -321,6 +330,7 @@ class RobustGlowBlock(Flow):
         return z, total + log_det
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        r"""Takes data to noise; returns the noise and the log-determinant, with shape :math:`(B)`."""
         self._check(z)
         z, total = self.actnorm(z)
         if self.mix is not None:

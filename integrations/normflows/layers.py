@@ -129,6 +129,7 @@ class RobustSplineCoupling(Flow):
             nn.init.zeros_(self.net.final_layer.bias)
 
     def extra_repr(self) -> str:
+        r"""Returns the numbers of features and of context channels, for the printed module."""
         return f"features={self.features}, context_channels={self.context_channels}"
 
     def _splines(self, kept: Tensor, context: Tensor | None) -> Univariate:
@@ -149,6 +150,7 @@ class RobustSplineCoupling(Flow):
         return torch.cat((kept, changed), dim=1).index_select(1, self.order)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        r"""Takes noise to data; returns the data and the log-determinant, with shape :math:`(B)`."""
         kept, changed = self._split(z)
         context = context_like(z, context, self.context_channels)
         own_ladj = None
@@ -159,6 +161,7 @@ class RobustSplineCoupling(Flow):
         return self._merge(kept, changed), log_det
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        r"""Takes data to noise; returns the noise and the log-determinant, with shape :math:`(B)`."""
         kept, changed = self._split(z)
         context = context_like(z, context, self.context_channels)
         changed, ladj = self._splines(kept, context).call_and_ladj(changed)
@@ -252,12 +255,15 @@ class RobustSplineAutoregressive(Flow):
             nn.init.zeros_(self.net.final_layer.bias)
 
     def extra_repr(self) -> str:
+        r"""Returns the numbers of features and of context channels, for the printed module."""
         return f"features={self.features}, context_channels={self.context_channels}"
 
     def _splines(self, x: Tensor, context: Tensor | None) -> Univariate:
         return unpack(self.univariate, self.shapes, self.net(x, context))
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        r"""Takes noise to data, one feature after another; returns the data and the log-
+        determinant, with shape :math:`(B)`."""
         _check_input(z, self.features)
         context = context_like(z, context, self.context_channels)
         x = torch.zeros_like(z)
@@ -266,6 +272,8 @@ class RobustSplineAutoregressive(Flow):
         return x, total(ladj)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        r"""Takes data to noise, all features at once; returns the noise and the log-determinant,
+        with shape :math:`(B)`."""
         _check_input(z, self.features)
         context = context_like(z, context, self.context_channels)
         out, ladj = self._splines(z, context).call_and_ladj(z)
