@@ -76,6 +76,9 @@ def downsample(hr: Tensor, scale: int) -> Tensor:
     Arguments:
         hr: The images, with shape :math:`(B, 3, sH, sW)`.
         scale: The factor :math:`s`.
+
+    Raises:
+        ValueError: If height or width is no multiple of the scale.
     """
     if scale < 1 or hr.shape[-2] % scale or hr.shape[-1] % scale:
         raise ValueError(
@@ -86,7 +89,12 @@ def downsample(hr: Tensor, scale: int) -> Tensor:
 
 
 def crop_to_multiple(image: Tensor, multiple: int) -> Tensor:
-    r"""Cuts rows and columns at the bottom and on the right until the size is a multiple."""
+    r"""Cuts rows and columns at the bottom and on the right until the size is a multiple.
+
+    Arguments:
+        image: The image, with shape :math:`(*, H, W)`.
+        multiple: What height and width shall be multiples of.
+    """
     h, w = (n - n % multiple for n in image.shape[-2:])
     return image[..., :h, :w]
 
@@ -103,6 +111,9 @@ class AlignedCrops:
         size: The height and width of a target's crop, a multiple of `scale`.
         batch: The number of crops in a batch.
         seed: The seed of the stream: the same seed gives the same crops.
+
+    Raises:
+        ValueError: If there are no images, or their sizes do not fit crop and scale.
 
     Example:
         >>> pairs = [(torch.rand(3, 64, 64), torch.rand(6, 64, 64))]

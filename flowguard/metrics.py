@@ -66,6 +66,10 @@ def quantise(image: Tensor) -> Tensor:
     Arguments:
         image: The images, with shape :math:`(B, C, H, W)`.
 
+    Raises:
+        TypeError: If the images are neither floating point nor ``uint8``.
+        ValueError: If they have another shape.
+
     Example:
         >>> quantise(torch.tensor([-0.2, 0.5, 1.2, torch.nan]).reshape(1, 1, 2, 2)).flatten()
         tensor([  0, 128, 255,   0], dtype=torch.uint8)
@@ -83,6 +87,9 @@ def psnr(image: Tensor, target: Tensor) -> Tensor:
 
     Returns:
         One number for each image, with shape :math:`(B)`; infinite for equal ones.
+
+    Raises:
+        ValueError: If the shapes differ.
 
     Example:
         >>> psnr(torch.zeros(2, 3, 8, 8), torch.full((2, 3, 8, 8), 0.1)).round()
@@ -121,6 +128,7 @@ def ssim(image: Tensor, target: Tensor, grey: bool = False) -> Tensor:
 
     Raises:
         ImportError: If torchmetrics is not installed.
+        ValueError: If the shapes differ, or the images are smaller than the window.
 
     Example:
         >>> image = torch.rand(2, 3, 16, 16)
@@ -192,6 +200,10 @@ def imresize(image: Tensor, scale: float) -> Tensor:
     Returns:
         The images, with shape :math:`(*, \lceil sH \rceil, \lceil sW \rceil)`.
 
+    Raises:
+        TypeError: If the images are neither floating point nor ``uint8``.
+        ValueError: If the scale is not positive, or there is nothing to resize.
+
     Example:
         >>> imresize(torch.rand(2, 3, 37, 51), 1 / 4).shape
         torch.Size([2, 3, 10, 13])
@@ -225,6 +237,9 @@ def lr_psnr(image: Tensor, lr: Tensor, scale: int) -> Tensor:
 
     Returns:
         One number for each image, with shape :math:`(B)`.
+
+    Raises:
+        ValueError: If the scale is not positive, or the sizes do not fit.
 
     Example:
         >>> hr = torch.rand(1, 3, 16, 16)
@@ -286,7 +301,12 @@ def _peak(image: Tensor) -> int:
 
 
 def squared_error(image: Tensor, target: Tensor) -> Tensor:
-    r"""Returns the mean squared error of each pixel, a :data:`Distance` that needs no network."""
+    r"""Returns the mean squared error of each pixel, a :data:`Distance` that needs no network.
+
+    Arguments:
+        image: The images, with shape :math:`(B, C, H, W)`.
+        target: The truth, with the same shape.
+    """
     return (image - target).square().mean(1)
 
 
@@ -311,6 +331,9 @@ def diversity(samples: Tensor, target: Tensor, distance: Distance | None = None)
 
     Returns:
         One number for each image, with shape :math:`(B)`.
+
+    Raises:
+        ValueError: If the shapes do not fit, or there is no sample.
 
     Example:
         >>> target = torch.zeros(1, 3, 1, 2)
@@ -397,6 +420,9 @@ def bits_per_dim(log_prob: Tensor, dims: int, levels: int = 256) -> Tensor:
             noise of one grey level's width was added.
         dims: The number of dimensions :math:`D = CHW`.
         levels: The number of grey levels, at the multiples of :math:`1 / (\text{levels} - 1)`.
+
+    Raises:
+        ValueError: If there are no dimensions, or less than two levels.
 
     Example:
         >>> bits_per_dim(torch.zeros(2), dims=12, levels=257)

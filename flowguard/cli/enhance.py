@@ -50,7 +50,12 @@ def read_tile(text: Any) -> int | str:
 
 
 def add_arguments(parser: Parser, *, temperature: float) -> None:
-    r"""Adds the arguments that both commands have."""
+    r"""Adds the arguments that both commands have.
+
+    Arguments:
+        parser: The parser of the command.
+        temperature: The default of the temperature.
+    """
     parser.add_argument(
         "input",
         nargs="+",
@@ -137,6 +142,9 @@ def load_model(path: Path, kind: str, device: str) -> Any:
         path: The folder.
         kind: The name of the class that it must have.
         device: The device.
+
+    Raises:
+        UserError: If the folder holds no model, or one of another class.
     """
     from flowguard.models import store
 
@@ -177,7 +185,14 @@ def enhance(
 
 
 def prepared(args: Any) -> list[Job]:
-    r"""Returns the jobs, once all arguments are known to be usable."""
+    r"""Returns the jobs, once all arguments are known to be usable.
+
+    Arguments:
+        args: The arguments.
+
+    Raises:
+        UserError: If one of them is not.
+    """
     suffix = ".png" if args.format == "png" else ".tif"
     work = jobs(args.input, args.output, args.samples, suffix)
     if args.format == "tiff":
@@ -261,7 +276,11 @@ def _write(
 
 
 def thumbnail(image: Any) -> bytes:
-    r"""Returns a small PNG of an image with shape :math:`(3, H, W)`."""
+    r"""Returns a small PNG of an image with shape :math:`(3, H, W)`.
+
+    Arguments:
+        image: The image in :math:`[0, 1]`, with shape :math:`(3, H, W)`.
+    """
     import io
 
     from PIL import Image
@@ -280,7 +299,14 @@ def thumbnail(image: Any) -> bytes:
 
 
 def maps(report: Any) -> list[tuple[str, bytes]]:
-    r"""Returns how far each pixel is from the training set, at each level, if it can be drawn."""
+    r"""Returns how far each pixel is from the training set, at each level, if it can be drawn.
+
+    Arguments:
+        report: The report of one context.
+
+    Returns:
+        A name and a PNG for each level; nothing without matplotlib.
+    """
     with contextlib.suppress(ImportError):
         import io
 
@@ -309,7 +335,12 @@ def maps(report: Any) -> list[tuple[str, bytes]]:
 
 
 def tell(outcomes: list[Outcome], args: Any) -> int:
-    r"""Prints what was done and what was not; returns the exit code."""
+    r"""Prints what was done and what was not; returns the exit code.
+
+    Arguments:
+        outcomes: What became of each picture.
+        args: The arguments.
+    """
     by_status = {
         s: [o for o in outcomes if o.status == s] for s in ("written", "skipped", "failed")
     }

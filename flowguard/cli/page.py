@@ -22,7 +22,12 @@ figure { display: inline-block; margin: .5em; vertical-align: top } figcaption {
 
 
 def figure(title: str, png: bytes) -> str:
-    r"""Returns a picture with its title."""
+    r"""Returns a picture with its title.
+
+    Arguments:
+        title: The title, which is escaped.
+        png: The picture.
+    """
     return (
         f'<figure><img alt="{html.escape(title)}"'
         f' src="data:image/png;base64,{base64.b64encode(png).decode()}">'
@@ -31,7 +36,12 @@ def figure(title: str, png: bytes) -> str:
 
 
 def document(title: str, body: str) -> str:
-    r"""Returns a self-contained page."""
+    r"""Returns a self-contained page.
+
+    Arguments:
+        title: The title, which is escaped.
+        body: The HTML below it.
+    """
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>{body}</html>\n"

@@ -23,7 +23,13 @@ Tile = int | str | None
 
 
 def seed_of(seed: int, name: str, index: int) -> int:
-    r"""Returns the seed of one sample of one picture: it depends on no other picture."""
+    r"""Returns the seed of one sample of one picture: it depends on no other picture.
+
+    Arguments:
+        seed: The seed of the command.
+        name: The name of the picture.
+        index: The number of the sample.
+    """
     told = f"{seed}/{name}/{index}".encode("utf-8", "surrogateescape")  # names of any bytes
     digest = hashlib.blake2b(told, digest_size=7).digest()
     return int.from_bytes(digest)

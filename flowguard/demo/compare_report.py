@@ -44,7 +44,11 @@ def _cell(value: float | None, kind: str) -> str:
 
 
 def rows(result: Comparison) -> list[list[str]]:
-    r"""Returns the table, its first row the head; columns that no model has are left out."""
+    r"""Returns the table, its first row the head; columns that no model has are left out.
+
+    Arguments:
+        result: What the comparison found out.
+    """
     found = [c for c in COLUMNS if any(c[0] in m.numbers for m in result.models.values())]
     head = ["coupling", *(title for _, title, _ in found)]
     return [head] + [
@@ -54,7 +58,11 @@ def rows(result: Comparison) -> list[list[str]]:
 
 
 def legend(result: Comparison) -> str:
-    r"""Returns what the columns mean."""
+    r"""Returns what the columns mean.
+
+    Arguments:
+        result: What the comparison found out.
+    """
     o, task = result.options, result.task
     return (
         f"Means over {o.samples} sample(s) of the held-out picture at temperature"

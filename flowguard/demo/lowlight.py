@@ -46,7 +46,12 @@ def jpeg(image: Tensor, quality: int) -> Tensor:
 
 
 def spotlight(height: int, width: int) -> Tensor:
-    r"""Returns the light of a lamp near the middle, 1 at its centre."""
+    r"""Returns the light of a lamp near the middle, 1 at its centre.
+
+    Arguments:
+        height: The rows :math:`H`.
+        width: The columns :math:`W`.
+    """
     y = torch.linspace(-1, 1, height)[:, None]
     x = torch.linspace(-1, 1, width)
     return torch.exp(-((x - 0.2) ** 2 + (y + 0.2) ** 2) / (2 * 0.15**2))

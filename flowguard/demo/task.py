@@ -71,40 +71,85 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def model(self, coupling: str | Elementwise, quick: bool) -> Model:
-        r"""Returns the untrained model."""
+        r"""Returns the untrained model.
+
+        Arguments:
+            coupling: The name of the coupling, or its map.
+            quick: Whether it is for ``--quick``.
+        """
 
     @abc.abstractmethod
     def crops(self, parts: list[Tensor], seed: int) -> Iterable[tuple[Tensor, Tensor]]:
-        r"""Returns an endless stream of batches of targets and conditions to train with."""
+        r"""Returns an endless stream of batches of targets and conditions to train with.
+
+        Arguments:
+            parts: The parts of photographs to take them from, with shape :math:`(3, H, W)` each.
+            seed: The seed.
+        """
 
     @abc.abstractmethod
     def contexts(self, parts: list[Tensor], seed: int) -> list[Tensor]:
-        r"""Returns the conditions that the conditioner is fitted to."""
+        r"""Returns the conditions that the conditioner is fitted to.
+
+        Arguments:
+            parts: The parts of photographs to take them from, with shape :math:`(3, H, W)` each.
+            seed: The seed.
+        """
 
     @abc.abstractmethod
     def calibration(self, parts: list[Tensor], seed: int, count: int) -> Iterator[Tensor]:
-        r"""Yields batches of conditions that the conditioner is calibrated with."""
+        r"""Yields batches of conditions that the conditioner is calibrated with.
+
+        Arguments:
+            parts: The parts of photographs to take them from, with shape :math:`(3, H, W)` each.
+            seed: The seed.
+            count: The number of crops.
+        """
 
     @abc.abstractmethod
     def held_out(self, seed: int) -> tuple[Tensor, Tensor]:
-        r"""Returns target and condition of the held-out photograph."""
+        r"""Returns target and condition of the held-out photograph.
+
+        Arguments:
+            seed: The seed of the noise, if there is any.
+        """
 
     @abc.abstractmethod
     def conditions(self, held_out: Tensor, seed: int, quick: bool) -> Iterator[Question]:
-        r"""Yields the held-out condition, other worlds, and corruptions of the held-out one."""
+        r"""Yields the held-out condition, other worlds, and corruptions of the held-out one.
+
+        Arguments:
+            held_out: The held-out condition, with shape :math:`(1, 3, H, W)`.
+            seed: The seed of the noise.
+            quick: Whether to use fewer and smaller ones.
+        """
 
     @abc.abstractmethod
     def restored(self, condition: Tensor) -> Tensor:
-        r"""Returns the restoration without a model."""
+        r"""Returns the restoration without a model.
+
+        Arguments:
+            condition: The condition, with shape :math:`(1, 3, H, W)`.
+        """
 
     @abc.abstractmethod
     def measures(self, image: Tensor, target: Tensor) -> dict[str, float]:
-        r"""Returns the quality of an image with shape :math:`(1, 3, H, W)`."""
+        r"""Returns the quality of an image with shape :math:`(1, 3, H, W)`.
+
+        Arguments:
+            image: The image, before any clamping.
+            target: The truth, with the same shape.
+        """
 
     @abc.abstractmethod
     def sampler(self, model: Any, condition: Tensor) -> tuple[Any, Tensor]:
         r"""Returns what an attack is to enlarge, a function of latents and condition, and the part
-        of the condition that it may change."""
+        of the condition that it may change.
+
+        Arguments:
+            model: The model.
+            condition: The condition, with shape :math:`(1, 3, H, W)`.
+        """
 
     def attack(self, model: Model, condition: Tensor, seed: int, steps: int) -> float:
         r"""Returns the largest value reached by any condition within 1 of a part of this one.
@@ -130,7 +175,11 @@ class Task(abc.ABC):
 
 
 def other_worlds(quick: bool) -> Iterator[tuple[str, Tensor]]:
-    r"""Yields names and middles of pictures from other worlds, with shape :math:`(3, H, W)`."""
+    r"""Yields names and middles of pictures from other worlds, with shape :math:`(3, H, W)`.
+
+    Arguments:
+        quick: Whether the middles are small.
+    """
     size = 128 if quick else 384
     for name, file in data.OTHER_WORLDS.items():
         image = data.photograph(file)

@@ -76,7 +76,11 @@ class Calibration(PinnedState):
         return len(self.scores) > 0
 
     def p_values(self, statistics: Tensor) -> Tensor:
-        r"""Returns the conformal p-values, with shape :math:`(N, 3)`, of such statistics."""
+        r"""Returns the conformal p-values, with shape :math:`(N, 3)`, of such statistics.
+
+        Arguments:
+            statistics: The statistics of :func:`image_statistics`, with shape :math:`(N, 3)`.
+        """
         reference = self.scores.to(statistics)
         above = torch.stack(
             [
@@ -93,6 +97,10 @@ class Calibration(PinnedState):
         Where :math:`\alpha < 1/(n+1)`, no score has such a p-value, and the largest calibration
         score is returned: an in-distribution image exceeds it with probability
         :math:`1/(n+1)` at most.
+
+        Arguments:
+            statistic: ``"mean"``, ``"max"`` or ``"share"``.
+            alpha: The p-value :math:`\alpha`.
         """
         column = self.scores[:, STATISTICS.index(statistic)]
         rank = max(1, math.floor(alpha * (len(column) + 1) + 1e-9))
@@ -102,6 +110,9 @@ class Calibration(PinnedState):
         r"""Returns the score that all but a share ``1 - quantile`` of calibration pixels keep to.
 
         For vectors this is the threshold.
+
+        Arguments:
+            quantile: The quantile, in :math:`[0, 1]`.
         """
         if not len(self.grid):
             return self.threshold("max", 1 - quantile)
@@ -110,7 +121,11 @@ class Calibration(PinnedState):
         return float(self.grid[min(int(position), len(self.grid) - 1)])
 
     def quantile(self, scores: Tensor) -> Tensor:
-        r"""Returns where pixel scores lie among the calibration pixels, in :math:`[0, 1]`."""
+        r"""Returns where pixel scores lie among the calibration pixels, in :math:`[0, 1]`.
+
+        Arguments:
+            scores: The pixel scores, of any shape, which is that of the result.
+        """
         grid = self.grid.to(scores)
         levels = _quantile_levels().to(scores)
         upper = torch.searchsorted(grid, scores.contiguous(), right=True)
@@ -137,7 +152,14 @@ class Calibrator:
         self.shares: list[Tensor] = []
 
     def add(self, scores: Tensor) -> None:
-        r"""Adds the scores of a batch, with shape :math:`(N)` or :math:`(N, H, W)`."""
+        r"""Adds the scores of a batch, with shape :math:`(N)` or :math:`(N, H, W)`.
+
+        Arguments:
+            scores: The scores, with shape :math:`(N)` or :math:`(N, H, W)`.
+
+        Raises:
+            ValueError: If a score is not finite.
+        """
         if not len(scores):
             return
         if not scores.isfinite().all():
@@ -166,7 +188,13 @@ class Calibrator:
         return self.pixels, torch.cat(statistics), shares
 
     def extend(self, pixels: Tensor, statistics: Tensor, shares: Tensor) -> None:
-        r"""Adds what another calibrator has seen."""
+        r"""Adds what another calibrator has seen.
+
+        Arguments:
+            pixels: Its counts of pixels.
+            statistics: Its statistics, with shape :math:`(N, 3)`.
+            shares: Its shares; see :meth:`state` for all three.
+        """
         self.pixels = self.pixels + pixels
         self.statistics.append(statistics)
         self.shares.append(shares)

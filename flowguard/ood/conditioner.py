@@ -99,6 +99,11 @@ class OODConditioner(nn.Module):
             ``"max"``, or the ``"share"`` of pixels above about the 0.99 quantile. The maximum
             grows with the number of pixels: it suits images of the size of the calibration's.
 
+    Raises:
+        TypeError: If the encoder is no module.
+        ValueError: If an option is out of range, or the policy ``"shrink"`` is asked for with
+            `normalize`.
+
     Example:
         >>> import torch
         >>> conditioner = OODConditioner(nn.Linear(3, 2), policy="report", alpha=0.01)
@@ -186,7 +191,11 @@ class OODConditioner(nn.Module):
         return f"policy={self.policy!r}, alpha={self.alpha:g}"
 
     def train(self, mode: bool = True) -> Self:
-        r"""Sets the mode as of any module; in training mode scores and policy are off."""
+        r"""Sets the mode as of any module; in training mode scores and policy are off.
+
+        Arguments:
+            mode: Whether it is training mode.
+        """
         self._off = mode
         return super().train(mode)
 
@@ -213,6 +222,10 @@ class OODConditioner(nn.Module):
                 an index, a key, or a function of the batch.
             distributed: Whether all ranks of the default process group fit together, each on
                 its own share of the batches.
+
+        Raises:
+            NotFittedError: If there are fewer than two vectors.
+            ValueError: If there is no batch, or a feature is not finite.
         """
         guard = self.guard.fresh()
         with evaluating(self.encoder):
@@ -234,6 +247,17 @@ class OODConditioner(nn.Module):
 
         Each context (each image) counts as one; a warning tells if they are too few for
         :math:`\alpha`. See :meth:`fit` for the arguments. Scoring is switched on.
+
+        Arguments:
+            batches: The held-out contexts.
+            progress: Whether to show a progress bar.
+            context: Which part of a batch is the context.
+            distributed: Whether all ranks calibrate together.
+
+        Raises:
+            NotFittedError: If the conditioner is not fitted.
+            RuntimeError: If the encoder's weights changed since the fit.
+            ValueError: If there is no context, or a feature is not finite.
         """
         self.guard.require(calibrated=False, owner="conditioner")
         self._seal.check(self.encoder, self.guard.fingerprint)
@@ -252,6 +276,9 @@ class OODConditioner(nn.Module):
         r"""Returns the report on contexts, whatever the policy, and touches nothing.
 
         The encoder runs in evaluation mode.
+
+        Arguments:
+            y: The contexts, as the encoder takes them.
 
         Raises:
             NotFittedError: The conditioner is not fitted, or not calibrated.

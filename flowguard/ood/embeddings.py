@@ -20,6 +20,10 @@ def to_levels(output: Any, names: Sequence[str] | None = None) -> dict[str, Tens
         output: A tensor, or a list, tuple or dictionary of tensors, each with shape
             :math:`(N, C)` or :math:`(N, C, H, W)`; a lone vector :math:`(C)` counts as one.
         names: What to call the levels; for a dictionary, the keys to take.
+
+    Raises:
+        TypeError: If a level is no floating point tensor.
+        ValueError: If there is no level, or the names do not fit.
     """
     if isinstance(output, Mapping):
         names = [str(key) for key in output] if names is None else names
@@ -49,7 +53,12 @@ def to_levels(output: Any, names: Sequence[str] | None = None) -> dict[str, Tens
 
 
 def with_levels(output: Any, levels: Mapping[str, Tensor]) -> Any:
-    r"""Returns the output with its levels replaced, in the type that it has."""
+    r"""Returns the output with its levels replaced, in the type that it has.
+
+    Arguments:
+        output: The output of an encoder.
+        levels: The new embeddings, by name, in the order of :func:`to_levels`.
+    """
     if isinstance(output, Tensor):
         (value,) = levels.values()
         return value.reshape(output.shape)
@@ -69,7 +78,20 @@ def contexts(
     progress: bool,
     name: str,
 ) -> Iterator[Any]:
-    r"""Yields the contexts of batches, on the encoder's device, under a progress bar."""
+    r"""Yields the contexts of batches, on the encoder's device, under a progress bar.
+
+    Arguments:
+        batches: An iterable of batches, or a tensor, which is cut into batches.
+        select: Which part of a batch is the context: a key, an index, or a function of the
+            batch.
+        device: The device, :py:`None` to leave contexts where they are.
+        progress: Whether to show the bar.
+        name: What the bar is called.
+
+    Raises:
+        TypeError: If the batches are not iterable.
+        ValueError: If there is no batch, or nothing says which part of one is the context.
+    """
     if isinstance(batches, Tensor):
         batches = batches.split(64)
     elif not isinstance(batches, Iterable):
@@ -106,7 +128,11 @@ def _select(batch: Any, select: Selector) -> Any:
 
 
 def device_of(module: nn.Module | None) -> torch.device | None:
-    r"""Returns the device of a module's first tensor, :py:`None` where it has none."""
+    r"""Returns the device of a module's first tensor, :py:`None` where it has none.
+
+    Arguments:
+        module: The module, or :py:`None`.
+    """
     if module is None:
         return None
     return next((t.device for t in (*module.parameters(), *module.buffers())), None)

@@ -23,6 +23,9 @@ def fingerprint(module: nn.Module | None) -> str:
     It survives a move to another device, ``.double()`` and ``torch.compile``, and changes with
     any weight that changes beyond float32 rounding, hence also under ``.half()``. It is empty for
     a module that holds no tensors.
+
+    Arguments:
+        module: The module, or :py:`None`.
     """
     digest, empty = hashlib.blake2b(digest_size=16), True
     for name, value in _tensors(module) if module is not None else ():
@@ -53,7 +56,15 @@ class Seal:
         return Seal, (self.what,)
 
     def check(self, module: nn.Module | None, expected: str) -> None:
-        r"""Raises a :class:`RuntimeError` unless the module has the expected fingerprint."""
+        r"""Raises a :class:`RuntimeError` unless the module has the expected fingerprint.
+
+        Arguments:
+            module: The module, or :py:`None`.
+            expected: Its :func:`fingerprint` at the fit.
+
+        Raises:
+            RuntimeError: If the fingerprint is another one.
+        """
         tensors = () if module is None else (*module.parameters(), *module.buffers())
         if self._passed == expected and len(self._seen) == len(tensors):
             pairs = zip(tensors, self._seen, strict=True)

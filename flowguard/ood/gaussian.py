@@ -19,7 +19,11 @@ EPS = torch.finfo(torch.float32).eps
 
 
 def saturation(dtype: torch.dtype) -> float:
-    r"""The score that stands for "finite, but too large to square": averages of it are finite."""
+    r"""Returns the score that stands for "finite, but too large to square"; its averages are finite.
+
+    Arguments:
+        dtype: The dtype of the score.
+    """
     return torch.finfo(dtype).max * 1e-9
 
 
@@ -54,6 +58,9 @@ class StreamingGaussian(PinnedState):
     Arguments:
         features: The number of features :math:`C`. If :py:`None`, the first update tells.
         normalize: Whether to scale vectors to unit length first (``"l2"``) or not (:py:`None`).
+
+    Raises:
+        ValueError: If `normalize` is anything else.
 
     Example:
         >>> import torch
@@ -150,7 +157,14 @@ class StreamingGaussian(PinnedState):
 
     @torch.no_grad()
     def merge(self, other: "StreamingGaussian") -> Self:
-        r"""Adds all that another Gaussian has seen. :meth:`finalize` is needed afterwards."""
+        r"""Adds all that another Gaussian has seen. :meth:`finalize` is needed afterwards.
+
+        Arguments:
+            other: The other Gaussian.
+
+        Raises:
+            ValueError: If the two differ in the number of features, or in how they normalize.
+        """
         if other.features is None:
             return self
         if self.features not in (None, other.features):
@@ -172,6 +186,13 @@ class StreamingGaussian(PinnedState):
         r"""Adds what all ranks of a process group have seen; every rank must call it.
 
         The ranks are merged in their order, so that all end with the same numbers.
+
+        Arguments:
+            group: The process group; the default one if :py:`None`.
+
+        Raises:
+            RuntimeError: If there is no process group.
+            ValueError: If the ranks differ in the number of features.
         """
         device = self.mean.device
         ranks = [m for m in (Moments(*values) for values in gather(self.moments, group)) if m.n]
@@ -195,6 +216,10 @@ class StreamingGaussian(PinnedState):
         Arguments:
             shrinkage: The intensity :math:`a` in :math:`[0, 1]`, or how to estimate it:
                 ``"oas"`` or ``"ledoit_wolf"``.
+
+        Raises:
+            NotFittedError: If there are fewer than two vectors.
+            ValueError: If the shrinkage is out of range, or the covariance cannot be factorised.
         """
         if self.n < 2:
             raise NotFittedError(
@@ -228,6 +253,11 @@ class StreamingGaussian(PinnedState):
 
         Returns:
             The squared distances, with shape :math:`(N)` or :math:`(N, H, W)`.
+
+        Raises:
+            NotFittedError: If it is not fitted.
+            TypeError: If the features are not floating point.
+            ValueError: If their shape does not fit.
         """
         self._require_fit()
         self._check(features)
@@ -257,6 +287,13 @@ class StreamingGaussian(PinnedState):
 
         The factor :math:`L` is what is kept. Its inverse is derived in float64 and used as a
         matrix product, which on a CPU is three to seven times faster than solving for each pixel.
+
+        Arguments:
+            device: The device to have them on.
+            dtype: The dtype of the features; float64 is returned where float32 is too coarse.
+
+        Raises:
+            NotFittedError: If it is not fitted.
         """
         self._require_fit()
         # TensorFloat-32 keeps 10 bits, too few for features with a mean far from zero.

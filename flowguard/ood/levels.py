@@ -22,7 +22,11 @@ Statistic = Literal["mean", "max", "share"]
 
 
 class Level(nn.Module):
-    r"""Creates one level: a Gaussian and its calibration."""
+    r"""Creates one level, a Gaussian and its calibration, both empty.
+
+    Arguments:
+        normalize: See :class:`StreamingGaussian`.
+    """
 
     def __init__(self, normalize: Literal["l2"] | None) -> None:
         super().__init__()
@@ -41,6 +45,9 @@ class LevelSet(nn.Module):
         shrinkage: See :meth:`StreamingGaussian.finalize`.
         normalize: See :class:`StreamingGaussian`.
         statistic: What an image is judged by.
+
+    Raises:
+        ValueError: If an option is out of range.
     """
 
     levels: nn.ModuleList
@@ -95,7 +102,15 @@ class LevelSet(nn.Module):
         return list(zip(self.names, self._levels(), strict=True))
 
     def require(self, calibrated: bool, owner: str) -> None:
-        r"""Refuses to go on unfitted (or uncalibrated), naming the method to call."""
+        r"""Refuses to go on unfitted (or uncalibrated), naming the method to call.
+
+        Arguments:
+            calibrated: Whether the calibration is needed too.
+            owner: What the levels belong to, for the error.
+
+        Raises:
+            NotFittedError: If the fit, or the calibration where it is needed, is missing.
+        """
         if not self.fitted:
             raise NotFittedError(
                 f"the {owner} is not fitted; call `fit(batches)` on training contexts and then "
@@ -110,7 +125,16 @@ class LevelSet(nn.Module):
     # -- fit ---------------------------------------------------------------------------------
 
     def update(self, embeddings: Mapping[str, Tensor]) -> None:
-        r"""Adds a batch of embeddings to the moments."""
+        r"""Adds a batch of embeddings to the moments.
+
+        Arguments:
+            embeddings: The embeddings by name, with shapes :math:`(N, C)` or :math:`(N, C, H,
+                W)`.
+
+        Raises:
+            TypeError: If they are not floating point.
+            ValueError: If they are not those of earlier batches in name or shape, or not finite.
+        """
         if not self.names:
             self.names = list(embeddings)
             self.kinds = [_kind(value) for value in embeddings.values()]
@@ -123,7 +147,12 @@ class LevelSet(nn.Module):
                 raise type(error)(f"level {name!r}: {error}") from error
 
     def finalize(self, fingerprint: str, distributed: bool = False) -> None:
-        r"""Ends the fit."""
+        r"""Ends the fit.
+
+        Arguments:
+            fingerprint: The fingerprint of the encoder.
+            distributed: Whether the ranks are merged first.
+        """
         for _, level in self.items():
             if distributed:
                 level.gaussian.merge_ranks()
@@ -137,7 +166,15 @@ class LevelSet(nn.Module):
         return {name: Calibrator(level.gaussian.features or 1) for name, level in self.items()}
 
     def add(self, calibrators: Mapping[str, Calibrator], embeddings: Mapping[str, Tensor]) -> None:
-        r"""Adds a batch of embeddings to the calibrators."""
+        r"""Adds a batch of embeddings to the calibrators.
+
+        Arguments:
+            calibrators: The calibrators of :meth:`calibrators`.
+            embeddings: The embeddings by name; see :meth:`update`.
+
+        Raises:
+            ValueError: If they are not those of the fit in name or shape, or not finite.
+        """
         self._check(embeddings)
         for name, level in self.items():
             try:
@@ -148,7 +185,16 @@ class LevelSet(nn.Module):
     def set_calibration(
         self, calibrators: Mapping[str, Calibrator], alpha: float, distributed: bool = False
     ) -> None:
-        r"""Ends the calibration, and warns where it is too small for alpha."""
+        r"""Ends the calibration, and warns where it is too small for alpha.
+
+        Arguments:
+            calibrators: The calibrators, filled by :meth:`add`.
+            alpha: The share of false alarms that is wanted.
+            distributed: Whether the ranks are merged first.
+
+        Raises:
+            ValueError: If no context was added.
+        """
         built = []
         for name, level in self.items():
             calibrator = calibrators[name]
@@ -281,7 +327,7 @@ class LevelSet(nn.Module):
         return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        r"""Read in `_load_from_state_dict`, before the levels are loaded."""
+        r"""Does nothing: the state is read before the levels are loaded, in `_load_from_state_dict`."""
 
     def _load_from_state_dict(
         self,

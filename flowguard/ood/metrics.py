@@ -39,6 +39,10 @@ def auroc(scores: Arrays, labels: Arrays) -> float:
         scores: The scores, of any shape, or a list of such.
         labels: Where the fault is, true or false, with the same shapes.
 
+    Raises:
+        ImportError: If torchmetrics or scipy is not installed.
+        ValueError: If the shapes differ, a score is NaN, or all labels are the same.
+
     Example:
         >>> import torch
         >>> auroc(torch.tensor([0.1, 0.4, 3.0, torch.inf]), torch.tensor([0, 0, 1, 1]))
@@ -53,6 +57,14 @@ def auprc(scores: Arrays, labels: Arrays) -> float:
     r"""Returns the area under the precision-recall curve, as average precision; see :func:`auroc`.
 
     A score that knows nothing has the share of labelled pixels, not 0.5.
+
+    Arguments:
+        scores: The scores, of any shape, or a list of such.
+        labels: Where the fault is, true or false, with the same shapes.
+
+    Raises:
+        ImportError: If torchmetrics or scipy is not installed.
+        ValueError: If the shapes differ, a score is NaN, or all labels are the same.
     """
     curve = _require("torchmetrics.functional.classification")
     ranks, truth = _ranked(scores, labels)
@@ -73,6 +85,10 @@ def aupro(maps: Arrays, masks: Arrays, fpr_limit: float = 0.3) -> float:
         maps: The scores, with shape :math:`(B, H, W)`, or a list with shapes :math:`(H, W)`.
         masks: Where the fault is, with the same shapes.
         fpr_limit: The largest false positive rate :math:`> 0` that counts.
+
+    Raises:
+        ImportError: If scikit-learn or scipy is not installed.
+        ValueError: If the limit is out of range, or shapes, scores or labels do not fit.
     """
     if not 0 < fpr_limit <= 1:
         raise ValueError(f"fpr_limit must lie in (0, 1]; got {fpr_limit}")
@@ -121,6 +137,10 @@ def decile_curve(scores: Arrays, errors: Arrays, bins: int = 10) -> DecileCurve:
         errors: The errors (for a mask: 0 or 1), with the same shapes.
         bins: The number of bins.
 
+    Raises:
+        ImportError: If scipy is not installed.
+        ValueError: If there are fewer scores than bins, or less than two bins.
+
     Example:
         >>> import torch
         >>> decile_curve(torch.arange(8), torch.tensor([0, 0, 0, 0, 0, 1, 1, 1]), bins=4)
@@ -150,7 +170,7 @@ class RiskCoverage:
     area: float
     r"""The area under the curve."""
     oracle_area: float
-    r"""The same with the risks themselves as scores, the least that is possible."""
+    r"""The area with the risks themselves as scores, the least that is possible."""
 
     @property
     def excess(self) -> float:
@@ -170,6 +190,10 @@ def risk_coverage(scores: Arrays, risks: Arrays) -> RiskCoverage:
     Arguments:
         scores: The scores, of any shape, or a list of such.
         risks: What it costs to keep each, finite, with the same shapes.
+
+    Raises:
+        ImportError: If scikit-learn is not installed.
+        ValueError: If there are fewer than two scores, or a risk is not finite.
     """
     auc = _require("sklearn.metrics").auc
     flat, risk = _pair(scores, risks)
@@ -195,6 +219,9 @@ def level_maps(report: OODReport, size: tuple[int, int] | None = None) -> dict[s
     Arguments:
         report: The report.
         size: The height and width; the largest map's by default. Pixels are repeated.
+
+    Raises:
+        ValueError: If all embeddings are vectors.
     """
     maps = {name: level.map for name, level in report.levels.items() if level.map is not None}
     if not maps:
@@ -227,6 +254,10 @@ def evaluate_maps(
     Returns:
         For each level, and for ``"combined"`` where there are several: ``"auroc"``, ``"auprc"``,
         ``"aupro"`` and ``"spearman"`` over score deciles.
+
+    Raises:
+        ImportError: If torchmetrics, scikit-learn or scipy is not installed.
+        ValueError: If there are not as many batches of masks as reports.
     """
     reports = [report] if isinstance(report, OODReport) else list(report)
     batches = [masks] if isinstance(masks, Tensor) else list(masks)

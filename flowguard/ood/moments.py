@@ -29,7 +29,11 @@ class Moments(NamedTuple):
 
 
 def moments(columns: Tensor) -> Moments:
-    r"""Returns the moments of the columns of a float64 matrix with shape :math:`(C, N)`."""
+    r"""Returns the moments of the columns of a float64 matrix with shape :math:`(C, N)`.
+
+    Arguments:
+        columns: The matrix, with shape :math:`(C, N)`.
+    """
     count = columns.new_full((), columns.shape[1])
     mean = columns.mean(dim=1)
     delta = columns - mean[:, None]
@@ -56,6 +60,10 @@ def merge(a: Moments, b: Moments) -> Moments:
     References:
         | Updating Formulae and a Pairwise Algorithm for Computing Sample Variances
           (Chan, Golub and LeVeque, 1979)
+
+    Arguments:
+        a: The moments of one sample.
+        b: Those of the other.
     """
     if not a.n:
         return b
@@ -74,6 +82,9 @@ def ledoit_wolf(m: Moments) -> Tensor:
     References:
         | A Well-Conditioned Estimator for Large-Dimensional Covariance Matrices
           (Ledoit and Wolf, 2004)
+
+    Arguments:
+        m: The moments.
     """
     covariance = m.scatter / m.n
     distance = covariance.square().sum() - covariance.trace() ** 2 / len(m.mean)
@@ -89,6 +100,9 @@ def oas(m: Moments) -> Tensor:
     References:
         | Shrinkage Algorithms for MMSE Covariance Estimation (Chen et al., 2010)
         | https://arxiv.org/abs/0907.4698
+
+    Arguments:
+        m: The moments.
     """
     size = len(m.mean)
     covariance = m.scatter / m.n

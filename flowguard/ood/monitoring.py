@@ -79,6 +79,9 @@ class Monitor(nn.Module):
         shrinkage: See :class:`OODConditioner`, for hooked levels.
         normalize: See :class:`OODConditioner`, for hooked levels.
         statistic: See :class:`OODConditioner`, for hooked levels.
+
+    Raises:
+        ValueError: If there is no conditioner to record, or a name is unknown.
     """
 
     def __init__(
@@ -123,6 +126,11 @@ class Monitor(nn.Module):
                 ``lambda y: flow.sample(1, context=y)``.
             context: Which part of a batch is the context.
             distributed: Whether all ranks fit together.
+
+        Raises:
+            RuntimeError: If it records conditioners, or hooks lie in a compiled module.
+            ValueError: If a submodule did not run once for each batch, or a feature is not
+                finite.
         """
         self._require_hooks("fit")
         guard = self.guard.fresh()
@@ -140,7 +148,19 @@ class Monitor(nn.Module):
         context: Selector = None,
         distributed: bool = False,
     ) -> Self:
-        r"""Calibrates the hooked levels on held-out contexts; see :meth:`fit`."""
+        r"""Calibrates the hooked levels on held-out contexts; see :meth:`fit`.
+
+        Arguments:
+            batches: The held-out contexts.
+            progress: Whether to show a progress bar.
+            run: What to do with a context.
+            context: Which part of a batch is the context.
+            distributed: Whether all ranks calibrate together.
+
+        Raises:
+            NotFittedError: If the monitor is not fitted.
+            RuntimeError: If weights of the model changed since the fit.
+        """
         self._require_hooks("calibrate")
         self.guard.require(calibrated=False, owner="monitor")
         self._seal.check(self._model[0], self.guard.fingerprint)
@@ -239,7 +259,12 @@ class Monitor(nn.Module):
         recording.leave(self)
 
     def record(self, module: nn.Module, report: OODReport) -> None:
-        r"""Hears of a conditioner's report; called by the conditioner."""
+        r"""Hears of a conditioner's report; called by the conditioner.
+
+        Arguments:
+            module: The conditioner.
+            report: Its report.
+        """
         for path, source in () if self._hooked else self._sources.items():
             if source is module:
                 names = {name: _full(self._sources, path, name) for name in report.levels}

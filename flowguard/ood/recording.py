@@ -35,7 +35,14 @@ def listening() -> bool:
 
 
 def enter(recorder: Recorder) -> None:
-    r"""Starts telling a recorder."""
+    r"""Starts telling a recorder.
+
+    Arguments:
+        recorder: The recorder.
+
+    Raises:
+        RuntimeError: If it is told already in this thread.
+    """
     global _entered
     if recorder in _active.get():
         raise RuntimeError("this monitor is entered already; make another one to nest them")
@@ -45,7 +52,11 @@ def enter(recorder: Recorder) -> None:
 
 
 def leave(recorder: Recorder) -> None:
-    r"""Stops telling a recorder."""
+    r"""Stops telling a recorder.
+
+    Arguments:
+        recorder: The recorder.
+    """
     global _entered
     _active.set(tuple(r for r in _active.get() if r is not recorder))
     with _lock:

@@ -209,11 +209,25 @@ class OODReport:
         }
 
     def to_json(self, maps: bool = False) -> str:
-        r"""Returns :meth:`to_dict` as JSON; infinite scores, which JSON lacks, as ``"inf"``."""
+        r"""Returns :meth:`to_dict` as JSON; infinite scores, which JSON lacks, as ``"inf"``.
+
+        Arguments:
+            maps: Whether to include the score of each pixel.
+        """
         return json.dumps(strict_json(self.to_dict(maps)), allow_nan=False)
 
     def plot(self, image: Tensor | None = None, index: int | None = None) -> "Figure":
-        r"""Draws the maps of one context on the calibrated scale; see :func:`plot_report`."""
+        r"""Draws the maps of one context on the calibrated scale; see :func:`plot_report`.
+
+        Arguments:
+            image: The image, with shape :math:`(C, H, W)` or :math:`(B, C, H, W)`, if it is to
+                be drawn.
+            index: Which context of the batch; the one of least p-value by default.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+            ValueError: If there is nothing to draw.
+        """
         return plot_report(self, image, index)
 
     def to_tensorboard(self, writer: Any, step: int, tag: str = "ood") -> None:
@@ -240,6 +254,15 @@ def nines(level: LevelReport) -> Tensor:
     r"""Returns the map as a number of nines: 1 at the 0.9 quantile, 2 at 0.99, at most 4.
 
     A linear scale would draw 99 % of its colours on pixels that are in distribution.
+
+    Arguments:
+        level: The report of one level.
+
+    Returns:
+        The map, with shape :math:`(B, H, W)`.
+
+    Raises:
+        ValueError: If the level scores vectors, which have no map.
     """
     if level.quantile is None:
         raise ValueError(
@@ -262,6 +285,10 @@ def plot_report(
 
     Returns:
         The figure, which knows no window; ``figure.savefig("ood.png")``.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If there is nothing to draw.
     """
     try:
         from matplotlib.figure import Figure

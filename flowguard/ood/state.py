@@ -11,12 +11,21 @@ from torch.distributed import ProcessGroup
 
 
 def supports_float64(device: torch.device) -> bool:
-    r"""Whether tensors on the device can be float64 (Apple's MPS cannot)."""
+    r"""Whether tensors on the device can be float64 (Apple's MPS cannot).
+
+    Arguments:
+        device: The device.
+    """
     return device.type != "mps"
 
 
 def without_autocast(tensor: Tensor) -> torch.autocast:
-    r"""Whitening in half precision would drown the directions of least variance."""
+    r"""Returns a context in which whitening is not done in half precision, which would drown the
+    directions of least variance.
+
+    Arguments:
+        tensor: A tensor on the device in question.
+    """
     return torch.autocast(tensor.device.type, enabled=False)
 
 
@@ -62,7 +71,15 @@ def _follow(fn: Callable[[Tensor], Tensor], buffer: Tensor) -> Tensor:
 
 
 def gather(tensors: Sequence[Tensor], group: ProcessGroup | None = None) -> list[list[Tensor]]:
-    r"""Returns the tensors of all ranks, on the CPU, in the order of the ranks."""
+    r"""Returns the tensors of all ranks, on the CPU, in the order of the ranks.
+
+    Arguments:
+        tensors: The tensors of this rank.
+        group: The process group; the default one if :py:`None`.
+
+    Raises:
+        RuntimeError: If there is no process group.
+    """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         raise RuntimeError(
             "merging across ranks needs an initialised process group; got none: call "

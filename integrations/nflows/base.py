@@ -25,6 +25,9 @@ class MultiscaleNormal(Distribution):
     Arguments:
         transform: The transform whose latents these are.
 
+    Raises:
+        TypeError: If the transform is another one.
+
     Example:
         >>> from . import RobustFlowStep
         >>> transform = ConditionalMultiscaleTransform(1, context_channels=(8,))
@@ -50,7 +53,11 @@ class MultiscaleNormal(Distribution):
         self._of = (transform,)
 
     def latent_size(self, context: Any = None) -> int:
-        r"""Returns the number of latents of one sample, given this context."""
+        r"""Returns the number of latents of one sample, given this context.
+
+        Arguments:
+            context: The context of the flow, as the transform takes it.
+        """
         return self._of[0].latent_size(context)
 
     def _log_prob(self, inputs: Tensor, context: Any) -> Tensor:

@@ -142,7 +142,15 @@ class ConditionalMultiscaleTransform(MultiscaleCompositeTransform):
 
     def forward(self, inputs: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
         r"""Takes data to flat latents; returns the latents, with shape :math:`(N, D)`, and the
-        log-determinant."""
+        log-determinant.
+
+        Arguments:
+            inputs: The data, with shape :math:`(N, C, H, W)`, or :math:`(N, D)`.
+            context: The context; see above.
+
+        Raises:
+            ValueError: If inputs or context do not fit.
+        """
         shapes, contexts = self._plan(context)
         if self._split_dim >= inputs.dim():
             raise ValueError(
@@ -169,7 +177,15 @@ class ConditionalMultiscaleTransform(MultiscaleCompositeTransform):
         return torch.cat(latents, dim=1), total
 
     def inverse(self, inputs: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
-        r"""Takes flat latents to data; returns the data and the log-determinant."""
+        r"""Takes flat latents to data; returns the data and the log-determinant.
+
+        Arguments:
+            inputs: The latents, with shape :math:`(N, D)`.
+            context: The context; see above.
+
+        Raises:
+            ValueError: If latents or context do not fit.
+        """
         if inputs.dim() != 2:
             raise ValueError(
                 f"the latents must have shape (N, D); got {tuple(inputs.shape)}: flatten them"
@@ -191,7 +207,11 @@ class ConditionalMultiscaleTransform(MultiscaleCompositeTransform):
         return outputs, total
 
     def latent_size(self, context: Any = None) -> int:
-        r"""Returns the number of latents of one sample, given this context."""
+        r"""Returns the number of latents of one sample, given this context.
+
+        Arguments:
+            context: The context; see above.
+        """
         return prod(self._plan(context)[0][0])
 
     def _leaving(self, shape: Shape) -> int:
@@ -311,6 +331,9 @@ class RobustFlowStep(CompositeTransform):
         slope: The least slope.
         mix: The 1×1 convolution: ``"orthogonal"``, a rotation, which keeps the bound of the
             samples small and is never singular, or ``"free"``, as in Glow.
+
+    Raises:
+        ValueError: If there are less than two channels, or an option is out of range.
 
     Example:
         >>> step = RobustFlowStep(12, context_channels=8, hidden_channels=16)

@@ -42,7 +42,17 @@ PACE = 10.0
 def map_of(
     num_bins: int, tail_bound: float, shift_bound: float | None, slope: float | None
 ) -> Robust:
-    r"""Returns the family of splines with these options, after a look at them."""
+    r"""Returns the family of splines with these options, after a look at them.
+
+    Arguments:
+        num_bins: The number of bins :math:`K`, 2 or more.
+        tail_bound: The bound :math:`B` of the box.
+        shift_bound: The bound of the shift, :py:`None` for a free one.
+        slope: The least slope, :py:`None` for the published spline.
+
+    Raises:
+        ValueError: If an option is out of range.
+    """
     if not isinstance(num_bins, Integral) or num_bins < 2:
         raise ValueError(f"num_bins must be an integer of at least 2; got {num_bins!r}")
     if not _in(tail_bound, 0, math.inf):
@@ -68,7 +78,14 @@ def _in(value: Any, low: float, high: float) -> bool:
 
 
 def check_tails(tails: str | None) -> None:
-    r"""Refuses the tails that a robust spline does not have."""
+    r"""Refuses the tails that a robust spline does not have.
+
+    Arguments:
+        tails: The tails that were asked for.
+
+    Raises:
+        ValueError: If they are not linear.
+    """
     if tails != "linear":
         raise ValueError(
             "a robust spline covers the whole line, and its tails are linear: leave `tails` out,"
@@ -81,6 +98,9 @@ def check_positive(**sizes: Any) -> None:
 
     Arguments:
         sizes: The sizes, by name.
+
+    Raises:
+        ValueError: If a size is no positive integer.
     """
     for name, size in sizes.items():
         if not isinstance(size, Integral) or size < 1:
@@ -88,14 +108,27 @@ def check_positive(**sizes: Any) -> None:
 
 
 def check_floating(inputs: Any) -> None:
-    r"""Refuses inputs that are no floating point tensor: outputs have the dtype of the inputs."""
+    r"""Refuses inputs that are no floating point tensor: outputs have the dtype of the inputs.
+
+    Arguments:
+        inputs: The inputs.
+
+    Raises:
+        TypeError: If they are no floating point tensor.
+    """
     if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
         given = inputs.dtype if isinstance(inputs, Tensor) else type(inputs).__name__
         raise TypeError(f"the inputs must be a floating point tensor; got {given}")
 
 
 def apply_map(f: Univariate, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    r"""Applies a univariate map; returns the output and `ladj` with shape :math:`(N)`."""
+    r"""Applies a univariate map; returns the output and `ladj` with shape :math:`(N)`.
+
+    Arguments:
+        f: The map.
+        x: The input, with shape :math:`(N, *)`.
+        inverse: Whether the map goes back to data.
+    """
     y, ladj = f.inverse_and_ladj(x) if inverse else f.call_and_ladj(x)
     return y, sum_rows(ladj)
 
@@ -154,6 +187,9 @@ class SplineHead(nn.Module):
 
         Returns:
             The parameters, with shape :math:`(N, C, n)` or :math:`(N, C, n, H, W)`.
+
+        Raises:
+            ValueError: If the network returned another number of outputs.
         """
         n = self.map.parameters
         if raw.shape[1] != self.features * n:
@@ -173,7 +209,11 @@ class SplineHead(nn.Module):
 
     def spline(self, raw: Tensor) -> Univariate:
         r"""Returns the :class:`flowguard.RobustSpline` of these outputs of the network; for their
-        shape, see :meth:`phi`."""
+        shape, see :meth:`phi`.
+
+        Arguments:
+            raw: The outputs of the network.
+        """
         return self.map.transform(self.phi(raw))
 
     def forward(self, x: Tensor, raw: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:

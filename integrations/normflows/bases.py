@@ -39,6 +39,9 @@ class GaussianPrior(BaseDistribution):
         mean_bound: The bound of the mean.
         scale_bound: The bound of the log-scale.
 
+    Raises:
+        ValueError: If a bound is not positive and finite, or a size not a positive number.
+
     Example:
         >>> base = GaussianPrior(6, context_channels=3, given_channels=6)
         >>> z, log_p = base(2, context=torch.randn(2, 3, 4, 4), given=torch.randn(2, 6, 4, 4))
@@ -91,6 +94,9 @@ class GaussianPrior(BaseDistribution):
             z: A latent, of which only the shape matters.
             context: The context.
             given: The latents :math:`z_1` of the coarser levels.
+
+        Raises:
+            ValueError: If context or coarser latents do not fit.
         """
         context = context_like(z, context, self.context_channels)
         if self.given_channels is not None:
@@ -116,7 +122,7 @@ class GaussianPrior(BaseDistribution):
         given: Tensor | None = None,
         size: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        r"""Samples, and returns the log-density of the samples.
+        r"""Draws samples, and returns them with their log-density.
 
         Arguments:
             num_samples: The number of samples.
@@ -124,6 +130,9 @@ class GaussianPrior(BaseDistribution):
             given: The latents :math:`z_1` of the coarser levels.
             size: The height and width of the latent. If :py:`None`, those of `given`, or else of
                 `context`.
+
+        Raises:
+            ValueError: If nothing tells the size, or context or coarser latents do not fit.
         """
         if size is None:
             known = [t for t in (given, context) if t is not None and t.dim() == 4]

@@ -50,6 +50,10 @@ def robust_map(
         bound: The bound of the box.
         shift_bound: The bound of the shift.
         slope: The least slope.
+
+    Raises:
+        TypeError: If a bound or the slope is no number.
+        ValueError: If one is out of range.
     """
     for name, number in (("tail_bound", bound), ("shift_bound", shift_bound), ("slope", slope)):
         if number is not None and not isinstance(number, int | float):
@@ -76,6 +80,9 @@ def check_sizes(**sizes: Any) -> None:
 
     Arguments:
         sizes: The sizes, by name.
+
+    Raises:
+        ValueError: If a size is neither a positive integer nor :py:`None`.
     """
     for name, size in sizes.items():
         if size is not None and (not isinstance(size, Integral) or size < 1):
@@ -123,6 +130,11 @@ def context_like(z: Tensor, context: Tensor | None, channels: int | None) -> Ten
         context: The context, with shape :math:`(B, C')`, or for images :math:`(B, C', H, W)`,
             where one position stands for all.
         channels: The number of channels that the layer was made for, :py:`None` for no context.
+
+    Raises:
+        TypeError: If the context is no floating point tensor.
+        ValueError: If there is a context where the layer takes none, none where it takes one, or
+            one of another shape.
     """
     if channels is None:
         if context is not None:

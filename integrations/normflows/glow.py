@@ -52,6 +52,9 @@ class RobustCouplingBlock(Flow):
         univariate: The constructor of the map. If :py:`None`, use the robust spline with two bins.
         shapes: The shapes of its parameters.
 
+    Raises:
+        ValueError: If the split is unknown, or only one of map and shapes is given.
+
     Example:
         >>> layer = RobustCouplingBlock(nn.Conv2d(2 + 3, 2 * 4, 1), context_channels=3)
         >>> z, context = torch.randn(2, 4, 8, 8), torch.randn(2, 3, 8, 8)
@@ -88,7 +91,14 @@ class RobustCouplingBlock(Flow):
         return f"context_channels={self.context_channels}, split_mode={self.split_mode!r}"
 
     def split(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        r"""Splits into the half that is kept and the half that is transformed."""
+        r"""Splits into the half that is kept and the half that is transformed.
+
+        Arguments:
+            z: The features, with shape :math:`(B, C, *)`.
+
+        Raises:
+            ValueError: If a checkerboard has an odd last dimension.
+        """
         if self.split_mode == "channel":
             kept, changed = z.tensor_split(((z.shape[1] + 1) // 2,), dim=1)
             return kept, changed
@@ -104,7 +114,12 @@ class RobustCouplingBlock(Flow):
         return torch.where(white, even, odd), torch.where(white, odd, even)
 
     def merge(self, kept: Tensor, changed: Tensor) -> Tensor:
-        r"""Puts together what :meth:`split` has split."""
+        r"""Puts together what :meth:`split` has split.
+
+        Arguments:
+            kept: The half that was kept.
+            changed: The half that was transformed.
+        """
         if self.split_mode == "channel":
             return torch.cat((kept, changed), dim=1)
         if self.split_mode == "channel_inv":
@@ -251,6 +266,9 @@ class RobustGlowBlock(Flow):
         shift_bound: The bound of the shift. If :py:`None`, the shift is free, and the samples are
             not bounded.
         slope: The least slope of the splines.
+
+    Raises:
+        ValueError: If an option is unknown or out of range.
 
     Example:
         >>> block = RobustGlowBlock(12, 16, context_channels=3)

@@ -61,6 +61,9 @@ class RobustSplineCoupling(Flow):
             on nothing, as the stock layer does. A second spline costs time, and the next layer,
             with the mask reversed, transforms the rest anyway.
 
+    Raises:
+        ValueError: If the tails are not linear, or an option is out of range.
+
     Example:
         >>> layer = RobustSplineCoupling(3, 1, 16, num_context_channels=5, init_identity=False)
         >>> z, context = torch.randn(64, 3), torch.randn(64, 5)

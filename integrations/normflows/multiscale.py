@@ -75,6 +75,10 @@ class ConditionalMultiscaleFlow(MultiscaleFlow):
         transform: A last layer, such as :class:`normflows.transforms.Logit`.
         p: The target distribution, for :meth:`reverse_kld` alone.
 
+    Raises:
+        TypeError: If a level is a layer rather than a list of layers.
+        ValueError: If the numbers of bases, levels and merges do not fit.
+
     Example:
         >>> import normflows
         >>> from . import GaussianPrior, RobustGlowBlock
@@ -132,6 +136,9 @@ class ConditionalMultiscaleFlow(MultiscaleFlow):
         Arguments:
             x: The images, with shape :math:`(B, C, H, W)`.
             context: The context.
+
+        Raises:
+            ValueError: If the size of the images or the context does not fit.
         """
         maps = self._maps(context, len(x))
         z, known, log_q = self._inverse(x, maps)
@@ -162,6 +169,9 @@ class ConditionalMultiscaleFlow(MultiscaleFlow):
                 sample for each context, and no density.
             size: The height and width of the samples, for bases of any size. If :py:`None`, what
                 the maps of the context tell: a list those of its levels, a single map its own.
+
+        Raises:
+            ValueError: If number, size or temperature do not fit bases and context.
         """
         num_samples = self._number(num_samples, context)
         maps = self._maps(context, num_samples)
@@ -227,6 +237,9 @@ class ConditionalMultiscaleFlow(MultiscaleFlow):
         Arguments:
             z: The latent of each level, coarsest first.
             context: The context.
+
+        Raises:
+            ValueError: If the number of latents or the context does not fit.
         """
         if len(z) != self.num_levels:
             raise ValueError(f"there must be {self.num_levels} latents; got {len(z)}")
@@ -278,6 +291,9 @@ class ConditionalMultiscaleFlow(MultiscaleFlow):
             score_fn: Whether the gradient includes the score function; see
                 https://arxiv.org/abs/1703.09194.
             size: The height and width of the samples.
+
+        Raises:
+            ValueError: If the flow has no target distribution.
         """
         if self.p is None:
             raise ValueError("reverse_kld needs a target distribution: construct the flow with p")

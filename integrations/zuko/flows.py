@@ -161,6 +161,9 @@ class GuardedFlow(LazyDistribution):
             encoder returns.
         conditioner: The conditioner; see :class:`flowguard.OODConditioner`.
 
+    Raises:
+        TypeError: If the flow is no lazy distribution, or the conditioner another module.
+
     Example:
         >>> conditioner = flowguard.OODConditioner(nn.Linear(5, 4), policy="report", alpha=0.01)
         >>> guarded = GuardedFlow(RobustNSF(3, 4), conditioner)
@@ -198,7 +201,8 @@ class GuardedFlow(LazyDistribution):
         return self.conditioner.report
 
     def forward(self, c: Any = None, **kwargs: Any) -> Distribution:
-        r"""
+        r"""Returns the flow's distribution given the embedding of a context.
+
         Arguments:
             c: The context :math:`y` before its encoder.
             kwargs: Keyword arguments passed to the flow.
