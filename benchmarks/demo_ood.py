@@ -6,11 +6,12 @@ Reads the weights that ``flowguard demo --out DIR`` wrote:
 """
 
 import argparse
-import time
 import warnings
 from pathlib import Path
+from statistics import median
 
 import torch
+from common import by_turns
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -98,14 +99,8 @@ def main() -> None:
         "encoder": torch.no_grad()(lambda: encoder(y)),
     }
     print("\n256x256, one image, median of 15 turns")
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(17):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            if turn > 1:
-                times[name].append(time.perf_counter() - start)
-    medians = {name: 1e3 * sorted(t)[len(t) // 2] for name, t in times.items()}
+    times = by_turns(functions, turns=15, warm=2)
+    medians = {name: 1e3 * median(t) for name, t in times.items()}
     score = medians["encoder and score"] - medians["encoder"]
     rest = medians["sampling, scored"] - score
     print("  ".join(f"{k} {v:.1f} ms" for k, v in medians.items()))
