@@ -11,7 +11,7 @@ import torch
 
 from flowguard import data
 from flowguard.bounds import certify
-from flowguard.demo.run import artefact_mask, bits_per_dim
+from flowguard.demo.run import artefact_mask, bits_of
 from flowguard.demo.superres import SuperResolutionTask
 from flowguard.demo.task import BATCH, CROP, NOISE
 from flowguard.image import Elementwise, Robust
@@ -48,7 +48,7 @@ def measure(coupling: str | Elementwise, steps: int, seed: int) -> list[str]:
     crops = data.PairedCrops(photographs, scale=TASK.scale, size=CROP, batch=BATCH, seed=seed)
     result = train(model, crops, steps=steps, progress=False)
     hr, lr = TASK.held_out(seed)
-    bits = bits_per_dim(model, hr, lr, seed)
+    bits = bits_of(model, hr, lr, seed)
     share, largest = 0.0, 0.0
     for condition in TASK.conditions(lr, seed, quick=False):
         generator = torch.Generator().manual_seed(seed)

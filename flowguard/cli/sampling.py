@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flowguard.models import LowLightFlow
-from flowguard.models._padding import pad_to_multiple
 
 WHOLE = 640 * 640  # pixels of a sample up to which "auto" takes the picture as a whole
 CUT = 512  # rows and columns of the tiles beyond, in pixels of the sample
@@ -89,7 +89,8 @@ def sample(
 def _feature_bytes(model: Any, y: Tensor) -> float:
     r"""What the feature maps of the condition take, judged by those of its corner."""
     corner = y[..., :32, :32]
-    corner = pad_to_multiple(corner, 32)
+    bottom, right = (-n % 32 for n in corner.shape[-2:])
+    corner = F.pad(corner, (0, right, 0, bottom), mode="replicate")
     found = model.conditioner.encoder(corner)
     taken = sum(m.numel() * m.element_size() for m in found)
     return taken * y[0, 0].numel() / corner[0, 0].numel()

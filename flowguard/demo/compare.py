@@ -16,7 +16,7 @@ from torch import Tensor
 from flowguard import data, metrics
 from flowguard.bounds import certify
 from flowguard.demo.lowlight import HELD_OUT, LowLightTask
-from flowguard.demo.run import TASKS, Sampled, artefact_mask, bits_per_dim, last_bits, split
+from flowguard.demo.run import TASKS, Sampled, artefact_mask, bits_of, last_bits, split
 from flowguard.demo.task import CALIBRATION_CROPS, NOISE, Model, Question, Task
 from flowguard.image.maps import Elementwise, Robust
 from flowguard.io.atomic import strict_json
@@ -193,7 +193,7 @@ def _quality(
         "ssim": float(metrics.ssim(flat, many).mean()),
         "psnr_temperature_0": float(metrics.psnr(first, target).mean()),
         "ssim_temperature_0": float(metrics.ssim(first, target).mean()),
-        "bits_per_dim": bits_per_dim(model, target, y, o.seed),
+        "bits_per_dim": bits_of(model, target, y, o.seed),
         "diversity": float(metrics.diversity(samples, target)),
         **_rates(samples, y, "in"),
     }

@@ -7,7 +7,7 @@ __all__ = [
     "Sampled",
     "Trained",
     "artefact_mask",
-    "bits_per_dim",
+    "bits_of",
     "last_bits",
     "run_demo",
     "split",
@@ -211,7 +211,7 @@ def split(image: Tensor) -> tuple[Tensor, Tensor]:
     return image[..., :cut], image[..., cut:]
 
 
-def bits_per_dim(model: Model, target: Tensor, y: Tensor, seed: int) -> float:
+def bits_of(model: Model, target: Tensor, y: Tensor, seed: int) -> float:
     r"""Returns an upper bound of the bits per dimension that a picture takes, over four draws of
     the dequantisation noise.
 
@@ -231,7 +231,7 @@ def _quality(task: Task, model: Model, target: Tensor, y: Tensor, seed: int) -> 
     sample = model.sample(y, 1, task.temperature, generator)[0]
     mean = model.sample(y, 1, 0.0)[0]
     return {
-        "bits_per_dim": bits_per_dim(model, target, y, seed),
+        "bits_per_dim": bits_of(model, target, y, seed),
         **task.measures(sample, target),
         **{f"{k}_temperature_0": v for k, v in task.measures(mean, target).items()},
     }

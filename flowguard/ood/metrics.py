@@ -94,19 +94,18 @@ def aupro(maps: Arrays, masks: Arrays, fpr_limit: float = 0.3) -> float:
         raise ValueError(f"fpr_limit must lie in (0, 1]; got {fpr_limit}")
     label = _require("scipy.ndimage").label
     sklearn = _require("sklearn.metrics")
-    weights, regions = [], 0
+    weights = []
     for mask in masks:
         if mask.ndim != 2:
             raise ValueError(
                 "masks must have shape (B, H, W), or be a list with shapes (H, W); got one with "
                 f"shape {tuple(mask.shape)}"
             )
-        components, count = label(mask.cpu().bool().numpy(), structure=torch.ones(3, 3).numpy())
+        components, _ = label(mask.cpu().bool().numpy(), structure=torch.ones(3, 3).numpy())
         components = torch.from_numpy(components).long()
         sizes = torch.bincount(components.flatten(), minlength=1).double()
         # The true positive rate, with each region weighing the same, is the region overlap.
         weights.append(torch.where(components > 0, 1 / sizes[components], 1.0).flatten())
-        regions += count
     ranks, truth = _ranked(maps, masks)
     fpr, overlap, _ = sklearn.roc_curve(truth, ranks, sample_weight=torch.cat(weights).numpy())
     fpr, overlap = torch.from_numpy(fpr), torch.from_numpy(overlap)

@@ -154,7 +154,7 @@ class ConditionalMultiscaleTransform(MultiscaleCompositeTransform):
         shapes, contexts = self._plan(context)
         if self._split_dim >= inputs.dim():
             raise ValueError(
-                f"there is no dimension {self._split_dim} to split in inputs of shape"
+                f"the inputs must have a dimension {self._split_dim} to split; got shape"
                 f" {tuple(inputs.shape)}"
             )
         self._check_size(inputs, shapes)
@@ -288,8 +288,9 @@ class ConditionalMultiscaleTransform(MultiscaleCompositeTransform):
         (rows, columns), (height, width) = size, before
         if any(h * rows % height or w * columns % width for _, h, w in self._level_shapes):
             raise ValueError(
-                f"a context of size {tuple(size)} does not fit: the levels have sizes"
-                f" {[s[1:] for s in self._level_shapes]} for one of size {tuple(before)}"
+                f"the size of the context must fit the levels, which have sizes"
+                f" {[s[1:] for s in self._level_shapes]} for one of size {tuple(before)}; got"
+                f" {tuple(size)}"
             )
         return [(c, h * rows // height, w * columns // width) for c, h, w in self._level_shapes]
 

@@ -139,7 +139,7 @@ def context_like(z: Tensor, context: Tensor | None, channels: int | None) -> Ten
     if channels is None:
         if context is not None:
             raise ValueError(
-                "the layer was made without a context, but got one: give it the number of context"
+                "the layer was made without a context; got one: give it the number of context"
                 " channels, or wrap it in a ContextAdapter to leave the context out"
             )
         return None

@@ -339,7 +339,9 @@ class ConditionalMultiscaleFlow(MultiscaleFlow):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
-            raise ValueError(f"{path} holds more than weights, and was not loaded") from error
+            raise ValueError(
+                f"a file must hold weights alone to be loaded; got {path}, which holds more"
+            ) from error
         self.load_state_dict(state)
 
     # What follows works on maps: for each level the context, with the rows of the input.
@@ -486,7 +488,7 @@ class ConditionalMultiscaleFlow(MultiscaleFlow):
             return
         stiff = [type(base).__name__ for base in self.q0 if not hasattr(base, "temperature")]
         if stiff:
-            raise ValueError(f"these bases know no temperature: {', '.join(stiff)}")
+            raise ValueError(f"all bases must know a temperature; got {', '.join(stiff)}")
         before = [base.temperature for base in self.q0]
         try:
             self.set_temperature(temperature)
