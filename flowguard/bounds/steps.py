@@ -76,9 +76,11 @@ class Noise(Step):
 
     @property
     def features(self) -> int:
+        r"""The number of features of a position."""
         return self.size
 
     def through(self, region: Region, radius: float, roundoff: float) -> Region:
+        r"""Returns the region as it is: the noise is where it starts from."""
         return region
 
 
@@ -98,9 +100,11 @@ class Linear(Step):
 
     @property
     def features(self) -> int:
+        r"""The number of columns of the matrix."""
         return self.matrix.shape[1]
 
     def through(self, region: Region, radius: float, roundoff: float) -> Region:
+        r"""Returns the region of :math:`W x`, with the rounding error of the product."""
         matrix = constant(self.matrix)
         error = matrix.abs() if self.error is None else constant(self.error)
         return region.linear(matrix, error, roundoff)
@@ -115,10 +119,12 @@ class Scale(Step):
 
     @property
     def features(self) -> int | None:
+        r"""The number of elements of factor or offset; :py:`None` if one stands for all."""
         n = max(self.factor.numel(), self.offset.numel())
         return n if n > 1 else None
 
     def through(self, region: Region, radius: float, roundoff: float) -> Region:
+        r"""Returns the region of :math:`s_i x_i + b_i`, with the rounding error."""
         shape = region.box.shape[1]
         factor, offset = (constant(t).flatten().expand(shape) for t in (self.factor, self.offset))
         return region.scale(factor, offset, roundoff)
@@ -132,9 +138,11 @@ class Permute(Step):
 
     @property
     def features(self) -> int:
+        r"""The length of the order."""
         return self.order.numel()
 
     def through(self, region: Region, radius: float, roundoff: float) -> Region:
+        r"""Returns the region with its features rearranged, without any error."""
         return region.permute(self.order.detach().cpu())
 
 
@@ -152,9 +160,11 @@ class Pointwise(Step):
 
     @property
     def features(self) -> int | None:
+        r"""The length of the mask; :py:`None` without one."""
         return None if self.mask is None else self.mask.numel()
 
     def through(self, region: Region, radius: float, roundoff: float) -> Region:
+        r"""Returns the region after the map, by its envelope, on the features of the mask."""
         everywhere = torch.ones(region.box.shape[1], dtype=torch.bool)
         mask = everywhere if self.mask is None else self.mask.detach().cpu()
         return region.elementwise(self.envelope, mask, roundoff)
@@ -175,6 +185,8 @@ class Join(Step):
     scale_bound: float
 
     def through(self, region: Region, radius: float, roundoff: float) -> Region:
+        r"""Returns the region with the further features, as large as mean, scale and noise let
+        them be."""
         largest = torch.tensor(self.scale_bound, dtype=torch.float64).exp().item()
         largest = self.mean_bound + largest * radius
         # The exponential of a rounded s, two units of its own, a product and a sum.
@@ -188,6 +200,7 @@ class Unsqueeze(Step):
     factor: int
 
     def through(self, region: Region, radius: float, roundoff: float) -> Region:
+        r"""Returns the region of the positions that each cell becomes."""
         return region.unsqueeze(self.factor)
 
 
@@ -196,6 +209,7 @@ class Flatten(Step):
     r"""The end of a layer after which features are no longer told apart, as those of an image."""
 
     def through(self, region: Region, radius: float, roundoff: float) -> Region:
+        r"""Returns a cube of one feature, with the largest side of the region."""
         return Region.cube(region.box.new_full((1, 1), region.largest))
 
 
@@ -204,6 +218,7 @@ class Remark(Step):
     r"""A row in the table for what the bound leaves out, such as an image that is added last."""
 
     def through(self, region: Region, radius: float, roundoff: float) -> Region:
+        r"""Returns the region as it is: nothing is bounded here."""
         return region
 
 
@@ -222,6 +237,7 @@ class Refused(Step):
 
     @property
     def finite(self) -> bool:
+        r"""Always true: nothing is claimed that could be infinite."""
         return True  # it claims nothing
 
 

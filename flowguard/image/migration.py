@@ -193,10 +193,13 @@ class ImageSurgeon(Surgeon):
         return latents, ladj
 
     def log_prob(self, x: Tensor, context: Any) -> Tensor:
+        r"""Returns the log-density of each image, with shape :math:`(B)`."""
         latents, ladj = self._latents(x, context)
         return ladj + normal_log_prob(latents)
 
     def sites(self) -> list[Site]:
+        r"""Returns the affine maps of the couplings and of the splits, in the order of the
+        modules."""
         found: list[Site] = []
         for name, module in self.model.named_modules():
             if isinstance(module, ConditionalCoupling) and _is_affine(module):
@@ -209,6 +212,7 @@ class ImageSurgeon(Surgeon):
         return found
 
     def others(self) -> list[str]:
+        r"""Returns names and classes of couplings and splits that stay as they are."""
         return [
             f"{name} ({type(module).__name__})"
             for name, module in self.model.named_modules()
@@ -217,11 +221,13 @@ class ImageSurgeon(Surgeon):
         ]
 
     def encode(self, x: Tensor, context: Any) -> Tensor | None:
+        r"""Returns the latents of all levels as one row for each image, with shape :math:`(B, D)`."""
         latents, _ = self._latents(x, context)
         self.shapes = [z.shape[1:] for z in latents]
         return torch.cat([z.flatten(1) for z in latents], dim=1)
 
     def decode(self, z: Tensor, context: Any) -> Tensor:
+        r"""Returns the images of such rows, with the shapes of the last call of :meth:`encode`."""
         model: Any = self.model
         parts = z.split([shape.numel() for shape in self.shapes], dim=1)
         latents = [t.unflatten(1, shape) for t, shape in zip(parts, self.shapes, strict=True)]

@@ -64,6 +64,7 @@ class Split(nn.Module):
         self.net = ZeroConv2d(self.kept + context_channels, 2 * self.dropped)
 
     def extra_repr(self) -> str:
+        r"""Returns the numbers of channels that stay and that leave, for the printed module."""
         return f"kept={self.kept}, dropped={self.dropped}"
 
     def _prior(self, kept: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -91,6 +92,8 @@ class Split(nn.Module):
     def forward(
         self, x: Tensor, context: Tensor | None = None, inner: Inner | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
+        r"""Parts the channels; returns what stays, the latent and the log-determinant of the
+        latter."""
         kept, dropped = x.tensor_split((self.kept,), dim=1)
         mean, logs = (crop(t, inner) for t in self._prior(kept, context))
         kept, dropped = crop(kept, inner), crop(dropped, inner)
@@ -103,6 +106,7 @@ class Split(nn.Module):
         context: Tensor | None = None,
         inner: Inner | None = None,
     ) -> tuple[Tensor, Tensor]:
+        r"""Puts a latent back; returns all channels and the log-determinant."""
         mean, logs = (crop(t, inner) for t in self._prior(kept, context))
         dropped = crop(latent, inner) * torch.exp(logs) + mean
         return torch.cat((crop(kept, inner), dropped), dim=1), logs.flatten(1).sum(1)

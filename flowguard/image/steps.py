@@ -44,6 +44,8 @@ class TransitionStep(nn.Module):
         self.mix: Mix = MIXES[mix](channels)
 
     def forward(self, x: Tensor, ready: PixelMaps | None = None) -> tuple[Tensor, Tensor]:
+        r"""Takes data to noise; returns the output and the log-determinant, with shape
+        :math:`(B)`."""
         if ready is not None and not torch.is_grad_enabled():
             return ready[0](x)
         x, a = self.actnorm(x)
@@ -51,6 +53,8 @@ class TransitionStep(nn.Module):
         return x, a + b
 
     def inverse(self, z: Tensor, ready: PixelMaps | None = None) -> tuple[Tensor, Tensor]:
+        r"""Takes noise to data; returns the output and the log-determinant, with shape
+        :math:`(B)`."""
         if ready is not None and not torch.is_grad_enabled():
             return ready[1](z)
         z, b = self.mix.inverse(z)
@@ -106,6 +110,8 @@ class FlowStep(nn.Module):
     def forward(
         self, x: Tensor, context: Tensor | Condition | None = None
     ) -> tuple[Tensor, Tensor]:
+        r"""Takes data to noise; returns the output and the log-determinant, with shape
+        :math:`(B)`."""
         ready = _ready(context)
         if ready is not None:
             x, b = ready.forward_mix(x)
@@ -119,6 +125,8 @@ class FlowStep(nn.Module):
     def inverse(
         self, z: Tensor, context: Tensor | Condition | None = None, ladj: bool = True
     ) -> tuple[Tensor, Tensor]:
+        r"""Takes noise to data; returns the output and the log-determinant, with shape
+        :math:`(B)`."""
         z, c = self.coupling.inverse(z, context, ladj=ladj)
         ready = _ready(context)
         if ready is not None:

@@ -75,6 +75,8 @@ class Rescaled(Univariate):
         return x * self.scale_in + self.loc_in, ladj - self._gain(ladj)
 
     def inverse_bound(self, radius: float) -> float:
+        r"""Returns a bound of the inverse within a radius, whatever the parameters of the base
+        are."""
         bounds = zip(
             *(
                 t.detach().double().flatten().tolist()
@@ -140,6 +142,7 @@ class RescaledSpline(nn.Module):
         self.slope = slope
 
     def extra_repr(self) -> str:
+        r"""Returns the options of the splines, for the printed module."""
         return f"bins={self.bins}, bound={self.bound}, shift_bound={self.shift_bound}"
 
     def forward(self, *phi: Tensor) -> Rescaled:

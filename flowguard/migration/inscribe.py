@@ -149,6 +149,7 @@ class InscribedAffine(_Units):
         self.slope = spline.slope
 
     def extra_repr(self) -> str:
+        r"""Returns the options of the splines, for the printed module."""
         return f"bound={self.bound}, shift_bound={self.shift_bound}"
 
     def forward(self, scale: Tensor, shift: Tensor) -> Rescaled:
@@ -199,6 +200,7 @@ class InscribedShift(_Units):
         self.shift_bound = spline.shift_bound
 
     def extra_repr(self) -> str:
+        r"""Returns the bound of the shift, for the printed module."""
         return f"shift_bound={self.shift_bound}"
 
     def forward(self, shift: Tensor) -> Rescaled:

@@ -183,6 +183,7 @@ class LowLightFlow(Pretrained, nn.Module):
         )
 
     def extra_repr(self) -> str:
+        r"""Returns the target ratio, for the printed module."""
         return f"target_ratio={self.target_ratio:g}"
 
     @property

@@ -121,15 +121,19 @@ class AffineHead(Head):
         self.outputs = 2
 
     def univariate(self, raw: Tensor) -> Rescaled:
+        r"""Returns the inscribed splines of the affine maps that these outputs of the network ask
+        for."""
         scale, shift = self.formula(raw)
         return self.map(scale.clamp(max=LARGEST), shift)
 
     def family(self) -> RobustSpline:
+        r"""Returns a spline of the family, whose envelope holds for all of them."""
         f, zeros = self.map, torch.zeros(1, 2)
         options: Any = {"bound": f.bound, "shift_bound": f.shift_bound, "slope": f.slope}
         return RobustSpline(zeros, zeros, zeros, torch.zeros(1), **options)
 
     def units(self) -> tuple[Tensor, ...]:
+        r"""Returns location and scale of the inputs, and those of the outputs."""
         return self.map.loc_in, self.map.scale_in, self.map.loc_out, self.map.scale_out
 
 
@@ -146,12 +150,15 @@ class ShiftHead(Head):
         self.outputs = 1
 
     def univariate(self, raw: Tensor) -> Rescaled:
+        r"""Returns the bounded shifts that these outputs of the network ask for."""
         return self.map(raw.movedim(1, -1))
 
     def family(self) -> AdditiveTransform:
+        r"""Returns a shift of the family, whose bound holds for all of them."""
         return AdditiveTransform(torch.zeros(1), self.map.shift_bound)
 
     def units(self) -> tuple[Tensor, ...]:
+        r"""Returns location and scale of the inputs, and those of the outputs."""
         f = self.map
         return torch.zeros_like(f.loc), f.scale, f.loc, f.scale
 
@@ -179,6 +186,7 @@ class CarriedHead(Head):
         self.outputs = 3 * self.bins - 1
 
     def extra_repr(self) -> str:
+        r"""Returns bins and bound, for the printed module."""
         return f"bins={self.bins}, bound={self.bound:g}"
 
     def logits(self, raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,10 +196,12 @@ class CarriedHead(Head):
         return widths / self.divisor, heights / self.divisor, slopes
 
     def univariate(self, raw: Tensor) -> RobustSpline:
+        r"""Returns the splines that these outputs of the network ask for."""
         w, h, d = unconstrain_softmax(*self.logits(raw), least=self.least, slope=self.slope)
         return RobustSpline(w, h, d, bound=self.bound, slope=self.slope)
 
     def family(self) -> RobustSpline:
+        r"""Returns a spline of the family, whose envelope holds for all of them."""
         zeros = torch.zeros(1, 1)
         return RobustSpline(zeros, zeros, zeros, bound=self.bound, slope=self.slope)
 
