@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 import zuko
+from common import moons
 from torch import Tensor
-from zuko_toy import moons, train
+from zuko_toy import train
 
 from flowguard import data
 from flowguard.bounds import certify

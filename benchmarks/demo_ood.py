@@ -6,16 +6,18 @@ Reads the weights that ``flowguard demo --out DIR`` wrote:
 """
 
 import argparse
-import time
 import warnings
 from pathlib import Path
+from statistics import median
 
 import torch
+from common import by_turns
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flowguard import data
-from flowguard.demo import run as demo
+from flowguard.demo.run import artefact_mask
+from flowguard.demo.superres import SuperResolutionTask
+from flowguard.metrics import psnr
 from flowguard.ood import OODReport, metrics
 
 
@@ -42,27 +44,27 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    model = demo.build("affine").eval()
+    task = SuperResolutionTask()
+    model = task.build("affine").eval()
     model.load_state_dict(load_file(args.folder / "affine.safetensors"))
-    hr = data.crop_to_multiple(data.photograph(data.HELD_OUT_PHOTOGRAPH), demo.SCALE)[None]
-    lr = data.downsample(hr, demo.SCALE)
-    held, *strange = demo.conditions(lr, args.seed, quick=False)
+    hr, lr = task.held_out(args.seed)
+    held, *strange = task.conditions(lr, args.seed, quick=False)
 
     def sample(y: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(args.seed)
-        return model.sample(y, 1, demo.TEMPERATURE, generator)[0]
+        return model.sample(y, 1, task.temperature, generator)[0]
 
     reports: list[OODReport] = []
     masks: list[Tensor] = []
     maps: dict[str, list[Tensor]] = {}
     for condition in strange:
-        mask = demo.artefact_mask(sample(condition.image), condition.image)
+        mask = artefact_mask(sample(condition.image), condition.image)
         report = model.conditioner.score(condition.image)
         reports.append(report)
         masks.append(mask)
         for name, m in metrics.level_maps(report, (mask.shape[-2], mask.shape[-1])).items():
             maps.setdefault(name, []).append(m)
-    found = metrics.evaluate(reports, masks)
+    found = metrics.evaluate_maps(reports, masks)
     print(f"{len(strange)} conditions, {sum(m.numel() for m in masks)} pixels")
     for name, numbers in found.items():
         print(f"{name:10s}", "  ".join(f"{k} {v:.3f}" for k, v in numbers.items()))
@@ -73,18 +75,18 @@ def main() -> None:
         draw(curves, {k: v["auroc"] for k, v in found.items()}, args.figure)
 
     print("\npolicy 'shrink' on the unchanged affine model")
-    plain = demo.psnr(sample(lr), hr)
+    plain = float(psnr(sample(lr), hr))
     model.conditioner.policy = "shrink"
     warnings.simplefilter("ignore")
     worst, bad = 0.0, 0
     for condition in (held, *strange):
         x = sample(condition.image)
-        share = float(demo.artefact_mask(x, condition.image).float().mean())
+        share = float(artefact_mask(x, condition.image).float().mean())
         worst, bad = max(worst, share), bad + int((~torch.isfinite(x)).sum())
         print(f"  {condition.name:24s} artefacts {100 * share:6.3f} %  max|x| {x.abs().max():.3g}")
     print(
         f"non-finite values {bad}, worst share {100 * worst:.3f} %; held-out PSNR {plain:.3f} dB"
-        f" without, {demo.psnr(sample(lr), hr):.3f} dB with"
+        f" without, {float(psnr(sample(lr), hr)):.3f} dB with"
     )
 
     model.conditioner.policy = "report"
@@ -97,14 +99,8 @@ def main() -> None:
         "encoder": torch.no_grad()(lambda: encoder(y)),
     }
     print("\n256x256, one image, median of 15 turns")
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(17):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            if turn > 1:
-                times[name].append(time.perf_counter() - start)
-    medians = {name: 1e3 * sorted(t)[len(t) // 2] for name, t in times.items()}
+    times = by_turns(functions, turns=15, warm=2)
+    medians = {name: 1e3 * median(t) for name, t in times.items()}
     score = medians["encoder and score"] - medians["encoder"]
     rest = medians["sampling, scored"] - score
     print("  ".join(f"{k} {v:.1f} ms" for k, v in medians.items()))

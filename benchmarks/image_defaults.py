@@ -11,13 +11,15 @@ import torch
 
 from flowguard import data
 from flowguard.bounds import certify
-from flowguard.demo import run as demo
-from flowguard.demo.task import BATCH, CROP, NOISE, psnr
+from flowguard.demo.run import artefact_mask, bits_of
+from flowguard.demo.superres import SuperResolutionTask
+from flowguard.demo.task import BATCH, CROP, NOISE
 from flowguard.image import Elementwise, Robust
+from flowguard.metrics import psnr
 from flowguard.models import SuperResolutionFlow
 from flowguard.training.loop import train
 
-SCALE, TEMPERATURE = demo.SUPERRES.scale, demo.SUPERRES.temperature
+TASK = SuperResolutionTask()
 SETTINGS: dict[str, str | Elementwise] = {
     "affine": "affine",
     **{
@@ -40,24 +42,21 @@ def measure(coupling: str | Elementwise, steps: int, seed: int) -> list[str]:
     r"""Trains a model and returns its row of the table."""
     torch.manual_seed(seed)
     model = SuperResolutionFlow(
-        scale=SCALE, levels=2, steps=4, hidden=64, features=64, coupling=coupling
+        scale=TASK.scale, levels=2, steps=4, hidden=64, features=64, coupling=coupling
     )
     photographs = [data.photograph(name) for name in data.TRAINING_PHOTOGRAPHS]
-    crops = data.PairedCrops(photographs, scale=SCALE, size=CROP, batch=BATCH, seed=seed)
+    crops = data.PairedCrops(photographs, scale=TASK.scale, size=CROP, batch=BATCH, seed=seed)
     result = train(model, crops, steps=steps, progress=False)
-    hr = data.crop_to_multiple(data.photograph(data.HELD_OUT_PHOTOGRAPH), SCALE)[None]
-    lr = data.downsample(hr, SCALE)
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        bits = sum(float(model.nll(hr, lr)) for _ in range(4)) / 4
+    hr, lr = TASK.held_out(seed)
+    bits = bits_of(model, hr, lr, seed)
     share, largest = 0.0, 0.0
-    for condition in demo.conditions(lr, seed, quick=False):
+    for condition in TASK.conditions(lr, seed, quick=False):
         generator = torch.Generator().manual_seed(seed)
-        x = model.sample(condition.image, 1, TEMPERATURE, generator)[0]
-        share = max(share, float(demo.artefact_mask(x, condition.image).float().mean()))
+        x = model.sample(condition.image, 1, TASK.temperature, generator)[0]
+        share = max(share, float(artefact_mask(x, condition.image).float().mean()))
         largest = max(largest, float(x.abs().max().nan_to_num(torch.inf)))
     generator = torch.Generator().manual_seed(seed)
-    quality = psnr(model.sample(lr, 1, TEMPERATURE, generator)[0], hr)
+    quality = float(psnr(model.sample(lr, 1, TASK.temperature, generator)[0], hr))
     return [
         f"{bits:.3f}",
         f"{quality:.2f}",

@@ -7,16 +7,14 @@ one process, and what counts is the median of the ratios of the rounds, so that 
 machine hits both.
 """
 
-from __future__ import annotations
-
 import argparse
-import time
 from collections.abc import Callable
 from statistics import median
 
 import nflows.transforms
 import torch
 import torch.nn as nn
+from common import by_turns
 from torch import Tensor
 
 from flowguard.integrations.nflows import RobustSplineCouplingTransform
@@ -55,12 +53,6 @@ def trained(layer: nn.Module, x: Tensor) -> None:
     (z.square().mean() - ladj.mean()).backward()
 
 
-def timed(run: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=40)
@@ -80,21 +72,19 @@ def main() -> None:
         z, _ = forward(x)
         inverse(z)
 
-    tasks: dict[str, tuple[Callable[[], None], Callable[[], None]]] = {
-        "forward + inverse": (ours, lambda: both_ways(layers["nflows"], x)),
+    tasks: dict[str, dict[str, Callable[[], None]]] = {
+        "forward + inverse": {"robust": ours, "nflows": lambda: both_ways(layers["nflows"], x)},
     }
     if not args.compile:
-        tasks["forward + backward"] = (
-            lambda: trained(layers["robust"], x),
-            lambda: trained(layers["nflows"], x),
-        )
-    for task, (robust, theirs) in tasks.items():
+        tasks["forward + backward"] = {
+            "robust": lambda: trained(layers["robust"], x),
+            "nflows": lambda: trained(layers["nflows"], x),
+        }
+    for task, runs in tasks.items():
         with torch.set_grad_enabled(task == "forward + backward"):
-            for _ in range(3):
-                robust(), theirs()
-            rounds = [(timed(robust), timed(theirs)) for _ in range(args.rounds)]
-        a, b = (1e3 * median(t) for t in zip(*rounds, strict=True))
-        ratio = median(theirs / ours for ours, theirs in rounds)
+            times = by_turns(runs, args.rounds, warm=3)
+        a, b = (1e3 * median(t) for t in times.values())
+        ratio = median(n / r for r, n in zip(*times.values(), strict=True))
         print(f"{task}: robust {a:.1f} ms, nflows {b:.1f} ms, nflows / robust {ratio:.2f}")
 
 

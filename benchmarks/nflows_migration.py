@@ -14,32 +14,18 @@ import copy
 import importlib
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn as nn
+from common import moons, train
 from torch import Tensor
 
 from flowguard.bounds import certify
 from flowguard.migration import migrate
 
 DISTANCES = (1.0, 10.0, 100.0, 1e4, 1e30)  # in standard deviations of the contexts
-
-
-def moons(n: int) -> tuple[Tensor, Tensor]:
-    r"""Draws pairs of a point and a context, both of about unit variance."""
-    c = torch.randn(n, 2)
-    t = math.pi * torch.rand(n)
-    upper = torch.rand(n) < 0.5
-    x = torch.where(upper, t.cos(), 1 - t.cos()) - 0.5
-    y = torch.where(upper, t.sin(), 0.5 - t.sin()) - 0.25
-    points = torch.stack((x, y), dim=-1) + 0.05 * torch.randn(n, 2)
-    angle, scale = c[:, 0], torch.exp(0.3 * c[:, 1])
-    cos, sin = angle.cos(), angle.sin()
-    turned = torch.stack(
-        (cos * points[:, 0] - sin * points[:, 1], sin * points[:, 0] + cos * points[:, 1]), dim=-1
-    )
-    return 1.3 * scale[:, None] * turned, c
 
 
 def build(host: str, kind: str) -> nn.Module:
@@ -65,17 +51,9 @@ def build(host: str, kind: str) -> nn.Module:
     return importlib.import_module(f"{host}.flows").Flow(T.CompositeTransform(layers), base)
 
 
-def train(flow: Any, steps: int, lr: float, batch: int = 512) -> None:
-    optimizer = torch.optim.Adam(flow.parameters(), lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    flow.train()
-    for _ in range(steps):
-        x, c = moons(batch)
-        optimizer.zero_grad()
-        (-flow.log_prob(x, c).mean()).backward()
-        optimizer.step()
-        schedule.step()
-    flow.eval()
+def loss_of(flow: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    r"""Returns the loss of a flow, given points and contexts."""
+    return lambda x, c: -flow.log_prob(x, c).mean()
 
 
 @torch.no_grad()
@@ -107,10 +85,10 @@ def far(flow: Any, n: int = 20_000) -> str:
 def report(host: str, kind: str, steps: int) -> None:
     torch.manual_seed(0)
     flow: Any = build(host, kind)
-    train(flow, steps, 2e-3)
+    train(flow, loss_of(flow), steps)
     migrated, told = migrate(flow, calibration=moons(8192))
     tuned = copy.deepcopy(migrated)
-    train(tuned, max(1, steps // 10), 5e-4)
+    train(tuned, loss_of(tuned), max(1, steps // 10), lr=5e-4)
     x, c = moons(20_000)
     z = torch.randn(20_000, 2)
     moved = (decode(flow, z, c) - decode(migrated, z, c)).abs() / x.std(0)

@@ -12,11 +12,13 @@ import argparse
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import normflows as nf
 import torch
 import torch.nn as nn
+from common import train, turned, two_moons
 from torch import Tensor
 
 import flowguard
@@ -27,20 +29,13 @@ warnings.filterwarnings("ignore", message=".*torch.lu is deprecated.*")
 CONTEXT = 2
 
 
-def moons(n: int, context: bool) -> tuple[Tensor, ...]:
-    t = math.pi * torch.rand(n)
-    upper = torch.rand(n) < 0.5
-    x = torch.where(upper, t.cos(), 1 - t.cos()) - 0.5
-    y = torch.where(upper, t.sin(), 0.5 - t.sin()) - 0.25
-    points = 3 * torch.stack((x, y), -1) + 0.3 * torch.randn(n, 2)
+def pairs(n: int, context: bool) -> tuple[Tensor, ...]:
+    r"""Draws points away from standard units, and contexts that turn and scale them, if any."""
+    points = 3 * two_moons(n, 0.1)
     if not context:
         return (points + 5,)
     c = torch.randn(n, CONTEXT)
-    cos, sin = c[:, 0].cos(), c[:, 0].sin()
-    turned = torch.stack(
-        (cos * points[:, 0] - sin * points[:, 1], sin * points[:, 0] + cos * points[:, 1]), -1
-    )
-    return torch.exp(0.3 * c[:, 1:]) * turned + 5, c
+    return turned(points, c) + 5, c
 
 
 def mlp(i: int, o: int) -> nn.Module:
@@ -66,7 +61,7 @@ def autoregressive() -> list[Any]:
     return [nf.flows.MaskedAffineAutoregressive(2, 64, CONTEXT) for _ in range(4)]
 
 
-def turned() -> list[Any]:
+def reversed_autoregressive() -> list[Any]:
     return [ContextAdapter(nf.flows.Reverse(f)) for f in autoregressive()]
 
 
@@ -79,7 +74,7 @@ FLOWS: dict[str, tuple[bool, Callable[[], list[Any]]]] = {
     "AffineCouplingBlock, sigmoid": (False, lambda: blocks("sigmoid")),
     "MaskedAffineFlow": (False, masked),
     "MaskedAffineAutoregressive": (True, autoregressive),
-    "the same, turned": (True, turned),
+    "the same, turned": (True, reversed_autoregressive),
     "CoupledRationalQuadraticSpline": (
         True,
         lambda: splines(nf.flows.CoupledRationalQuadraticSpline),
@@ -91,20 +86,9 @@ FLOWS: dict[str, tuple[bool, Callable[[], list[Any]]]] = {
 }
 
 
-def train(flow: Any, context: bool, steps: int) -> None:
-    optimizer = torch.optim.Adam(flow.parameters(), 3e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        flow.forward_kld(*moons(256, context)).backward()
-        nn.utils.clip_grad_norm_(flow.parameters(), 10.0)
-        optimizer.step()
-        schedule.step()
-
-
 @torch.no_grad()
-def nll(flow: Any, pairs: tuple[Tensor, ...]) -> float:
-    return -flow.log_prob(*pairs).mean().item()
+def nll(flow: Any, unseen: tuple[Tensor, ...]) -> float:
+    return -flow.log_prob(*unseen).mean().item()
 
 
 @torch.no_grad()
@@ -134,8 +118,9 @@ def main() -> None:
         base = nf.distributions.DiagGaussian(2)
         wrap = nf.ConditionalNormalizingFlow if context else nf.NormalizingFlow
         flow = wrap(base, make())
-        train(flow, context, options.steps)
-        unseen, calibration = moons(16384, context), moons(8192, context)
+        draw = partial(pairs, context=context)
+        train(flow, flow.forward_kld, options.steps, draw=draw, batch=256, lr=3e-3, clip=10.0)
+        unseen, calibration = draw(16384), draw(8192)
         swapped, _ = flowguard.migrate(flow, *calibration)
         tuned, report = flowguard.migrate(flow, *calibration, steps=200)
         before, after = nll(flow, unseen), nll(tuned, unseen)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from common import by_turns
 from torch import Tensor
 
 from flowguard import data
@@ -36,21 +37,6 @@ def step(model: SuperResolutionFlow, optimizer: torch.optim.Optimizer) -> Callab
             optimizer.step()
 
     return run
-
-
-def by_turns(
-    runs: dict[str, Callable[[], object]], turns: int, warm: int, clock: Callable[[], float]
-) -> dict[str, list[float]]:
-    r"""Seconds of all runs, one after the other in every turn."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(warm + turns):
-        # Each is first in every other turn.
-        for name in list(runs)[:: 1 if turn % 2 else -1]:
-            start = clock()
-            runs[name]()
-            if turn >= warm:
-                times[name].append(clock() - start)
-    return times
 
 
 def report(what: str, times: dict[str, list[float]]) -> None:

@@ -9,11 +9,11 @@ gradients. All run in one process, in turns; the table gives medians.
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 import zuko
+from common import by_turns
 from torch import Tensor
 
 from flowguard.integrations.zuko import RobustCouplingFlow
@@ -47,19 +47,17 @@ def main() -> None:
     }
     x, z = torch.randn(2, args.points, args.features, device=args.device).unbind(0)
     c = torch.randn(args.points, args.context, device=args.device)
+
+    def measured(run: Run) -> Callable[[], float]:
+        return lambda: run(x, c, z).sum().item()  # the device has finished
+
     runs = {
-        (name, kind.__name__): torch.compile(kind(flow)) if args.compile else kind(flow)
+        (name, kind.__name__): measured(torch.compile(kind(flow)) if args.compile else kind(flow))
         for name, flow in flows.items()
         for kind in (log_prob, sample)
     }
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
     with torch.no_grad():
-        for turn in range(args.repeats + 1):
-            for key, run in runs.items():
-                start = time.perf_counter()
-                run(x, c, z).sum().item()
-                if turn > 0:  # the first turn warms up
-                    times[key].append(time.perf_counter() - start)
+        times = by_turns(runs, args.repeats)
 
     how = "compiled" if args.compile else "eager"
     print(

@@ -10,11 +10,12 @@ two, trained, and of zuko's NSF.
 """
 
 import argparse
-import math
 import time
 
+import common
 import torch
 import zuko
+from common import moons
 from torch import Tensor
 
 from flowguard.bounds import certify
@@ -32,32 +33,13 @@ FLOWS = {
 MIGRATED = ("MAF", "NSF", "RealNVP")
 
 
-def moons(n: int) -> tuple[Tensor, Tensor]:
-    r"""Draws pairs of a point and a context, both of about unit variance."""
-    c = torch.randn(n, 2)
-    t = math.pi * torch.rand(n)
-    upper = torch.rand(n) < 0.5
-    x = torch.where(upper, t.cos(), 1 - t.cos()) - 0.5
-    y = torch.where(upper, t.sin(), 0.5 - t.sin()) - 0.25
-    points = torch.stack((x, y), dim=-1) + 0.05 * torch.randn(n, 2)
-    angle, scale = c[:, 0], torch.exp(0.3 * c[:, 1])
-    cos, sin = angle.cos(), angle.sin()
-    turned = torch.stack(
-        (cos * points[:, 0] - sin * points[:, 1], sin * points[:, 0] + cos * points[:, 1]), dim=-1
-    )
-    return 1.3 * scale[:, None] * turned, c
-
-
 def train(flow: zuko.lazy.Flow, steps: int, batch: int = 512, lr: float = 2e-3) -> None:
     r"""Trains a flow on fresh pairs."""
-    optimizer = torch.optim.Adam(flow.parameters(), lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
-        x, c = moons(batch)
-        optimizer.zero_grad()
-        (-flow(c).log_prob(x).mean()).backward()
-        optimizer.step()
-        schedule.step()
+
+    def loss(x: Tensor, c: Tensor) -> Tensor:
+        return -flow(c).log_prob(x).mean()
+
+    common.train(flow, loss, steps, batch=batch, lr=lr)
 
 
 @torch.no_grad()

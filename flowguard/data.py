@@ -9,6 +9,7 @@ __all__ = [
     "Corruption",
     "PairedCrops",
     "corruptions",
+    "crop_to_multiple",
     "delinearize",
     "downsample",
     "expose",
@@ -20,13 +21,13 @@ __all__ = [
 import importlib.resources
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from flowguard.io.pictures import read_image
 
 #: Colour photographs that scikit-image ships, by file name.
 TRAINING_PHOTOGRAPHS = ("astronaut.png", "coffee.png", "rocket.jpg", "motorcycle_left.png")
@@ -40,35 +41,6 @@ OTHER_WORLDS = {
     "page of text": "page.png",
     "checkerboard": "chessboard_GRAY.png",
 }
-
-
-def read_image(path: Any) -> Tensor:
-    r"""Reads an image file as RGB.
-
-    Arguments:
-        path: The path of the file, or an open binary file.
-
-    Returns:
-        The image in :math:`[0, 1]`, with shape :math:`(3, H, W)`, float32.
-
-    Raises:
-        ImportError: If Pillow is not installed.
-        ValueError: If the image has more than 8 bits per channel.
-    """
-    try:
-        from PIL import Image, ImageOps
-    except ImportError as error:
-        raise ImportError(
-            'reading images needs Pillow: pip install "flowguard-nf[demo]"'
-        ) from error
-    with Image.open(path) as image:
-        if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
-            raise ValueError(
-                f"only images of 8 bits per channel can be read; got one of mode {image.mode!r}"
-            )
-        upright = ImageOps.exif_transpose(image)
-        pixels = np.asarray(upright.convert("RGB"), dtype=np.float32) / 255
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def photograph(name: str) -> Tensor:
@@ -104,6 +76,9 @@ def downsample(hr: Tensor, scale: int) -> Tensor:
     Arguments:
         hr: The images, with shape :math:`(B, 3, sH, sW)`.
         scale: The factor :math:`s`.
+
+    Raises:
+        ValueError: If height or width is no multiple of the scale.
     """
     if scale < 1 or hr.shape[-2] % scale or hr.shape[-1] % scale:
         raise ValueError(
@@ -114,7 +89,12 @@ def downsample(hr: Tensor, scale: int) -> Tensor:
 
 
 def crop_to_multiple(image: Tensor, multiple: int) -> Tensor:
-    r"""Cuts rows and columns at the bottom and on the right until the size is a multiple."""
+    r"""Cuts rows and columns at the bottom and on the right until the size is a multiple.
+
+    Arguments:
+        image: The image, with shape :math:`(*, H, W)`.
+        multiple: What height and width shall be multiples of.
+    """
     h, w = (n - n % multiple for n in image.shape[-2:])
     return image[..., :h, :w]
 
@@ -131,6 +111,9 @@ class AlignedCrops:
         size: The height and width of a target's crop, a multiple of `scale`.
         batch: The number of crops in a batch.
         seed: The seed of the stream: the same seed gives the same crops.
+
+    Raises:
+        ValueError: If there are no images, or their sizes do not fit crop and scale.
 
     Example:
         >>> pairs = [(torch.rand(3, 64, 64), torch.rand(6, 64, 64))]
@@ -320,24 +303,3 @@ def corruptions(seed: int) -> list[Corruption]:
         Corruption("negative", (1.0, 5.0), lambda y, s: -s * y),
         Corruption("saturation", (3.0, 20.0), saturate),
     ]
-
-
-def save_image(image: Tensor, path: Path) -> None:
-    r"""Writes an image in :math:`[0, 1]` as PNG; values beyond are cut, NaN is black.
-
-    Arguments:
-        image: The image, with shape :math:`(3, H, W)`.
-        path: The file.
-    """
-    from PIL import Image
-
-    from flowguard.io.atomic import atomic
-
-    with atomic(path) as temporary:
-        Image.fromarray(to_uint8(image)).save(temporary, format="PNG")
-
-
-def to_uint8(image: Tensor) -> np.ndarray[Any, Any]:
-    r"""Returns an image in :math:`[0, 1]` as an array of bytes with shape :math:`(H, W, 3)`."""
-    clean = torch.nan_to_num(image.detach().float().cpu(), nan=0.0).clamp(0, 1)
-    return (clean * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()

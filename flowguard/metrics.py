@@ -30,16 +30,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from flowguard.io.pictures import GREY, shown, whole_numbers
+
 #: A distance of images (N, 3, H, W) to images of the same shape, as a map (N, H, W).
 Distance = Callable[[Tensor, Tensor], Tensor]
 Net = Literal["alex", "vgg", "squeeze"]
 
-GREY = (0.299, 0.587, 0.114)
 WINDOW = 11  # rows and columns of the Gaussian window of the SSIM
 
 
 def _shown(image: Tensor) -> Tensor:
-    """The image on [0, 1], in double precision where the device has it."""
+    r"""The image on [0, 1], in double precision where the device has it."""
     if image.dim() != 4:
         raise ValueError(f"images must have shape (B, C, H, W); got {tuple(image.shape)}")
     dtype = torch.float32 if image.device.type == "mps" else torch.float64
@@ -47,7 +48,7 @@ def _shown(image: Tensor) -> Tensor:
         return image.to(dtype) / 255
     if not image.is_floating_point():
         raise TypeError(f"images must be floating-point or uint8; got {image.dtype}")
-    return torch.nan_to_num(image.detach().to(dtype), nan=0.0).clamp(0, 1)
+    return shown(image.detach().to(dtype))
 
 
 def _pair(image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,11 +66,15 @@ def quantise(image: Tensor) -> Tensor:
     Arguments:
         image: The images, with shape :math:`(B, C, H, W)`.
 
+    Raises:
+        TypeError: If the images are neither floating point nor ``uint8``.
+        ValueError: If they have another shape.
+
     Example:
         >>> quantise(torch.tensor([-0.2, 0.5, 1.2, torch.nan]).reshape(1, 1, 2, 2)).flatten()
         tensor([  0, 128, 255,   0], dtype=torch.uint8)
     """
-    return image if image.dtype == torch.uint8 else (_shown(image) * 255).round().to(torch.uint8)
+    return image if image.dtype == torch.uint8 else whole_numbers(_shown(image)).to(torch.uint8)
 
 
 def psnr(image: Tensor, target: Tensor) -> Tensor:
@@ -82,6 +87,9 @@ def psnr(image: Tensor, target: Tensor) -> Tensor:
 
     Returns:
         One number for each image, with shape :math:`(B)`; infinite for equal ones.
+
+    Raises:
+        ValueError: If the shapes differ.
 
     Example:
         >>> psnr(torch.zeros(2, 3, 8, 8), torch.full((2, 3, 8, 8), 0.1)).round()
@@ -120,6 +128,7 @@ def ssim(image: Tensor, target: Tensor, grey: bool = False) -> Tensor:
 
     Raises:
         ImportError: If torchmetrics is not installed.
+        ValueError: If the shapes differ, or the images are smaller than the window.
 
     Example:
         >>> image = torch.rand(2, 3, 16, 16)
@@ -154,7 +163,7 @@ def _torchmetrics(name: str, what: str) -> Any:
 
 
 def _cubic(x: Tensor) -> Tensor:
-    """Keys' kernel with a = -1/2, that of MATLAB."""
+    r"""Keys' kernel with a = -1/2, that of MATLAB."""
     x = x.abs()
     near = 1.5 * x**3 - 2.5 * x**2 + 1
     far = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
@@ -162,7 +171,7 @@ def _cubic(x: Tensor) -> Tensor:
 
 
 def _resampling(size: int, scale: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The matrix that resizes `size` pixels, with shape (ceil(scale * size), size)."""
+    r"""The matrix that resizes `size` pixels, with shape (ceil(scale * size), size)."""
     new = math.ceil(scale * size - 1e-9)
     shrink = min(scale, 1.0)  # a kernel wider than a pixel is the antialiasing
     # Pixel i covers (i, i + 1); centres of new pixels in the coordinates of the old ones.
@@ -190,6 +199,10 @@ def imresize(image: Tensor, scale: float) -> Tensor:
 
     Returns:
         The images, with shape :math:`(*, \lceil sH \rceil, \lceil sW \rceil)`.
+
+    Raises:
+        TypeError: If the images are neither floating point nor ``uint8``.
+        ValueError: If the scale is not positive, or there is nothing to resize.
 
     Example:
         >>> imresize(torch.rand(2, 3, 37, 51), 1 / 4).shape
@@ -224,6 +237,9 @@ def lr_psnr(image: Tensor, lr: Tensor, scale: int) -> Tensor:
 
     Returns:
         One number for each image, with shape :math:`(B)`.
+
+    Raises:
+        ValueError: If the scale is not positive, or the sizes do not fit.
 
     Example:
         >>> hr = torch.rand(1, 3, 16, 16)
@@ -285,7 +301,12 @@ def _peak(image: Tensor) -> int:
 
 
 def squared_error(image: Tensor, target: Tensor) -> Tensor:
-    r"""Returns the mean squared error of each pixel, a :data:`Distance` that needs no network."""
+    r"""Returns the mean squared error of each pixel, a :data:`Distance` that needs no network.
+
+    Arguments:
+        image: The images, with shape :math:`(B, C, H, W)`.
+        target: The truth, with the same shape.
+    """
     return (image - target).square().mean(1)
 
 
@@ -310,6 +331,9 @@ def diversity(samples: Tensor, target: Tensor, distance: Distance | None = None)
 
     Returns:
         One number for each image, with shape :math:`(B)`.
+
+    Raises:
+        ValueError: If the shapes do not fit, or there is no sample.
 
     Example:
         >>> target = torch.zeros(1, 3, 1, 2)
@@ -396,6 +420,9 @@ def bits_per_dim(log_prob: Tensor, dims: int, levels: int = 256) -> Tensor:
             noise of one grey level's width was added.
         dims: The number of dimensions :math:`D = CHW`.
         levels: The number of grey levels, at the multiples of :math:`1 / (\text{levels} - 1)`.
+
+    Raises:
+        ValueError: If there are no dimensions, or less than two levels.
 
     Example:
         >>> bits_per_dim(torch.zeros(2), dims=12, levels=257)

@@ -4,6 +4,7 @@ __all__ = [
     "AdditiveTransform",
     "AffineTransform",
     "CubicBSpline",
+    "CubicBSplineTransform",
     "PreparedSpline",
     "ReparametrizedAffineTransform",
     "RobustSpline",
@@ -365,7 +366,7 @@ class AdditiveTransform(Univariate):
         return math.inf if self.shift_bound is None else radius + self.shift_bound
 
 
-class CubicBSpline(Univariate):
+class CubicBSplineTransform(Univariate):
     r"""Creates the cubic B-spline map, the other remedy of the paper.
 
     The map is a monotone cubic B-spline on the box, the identity outside, then a shift. Zero
@@ -383,7 +384,7 @@ class CubicBSpline(Univariate):
         shift_bound: The bound of the shift. If :py:`None`, the shift is free, as published.
 
     Example:
-        >>> f = CubicBSpline(torch.zeros(2, 4), torch.zeros(2, 6))
+        >>> f = CubicBSplineTransform(torch.zeros(2, 4), torch.zeros(2, 6))
         >>> f(torch.tensor([-3.0, 3.0]))
         tensor([-3.,  3.])
     """
@@ -421,3 +422,6 @@ class CubicBSpline(Univariate):
         _check_radius(radius)
         shift = 0.0 if self.shift is None else self.shift_bound
         return math.inf if shift is None else max(self.bound, radius + shift)
+
+
+CubicBSpline = CubicBSplineTransform  # as it was called

@@ -212,16 +212,15 @@ def circles(modules: Modules) -> list[str]:
     for who, what, *_ in imports(modules):
         if what in modules and what != who:
             files[who].add(what)
-            a, b = _folder(who, modules), _folder(what, modules)
+            a, b = _folder(who), _folder(what)
             if a != b and "flowguard" not in (a, b):
                 folders[a].add(b)
     return [*_loops(files), *_loops(folders)]
 
 
-def _folder(module: str, modules: Modules) -> str:
-    if getattr(modules[module], "is_package", False) or module.count(".") == 1:
-        return module
-    return module.rpartition(".")[0]
+def _folder(module: str) -> str:
+    r"""The wing or the adapter that a module is in, with all below it."""
+    return ".".join(module.split(".")[: 3 if adapter(module) else 2])
 
 
 def _loops(arrows: dict[str, set[str]]) -> list[str]:

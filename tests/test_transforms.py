@@ -15,7 +15,7 @@ from torch.func import grad, jacfwd, jacrev, vmap
 from flowguard.transforms import (
     AdditiveTransform,
     AffineTransform,
-    CubicBSpline,
+    CubicBSplineTransform,
     ReparametrizedAffineTransform,
     RobustSpline,
     Univariate,
@@ -40,7 +40,7 @@ TABLE: dict[str, tuple[Callable[..., Univariate], list[tuple[int, ...]]]] = {
     "reparametrized": (ReparametrizedAffineTransform, [(), ()]),
     "additive": (AdditiveTransform, [()]),
     "additive-bounded": (functools.partial(AdditiveTransform, shift_bound=2.0), [()]),
-    "b-spline": (CubicBSpline, CubicBSpline.shapes()),
+    "b-spline": (CubicBSplineTransform, CubicBSplineTransform.shapes()),
 }
 # Rounding of values near 5, grown by the slopes that unit-normal parameters give (below 100).
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-12}

@@ -80,7 +80,7 @@ class Noise(Step):
         return self.size
 
     def through(self, region: Region, radius: float, roundoff: float) -> Region:
-        r"""Returns the region of the noise itself."""
+        r"""Returns the region as it is: the noise is where it starts from."""
         return region
 
 
@@ -100,11 +100,11 @@ class Linear(Step):
 
     @property
     def features(self) -> int:
-        r"""The number of features that the matrix takes."""
+        r"""The number of columns of the matrix."""
         return self.matrix.shape[1]
 
     def through(self, region: Region, radius: float, roundoff: float) -> Region:
-        r"""Returns the product, widened by what is rounded."""
+        r"""Returns the region of :math:`W x`, with the rounding error of the product."""
         matrix = constant(self.matrix)
         error = matrix.abs() if self.error is None else constant(self.error)
         return region.linear(matrix, error, roundoff)
@@ -119,12 +119,12 @@ class Scale(Step):
 
     @property
     def features(self) -> int | None:
-        r"""The number of features, if there are several constants."""
+        r"""The number of elements of factor or offset; :py:`None` if one stands for all."""
         n = max(self.factor.numel(), self.offset.numel())
         return n if n > 1 else None
 
     def through(self, region: Region, radius: float, roundoff: float) -> Region:
-        r"""Returns the region, scaled and moved."""
+        r"""Returns the region of :math:`s_i x_i + b_i`, with the rounding error."""
         shape = region.box.shape[1]
         factor, offset = (constant(t).flatten().expand(shape) for t in (self.factor, self.offset))
         return region.scale(factor, offset, roundoff)
@@ -138,11 +138,11 @@ class Permute(Step):
 
     @property
     def features(self) -> int:
-        r"""The number of features."""
+        r"""The length of the order."""
         return self.order.numel()
 
     def through(self, region: Region, radius: float, roundoff: float) -> Region:
-        r"""Returns the region in another order."""
+        r"""Returns the region with its features rearranged, without any error."""
         return region.permute(self.order.detach().cpu())
 
 
@@ -160,11 +160,11 @@ class Pointwise(Step):
 
     @property
     def features(self) -> int | None:
-        r"""The number of features, if it is known which change."""
+        r"""The length of the mask; :py:`None` without one."""
         return None if self.mask is None else self.mask.numel()
 
     def through(self, region: Region, radius: float, roundoff: float) -> Region:
-        r"""Returns the region, with what the envelope allows each feature."""
+        r"""Returns the region after the map, by its envelope, on the features of the mask."""
         everywhere = torch.ones(region.box.shape[1], dtype=torch.bool)
         mask = everywhere if self.mask is None else self.mask.detach().cpu()
         return region.elementwise(self.envelope, mask, roundoff)
@@ -185,7 +185,8 @@ class Join(Step):
     scale_bound: float
 
     def through(self, region: Region, radius: float, roundoff: float) -> Region:
-        r"""Returns the region with further features, as large as can be."""
+        r"""Returns the region with the further features, as large as mean, scale and noise let
+        them be."""
         largest = torch.tensor(self.scale_bound, dtype=torch.float64).exp().item()
         largest = self.mean_bound + largest * radius
         # The exponential of a rounded s, two units of its own, a product and a sum.
@@ -199,7 +200,7 @@ class Unsqueeze(Step):
     factor: int
 
     def through(self, region: Region, radius: float, roundoff: float) -> Region:
-        r"""Returns the region of the positions that features become."""
+        r"""Returns the region of the positions that each cell becomes."""
         return region.unsqueeze(self.factor)
 
 
@@ -208,7 +209,7 @@ class Flatten(Step):
     r"""The end of a layer after which features are no longer told apart, as those of an image."""
 
     def through(self, region: Region, radius: float, roundoff: float) -> Region:
-        r"""Returns a region that is the same for every feature."""
+        r"""Returns a cube of one feature, with the largest side of the region."""
         return Region.cube(region.box.new_full((1, 1), region.largest))
 
 
@@ -217,7 +218,7 @@ class Remark(Step):
     r"""A row in the table for what the bound leaves out, such as an image that is added last."""
 
     def through(self, region: Region, radius: float, roundoff: float) -> Region:
-        r"""Returns the region as it is."""
+        r"""Returns the region as it is: nothing is bounded here."""
         return region
 
 
@@ -236,8 +237,8 @@ class Refused(Step):
 
     @property
     def finite(self) -> bool:
-        r"""Whether all that it says is finite: it claims nothing."""
-        return True
+        r"""Always true: nothing is claimed that could be infinite."""
+        return True  # it claims nothing
 
 
 def _is_finite(value: Any) -> bool:

@@ -25,8 +25,10 @@ def conditional(
     return Pointwise(name=name, kind=kind, depends=g.depends, envelope=g, mask=mask)
 
 
-@envelope_rule(transforms.RobustSpline, transforms.CubicBSpline)
-def _spline(f: transforms.RobustSpline | transforms.CubicBSpline, sampling: bool) -> Envelope:
+@envelope_rule(transforms.RobustSpline, transforms.CubicBSplineTransform)
+def _spline(
+    f: transforms.RobustSpline | transforms.CubicBSplineTransform, sampling: bool
+) -> Envelope:
     shift = 0.0 if f.shift is None else f.shift_bound
     if shift is None:
         return Envelope(1.0, math.inf, reason=FREE)
@@ -66,7 +68,7 @@ def _reparametrized(f: transforms.ReparametrizedAffineTransform, sampling: bool)
 @rule(
     transforms.AdditiveTransform,
     transforms.AffineTransform,
-    transforms.CubicBSpline,
+    transforms.CubicBSplineTransform,
     transforms.ReparametrizedAffineTransform,
     transforms.RobustSpline,
     transforms.Univariate,

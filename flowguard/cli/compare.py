@@ -120,7 +120,7 @@ def _loaded(args: Any) -> dict[str, Any]:
 
 
 def _images(path: Path | None) -> tuple[list[Any], list[str]]:
-    """The pictures of a folder, and what is said of those that are left out."""
+    r"""The pictures of a folder, and what is said of those that are left out."""
     from flowguard.demo.compare import LEAST
     from flowguard.io import pictures
 

@@ -78,7 +78,9 @@ def run(args: Any) -> int:
     Arguments:
         args: The arguments.
     """
-    need(("skimage", "scikit-image"), ("matplotlib", "matplotlib"))
+    need(
+        ("skimage", "scikit-image"), ("matplotlib", "matplotlib"), ("torchmetrics", "torchmetrics")
+    )
     from flowguard.demo import report as demo_report
     from flowguard.demo import run as demo
 
@@ -99,7 +101,7 @@ def run(args: Any) -> int:
         task=args.task,
     )
     with threads(args.threads):
-        result = demo.run(options)
+        result = demo.run_demo(options)
     print(demo_report.table(result))
     try:
         files = demo_report.write(result)

@@ -16,7 +16,6 @@ from flowguard.cli.parsing import (
     Parser,
     UserError,
     add_machine,
-    check_device,
     file,
     folder,
     need,
@@ -45,13 +44,18 @@ class Outcome:
     pictures: list[tuple[str, bytes]] = field(default_factory=list)  # for the report, as PNG
 
 
-def tile_size(text: Any) -> int | str:
+def read_tile(text: Any) -> int | str:
     r"""Reads the size of a tile: auto, none, or a whole number."""
     return str(text) if text in ("auto", "none") else whole(8, 10**6)(text)
 
 
 def add_arguments(parser: Parser, *, temperature: float) -> None:
-    r"""Adds the arguments that both commands have."""
+    r"""Adds the arguments that both commands have.
+
+    Arguments:
+        parser: The parser of the command.
+        temperature: The default of the temperature.
+    """
     parser.add_argument(
         "input",
         nargs="+",
@@ -101,7 +105,7 @@ def add_arguments(parser: Parser, *, temperature: float) -> None:
     )
     parser.add_argument(
         "--tile",
-        type=tile_size,
+        type=read_tile,
         default="auto",
         metavar="SIZE",
         help=(
@@ -131,9 +135,6 @@ def add_arguments(parser: Parser, *, temperature: float) -> None:
     parser.add_config()
 
 
-Prepare = Callable[[Any, Any], Any]
-
-
 def load_model(path: Path, kind: str, device: str) -> Any:
     r"""Returns the model of a folder.
 
@@ -141,6 +142,9 @@ def load_model(path: Path, kind: str, device: str) -> Any:
         path: The folder.
         kind: The name of the class that it must have.
         device: The device.
+
+    Raises:
+        UserError: If the folder holds no model, or one of another class.
     """
     from flowguard.models import store
 
@@ -181,7 +185,14 @@ def enhance(
 
 
 def prepared(args: Any) -> list[Job]:
-    r"""Returns the jobs, once all arguments are known to be usable."""
+    r"""Returns the jobs, once all arguments are known to be usable.
+
+    Arguments:
+        args: The arguments.
+
+    Raises:
+        UserError: If one of them is not.
+    """
     suffix = ".png" if args.format == "png" else ".tif"
     work = jobs(args.input, args.output, args.samples, suffix)
     if args.format == "tiff":
@@ -265,13 +276,17 @@ def _write(
 
 
 def thumbnail(image: Any) -> bytes:
-    r"""Returns a small PNG of an image with shape :math:`(3, H, W)`."""
+    r"""Returns a small PNG of an image with shape :math:`(3, H, W)`.
+
+    Arguments:
+        image: The image in :math:`[0, 1]`, with shape :math:`(3, H, W)`.
+    """
     import io
 
     from PIL import Image
     from torch.nn.functional import avg_pool2d
 
-    from flowguard.data import to_uint8
+    from flowguard.io.pictures import to_uint8
 
     factor = max(image.shape) // (4 * THUMBNAIL)
     if factor > 1:  # whole numbers of a large picture would fill the memory
@@ -284,14 +299,21 @@ def thumbnail(image: Any) -> bytes:
 
 
 def maps(report: Any) -> list[tuple[str, bytes]]:
-    r"""Returns how far each pixel is from the training set, at each level, if it can be drawn."""
+    r"""Returns how far each pixel is from the training set, at each level, if it can be drawn.
+
+    Arguments:
+        report: The report of one context.
+
+    Returns:
+        A name and a PNG for each level; nothing without matplotlib.
+    """
     with contextlib.suppress(ImportError):
         import io
 
         from matplotlib import colormaps
         from PIL import Image
 
-        from flowguard.ood.plot import NINES, nines
+        from flowguard.ood.report import NINES, nines
 
         drawn = []
         for name, level in report.levels.items():
@@ -313,7 +335,12 @@ def maps(report: Any) -> list[tuple[str, bytes]]:
 
 
 def tell(outcomes: list[Outcome], args: Any) -> int:
-    r"""Prints what was done and what was not; returns the exit code."""
+    r"""Prints what was done and what was not; returns the exit code.
+
+    Arguments:
+        outcomes: What became of each picture.
+        args: The arguments.
+    """
     by_status = {
         s: [o for o in outcomes if o.status == s] for s in ("written", "skipped", "failed")
     }
@@ -333,8 +360,3 @@ def tell(outcomes: list[Outcome], args: Any) -> int:
     for o in by_status["failed"]:
         print(f"flowguard: failed: {o.source}: {o.reason}", file=sys.stderr)
     return 1 if by_status["failed"] else 0
-
-
-def ready(args: Any) -> None:
-    r"""Refuses arguments before any work."""
-    check_device(args.device)

@@ -50,14 +50,18 @@ def run(args: Any) -> int:
     print(f"{args.folder}: {config['class']}, written by flowguard {config['flowguard']}\n")
     for name, value in config["arguments"].items():
         print(f"  {name} = {_short(value)}")
-    print("\n" + aligned(list(architecture(model))))
+    print("\n" + columns(list(architecture(model))))
     print("\n" + certificate(model, args.radius))
     print("\n" + "\n\n".join(calibration(n, c) for n, c in conditioners(model)))
     return 0
 
 
-def aligned(rows: list[tuple[str, ...]]) -> str:
-    r"""Returns rows as a table of plain text."""
+def columns(rows: list[tuple[str, ...]]) -> str:
+    r"""Returns rows as a table of plain text.
+
+    Arguments:
+        rows: The rows, the first of them the head.
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
@@ -72,7 +76,11 @@ def parameters(module: nn.Module) -> str:
 
 
 def architecture(model: nn.Module) -> Iterator[tuple[str, ...]]:
-    r"""Yields rows of what the model is made of."""
+    r"""Yields rows of what the model is made of.
+
+    Arguments:
+        model: The model.
+    """
     yield "part", "what", "parameters"
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     yield "model", f"{type(model).__name__}, {dtype}", parameters(model)
@@ -105,8 +113,13 @@ def _kind(module: nn.Module) -> str:
 
 
 def certificate(model: nn.Module, radius: float) -> str:
-    r"""Returns what the certificate says."""
-    from flowguard import certify
+    r"""Returns what the certificate says.
+
+    Arguments:
+        model: The model.
+        radius: The largest noise.
+    """
+    from flowguard.bounds import certify
 
     found = certify(model)
     lines = [f"Certificate, for noise up to {radius:g}, whatever the condition is:"]
@@ -122,7 +135,11 @@ def certificate(model: nn.Module, radius: float) -> str:
 
 
 def conditioners(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    r"""Yields the guards of a model, by name."""
+    r"""Yields the guards of a model, by name.
+
+    Arguments:
+        model: The model.
+    """
     from flowguard.ood import OODConditioner
 
     for name, module in model.named_modules():
@@ -131,7 +148,12 @@ def conditioners(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def calibration(name: str, conditioner: Any) -> str:
-    r"""Returns what a guard knows."""
+    r"""Returns what a guard knows.
+
+    Arguments:
+        name: The name of the guard.
+        conditioner: The guard.
+    """
     state = (
         "fitted and calibrated"
         if conditioner.calibrated
@@ -151,4 +173,4 @@ def calibration(name: str, conditioner: Any) -> str:
         images = f"{len(scores)} images" if level.calibration.calibrated else "nothing"
         count = f"{int(gaussian.n):,} vectors"
         rows.append((level_name, str(gaussian.features), count, images))
-    return "\n".join([*lines, aligned(rows)])
+    return "\n".join([*lines, columns(rows)])

@@ -23,7 +23,7 @@ class Job:
 
 
 def _found(pattern: str) -> list[Path]:
-    """The pictures of a folder, a file, or a glob."""
+    r"""The pictures of a folder, a file, or a glob."""
     path = Path(pattern)
     if path.is_dir():
         # A link to nothing is told of like a file that cannot be read.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flowguard._version import __version__
+from flowguard.demo.report import html_table
 from flowguard.io.atomic import write_text
 
 STYLE = """
@@ -20,17 +21,13 @@ figure { display: inline-block; margin: .5em; vertical-align: top } figcaption {
 """
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    r"""Returns a table, its first row the head."""
-    head, *body = (
-        "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in row) + "</tr>"
-        for row, tag in [(rows[0], "th"), *((r, "td") for r in rows[1:])]
-    )
-    return f"<table><thead>{head}</thead><tbody>{''.join(body)}</tbody></table>"
-
-
 def figure(title: str, png: bytes) -> str:
-    r"""Returns a picture with its title."""
+    r"""Returns a picture with its title.
+
+    Arguments:
+        title: The title, which is escaped.
+        png: The picture.
+    """
     return (
         f'<figure><img alt="{html.escape(title)}"'
         f' src="data:image/png;base64,{base64.b64encode(png).decode()}">'
@@ -38,8 +35,13 @@ def figure(title: str, png: bytes) -> str:
     )
 
 
-def page(title: str, body: str) -> str:
-    r"""Returns a self-contained page."""
+def document(title: str, body: str) -> str:
+    r"""Returns a self-contained page.
+
+    Arguments:
+        title: The title, which is escaped.
+        body: The HTML below it.
+    """
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>{body}</html>\n"
@@ -79,4 +81,4 @@ def write_page(path: Path, outcomes: Sequence[Any], args: Any) -> None:
         f"</p><p>Model {html.escape(str(args.model))}, temperature {args.temperature:g}, seed"
         f" {args.seed}; flowguard {__version__}.</p>"
     )
-    write_text(path, page("flowguard report", table(rows) + legend + sections))
+    write_text(path, document("flowguard report", html_table(rows) + legend + sections))

@@ -39,6 +39,7 @@ class Parser(jsonargparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=Formatter, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        r"""Ends with exit code 2 and one line: what is wrong, and how to get help."""
         # jsonargparse puts the command before each name: superres.output.
         names = "|".join(COMMANDS)
         plain = re.sub(rf'(?<=[ "])(?:{names})\.(?=[a-z_]+(?:[",:]|$))', "", message)
@@ -46,6 +47,7 @@ class Parser(jsonargparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {line} (see {self.prog} --help)\n")
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        r"""Ends with an exit code, after a message on the standard error."""
         if message:
             sys.stderr.write(message)
         raise SystemExit(status)
@@ -79,7 +81,12 @@ class Parser(jsonargparse.ArgumentParser):
 
 
 def whole(least: int, most: int) -> Callable[[Any], int]:
-    r"""Returns a reader of whole numbers within bounds."""
+    r"""Returns a reader of whole numbers within bounds.
+
+    Arguments:
+        least: The least number.
+        most: The greatest.
+    """
 
     def read(text: Any) -> int:
         try:
@@ -94,7 +101,12 @@ def whole(least: int, most: int) -> Callable[[Any], int]:
 
 
 def number(least: float, most: float) -> Callable[[Any], float]:
-    r"""Returns a reader of numbers within bounds."""
+    r"""Returns a reader of numbers within bounds.
+
+    Arguments:
+        least: The least number.
+        most: The greatest.
+    """
 
     def read(text: Any) -> float:
         try:
@@ -129,7 +141,12 @@ def _name(text: Any, what: str) -> str:
 
 
 def paths(args: Any, *names: str) -> None:
-    r"""Makes paths of arguments; until then they are texts, which ``--print_config`` can print."""
+    r"""Makes paths of arguments; until then they are texts, which ``--print_config`` can print.
+
+    Arguments:
+        args: The arguments, which are changed.
+        names: Which of them are paths, or lists of paths.
+    """
     for name in names:
         value = getattr(args, name)
         if isinstance(value, list):
@@ -139,7 +156,14 @@ def paths(args: Any, *names: str) -> None:
 
 
 def check_device(name: str) -> None:
-    r"""Refuses a device that cannot be used."""
+    r"""Refuses a device that cannot be used.
+
+    Arguments:
+        name: The name of the device.
+
+    Raises:
+        UserError: If it cannot be used.
+    """
     import torch
 
     try:
@@ -151,7 +175,11 @@ def check_device(name: str) -> None:
 
 @contextlib.contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    r"""Computes with that many threads."""
+    r"""Computes with that many threads.
+
+    Arguments:
+        count: The number; :py:`None` leaves it as it is.
+    """
     import torch
 
     before = torch.get_num_threads()
@@ -173,7 +201,14 @@ def add_machine(parser: Parser) -> None:
 
 
 def need(*packages: tuple[str, str]) -> None:
-    r"""Refuses to go on without some packages, given as module and distribution."""
+    r"""Refuses to go on without some packages, given as module and distribution.
+
+    Arguments:
+        packages: Pairs of module and distribution.
+
+    Raises:
+        UserError: If one is missing.
+    """
     for module, package in packages:
         try:
             __import__(module)
@@ -182,7 +217,15 @@ def need(*packages: tuple[str, str]) -> None:
 
 
 def writable(path: Path, option: str) -> Path:
-    r"""Returns a folder to write to, made if it is missing and known to be writable."""
+    r"""Returns a folder to write to, made if it is missing and known to be writable.
+
+    Arguments:
+        path: The folder.
+        option: The option that named it, for the error.
+
+    Raises:
+        UserError: If it cannot be made or written to.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):

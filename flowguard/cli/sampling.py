@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flowguard.models import LowLightFlow
-from flowguard.models.base import pad_to_multiple
 
 WHOLE = 640 * 640  # pixels of a sample up to which "auto" takes the picture as a whole
 CUT = 512  # rows and columns of the tiles beyond, in pixels of the sample
@@ -23,7 +23,13 @@ Tile = int | str | None
 
 
 def seed_of(seed: int, name: str, index: int) -> int:
-    r"""Returns the seed of one sample of one picture: it depends on no other picture."""
+    r"""Returns the seed of one sample of one picture: it depends on no other picture.
+
+    Arguments:
+        seed: The seed of the command.
+        name: The name of the picture.
+        index: The number of the sample.
+    """
     told = f"{seed}/{name}/{index}".encode("utf-8", "surrogateescape")  # names of any bytes
     digest = hashlib.blake2b(told, digest_size=7).digest()
     return int.from_bytes(digest)
@@ -81,9 +87,10 @@ def sample(
 
 
 def _feature_bytes(model: Any, y: Tensor) -> float:
-    """What the feature maps of the condition take, judged by those of its corner."""
+    r"""What the feature maps of the condition take, judged by those of its corner."""
     corner = y[..., :32, :32]
-    corner = pad_to_multiple(corner, 32)
+    bottom, right = (-n % 32 for n in corner.shape[-2:])
+    corner = F.pad(corner, (0, right, 0, bottom), mode="replicate")
     found = model.conditioner.encoder(corner)
     taken = sum(m.numel() * m.element_size() for m in found)
     return taken * y[0, 0].numel() / corner[0, 0].numel()
@@ -97,7 +104,7 @@ def _reports(model: Any) -> list[Any]:
 def _spans(
     size: int, tile: int, margin: int, multiple: int
 ) -> Iterator[tuple[int, int, int, int]]:
-    """Each tile's first and last row, and those that it is computed from."""
+    r"""Each tile's first and last row, and those that it is computed from."""
     for first in range(0, size, tile):
         last = min(first + tile, size)
         start = max(0, first - margin) // multiple * multiple

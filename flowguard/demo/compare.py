@@ -16,9 +16,10 @@ from torch import Tensor
 from flowguard import data, metrics
 from flowguard.bounds import certify
 from flowguard.demo.lowlight import HELD_OUT, LowLightTask
-from flowguard.demo.run import TASKS, Sampled, artefact_mask
-from flowguard.demo.task import CALIBRATION_CROPS, NOISE, Condition, Model, Task
+from flowguard.demo.run import TASKS, Sampled, artefact_mask, bits_of, last_bits, split
+from flowguard.demo.task import CALIBRATION_CROPS, NOISE, Model, Question, Task
 from flowguard.image.maps import Elementwise, Robust
+from flowguard.io.atomic import strict_json
 from flowguard.models import SuperResolutionFlow
 from flowguard.training.loop import train
 
@@ -105,7 +106,7 @@ class Comparison:
 
     options: CompareOptions
     models: dict[str, Compared]
-    conditions: list[Condition]
+    conditions: list[Question]
     sampled: list[dict[str, Sampled]]  # the first sample of each condition, by model
 
     @property
@@ -130,24 +131,14 @@ class Comparison:
                 for name, c in self.models.items()
             },
         }
-        plain: dict[str, Any] = _strict(numbers)
+        plain: dict[str, Any] = strict_json(numbers)
         return plain
 
 
-def _strict(value: Any) -> Any:
-    """JSON has neither infinity nor NaN: they become the words."""
-    if isinstance(value, dict):
-        return {k: _strict(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(v) for v in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _parts(options: CompareOptions) -> list[tuple[Tensor, Tensor]]:
-    """Of each picture the part to train with and the part to calibrate with."""
+    r"""Of each picture the part to train with and the part to calibrate with."""
     images = list(options.images[:-1]) or [data.photograph(n) for n in data.TRAINING_PHOTOGRAPHS]
-    cuts = [image.shape[-1] * 3 // 4 for image in images]
-    return [(image[..., :n], image[..., n:]) for image, n in zip(images, cuts, strict=True)]
+    return [split(image) for image in images]
 
 
 def _held_out(task: Task, options: CompareOptions) -> tuple[Tensor, Tensor]:
@@ -163,7 +154,7 @@ def _held_out(task: Task, options: CompareOptions) -> tuple[Tensor, Tensor]:
 
 
 def _guard(task: Task, model: Model, parts: list[tuple[Tensor, Tensor]], seed: int) -> None:
-    """Fits and calibrates the guard, unless it is."""
+    r"""Fits and calibrates the guard, unless it is."""
     if model.conditioner.calibrated:
         return
     model.conditioner.fit(task.contexts([p for p, _ in parts], seed), progress=False)
@@ -178,7 +169,7 @@ def _samples(model: Model, y: Tensor, o: CompareOptions, temperature: float) -> 
 
 
 def _rates(samples: Tensor, y: Tensor, prefix: str) -> dict[str, float]:
-    """The share of samples and pixels that err, given the range of the condition."""
+    r"""The share of samples and pixels that err, given the range of the condition."""
     low, high = min(0.0, float(y.min())) - 0.5, max(1.0, float(y.max())) + 0.5
     return {
         f"{prefix}_error_rate": float(metrics.error_rate(samples, low=low, high=high)),
@@ -195,9 +186,6 @@ def _quality(
 ) -> dict[str, float]:
     samples = _samples(model, y, o, task.temperature)
     first = model.sample(y, 1, 0.0)[0]
-    torch.manual_seed(o.seed)  # the dequantisation noise
-    with torch.no_grad():
-        bits = sum(float(model.nll(target, y).mean()) for _ in range(4)) / 4
     flat = samples.flatten(0, 1)
     many = target.expand_as(samples).flatten(0, 1)
     numbers = {
@@ -205,7 +193,7 @@ def _quality(
         "ssim": float(metrics.ssim(flat, many).mean()),
         "psnr_temperature_0": float(metrics.psnr(first, target).mean()),
         "ssim_temperature_0": float(metrics.ssim(first, target).mean()),
-        "bits_per_dim": bits,
+        "bits_per_dim": bits_of(model, target, y, o.seed),
         "diversity": float(metrics.diversity(samples, target)),
         **_rates(samples, y, "in"),
     }
@@ -254,8 +242,7 @@ def compare(options: CompareOptions) -> Comparison:
         numbers |= {k: sum(r[k] for r in outside[1:]) / len(outside[1:]) for k in outside[0]}
         numbers["train_bits_per_dim"], numbers["step_ms"] = math.nan, math.nan
         if training is not None:
-            tail = [loss for loss in training.losses if math.isfinite(loss)][-50:]
-            numbers["train_bits_per_dim"] = sum(tail) / len(tail) if tail else math.nan
+            numbers["train_bits_per_dim"] = last_bits(training.losses)
             numbers["step_ms"] = 1e3 * training.seconds / len(training.losses)
         models[name] = Compared(
             model,

@@ -1,10 +1,8 @@
 r"""What a comparison writes: one table, one page, pictures, numbers and models."""
 
-__all__ = ["table", "write"]
+__all__ = ["COLUMNS", "legend", "page", "rows", "table", "write"]
 
-import base64
 import html
-import json
 import math
 from pathlib import Path
 
@@ -12,9 +10,9 @@ import torch
 
 from flowguard._version import __version__
 from flowguard.demo.compare import Comparison
-from flowguard.demo.report import STYLE, _aligned, _html_table, panel
+from flowguard.demo.report import STYLE, aligned, figures, html_table, panel
 from flowguard.demo.task import NOISE
-from flowguard.io.atomic import write_text
+from flowguard.io.atomic import write_json, write_text
 
 #: The columns: the number's name, its heading, and how it is written.
 COLUMNS = (
@@ -46,7 +44,11 @@ def _cell(value: float | None, kind: str) -> str:
 
 
 def rows(result: Comparison) -> list[list[str]]:
-    r"""Returns the table, its first row the head; columns that no model has are left out."""
+    r"""Returns the table, its first row the head; columns that no model has are left out.
+
+    Arguments:
+        result: What the comparison found out.
+    """
     found = [c for c in COLUMNS if any(c[0] in m.numbers for m in result.models.values())]
     head = ["coupling", *(title for _, title, _ in found)]
     return [head] + [
@@ -56,7 +58,11 @@ def rows(result: Comparison) -> list[list[str]]:
 
 
 def legend(result: Comparison) -> str:
-    r"""Returns what the columns mean."""
+    r"""Returns what the columns mean.
+
+    Arguments:
+        result: What the comparison found out.
+    """
     o, task = result.options, result.task
     return (
         f"Means over {o.samples} sample(s) of the held-out picture at temperature"
@@ -77,7 +83,7 @@ def table(result: Comparison) -> str:
     Arguments:
         result: What the comparison found out.
     """
-    return _aligned(rows(result)) + "\n\n" + legend(result)
+    return aligned(rows(result)) + "\n\n" + legend(result)
 
 
 def page(result: Comparison, panels: list[bytes]) -> str:
@@ -88,12 +94,7 @@ def page(result: Comparison, panels: list[bytes]) -> str:
         panels: One PNG for each condition.
     """
     o = result.options
-    figures = "".join(
-        f"<figure><figcaption><b>{html.escape(c.name)}</b></figcaption>"
-        f'<img alt="{html.escape(c.name)}"'
-        f' src="data:image/png;base64,{base64.b64encode(p).decode()}"></figure>'
-        for c, p in zip(result.conditions, panels, strict=True)
-    )
+    pictures = figures((c.name for c in result.conditions), panels)
     learned = f"{len(o.images)} pictures" if o.images else "the built-in photographs"
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>flowguard compare</title>'
@@ -101,7 +102,7 @@ def page(result: Comparison, panels: list[bytes]) -> str:
         f"<p>{html.escape(result.task.title)} on {learned}, {o.steps} steps for each coupling that"
         f" was trained, seed {o.seed}. flowguard {__version__}, torch {torch.__version__},"
         f" {torch.get_num_threads()} thread(s), {html.escape(o.device)}.</p>"
-        f"{_html_table(rows(result))}<p>{html.escape(legend(result))}</p>{figures}</html>\n"
+        f"{html_table(rows(result))}<p>{html.escape(legend(result))}</p>{pictures}</html>\n"
     )
 
 
@@ -125,5 +126,5 @@ def write(result: Comparison, out: Path) -> list[Path]:
     ]
     files = [out / "report.html", out / "metrics.json"]
     write_text(files[0], page(result, panels))
-    write_text(files[1], json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n")
+    write_json(files[1], result.to_dict())
     return files + saved

@@ -1,6 +1,6 @@
 r"""The demo's second task: photographs taken in the dark."""
 
-__all__ = ["LowLightTask", "jpeg"]
+__all__ = ["HELD_OUT", "LowLightTask", "jpeg"]
 
 import io
 from collections.abc import Iterable, Iterator
@@ -15,13 +15,12 @@ from flowguard.demo.task import (
     BATCH,
     CALIBRATION_BATCH,
     CROP,
-    Condition,
+    Question,
     Task,
     other_worlds,
-    psnr,
-    ssim,
 )
 from flowguard.image.maps import Elementwise
+from flowguard.io.pictures import read_image, to_uint8
 from flowguard.models import LowLightEncoder, LowLightFlow
 from flowguard.models.encoders.lowlight import low_light_input
 
@@ -41,13 +40,18 @@ def jpeg(image: Tensor, quality: int) -> Tensor:
     from PIL import Image
 
     stream = io.BytesIO()
-    Image.fromarray(data.to_uint8(image[0])).save(stream, format="JPEG", quality=quality)
+    Image.fromarray(to_uint8(image[0])).save(stream, format="JPEG", quality=quality)
     stream.seek(0)
-    return data.read_image(stream)[None]
+    return read_image(stream)[None]
 
 
 def spotlight(height: int, width: int) -> Tensor:
-    r"""Returns the light of a lamp near the middle, 1 at its centre."""
+    r"""Returns the light of a lamp near the middle, 1 at its centre.
+
+    Arguments:
+        height: The rows :math:`H`.
+        width: The columns :math:`W`.
+    """
     y = torch.linspace(-1, 1, height)[:, None]
     x = torch.linspace(-1, 1, width)
     return torch.exp(-((x - 0.2) ** 2 + (y + 0.2) ** 2) / (2 * 0.15**2))
@@ -77,6 +81,7 @@ class LowLightTask(Task):
     }
 
     def model(self, coupling: str | Elementwise, quick: bool) -> LowLightFlow:
+        r"""Returns an untrained low-light flow of two levels with an encoder of its own."""
         features, blocks, steps, hidden = (8, 1, 1, 16) if quick else (16, 2, 4, 48)
         encoder = LowLightEncoder(
             features, growth=8, blocks=blocks, stacked=tuple(range(blocks)), levels=2
@@ -86,7 +91,7 @@ class LowLightTask(Task):
         )
 
     def _shots(self, parts: list[Tensor], seed: int) -> list[tuple[Tensor, Tensor]]:
-        """Each photograph, taken in the dark several times and prepared as a whole."""
+        r"""Each photograph, taken in the dark several times and prepared as a whole."""
         rng = np.random.default_rng(seed)
         generator = torch.Generator().manual_seed(seed)
         pairs = []
@@ -98,33 +103,40 @@ class LowLightTask(Task):
         return pairs
 
     def crops(self, parts: list[Tensor], seed: int) -> Iterable[tuple[Tensor, Tensor]]:
+        r"""Returns an endless stream of batches of aligned crops of bright photographs and
+        prepared dark ones, all 32×32."""
         return data.AlignedCrops(self._shots(parts, seed), size=CROP, batch=BATCH, seed=seed)
 
     def contexts(self, parts: list[Tensor], seed: int) -> list[Tensor]:
+        r"""Returns dark shots of each part, prepared, with shape :math:`(1, C, H, W)`."""
         return [dark[None] for _, dark in self._shots(parts, seed)]
 
     def calibration(self, parts: list[Tensor], seed: int, count: int) -> Iterator[Tensor]:
+        r"""Yields batches of prepared dark crops of 64×64 pixels, `count` crops in all."""
         pairs = self._shots(parts, seed)
         crops = data.AlignedCrops(pairs, size=64, batch=CALIBRATION_BATCH, seed=seed)
         for _, (_, dark) in zip(range(count // CALIBRATION_BATCH), crops, strict=False):
             yield dark
 
     def held_out(self, seed: int) -> tuple[Tensor, Tensor]:
+        r"""Returns the held-out photograph and a dark shot of it, with a batch of one."""
         high = data.photograph(data.HELD_OUT_PHOTOGRAPH)[None]
         return high, data.expose(high, HELD_OUT, torch.Generator().manual_seed(seed))
 
-    def conditions(self, held_out: Tensor, seed: int, quick: bool) -> Iterator[Condition]:
+    def conditions(self, held_out: Tensor, seed: int, quick: bool) -> Iterator[Question]:
+        r"""Yields the held-out dark photograph, pictures from other worlds, dark and lit, and
+        other lights, exposures and noise."""
         high = data.photograph(data.HELD_OUT_PHOTOGRAPH)[None]
         generator = torch.Generator()
 
         def shot(image: Tensor, exposure: Tensor | float) -> Tensor:
             return data.expose(image, exposure, generator.manual_seed(seed))
 
-        yield Condition("held-out photograph", held_out)
+        yield Question("held-out photograph", held_out)
         for name, image in other_worlds(quick):
-            yield Condition(f"{name}, dark", shot(image[None], HELD_OUT))
+            yield Question(f"{name}, dark", shot(image[None], HELD_OUT))
             if not quick:
-                yield Condition(f"{name}, lit", image[None])
+                yield Question(f"{name}, lit", image[None])
         lamp = spotlight(*high.shape[-2:])
         warm, cold = torch.tensor([1.0, 0.3, 0.05]), torch.tensor([0.05, 0.3, 1.0])
         for name, strengths, made in (
@@ -137,23 +149,24 @@ class LowLightTask(Task):
             ("lit JPEG q", (20, 5), lambda s: jpeg(high, s)),
         ):
             for strength in strengths[-1:] if quick else strengths:
-                yield Condition(f"{name}{strength:g}", made(strength), strength == strengths[-1])
+                yield Question(f"{name}{strength:g}", made(strength), strength == strengths[-1])
         for corruption in data.corruptions(seed):
             if corruption.name in ("noise σ", "clamped noise σ", "gain"):
                 strength = corruption.strengths[-1]
-                yield Condition(f"{corruption.name} {strength:g}", corruption(held_out, strength))
+                yield Question(f"{corruption.name} {strength:g}", corruption(held_out, strength))
 
     def restored(self, condition: Tensor) -> Tensor:
+        r"""Returns the condition brightened by the exact inverse of its exposure."""
         light = data.linearize(condition.clamp(0, 1)) / HELD_OUT
         return data.delinearize(light.clamp(0, 1))
 
     def measures(self, image: Tensor, target: Tensor) -> dict[str, float]:
-        return {
-            "psnr": psnr(image, target),
-            "psnr_gt_mean": psnr(metrics.gt_mean(image, target).float(), target),
-            "ssim": ssim(image, target),
-        }
+        r"""Returns PSNR, PSNR after the mean was set to that of the truth, and SSIM, of an image
+        with shape :math:`(1, 3, H, W)`."""
+        found = metrics.low_light(image, target)
+        return {name: float(found[name]) for name in ("psnr", "psnr_gt_mean", "ssim")}
 
     def sampler(self, model: Any, condition: Tensor) -> tuple[Any, Tensor]:
+        r"""Returns the decoder, and a part of the prepared condition of 32×32 pixels."""
         # What is prepared can be changed smoothly; a histogram cannot.
         return model.decode, low_light_input(condition)[..., 96:128, 160:192]

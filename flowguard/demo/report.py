@@ -1,24 +1,35 @@
 r"""What the demo writes: a table, a page, pictures, numbers and weights."""
 
-__all__ = ["table", "write"]
+__all__ = [
+    "STYLE",
+    "aligned",
+    "figures",
+    "headline",
+    "html_table",
+    "page",
+    "panel",
+    "table",
+    "write",
+]
 
 import base64
 import html
 import io
 import json
 import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowguard import data
 from flowguard._version import __version__
 from flowguard.demo.run import Result, Sampled
-from flowguard.demo.task import NOISE, QUANTILE, Condition
-from flowguard.io.atomic import atomic, save_tensors, write_text
-from flowguard.ood.plot import NINES, nines
+from flowguard.demo.task import NOISE, QUANTILE, Question
+from flowguard.io.atomic import atomic, save_tensors, write_json, write_text
+from flowguard.io.pictures import to_uint8
+from flowguard.ood.report import NINES, nines
 
 
 def _number(value: float) -> str:
@@ -86,7 +97,12 @@ def _legend(result: Result) -> str:
     )
 
 
-def _aligned(rows: list[list[str]]) -> str:
+def aligned(rows: list[list[str]]) -> str:
+    r"""Returns rows as a table of plain text, the first column to the left, the others to the right.
+
+    Arguments:
+        rows: The rows, the first of them the head.
+    """
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(
@@ -107,8 +123,8 @@ def table(result: Result) -> str:
     """
     return "\n\n".join(
         (
-            _aligned(_held_out_rows(result)),
-            _aligned(_condition_rows(result)),
+            aligned(_held_out_rows(result)),
+            aligned(_condition_rows(result)),
             _legend(result),
             _guarantees(result),
         )
@@ -116,12 +132,12 @@ def table(result: Result) -> str:
 
 
 def _shown(image: Tensor, condition: Tensor) -> Any:
-    """The image with the range of [0, 1] and the condition mapped to black … white."""
+    r"""The image with the range of [0, 1] and the condition mapped to black … white."""
     low, high = min(0.0, float(condition.min())), max(1.0, float(condition.max()))
-    return data.to_uint8((image - low) / (high - low))
+    return to_uint8((image - low) / (high - low))
 
 
-def panel(condition: Condition, by_model: dict[str, Sampled], title: str = "condition") -> bytes:
+def panel(condition: Question, by_model: dict[str, Sampled], title: str = "condition") -> bytes:
     r"""Returns a PNG: condition, samples, artefacts and OOD maps, side by side.
 
     Arguments:
@@ -207,7 +223,12 @@ def headline(result: Result) -> bytes:
     return stream.getvalue()
 
 
-def _html_table(rows: list[list[str]]) -> str:
+def html_table(rows: Sequence[Sequence[str]]) -> str:
+    r"""Returns rows as a table of HTML, escaped.
+
+    Arguments:
+        rows: The rows, the first of them the head.
+    """
     head, *body = (
         "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in row) + "</tr>"
         for row, tag in [(rows[0], "th"), *((r, "td") for r in rows[1:])]
@@ -223,6 +244,21 @@ figure { margin: 1.5em 0 } img { max-width: 100% }
 """
 
 
+def figures(names: Iterable[str], panels: Iterable[bytes]) -> str:
+    r"""Returns pictures under their names, as HTML that holds them.
+
+    Arguments:
+        names: The names.
+        panels: A PNG for each.
+    """
+    return "".join(
+        f"<figure><figcaption><b>{html.escape(name)}</b></figcaption>"
+        f'<img alt="{html.escape(name)}"'
+        f' src="data:image/png;base64,{base64.b64encode(png).decode()}"></figure>'
+        for name, png in zip(names, panels, strict=True)
+    )
+
+
 def page(result: Result, panels: list[bytes]) -> str:
     r"""Returns the report as one self-contained page.
 
@@ -231,21 +267,16 @@ def page(result: Result, panels: list[bytes]) -> str:
         panels: One PNG for each condition.
     """
     o = result.options
-    figures = "".join(
-        f"<figure><figcaption><b>{html.escape(c.name)}</b></figcaption>"
-        f'<img alt="{html.escape(c.name)}"'
-        f' src="data:image/png;base64,{base64.b64encode(p).decode()}"></figure>'
-        for c, p in zip(result.conditions, panels, strict=True)
-    )
+    pictures = figures((c.name for c in result.conditions), panels)
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>flowguard demo</title>'
         f"<style>{STYLE}</style><h1>flowguard demo</h1>"
         f"<p>{result.task.title}, {o.steps} steps, seed {o.seed}; the models differ only in"
         f" their coupling. flowguard {__version__}, torch {torch.__version__}.</p>"
-        f"{_html_table(_held_out_rows(result))}{_html_table(_condition_rows(result))}"
+        f"{html_table(_held_out_rows(result))}{html_table(_condition_rows(result))}"
         f"<p>{html.escape(_legend(result))} In the panels, black to white spans the range of"
         " [0, 1] and the condition; values beyond are cut, NaN is black.</p>"
-        f"<pre>{html.escape(_guarantees(result))}</pre>{figures}</html>\n"
+        f"<pre>{html.escape(_guarantees(result))}</pre>{pictures}</html>\n"
     )
 
 
@@ -259,7 +290,7 @@ def _panel_name(index: int, condition: str) -> str:
 
 
 def _earlier_panels(numbers: Path) -> list[str]:
-    """The names of the panels of the run that wrote these numbers, if a run of the demo did."""
+    r"""The names of the panels of the run that wrote these numbers, if a run of the demo did."""
     try:
         conditions = json.loads(numbers.read_text(encoding="utf-8"))["conditions"]
         return [_panel_name(i, str(c["name"])) for i, c in enumerate(conditions)]
@@ -303,5 +334,5 @@ def write(result: Result) -> list[Path]:
     for name in set(_earlier_panels(numbers)) - set(pictures):
         (out / name).unlink(missing_ok=True)
     # The last, for until then it says which panels an earlier run wrote.
-    write_text(numbers, json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n")
+    write_json(numbers, result.to_dict())
     return [report, numbers, *(out / name for name in pictures), *saved]

@@ -4,17 +4,18 @@ __all__ = [
     "TASKS",
     "DemoOptions",
     "Result",
+    "Sampled",
+    "Trained",
     "artefact_mask",
-    "build",
-    "conditions",
-    "psnr",
-    "run",
+    "bits_of",
+    "last_bits",
+    "run_demo",
+    "split",
 ]
 
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,22 +26,14 @@ from torch import Tensor
 from flowguard import data
 from flowguard.bounds import certify
 from flowguard.demo.lowlight import LowLightTask
-from flowguard.demo.task import (
-    CALIBRATION_CROPS,
-    NOISE,
-    Condition,
-    Model,
-    SuperResolutionTask,
-    Task,
-    psnr,
-)
+from flowguard.demo.superres import SuperResolutionTask
+from flowguard.demo.task import CALIBRATION_CROPS, NOISE, Model, Question, Task
+from flowguard.io.atomic import strict_json
 from flowguard.ood import OODReport
 from flowguard.training.loop import TrainingResult, train
 
-SUPERRES = SuperResolutionTask()
-SCALE, TEMPERATURE = SUPERRES.scale, SUPERRES.temperature
 #: The tasks, by name.
-TASKS: dict[str, Task] = {"superres": SUPERRES, "lowlight": LowLightTask()}
+TASKS: dict[str, Task] = {"superres": SuperResolutionTask(), "lowlight": LowLightTask()}
 
 
 @dataclass(frozen=True)
@@ -48,7 +41,7 @@ class DemoOptions:
     r"""What the demo is asked for."""
 
     out: Path
-    steps: int = SUPERRES.steps
+    steps: int = SuperResolutionTask.steps
     seed: int = 0
     device: str = "cpu"
     coupling: str = "robust"
@@ -71,15 +64,18 @@ class Sampled:
 
     @property
     def share(self) -> float:
+        r"""The share of pixels that are artefacts, in [0, 1]."""
         return float(self.mask.float().mean())
 
     @property
     def largest(self) -> float:
+        r"""The largest absolute value of the sample; infinite if any is not finite."""
         finite = self.sample[torch.isfinite(self.sample)]
         return float(finite.abs().max()) if finite.numel() == self.sample.numel() else math.inf
 
     @property
     def non_finite(self) -> int:
+        r"""The number of values that are not finite."""
         return int((~torch.isfinite(self.sample)).sum())
 
 
@@ -102,7 +98,7 @@ class Result:
     options: DemoOptions
     baseline: dict[str, float]  # the quality of the restoration without a model
     models: dict[str, Trained]
-    conditions: list[Condition]
+    conditions: list[Question]
     sampled: list[dict[str, Sampled]]  # for each condition, by model
 
     @property
@@ -128,7 +124,7 @@ class Result:
                 name: {
                     "parameters": sum(p.numel() for p in t.model.flow.parameters())
                     + sum(p.numel() for p in t.model.conditioner.parameters()),
-                    "final_train_bits_per_dim": _tail(t.training.losses),
+                    "final_train_bits_per_dim": last_bits(t.training.losses),
                     "skipped_steps": t.training.skipped,
                     "certified_residual": t.certified,
                     "attacked_residual": t.attacked,
@@ -169,20 +165,16 @@ class Result:
                 for name, t in self.models.items()
             },
         }
-        plain: dict[str, Any] = _strict(numbers)
+        plain: dict[str, Any] = strict_json(numbers)
         return plain
 
 
-def _strict(value: Any) -> Any:
-    """JSON has neither infinity nor NaN: they become the words."""
-    if isinstance(value, dict):
-        return {k: _strict(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_strict(v) for v in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+def last_bits(losses: list[float]) -> float:
+    r"""Returns the mean of the last fifty finite losses of a training; NaN if there are none.
 
-
-def _tail(losses: list[float]) -> float:
+    Arguments:
+        losses: The bits per dimension of each step.
+    """
     tail = [loss for loss in losses if math.isfinite(loss)][-50:]
     return sum(tail) / len(tail) if tail else math.nan
 
@@ -208,46 +200,38 @@ def artefact_mask(sample: Tensor, condition: Tensor) -> Tensor:
     return ~((sample >= low) & (sample <= high)).all(dim=1)
 
 
-def conditions(
-    held_out: Tensor, seed: int, quick: bool, task: str = "superres"
-) -> Iterator[Condition]:
-    r"""Yields the held-out condition, other worlds, and corruptions of the held-out one.
+def split(image: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Returns the part of a photograph to train with and the part to calibrate with: the left
+    three quarters and the rest.
 
     Arguments:
-        held_out: The held-out condition, with shape :math:`(1, 3, H, W)`.
-        seed: The seed of the noise.
-        quick: Whether to use fewer and smaller ones.
-        task: The name of the task.
+        image: The photograph, with shape :math:`(*, H, W)`.
     """
-    return TASKS[task].conditions(held_out, seed, quick)
-
-
-def _split(image: Tensor) -> tuple[Tensor, Tensor]:
-    """The left three quarters are for training, the rest for calibration."""
     cut = image.shape[-1] * 3 // 4
     return image[..., :cut], image[..., cut:]
 
 
-def build(coupling: str, quick: bool = False, task: str = "superres") -> Model:
-    r"""Returns the untrained model of the demo, into which its weights load.
+def bits_of(model: Model, target: Tensor, y: Tensor, seed: int) -> float:
+    r"""Returns an upper bound of the bits per dimension that a picture takes, over four draws of
+    the dequantisation noise.
 
     Arguments:
-        coupling: The name of the coupling.
-        quick: Whether the model is that of ``--quick``.
-        task: The name of the task.
+        model: The model.
+        target: The picture, with shape :math:`(1, 3, H, W)`.
+        y: Its condition.
+        seed: The seed of the noise.
     """
-    return TASKS[task].build(coupling, quick)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        return sum(float(model.nll(target, y).mean()) for _ in range(4)) / 4
 
 
 def _quality(task: Task, model: Model, target: Tensor, y: Tensor, seed: int) -> dict[str, float]:
     generator = torch.Generator(device=target.device).manual_seed(seed)
     sample = model.sample(y, 1, task.temperature, generator)[0]
     mean = model.sample(y, 1, 0.0)[0]
-    torch.manual_seed(seed)  # the dequantisation noise
-    with torch.no_grad():
-        bits = sum(float(model.nll(target, y).mean()) for _ in range(4)) / 4
     return {
-        "bits_per_dim": bits,
+        "bits_per_dim": bits_of(model, target, y, seed),
         **task.measures(sample, target),
         **{f"{k}_temperature_0": v for k, v in task.measures(mean, target).items()},
     }
@@ -277,7 +261,7 @@ def _train(
     return Trained(model, training, quality, certified, reached, seconds)
 
 
-def run(options: DemoOptions) -> Result:
+def run_demo(options: DemoOptions) -> Result:
     r"""Trains both models and asks them for conditions within and without their world.
 
     Nothing is written; see :func:`flowguard.demo.report.write`.
@@ -286,7 +270,7 @@ def run(options: DemoOptions) -> Result:
         options: What is asked for.
     """
     task = TASKS[options.task]
-    parts = [_split(data.photograph(name)) for name in data.TRAINING_PHOTOGRAPHS]
+    parts = [split(data.photograph(name)) for name in data.TRAINING_PHOTOGRAPHS]
     names = {"affine": "affine", options.coupling: options.coupling}
     models = {name: _train(name, coupling, parts, options) for name, coupling in names.items()}
 

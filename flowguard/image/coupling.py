@@ -134,6 +134,7 @@ class ConditionalCoupling(nn.Module):
             )
 
     def extra_repr(self) -> str:
+        r"""Returns the number of channels and the map, for the printed module."""
         return f"channels={self.kept + self.changed}, map={self.map}"
 
     def map_of(self, part: str) -> Elementwise:
@@ -229,6 +230,8 @@ class ConditionalCoupling(nn.Module):
     def forward(
         self, x: Tensor, context: Tensor | Condition | None = None, inner: Inner | None = None
     ) -> tuple[Tensor, Tensor]:
+        r"""Takes data to noise; returns the output and the log-determinant, with shape
+        :math:`(B)`."""
         condition = self._match(x, context)
         family = condition.map or self.map_of("injector")
         around = x
@@ -251,6 +254,8 @@ class ConditionalCoupling(nn.Module):
         inner: Inner | None = None,
         ladj: bool = True,
     ) -> tuple[Tensor, Tensor]:
+        r"""Takes noise to data; returns the output and the log-determinant, with shape
+        :math:`(B)`."""
         condition = self._match(z, context)
         raws = self._raws(z[:, : self.kept], condition)
         kept, changed = crop(z, inner).tensor_split((self.kept,), dim=1)

@@ -155,13 +155,16 @@ class ConditionalMultiscaleFlow(nn.Module):
                 c = last.kept
 
     def steps_of(self, level: int) -> list[FlowStep]:
+        r"""Returns the steps of a level, counted from 0, the finest."""
         steps = self.steps[level]
         return list(cast(Iterable[FlowStep], steps))
 
     def transitions_of(self, level: int) -> list[TransitionStep]:
+        r"""Returns the transition steps of a level, in the order from data to noise."""
         return list(cast(Iterable[TransitionStep], self.transitions[level]))
 
     def split_of(self, level: int) -> Split | None:
+        r"""Returns the split at the end of a level, :py:`None` after the last."""
         return cast(Split, self.splits[level]) if level < len(self.splits) else None
 
     def is_noisy(self, level: int, step: int) -> bool:

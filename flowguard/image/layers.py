@@ -55,6 +55,7 @@ class ZeroConv2d(nn.Conv2d):
         return self.weight * gain.unsqueeze(1), bias
 
     def forward(self, x: Tensor) -> Tensor:
+        r"""Returns the convolved maps, with shape :math:`(B, C', H, W)`."""
         # The gain goes into the small weights rather than onto the large output.
         return self._conv_forward(x, *self.folded())
 
@@ -75,9 +76,12 @@ class Squeeze(nn.Module):
         self.factor = factor
 
     def extra_repr(self) -> str:
+        r"""Returns the factor, for the printed module."""
         return f"factor={self.factor}"
 
     def forward(self, x: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+        r"""Takes blocks of pixels to channels; returns the output and zeros, with shape
+        :math:`(B)`."""
         if x.shape[-2] % self.factor or x.shape[-1] % self.factor:
             raise ValueError(
                 f"height and width must be multiples of {self.factor};"
@@ -87,6 +91,8 @@ class Squeeze(nn.Module):
         return z, x.new_zeros(x.shape[0])
 
     def inverse(self, z: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+        r"""Takes channels to blocks of pixels; returns the output and zeros, with shape
+        :math:`(B)`."""
         x = rearrange(z, "b (c i j) h w -> b c (h i) (w j)", i=self.factor, j=self.factor)
         return x, z.new_zeros(z.shape[0])
 
@@ -123,6 +129,7 @@ class ActNorm(nn.Module):
         self._ready = False  # the buffer, known to the host without a synchronisation
 
     def extra_repr(self) -> str:
+        r"""Returns the number of channels, for the printed module."""
         return f"channels={self.bias.shape[1]}"
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -160,11 +167,15 @@ class ActNorm(nn.Module):
         return self.training and not self._ready
 
     def forward(self, x: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+        r"""Takes data to noise; returns the output and the log-determinant, with shape
+        :math:`(B)`."""
         if x.numel() > 0 and self.pending:
             self.initialize(x)
         return (x + self.bias) * torch.exp(self.logs), self._ladj(x)
 
     def inverse(self, z: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+        r"""Takes noise to data; returns the output and the log-determinant, with shape
+        :math:`(B)`."""
         return z * torch.exp(-self.logs) - self.bias, -self._ladj(z)
 
 
@@ -203,6 +214,7 @@ class NormedConv2d(nn.Conv2d):
         return self.weight * gain[:, None, None, None], self.norm.bias.flatten() * gain
 
     def forward(self, x: Tensor) -> Tensor:
+        r"""Returns the convolved and normalised maps."""
         if x.numel() > 0 and self.norm.pending:
             with torch.no_grad():
                 self.norm.initialize(self._conv_forward(x, self.weight, None))
@@ -325,6 +337,7 @@ class InvertibleConv1x1(nn.Module):
         self.weight = nn.Parameter(q.to(torch.get_default_dtype()).contiguous())
 
     def extra_repr(self) -> str:
+        r"""Returns the number of channels, for the printed module."""
         return f"channels={self.weight.shape[0]}"
 
     def _ladj(self, x: Tensor) -> Tensor:
@@ -332,9 +345,13 @@ class InvertibleConv1x1(nn.Module):
         return (ladj * (x.shape[-2] * x.shape[-1])).to(x.dtype).expand(x.shape[0])
 
     def forward(self, x: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+        r"""Takes data to noise; returns the output and the log-determinant, with shape
+        :math:`(B)`."""
         return _mix(x, self.weight), self._ladj(x)
 
     def inverse(self, z: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+        r"""Takes noise to data; returns the output and the log-determinant, with shape
+        :math:`(B)`."""
         return _mix(z, torch.linalg.inv(self.weight.double())), -self._ladj(z)
 
 
@@ -370,6 +387,7 @@ class OrthogonalConv1x1(nn.Module):
         self.raw = nn.Parameter(torch.zeros(channels, channels))
 
     def extra_repr(self) -> str:
+        r"""Returns the number of channels, for the printed module."""
         return f"channels={self.raw.shape[0]}"
 
     @property
@@ -387,9 +405,11 @@ class OrthogonalConv1x1(nn.Module):
         return (cayley @ q).to(self.raw.dtype)
 
     def forward(self, x: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+        r"""Rotates the channels; returns the output and zeros, with shape :math:`(B)`."""
         return _mix(x, self.weight), x.new_zeros(x.shape[0])
 
     def inverse(self, z: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+        r"""Rotates the channels back; returns the output and zeros, with shape :math:`(B)`."""
         return _mix(z, self.weight.T), z.new_zeros(z.shape[0])
 
 
@@ -424,10 +444,15 @@ class FixedConv1x1(nn.Module):
         self.register_buffer("transpose", q.T.contiguous())
 
     def extra_repr(self) -> str:
+        r"""Returns the number of channels, for the printed module."""
         return f"channels={self.weight.shape[0]}"
 
     def forward(self, x: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+        r"""Takes data to noise; returns the output and the log-determinant, with shape
+        :math:`(B)`."""
         return _mix(x, self.weight), x.new_zeros(x.shape[0])
 
     def inverse(self, z: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+        r"""Takes noise to data; returns the output and the log-determinant, with shape
+        :math:`(B)`."""
         return _mix(z, self.transpose), z.new_zeros(z.shape[0])

@@ -34,9 +34,11 @@ class Elementwise(Protocol):
     """
 
     @property
-    def parameters(self) -> int: ...
+    def parameters(self) -> int:
+        r"""The number :math:`n` of parameters of each transformed channel."""
 
-    def transform(self, phi: Tensor) -> transforms.Univariate: ...
+    def transform(self, phi: Tensor) -> transforms.Univariate:
+        r"""Returns the map, given parameters with shape :math:`(B, C, n, H, W)`."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,12 @@ class Robust:
 
     @property
     def parameters(self) -> int:
+        r"""The parameters of each transformed channel: :math:`K - 1` widths, heights and slopes,
+        and the shift."""
         return 3 * (self.bins - 1) + 1
 
     def transform(self, phi: Tensor) -> transforms.Univariate:
+        r"""Returns the splines, given parameters with shape :math:`(B, C, 3 (K - 1) + 1, H, W)`."""
         # Published order of the channels: widths, heights, derivatives, shift.
         n = self.bins - 1
         *knots, shift = phi.split((n, n, n, 1), dim=2)
@@ -99,9 +104,11 @@ class Affine:
 
     @property
     def parameters(self) -> int:
+        r"""The parameters of each transformed channel: shift and scale."""
         return 2
 
     def transform(self, phi: Tensor) -> transforms.Univariate:
+        r"""Returns the affine map, given parameters with shape :math:`(B, C, 2, H, W)`."""
         shift, scale = phi.unbind(2)
         return transforms.AffineTransform(shift, scale, eps=self.eps)
 
@@ -131,9 +138,12 @@ class ReparametrizedAffine:
 
     @property
     def parameters(self) -> int:
+        r"""The parameters of each transformed channel: shift and scale."""
         return 2
 
     def transform(self, phi: Tensor) -> transforms.Univariate:
+        r"""Returns the reparametrised affine map, given parameters with shape :math:`(B, C, 2, H,
+        W)`."""
         shift, scale = phi.unbind(2)
         return transforms.ReparametrizedAffineTransform(shift, scale, eps=self.eps)
 
@@ -146,7 +156,7 @@ class ReparametrizedAffine:
 
 @dataclass(frozen=True)
 class CubicBSpline:
-    r"""Creates the cubic B-spline of the paper; see :class:`flowguard.transforms.CubicBSpline`.
+    r"""Creates the cubic B-spline of the paper; see :class:`flowguard.transforms.CubicBSplineTransform`.
 
     Arguments:
         bound: The bound :math:`B` of the box.
@@ -164,11 +174,13 @@ class CubicBSpline:
 
     @property
     def parameters(self) -> int:
+        r"""The parameters of each transformed channel: 4 gaps, 6 controls and the shift."""
         return 11
 
     def transform(self, phi: Tensor) -> transforms.Univariate:
+        r"""Returns the B-splines, given parameters with shape :math:`(B, C, 11, H, W)`."""
         gaps, controls, shift = phi.split((4, 6, 1), dim=2)
-        return transforms.CubicBSpline(
+        return transforms.CubicBSplineTransform(
             gaps.movedim(2, -1),
             controls.movedim(2, -1),
             shift.squeeze(2),
@@ -191,9 +203,11 @@ class Inscribed:
 
     @property
     def parameters(self) -> int:
+        r"""The number of parameters of the family that is inscribed."""
         return self.family.parameters
 
     def transform(self, phi: Tensor) -> transforms.Univariate:
+        r"""Returns the inscribed splines, given the parameters of the old map."""
         return self.units(*self.family.line(phi))
 
 

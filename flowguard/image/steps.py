@@ -123,6 +123,8 @@ class FlowStep(nn.Module):
     def inverse(
         self, z: Tensor, context: Tensor | Condition | None = None, ladj: bool = True
     ) -> tuple[Tensor, Tensor]:
+        r"""Takes noise to data; returns the output and the log-determinant, with shape
+        :math:`(B)`."""
         z, c = self.coupling.inverse(z, context, ladj=ladj)
         folded = _folded(context)
         if folded is not None:

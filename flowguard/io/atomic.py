@@ -1,13 +1,16 @@
 r"""Files that are whole or not there."""
 
-__all__ = ["atomic", "save_tensors", "write_text"]
+__all__ = ["atomic", "save_tensors", "strict_json", "write_json", "write_text"]
 
 import contextlib
+import json
+import math
 import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -55,6 +58,33 @@ def write_text(path: Path | str, text: str) -> None:
     """
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def strict_json(value: Any) -> Any:
+    r"""Returns numbers as JSON can hold them: infinity and NaN, which it lacks, become words.
+
+    Arguments:
+        value: A value, with dictionaries, lists and tuples of values.
+
+    Example:
+        >>> strict_json({"best": (1.5, float("inf"))})
+        {'best': [1.5, 'inf']}
+    """
+    if isinstance(value, dict):
+        return {k: strict_json(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict_json(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    r"""Writes a file of JSON, whole or not at all.
+
+    Arguments:
+        path: The file to write.
+        value: What it shall hold; see :func:`strict_json`.
+    """
+    write_text(path, json.dumps(strict_json(value), indent=2, allow_nan=False) + "\n")
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:

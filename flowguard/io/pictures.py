@@ -1,6 +1,18 @@
 r"""Pictures in files: 8 and 16 bits, grey and colour, with and without alpha, upright."""
 
-__all__ = ["SUFFIXES", "ImageError", "Picture", "read", "write"]
+__all__ = [
+    "GREY",
+    "SUFFIXES",
+    "ImageError",
+    "Picture",
+    "png16",
+    "read",
+    "read_image",
+    "shown",
+    "to_uint8",
+    "whole_numbers",
+    "write",
+]
 
 import os
 import struct
@@ -8,7 +20,7 @@ import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -20,7 +32,9 @@ Array = np.ndarray[Any, Any]
 
 #: What a file of a picture is called.
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+#: The weights of red, green and blue in luminance.
 GREY = (0.299, 0.587, 0.114)
+SHALLOW = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr")
 MPO = "MPO"  # JPEG with a second view behind the first, as some phones write it
 DEEP_PNG = ("RGB;16B", "RGBA;16B", "LA;16B")
 ORIENTATION = 0x0112  # the tag of EXIF and TIFF
@@ -83,6 +97,28 @@ def read(path: str | os.PathLike[str]) -> Picture:
         raise ImageError(reason) from error
 
 
+def read_image(file: str | os.PathLike[str] | IO[bytes]) -> Tensor:
+    r"""Reads an image of 8 bits as RGB, upright and without its opacity.
+
+    Arguments:
+        file: The path of the file, or an open binary file.
+
+    Returns:
+        The image in :math:`[0, 1]`, with shape :math:`(3, H, W)`, float32.
+
+    Raises:
+        ImageError: If the image has more than 8 bits per channel; see :func:`read` for these.
+        ImportError: If Pillow is not installed.
+    """
+    with _pillow().open(file) as image:
+        if image.mode not in SHALLOW:
+            raise ImageError(
+                f"images must have 8 bits per channel; got one of mode {image.mode!r}"
+            )
+        pixels, grey = _shallow(image)
+        return _picture(pixels, grey, 8, _orientation(image), None).colour
+
+
 def _pillow() -> Any:
     try:
         from PIL import Image
@@ -109,7 +145,7 @@ def _read(image: Any) -> Picture:
 
 
 def _picture(pixels: Array, grey: bool, bits: int, orientation: int, icc: bytes | None) -> Picture:
-    """A picture of whole numbers with shape (H, W, channels)."""
+    r"""A picture of whole numbers with shape (H, W, channels)."""
     exact = torch.from_numpy(pixels.astype(np.float32) / (2**bits - 1)).movedim(-1, 0)
     exact = _upright(exact, orientation).contiguous()
     count = 1 if grey else 3
@@ -118,10 +154,10 @@ def _picture(pixels: Array, grey: bool, bits: int, orientation: int, icc: bytes 
 
 
 def _shallow(image: Any) -> tuple[Array, bool]:
-    """The pixels of a picture of 8 bits, and whether it is grey."""
+    r"""The pixels of a picture of 8 bits, and whether it is grey."""
     mode = image.mode
-    if mode not in ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr"):
-        raise ImageError(f"pictures have 8 or 16 bits per channel; this one has the mode {mode!r}")
+    if mode not in SHALLOW:
+        raise ImageError(f"pictures must have 8 or 16 bits per channel; got the mode {mode!r}")
     grey = mode in ("1", "L", "LA", "La")
     alpha = mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
     wanted = ("LA" if alpha else "L") if grey else ("RGBA" if alpha else "RGB")
@@ -132,7 +168,7 @@ def _shallow(image: Any) -> tuple[Array, bool]:
 
 
 def _deep_png(image: Any) -> Array | None:
-    """The pixels of a PNG of 16 bits in colour or with alpha, of which Pillow has but the upper
+    r"""The pixels of a PNG of 16 bits in colour or with alpha, of which Pillow has but the upper
     bytes: the same stream is read once more for the lower ones."""
     kind = image.tile[0][3] if image.tile else None
     if kind not in DEEP_PNG:
@@ -150,7 +186,7 @@ def _deep_png(image: Any) -> Array | None:
 
 
 def _is_deep_tiff(path: Path) -> bool:
-    """Whether it is a TIFF of more than 8 bits: Pillow keeps 8 of them, or knows it not at all."""
+    r"""Whether it is a TIFF of more than 8 bits: Pillow keeps 8 of them, or knows it not at all."""
     with path.open("rb") as stream:
         if stream.read(4) not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
             return False
@@ -175,14 +211,14 @@ def _deep_tiff(path: Path) -> Picture:
         orientation = int(page.tags.valueof(ORIENTATION, default=1))
         profile = page.iccprofile
     if pixels.dtype != np.uint16:
-        raise ImageError(f"pictures have 8 or 16 bits per channel; this one is {pixels.dtype}")
+        raise ImageError(f"pictures must have 8 or 16 bits per channel; got {pixels.dtype}")
     if axes == "SYX":
         pixels = np.moveaxis(pixels, 0, -1)
     elif axes == "YX":
         pixels = pixels[..., None]
     channels = {"MINISWHITE": 1, "MINISBLACK": 1, "RGB": 3}.get(kind, 0)
     if not channels or pixels.shape[-1] not in (channels, channels + 1):
-        raise ImageError(f"a TIFF of 16 bits must be grey or RGB; this one is {kind} {axes}")
+        raise ImageError(f"a TIFF of 16 bits must be grey or RGB; got {kind} {axes}")
     if kind == "MINISWHITE":
         pixels = np.concatenate((65535 - pixels[..., :1], pixels[..., 1:]), -1)
     if extra == [1] and pixels.shape[-1] > channels:  # colours were multiplied by the opacity
@@ -209,11 +245,57 @@ def _upright(pixels: Tensor, orientation: int) -> Tensor:
     return pixels
 
 
+def shown(image: Tensor) -> Tensor:
+    r"""Returns an image as it can be shown: values beyond [0, 1] are cut, NaN is black.
+
+    Arguments:
+        image: The image, of any shape, floating point.
+
+    Example:
+        >>> shown(torch.tensor([-0.5, 0.25, torch.inf, torch.nan]))
+        tensor([0.0000, 0.2500, 1.0000, 0.0000])
+    """
+    return torch.nan_to_num(image, nan=0.0).clamp(0, 1)
+
+
+def whole_numbers(image: Tensor, bits: int = 8) -> Tensor:
+    r"""Returns the whole numbers that an image is stored as, in the dtype that it has.
+
+    Arguments:
+        image: The image in :math:`[0, 1]`, of any shape, floating point; see :func:`shown` for
+            what lies beyond.
+        bits: The bits of each number.
+
+    Example:
+        >>> whole_numbers(torch.tensor([-0.2, 0.5, 1.2, torch.nan]))
+        tensor([  0., 128., 255.,   0.])
+    """
+    return (shown(image) * (2**bits - 1)).round()
+
+
+def to_uint8(image: Tensor) -> Array:
+    r"""Returns an image as an array of bytes, as Pillow and matplotlib take it.
+
+    Arguments:
+        image: The image in :math:`[0, 1]`, with shape :math:`(C, H, W)`; see :func:`shown` for
+            what lies beyond.
+
+    Returns:
+        The bytes, ``uint8`` with shape :math:`(H, W, C)`.
+
+    Example:
+        >>> to_uint8(torch.full((3, 2, 4), 0.5)).shape
+        (2, 4, 3)
+    """
+    levels = whole_numbers(image.detach().float().cpu())
+    return levels.to(torch.uint8).movedim(0, -1).numpy()
+
+
 STRIP = 256  # rows that are made into whole numbers at a time: large pictures fill the memory
 
 
 def _levels(picture: Picture) -> Array:
-    """The whole numbers of a picture, with shape (H, W, channels)."""
+    r"""The whole numbers of a picture, with shape (H, W, channels)."""
     height, width = picture.colour.shape[-2:]
     count = (1 if picture.grey else 3) + (picture.alpha is not None)
     kind = np.uint16 if picture.bits == 16 else np.uint8
@@ -221,13 +303,14 @@ def _levels(picture: Picture) -> Array:
     for top in range(0, height, STRIP):
         rows = slice(top, top + STRIP)
         colour = picture.colour[:, rows].detach().float().cpu()
-        colour = torch.nan_to_num(colour, nan=0.0).clamp(0, 1)
         if picture.grey:
-            colour = (colour * colour.new_tensor(GREY).reshape(3, 1, 1)).sum(0, keepdim=True)
+            colour = (shown(colour) * colour.new_tensor(GREY).reshape(3, 1, 1)).sum(
+                0, keepdim=True
+            )
         parts = [colour]
         if picture.alpha is not None:
-            parts.append(picture.alpha[:, rows].detach().float().cpu().clamp(0, 1))
-        levels = (torch.cat(parts) * (2**picture.bits - 1)).round()
+            parts.append(picture.alpha[:, rows].detach().float().cpu())
+        levels = whole_numbers(torch.cat(parts), picture.bits)
         whole[rows] = levels.movedim(0, -1).numpy().astype(kind)
     return whole
 
@@ -238,6 +321,10 @@ def write(path: str | os.PathLike[str], picture: Picture) -> None:
     Arguments:
         path: The file, whose name ends in ``.png``, ``.tif`` or ``.tiff``.
         picture: The picture.
+
+    Raises:
+        ImportError: If Pillow, or for a TIFF tifffile, is not installed.
+        ValueError: If the name ends in something else.
     """
     path = Path(path)
     suffix = path.suffix.lower()

@@ -175,6 +175,7 @@ class InscribedShift(_Units):
         self.shift_bound = spline.shift_bound
 
     def extra_repr(self) -> str:
+        r"""Returns the bound of the shift, for the printed module."""
         return f"shift_bound={self.shift_bound}"
 
     def forward(self, shift: Tensor) -> Rescaled:

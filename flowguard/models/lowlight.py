@@ -146,6 +146,7 @@ class LowLightFlow(ImageModel):
         self.squeeze = Squeeze(2**levels)
 
     def extra_repr(self) -> str:
+        r"""Returns the target ratio, for the printed module."""
         return f"target_ratio={self.target_ratio:g}"
 
     @property

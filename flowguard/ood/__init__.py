@@ -1,11 +1,5 @@
 r"""Out-of-distribution contexts: per image, per level, per pixel, calibrated, with a policy."""
 
-from flowguard.ood.conditioner import OODConditioner
-from flowguard.ood.errors import NotFittedError, OODContextError, OODContextWarning
-from flowguard.ood.gaussian import StreamingGaussian
-from flowguard.ood.monitoring import Monitor, monitor
-from flowguard.ood.report import LevelReport, OODReport
-
 __all__ = [
     "LevelReport",
     "Monitor",
@@ -17,3 +11,9 @@ __all__ = [
     "StreamingGaussian",
     "monitor",
 ]
+
+from flowguard.ood.conditioner import OODConditioner
+from flowguard.ood.errors import NotFittedError, OODContextError, OODContextWarning
+from flowguard.ood.gaussian import StreamingGaussian
+from flowguard.ood.monitoring import Monitor, monitor
+from flowguard.ood.report import LevelReport, OODReport

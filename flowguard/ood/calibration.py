@@ -1,6 +1,6 @@
 r"""Calibration on held-out images: per image by conformal p-value, per pixel by quantile."""
 
-from __future__ import annotations
+__all__ = ["STATISTICS", "Calibration", "Calibrator", "image_statistics"]
 
 import math
 
@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 
 from flowguard.ood.state import PinnedState
-
-__all__ = ["STATISTICS", "Calibration", "Calibrator", "image_statistics"]
 
 STATISTICS = ("mean", "max", "share")
 
@@ -66,11 +64,11 @@ class Calibration(PinnedState):
         super().__init__()
         empty = torch.empty(0, dtype=torch.float64)
         self.register_buffer("scores", empty.reshape(0, len(STATISTICS)))
-        """The statistics of the calibration images, each column sorted on its own."""
+        r"""The statistics of the calibration images, each column sorted on its own."""
         self.register_buffer("grid", empty.clone())
-        """The quantiles of the pixel scores at the levels of the grid; empty for vectors."""
+        r"""The quantiles of the pixel scores at the levels of the grid; empty for vectors."""
         self.register_buffer("edge", torch.full((), torch.nan, dtype=torch.float64))
-        """The score above which a pixel counts for ``"share"``, near the 0.99 quantile."""
+        r"""The score above which a pixel counts for ``"share"``, near the 0.99 quantile."""
 
     @property
     def calibrated(self) -> bool:
@@ -78,7 +76,11 @@ class Calibration(PinnedState):
         return len(self.scores) > 0
 
     def p_values(self, statistics: Tensor) -> Tensor:
-        r"""Returns the conformal p-values, with shape :math:`(N, 3)`, of such statistics."""
+        r"""Returns the conformal p-values, with shape :math:`(N, 3)`, of such statistics.
+
+        Arguments:
+            statistics: The statistics of :func:`image_statistics`, with shape :math:`(N, 3)`.
+        """
         reference = self.scores.to(statistics)
         above = torch.stack(
             [
@@ -95,6 +97,10 @@ class Calibration(PinnedState):
         Where :math:`\alpha < 1/(n+1)`, no score has such a p-value, and the largest calibration
         score is returned: an in-distribution image exceeds it with probability
         :math:`1/(n+1)` at most.
+
+        Arguments:
+            statistic: ``"mean"``, ``"max"`` or ``"share"``.
+            alpha: The p-value :math:`\alpha`.
         """
         column = self.scores[:, STATISTICS.index(statistic)]
         rank = max(1, math.floor(alpha * (len(column) + 1) + 1e-9))
@@ -104,6 +110,9 @@ class Calibration(PinnedState):
         r"""Returns the score that all but a share ``1 - quantile`` of calibration pixels keep to.
 
         For vectors this is the threshold.
+
+        Arguments:
+            quantile: The quantile, in :math:`[0, 1]`.
         """
         if not len(self.grid):
             return self.threshold("max", 1 - quantile)
@@ -112,7 +121,11 @@ class Calibration(PinnedState):
         return float(self.grid[min(int(position), len(self.grid) - 1)])
 
     def quantile(self, scores: Tensor) -> Tensor:
-        r"""Returns where pixel scores lie among the calibration pixels, in :math:`[0, 1]`."""
+        r"""Returns where pixel scores lie among the calibration pixels, in :math:`[0, 1]`.
+
+        Arguments:
+            scores: The pixel scores, of any shape, which is that of the result.
+        """
         grid = self.grid.to(scores)
         levels = _quantile_levels().to(scores)
         upper = torch.searchsorted(grid, scores.contiguous(), right=True)
@@ -139,13 +152,20 @@ class Calibrator:
         self.shares: list[Tensor] = []
 
     def add(self, scores: Tensor) -> None:
-        r"""Adds the scores of a batch, with shape :math:`(N)` or :math:`(N, H, W)`."""
+        r"""Adds the scores of a batch, with shape :math:`(N)` or :math:`(N, H, W)`.
+
+        Arguments:
+            scores: The scores, with shape :math:`(N)` or :math:`(N, H, W)`.
+
+        Raises:
+            ValueError: If a score is not finite.
+        """
         if not len(scores):
             return
         if not scores.isfinite().all():
             raise ValueError(
-                "The features of the calibration must be finite. Got NaN or inf; find the "
-                "contexts that cause them (`torch.isfinite`) and leave them out."
+                "the features of the calibration must be finite; got NaN or inf: find the "
+                "contexts that cause them (`torch.isfinite`) and leave them out"
             )
         for images in scores.split(32) if scores.ndim == 3 else ():
             position = torch.bucketize(images.flatten(1).cpu().double(), self.edges[1:-1])
@@ -168,7 +188,13 @@ class Calibrator:
         return self.pixels, torch.cat(statistics), shares
 
     def extend(self, pixels: Tensor, statistics: Tensor, shares: Tensor) -> None:
-        r"""Adds what another calibrator has seen."""
+        r"""Adds what another calibrator has seen.
+
+        Arguments:
+            pixels: Its counts of pixels.
+            statistics: Its statistics, with shape :math:`(N, 3)`.
+            shares: Its shares; see :meth:`state` for all three.
+        """
         self.pixels = self.pixels + pixels
         self.statistics.append(statistics)
         self.shares.append(shares)
@@ -188,7 +214,7 @@ class Calibrator:
         return calibration
 
     def _grid(self, pixels: Tensor, largest: float) -> Tensor:
-        """Quantiles by linear interpolation within the bins; the last one is the maximum."""
+        r"""Quantiles by linear interpolation within the bins; the last one is the maximum."""
         cumulative = pixels.cumsum(0).double()
         wanted = _quantile_levels() * cumulative[-1]
         place = torch.searchsorted(cumulative, wanted).clamp_max(len(pixels) - 1)

@@ -1,6 +1,6 @@
 r"""The OOD-aware conditioner: an encoder that knows what it was trained on."""
 
-from __future__ import annotations
+__all__ = ["OODConditioner", "Policy"]
 
 import os
 import sys
@@ -23,12 +23,9 @@ from flowguard.ood.embeddings import (
 )
 from flowguard.ood.errors import OODContextError, OODContextWarning
 from flowguard.ood.fingerprint import Seal, fingerprint
-from flowguard.ood.gaussian import Shrinkage
+from flowguard.ood.gaussian import Shrinkage, pull
 from flowguard.ood.levels import LevelSet, Statistic
-from flowguard.ood.pull import pull
 from flowguard.ood.report import OODReport
-
-__all__ = ["OODConditioner", "Policy"]
 
 F = TypeVar("F")
 
@@ -102,6 +99,11 @@ class OODConditioner(nn.Module):
             ``"max"``, or the ``"share"`` of pixels above about the 0.99 quantile. The maximum
             grows with the number of pixels: it suits images of the size of the calibration's.
 
+    Raises:
+        TypeError: If the encoder is no module.
+        ValueError: If an option is out of range, or the policy ``"shrink"`` is asked for with
+            `normalize`.
+
     Example:
         >>> import torch
         >>> conditioner = OODConditioner(nn.Linear(3, 2), policy="report", alpha=0.01)
@@ -128,15 +130,15 @@ class OODConditioner(nn.Module):
         super().__init__()
         if encoder is not None and not isinstance(encoder, nn.Module):
             raise TypeError(
-                f"The encoder must be a torch.nn.Module or None. Got {type(encoder).__name__}; "
-                "wrap it in a module."
+                f"encoder must be a torch.nn.Module or None; got {type(encoder).__name__}: "
+                "wrap it in a module"
             )
         if not 0 < alpha < 1:
-            raise ValueError(f"alpha must lie between 0 and 1. Got {alpha}.")
+            raise ValueError(f"alpha must lie between 0 and 1; got {alpha}")
         if not 0 < boundary <= 1:
-            raise ValueError(f"boundary must lie in (0, 1]. Got {boundary}.")
+            raise ValueError(f"boundary must lie in (0, 1]; got {boundary}")
         if levels is not None and (isinstance(levels, str) or len(set(levels)) < len(levels)):
-            raise ValueError(f"levels must be a list of different names. Got {levels!r}.")
+            raise ValueError(f"levels must be a list of different names; got {levels!r}")
         self.encoder = encoder
         self.guard = LevelSet(shrinkage, normalize, statistic)
         self.level_names = None if levels is None else list(levels)
@@ -157,11 +159,14 @@ class OODConditioner(nn.Module):
     @policy.setter
     def policy(self, policy: Policy) -> None:
         if policy not in get_args(Policy):
-            raise ValueError(f"policy must be one of {get_args(Policy)}. Got {policy!r}.")
+            raise ValueError(
+                f"policy must be one of {', '.join(get_args(Policy))}; got {policy!r}"
+            )
         if policy == "shrink" and self.guard.normalize is not None:
             raise ValueError(
-                "policy='shrink' needs normalize=None: a vector scaled to unit length has lost "
-                "the length that would have to shrink."
+                "policy='shrink' needs normalize=None; got normalize="
+                f"{self.guard.normalize!r}: a vector scaled to unit length has lost the length "
+                "that would have to shrink"
             )
         self._policy: Policy = policy
 
@@ -182,9 +187,15 @@ class OODConditioner(nn.Module):
         return self._last.value
 
     def extra_repr(self) -> str:
+        r"""Returns policy and alpha, for the printed module."""
         return f"policy={self.policy!r}, alpha={self.alpha:g}"
 
     def train(self, mode: bool = True) -> Self:
+        r"""Sets the mode as of any module; in training mode scores and policy are off.
+
+        Arguments:
+            mode: Whether it is training mode.
+        """
         self._off = mode
         return super().train(mode)
 
@@ -211,6 +222,10 @@ class OODConditioner(nn.Module):
                 an index, a key, or a function of the batch.
             distributed: Whether all ranks of the default process group fit together, each on
                 its own share of the batches.
+
+        Raises:
+            NotFittedError: If there are fewer than two vectors.
+            ValueError: If there is no batch, or a feature is not finite.
         """
         guard = self.guard.fresh()
         with evaluating(self.encoder):
@@ -232,6 +247,17 @@ class OODConditioner(nn.Module):
 
         Each context (each image) counts as one; a warning tells if they are too few for
         :math:`\alpha`. See :meth:`fit` for the arguments. Scoring is switched on.
+
+        Arguments:
+            batches: The held-out contexts.
+            progress: Whether to show a progress bar.
+            context: Which part of a batch is the context.
+            distributed: Whether all ranks calibrate together.
+
+        Raises:
+            NotFittedError: If the conditioner is not fitted.
+            RuntimeError: If the encoder's weights changed since the fit.
+            ValueError: If there is no context, or a feature is not finite.
         """
         self.guard.require(calibrated=False, owner="conditioner")
         self._seal.check(self.encoder, self.guard.fingerprint)
@@ -251,6 +277,9 @@ class OODConditioner(nn.Module):
 
         The encoder runs in evaluation mode.
 
+        Arguments:
+            y: The contexts, as the encoder takes them.
+
         Raises:
             NotFittedError: The conditioner is not fitted, or not calibrated.
             RuntimeError: The encoder's weights changed since the fit.
@@ -262,6 +291,8 @@ class OODConditioner(nn.Module):
         return self._score(y, levels)
 
     def forward(self, y: Any) -> Any:
+        r"""Returns what the encoder makes of contexts; scores it and acts by the policy, in
+        evaluation mode."""
         output = y if self.encoder is None else self.encoder(y)
         if self._off:
             return self._overheard(y, output) if recording.listening() else output
@@ -282,7 +313,7 @@ class OODConditioner(nn.Module):
 
     @_eager
     def _overheard(self, y: Any, output: Any) -> Any:
-        """In training mode a monitor may still ask; the policy stays off."""
+        r"""In training mode a monitor may still ask; the policy stays off."""
         if recording.active() and self.calibrated:
             report = self._score(y, to_levels(output, self.level_names))
             for recorder in recording.active():
@@ -324,7 +355,7 @@ class OODConditioner(nn.Module):
 
 
 def _not_finite(y: Any, levels: dict[str, Tensor]) -> Tensor | None:
-    """Which contexts are not finite; an encoder can hide it (a maximum drops -inf, say)."""
+    r"""Which contexts are not finite; an encoder can hide it (a maximum drops -inf, say)."""
     count = len(next(iter(levels.values())))
     if not isinstance(y, Tensor) or not y.ndim:
         return None
@@ -334,7 +365,7 @@ def _not_finite(y: Any, levels: dict[str, Tensor]) -> Tensor | None:
 
 
 def _caller() -> int:
-    """The `stacklevel` of the first frame outside torch and this package."""
+    r"""The `stacklevel` of the first frame outside torch and this package."""
     inside = tuple(os.path.dirname(path) + os.sep for path in (torch.__file__, __file__))
     frame: FrameType | None = sys._getframe(1)
     level = 1

@@ -1,6 +1,6 @@
 r"""From whatever users have, batches and encoder outputs, to named levels and back."""
 
-from __future__ import annotations
+__all__ = ["Selector", "contexts", "device_of", "to_levels", "with_levels"]
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-
-__all__ = ["Selector", "contexts", "device_of", "to_levels", "with_levels"]
 
 Selector = int | str | Callable[[Any], Tensor] | None
 
@@ -22,36 +20,45 @@ def to_levels(output: Any, names: Sequence[str] | None = None) -> dict[str, Tens
         output: A tensor, or a list, tuple or dictionary of tensors, each with shape
             :math:`(N, C)` or :math:`(N, C, H, W)`; a lone vector :math:`(C)` counts as one.
         names: What to call the levels; for a dictionary, the keys to take.
+
+    Raises:
+        TypeError: If a level is no floating point tensor.
+        ValueError: If there is no level, or the names do not fit.
     """
     if isinstance(output, Mapping):
         names = [str(key) for key in output] if names is None else names
         if missing := [name for name in names if name not in output]:
             raise ValueError(
-                f"The encoder's output has no level {missing[0]!r}; it has {list(output)}."
+                f"the encoder's output must have a level {missing[0]!r}; got {list(output)}"
             )
         values = [output[name] for name in names]
     else:
         values = [output] if isinstance(output, Tensor) or output is None else list(output)
         if names is not None and len(names) != len(values):
             raise ValueError(
-                f"The encoder gives {len(values)} levels, and {len(names)} names were given: "
-                f"{list(names)}."
+                f"levels must name the {len(values)} levels that the encoder gives; got "
+                f"{len(names)} names: {list(names)}"
             )
         names = names or [f"level{i + 1}" for i in range(len(values))]
     if not values:
-        raise ValueError("The encoder gives no level; its output is empty.")
+        raise ValueError("the encoder must give a level at least; got an empty output")
     for name, value in zip(names, values, strict=True):
         if not isinstance(value, Tensor) or not value.is_floating_point():
             what = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value)
             raise TypeError(
-                f"Level {name!r} must be a floating point tensor. Got {what}; choose the outputs "
-                "to watch with `levels=[...]` on a dictionary, or wrap the encoder."
+                f"level {name!r} must be a floating point tensor; got {what}: choose the outputs "
+                "to watch with `levels=[...]` on a dictionary, or wrap the encoder"
             )
     return {n: v[None] if v.ndim == 1 else v for n, v in zip(names, values, strict=True)}
 
 
 def with_levels(output: Any, levels: Mapping[str, Tensor]) -> Any:
-    r"""Returns the output with its levels replaced, in the type that it has."""
+    r"""Returns the output with its levels replaced, in the type that it has.
+
+    Arguments:
+        output: The output of an encoder.
+        levels: The new embeddings, by name, in the order of :func:`to_levels`.
+    """
     if isinstance(output, Tensor):
         (value,) = levels.values()
         return value.reshape(output.shape)
@@ -71,13 +78,26 @@ def contexts(
     progress: bool,
     name: str,
 ) -> Iterator[Any]:
-    r"""Yields the contexts of batches, on the encoder's device, under a progress bar."""
+    r"""Yields the contexts of batches, on the encoder's device, under a progress bar.
+
+    Arguments:
+        batches: An iterable of batches, or a tensor, which is cut into batches.
+        select: Which part of a batch is the context: a key, an index, or a function of the
+            batch.
+        device: The device, :py:`None` to leave contexts where they are.
+        progress: Whether to show the bar.
+        name: What the bar is called.
+
+    Raises:
+        TypeError: If the batches are not iterable.
+        ValueError: If there is no batch, or nothing says which part of one is the context.
+    """
     if isinstance(batches, Tensor):
         batches = batches.split(64)
     elif not isinstance(batches, Iterable):
         raise TypeError(
-            f"`{name}` needs an iterable of batches, like a DataLoader or a list of tensors. "
-            f"Got {type(batches).__name__}."
+            f"`{name}` needs an iterable of batches, like a DataLoader or a list of tensors; "
+            f"got {type(batches).__name__}"
         )
     empty = True
     for batch in tqdm(batches, desc=name, unit="batch", disable=not progress, leave=False):
@@ -86,8 +106,8 @@ def contexts(
         yield y.to(device) if device is not None and isinstance(y, Tensor) else y
     if empty:
         raise ValueError(
-            f"`{name}` got no batch. An iterator is spent after one pass: give a list, a "
-            "DataLoader, or a fresh iterator."
+            f"`{name}` needs a batch at least; got none: an iterator is spent after one pass, "
+            "so give a list, a DataLoader, or a fresh iterator"
         )
 
 
@@ -101,14 +121,18 @@ def _select(batch: Any, select: Selector) -> Any:
     if isinstance(batch, list | tuple | dict):
         keys = list(batch) if isinstance(batch, dict) else f"0 to {len(batch) - 1}"
         raise ValueError(
-            f"The batches are a {type(batch).__name__} of {len(batch)}; say which part is the "
-            f"context with `context=`, a key ({keys}) or a function of the batch."
+            "batches must be contexts, or `context=` must say which part of them is, by a key "
+            f"({keys}) or a function of the batch; got a {type(batch).__name__} of {len(batch)}"
         )
     return batch
 
 
 def device_of(module: nn.Module | None) -> torch.device | None:
-    r"""Returns the device of a module's first tensor, :py:`None` where it has none."""
+    r"""Returns the device of a module's first tensor, :py:`None` where it has none.
+
+    Arguments:
+        module: The module, or :py:`None`.
+    """
     if module is None:
         return None
     return next((t.device for t in (*module.parameters(), *module.buffers())), None)

@@ -1,13 +1,10 @@
 r"""What the OOD package raises and warns with."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from flowguard.ood.report import OODReport
-
 __all__ = ["NotFittedError", "OODContextError", "OODContextWarning"]
+
+from typing import Self
+
+from flowguard.ood.report import OODReport
 
 
 class NotFittedError(RuntimeError):
@@ -30,18 +27,18 @@ class OODContextError(ValueError):
         super().__init__(message)
         self.report = report
         self.indices: list[int] = report.flagged.nonzero().flatten().tolist()
-        """The places of the refused contexts in their batch."""
+        r"""The places of the refused contexts in their batch."""
         self.levels: list[list[str]] = [
             [name for name, level in report.levels.items() if bool(level.flagged[i])]
             for i in self.indices
         ]
-        """For each of them, the names of the levels that flagged it."""
+        r"""For each of them, the names of the levels that flagged it."""
         self.scores: dict[str, list[float]] = {
             name: level.score[self.indices].tolist() for name, level in report.levels.items()
         }
-        """For each level, their scores."""
+        r"""For each level, their scores."""
         self.p_values: list[float] = report.p_value[self.indices].tolist()
-        """Their p-values over all levels."""
+        r"""Their p-values over all levels."""
 
-    def __reduce__(self) -> tuple[type[OODContextError], tuple[str, OODReport]]:
+    def __reduce__(self) -> tuple[type[Self], tuple[str, OODReport]]:
         return type(self), (str(self), self.report)

@@ -1,6 +1,6 @@
 r"""A fingerprint of an encoder's weights: statistics hold for the encoder that made them."""
 
-from __future__ import annotations
+__all__ = ["Seal", "fingerprint"]
 
 import hashlib
 import weakref
@@ -8,8 +8,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-
-__all__ = ["Seal", "fingerprint"]
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -25,6 +23,9 @@ def fingerprint(module: nn.Module | None) -> str:
     It survives a move to another device, ``.double()`` and ``torch.compile``, and changes with
     any weight that changes beyond float32 rounding, hence also under ``.half()``. It is empty for
     a module that holds no tensors.
+
+    Arguments:
+        module: The module, or :py:`None`.
     """
     digest, empty = hashlib.blake2b(digest_size=16), True
     for name, value in _tensors(module) if module is not None else ():
@@ -51,11 +52,19 @@ class Seal:
         self._passed: str | None = None
         self._seen: list[tuple[weakref.ref[Tensor], int, int]] = []
 
-    def __reduce__(self) -> tuple[type[Seal], tuple[str]]:
+    def __reduce__(self) -> tuple[type["Seal"], tuple[str]]:
         return Seal, (self.what,)
 
     def check(self, module: nn.Module | None, expected: str) -> None:
-        r"""Raises a :class:`RuntimeError` unless the module has the expected fingerprint."""
+        r"""Raises a :class:`RuntimeError` unless the module has the expected fingerprint.
+
+        Arguments:
+            module: The module, or :py:`None`.
+            expected: Its :func:`fingerprint` at the fit.
+
+        Raises:
+            RuntimeError: If the fingerprint is another one.
+        """
         tensors = () if module is None else (*module.parameters(), *module.buffers())
         if self._passed == expected and len(self._seen) == len(tensors):
             pairs = zip(tensors, self._seen, strict=True)
@@ -66,14 +75,14 @@ class Seal:
                 return
         if fingerprint(module) != expected:
             raise RuntimeError(
-                f"The {self.what}'s weights are not those of the fit (trained on, cast to another "
-                f"precision, or another {self.what}), so that its statistics do not hold; call "
-                "`fit(batches)` and `calibrate(batches)` again."
+                f"the {self.what}'s weights must be those of the fit; got others (trained on, cast "
+                f"to another precision, or another {self.what}), for which its statistics do not "
+                "hold: call `fit(batches)` and `calibrate(batches)` again"
             )
         self._seen = [(weakref.ref(tensor), *_version(tensor)) for tensor in tensors]
         self._passed = expected
 
 
 def _version(tensor: Tensor) -> tuple[int, int]:
-    """What changes with an in-place change; inference tensors do not count theirs."""
+    r"""What changes with an in-place change; inference tensors do not count theirs."""
     return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version

@@ -1,20 +1,17 @@
 r"""One Gaussian per level: streamed moments, shrunk covariance, Mahalanobis distance."""
 
-from __future__ import annotations
+__all__ = ["Shrinkage", "StreamingGaussian", "pull"]
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from flowguard.ood.distributed import gather
 from flowguard.ood.errors import NotFittedError
 from flowguard.ood.moments import Moments, ledoit_wolf, merge, moments, oas
-from flowguard.ood.state import PinnedState, supports_float64, without_autocast
-
-__all__ = ["Shrinkage", "StreamingGaussian", "saturation"]
+from flowguard.ood.state import PinnedState, gather, supports_float64, without_autocast
 
 Shrinkage = float | Literal["oas", "ledoit_wolf"]
 
@@ -22,7 +19,11 @@ EPS = torch.finfo(torch.float32).eps
 
 
 def saturation(dtype: torch.dtype) -> float:
-    r"""The score that stands for "finite, but too large to square": averages of it are finite."""
+    r"""Returns the score that stands for "finite, but too large to square"; its averages are finite.
+
+    Arguments:
+        dtype: The dtype of the score.
+    """
     return torch.finfo(dtype).max * 1e-9
 
 
@@ -58,6 +59,9 @@ class StreamingGaussian(PinnedState):
         features: The number of features :math:`C`. If :py:`None`, the first update tells.
         normalize: Whether to scale vectors to unit length first (``"l2"``) or not (:py:`None`).
 
+    Raises:
+        ValueError: If `normalize` is anything else.
+
     Example:
         >>> import torch
         >>> gaussian = StreamingGaussian()
@@ -82,7 +86,7 @@ class StreamingGaussian(PinnedState):
     ) -> None:
         super().__init__()
         if normalize not in (None, "l2"):
-            raise ValueError(f"normalize must be None or 'l2'. Got {normalize!r}.")
+            raise ValueError(f"normalize must be None or 'l2'; got {normalize!r}")
         self.normalize = normalize
         self._kernels: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
         for name in (*Moments._fields, "cholesky", "shrinkage"):
@@ -122,6 +126,7 @@ class StreamingGaussian(PinnedState):
         return self.cholesky @ self.cholesky.T
 
     def extra_repr(self) -> str:
+        r"""Returns features, count and whether it is fitted, for the printed module."""
         return f"features={self.features}, count={int(self.n)}, fitted={self.fitted}"
 
     @torch.no_grad()
@@ -142,8 +147,8 @@ class StreamingGaussian(PinnedState):
             columns = features[part].movedim(1, 0).flatten(1).to(exact).double()
             if not columns.isfinite().all():
                 raise ValueError(
-                    "The features of the fit must be finite. Got NaN or inf; find the contexts "
-                    "that cause them (`torch.isfinite`) and leave them out."
+                    "the features of the fit must be finite; got NaN or inf: find the contexts "
+                    "that cause them (`torch.isfinite`) and leave them out"
                 )
             with without_autocast(columns):
                 more = moments(_unit(columns, 0) if self.normalize else columns)
@@ -151,29 +156,43 @@ class StreamingGaussian(PinnedState):
         self._set(total)
 
     @torch.no_grad()
-    def merge(self, other: StreamingGaussian) -> StreamingGaussian:
-        r"""Adds all that another Gaussian has seen. :meth:`finalize` is needed afterwards."""
+    def merge(self, other: "StreamingGaussian") -> Self:
+        r"""Adds all that another Gaussian has seen. :meth:`finalize` is needed afterwards.
+
+        Arguments:
+            other: The other Gaussian.
+
+        Raises:
+            ValueError: If the two differ in the number of features, or in how they normalize.
+        """
         if other.features is None:
             return self
         if self.features not in (None, other.features):
             raise ValueError(
-                "Gaussians must have the same number of features to be merged. "
-                f"Got {self.features} and {other.features}."
+                "Gaussians must have the same number of features to be merged; "
+                f"got {self.features} and {other.features}"
             )
         if self.normalize != other.normalize:
             raise ValueError(
-                "Gaussians must be normalized in the same way to be merged. "
-                f"Got {self.normalize!r} and {other.normalize!r}."
+                "Gaussians must be normalized in the same way to be merged; "
+                f"got {self.normalize!r} and {other.normalize!r}"
             )
         theirs = Moments(*(value.to(self.mean.device) for value in other.moments))
         self._set(merge(self.moments, theirs) if self.features else theirs)
         return self
 
     @torch.no_grad()
-    def merge_ranks(self, group: ProcessGroup | None = None) -> StreamingGaussian:
+    def merge_ranks(self, group: ProcessGroup | None = None) -> Self:
         r"""Adds what all ranks of a process group have seen; every rank must call it.
 
         The ranks are merged in their order, so that all end with the same numbers.
+
+        Arguments:
+            group: The process group; the default one if :py:`None`.
+
+        Raises:
+            RuntimeError: If there is no process group.
+            ValueError: If the ranks differ in the number of features.
         """
         device = self.mean.device
         ranks = [m for m in (Moments(*values) for values in gather(self.moments, group)) if m.n]
@@ -183,25 +202,29 @@ class StreamingGaussian(PinnedState):
         for part in ranks[1:]:
             if len(part.mean) != len(total.mean):
                 raise ValueError(
-                    "All ranks must have the same number of features. "
-                    f"Got {len(total.mean)} and {len(part.mean)}."
+                    "all ranks must have the same number of features; "
+                    f"got {len(total.mean)} and {len(part.mean)}"
                 )
             total = merge(total, part)
         self._set(Moments(*(value.to(device) for value in total)))
         return self
 
     @torch.no_grad()
-    def finalize(self, shrinkage: Shrinkage = "oas") -> StreamingGaussian:
+    def finalize(self, shrinkage: Shrinkage = "oas") -> Self:
         r"""Shrinks the covariance and factorises it.
 
         Arguments:
             shrinkage: The intensity :math:`a` in :math:`[0, 1]`, or how to estimate it:
                 ``"oas"`` or ``"ledoit_wolf"``.
+
+        Raises:
+            NotFittedError: If there are fewer than two vectors.
+            ValueError: If the shrinkage is out of range, or the covariance cannot be factorised.
         """
         if self.n < 2:
             raise NotFittedError(
-                f"A covariance needs at least 2 vectors. Got {int(self.n)}; "
-                "call `update(features)` first."
+                f"a covariance needs at least 2 vectors; got {int(self.n)}: "
+                "call `update(features)` first"
             )
         a = _intensity(shrinkage, self.moments)
         covariance = (1 - a) * self.scatter / self.n
@@ -214,8 +237,8 @@ class StreamingGaussian(PinnedState):
         factor, failed = torch.linalg.cholesky_ex(covariance)
         if failed:
             raise ValueError(
-                "The covariance could not be factorised: the features spread over too many "
-                "orders of magnitude. Give `shrinkage` as a number like 1e-3."
+                "the covariance could not be factorised, as the features spread over too many "
+                "orders of magnitude; give `shrinkage` as a number like 1e-3"
             )
         self.cholesky, self.shrinkage = factor, a
         self._changed()
@@ -230,6 +253,11 @@ class StreamingGaussian(PinnedState):
 
         Returns:
             The squared distances, with shape :math:`(N)` or :math:`(N, H, W)`.
+
+        Raises:
+            NotFittedError: If it is not fitted.
+            TypeError: If the features are not floating point.
+            ValueError: If their shape does not fit.
         """
         self._require_fit()
         self._check(features)
@@ -259,6 +287,13 @@ class StreamingGaussian(PinnedState):
 
         The factor :math:`L` is what is kept. Its inverse is derived in float64 and used as a
         matrix product, which on a CPU is three to seven times faster than solving for each pixel.
+
+        Arguments:
+            device: The device to have them on.
+            dtype: The dtype of the features; float64 is returned where float32 is too coarse.
+
+        Raises:
+            NotFittedError: If it is not fitted.
         """
         self._require_fit()
         # TensorFloat-32 keeps 10 bits, too few for features with a mean far from zero.
@@ -280,22 +315,67 @@ class StreamingGaussian(PinnedState):
     def _require_fit(self) -> None:
         if not self.fitted:
             raise NotFittedError(
-                "The Gaussian is not fitted; call `update(features)` and then `finalize()`."
+                "the Gaussian is not fitted; call `update(features)` and then `finalize()`"
             )
 
     def _check(self, features: Tensor) -> None:
         if not features.is_floating_point():
-            raise TypeError(f"Features must be floating point. Got {features.dtype}.")
+            raise TypeError(f"features must be floating point; got {features.dtype}")
         if features.ndim not in (2, 4):
             raise ValueError(
-                "Features must have shape (N, C) or (N, C, H, W). "
-                f"Got shape {tuple(features.shape)}."
+                f"features must have shape (N, C) or (N, C, H, W); got {tuple(features.shape)}"
             )
         if features.shape[1] != (self.features or features.shape[1]) or not features.shape[1]:
             raise ValueError(
-                f"The features have {features.shape[1]} channels, the Gaussian was fitted on "
-                f"{self.features}; give features of the same encoder, or fit again."
+                f"features must have the {self.features} channels of the fit; got "
+                f"{features.shape[1]}: give features of the same encoder, or fit again"
             )
+
+
+def pull(features: Tensor, scores: Tensor, gaussian: StreamingGaussian, boundary: float) -> Tensor:
+    r"""Moves what lies beyond a boundary along its Mahalanobis radius onto it.
+
+    .. math:: f \mapsto \mu + \frac{\sqrt{b}}{\| L^{-1} (f - \mu) \|} (f - \mu)
+        \quad \text{where} \quad \| L^{-1} (f - \mu) \|^2 > b
+
+    Vectors within are returned bit for bit. Vectors with NaN or inf become :math:`\mu`. The
+    gradient is that of the formula; it vanishes along the radius, and for vectors that are not
+    finite.
+
+    Arguments:
+        features: The embedding, with shape :math:`(N, C)` or :math:`(N, C, H, W)`.
+        scores: Its squared distances, with shape :math:`(N)` or :math:`(N, H, W)`.
+        gaussian: The Gaussian that gave them.
+        boundary: The squared radius :math:`b`.
+    """
+    outside = scores > boundary
+    where = outside.nonzero()
+    if not len(where):
+        return features
+    out = features.clone()
+    # A backward pass through many small writes would copy the gradient once for each of them.
+    step = len(where) if torch.is_grad_enabled() and features.requires_grad else 2**16
+    for part in where.split(step):
+        place, *position = part.unbind(dim=1)
+        index = (place, slice(None), *position)
+        out[index] = _onto(features[index], gaussian, boundary).to(out.dtype)
+    return out
+
+
+def _onto(vectors: Tensor, gaussian: StreamingGaussian, boundary: float) -> Tensor:
+    dtype = torch.promote_types(vectors.dtype, torch.float32)
+    mean, whitening = gaussian.kernel(vectors.device, dtype)
+    vectors = vectors.to(mean.dtype)
+    finite = vectors.isfinite().all(dim=1, keepdim=True)
+    vectors = torch.where(finite, vectors, mean + 1)  # a safe stand-in, for the gradient too
+    # The direction alone matters: in units of the largest entry nothing overflows.
+    unit = torch.maximum(vectors.detach().abs().amax(dim=1, keepdim=True), mean.abs().amax())
+    unit = unit.clamp_min(torch.finfo(mean.dtype).tiny)
+    delta = vectors / unit - mean / unit
+    with without_autocast(delta):
+        radius = (delta @ whitening.T).norm(dim=1, keepdim=True)
+    moved = mean + delta * (boundary**0.5 / radius)
+    return torch.where(finite, moved, mean)
 
 
 def _zero(features: int, device: torch.device) -> Moments:
@@ -313,7 +393,7 @@ def _intensity(shrinkage: Shrinkage, m: Moments) -> Tensor:
         return ledoit_wolf(m)
     if isinstance(shrinkage, str) or not 0 <= shrinkage <= 1:
         raise ValueError(
-            f"shrinkage must be 'oas', 'ledoit_wolf' or a number in [0, 1]. Got {shrinkage!r}."
+            f"shrinkage must be 'oas', 'ledoit_wolf' or a number in [0, 1]; got {shrinkage!r}"
         )
     return m.mean.new_full((), shrinkage)
 
@@ -321,7 +401,7 @@ def _intensity(shrinkage: Shrinkage, m: Moments) -> Tensor:
 def _parts(
     shape: torch.Size, device: torch.device, elements: int = 2**19
 ) -> Iterator[tuple[slice, ...]]:
-    """Indices of parts of about ``elements`` numbers: whole images where they fit, rows if not.
+    r"""Indices of parts of about ``elements`` numbers: whole images where they fit, rows if not.
 
     Memory stays flat on a large map, and on a CPU parts that fit the cache are also two to three
     times faster than whole maps.
@@ -341,7 +421,7 @@ def _parts(
 
 
 def _unit(vectors: Tensor, dim: int) -> Tensor:
-    """Unit vectors; scaled by their largest entry first, so that the norm cannot overflow."""
+    r"""Unit vectors; scaled by their largest entry first, so that the norm cannot overflow."""
     tiny = torch.finfo(vectors.dtype).tiny
     vectors = vectors / vectors.abs().amax(dim=dim, keepdim=True).clamp_min(tiny)
     return vectors / vectors.norm(dim=dim, keepdim=True).clamp_min(tiny)

@@ -1,6 +1,6 @@
 r"""The fitted and calibrated levels of an encoder: what conditioner and monitor share."""
 
-from __future__ import annotations
+__all__ = ["Level", "LevelSet", "Statistic"]
 
 import json
 import math
@@ -13,18 +13,20 @@ from torch import Tensor, nn
 
 from flowguard._version import __version__
 from flowguard.ood.calibration import STATISTICS, Calibration, Calibrator, image_statistics
-from flowguard.ood.distributed import gather
 from flowguard.ood.errors import NotFittedError
 from flowguard.ood.gaussian import Shrinkage, StreamingGaussian
 from flowguard.ood.report import LevelReport, OODReport
-
-__all__ = ["Level", "LevelSet", "Statistic"]
+from flowguard.ood.state import gather
 
 Statistic = Literal["mean", "max", "share"]
 
 
 class Level(nn.Module):
-    r"""Creates one level: a Gaussian and its calibration."""
+    r"""Creates one level, a Gaussian and its calibration, both empty.
+
+    Arguments:
+        normalize: See :class:`StreamingGaussian`.
+    """
 
     def __init__(self, normalize: Literal["l2"] | None) -> None:
         super().__init__()
@@ -43,6 +45,9 @@ class LevelSet(nn.Module):
         shrinkage: See :meth:`StreamingGaussian.finalize`.
         normalize: See :class:`StreamingGaussian`.
         statistic: What an image is judged by.
+
+    Raises:
+        ValueError: If an option is out of range.
     """
 
     levels: nn.ModuleList
@@ -55,10 +60,12 @@ class LevelSet(nn.Module):
     ) -> None:
         super().__init__()
         if statistic not in STATISTICS:
-            raise ValueError(f"statistic must be one of {STATISTICS}. Got {statistic!r}.")
+            raise ValueError(
+                f"statistic must be one of {', '.join(STATISTICS)}; got {statistic!r}"
+            )
         if isinstance(shrinkage, str) and shrinkage not in ("oas", "ledoit_wolf"):
             raise ValueError(
-                f"shrinkage must be 'oas', 'ledoit_wolf' or a number in [0, 1]. Got {shrinkage!r}."
+                f"shrinkage must be 'oas', 'ledoit_wolf' or a number in [0, 1]; got {shrinkage!r}"
             )
         StreamingGaussian(normalize=normalize)  # checks it now, and not at the first fit
         self.shrinkage = shrinkage
@@ -69,11 +76,12 @@ class LevelSet(nn.Module):
         self.kinds: list[str] = []
         self.fingerprint = ""
 
-    def fresh(self) -> LevelSet:
+    def fresh(self) -> "LevelSet":
         r"""Returns an empty set with the same options."""
         return LevelSet(self.shrinkage, self.normalize, self.statistic)
 
     def extra_repr(self) -> str:
+        r"""Returns names and state, for the printed module."""
         return f"names={self.names}, fitted={self.fitted}, calibrated={self.calibrated}"
 
     @property
@@ -94,22 +102,39 @@ class LevelSet(nn.Module):
         return list(zip(self.names, self._levels(), strict=True))
 
     def require(self, calibrated: bool, owner: str) -> None:
-        r"""Refuses to go on unfitted (or uncalibrated), naming the method to call."""
+        r"""Refuses to go on unfitted (or uncalibrated), naming the method to call.
+
+        Arguments:
+            calibrated: Whether the calibration is needed too.
+            owner: What the levels belong to, for the error.
+
+        Raises:
+            NotFittedError: If the fit, or the calibration where it is needed, is missing.
+        """
         if not self.fitted:
             raise NotFittedError(
-                f"The {owner} is not fitted; call `fit(batches)` on training contexts and then "
-                "`calibrate(batches)` on held-out ones."
+                f"the {owner} is not fitted; call `fit(batches)` on training contexts and then "
+                "`calibrate(batches)` on held-out ones"
             )
         if calibrated and not self.calibrated:
             raise NotFittedError(
-                f"The {owner} is fitted but not calibrated; call `calibrate(batches)` on "
-                "held-out contexts."
+                f"the {owner} is fitted but not calibrated; call `calibrate(batches)` on "
+                "held-out contexts"
             )
 
     # -- fit ---------------------------------------------------------------------------------
 
     def update(self, embeddings: Mapping[str, Tensor]) -> None:
-        r"""Adds a batch of embeddings to the moments."""
+        r"""Adds a batch of embeddings to the moments.
+
+        Arguments:
+            embeddings: The embeddings by name, with shapes :math:`(N, C)` or :math:`(N, C, H,
+                W)`.
+
+        Raises:
+            TypeError: If they are not floating point.
+            ValueError: If they are not those of earlier batches in name or shape, or not finite.
+        """
         if not self.names:
             self.names = list(embeddings)
             self.kinds = [_kind(value) for value in embeddings.values()]
@@ -119,10 +144,15 @@ class LevelSet(nn.Module):
             try:
                 level.gaussian.update(embeddings[name])
             except (TypeError, ValueError) as error:
-                raise type(error)(f"Level {name!r}: {error}") from error
+                raise type(error)(f"level {name!r}: {error}") from error
 
     def finalize(self, fingerprint: str, distributed: bool = False) -> None:
-        r"""Ends the fit."""
+        r"""Ends the fit.
+
+        Arguments:
+            fingerprint: The fingerprint of the encoder.
+            distributed: Whether the ranks are merged first.
+        """
         for _, level in self.items():
             if distributed:
                 level.gaussian.merge_ranks()
@@ -136,18 +166,35 @@ class LevelSet(nn.Module):
         return {name: Calibrator(level.gaussian.features or 1) for name, level in self.items()}
 
     def add(self, calibrators: Mapping[str, Calibrator], embeddings: Mapping[str, Tensor]) -> None:
-        r"""Adds a batch of embeddings to the calibrators."""
+        r"""Adds a batch of embeddings to the calibrators.
+
+        Arguments:
+            calibrators: The calibrators of :meth:`calibrators`.
+            embeddings: The embeddings by name; see :meth:`update`.
+
+        Raises:
+            ValueError: If they are not those of the fit in name or shape, or not finite.
+        """
         self._check(embeddings)
         for name, level in self.items():
             try:
                 calibrators[name].add(level.gaussian.mahalanobis(embeddings[name]))
             except ValueError as error:
-                raise ValueError(f"Level {name!r}: {error}") from error
+                raise ValueError(f"level {name!r}: {error}") from error
 
     def set_calibration(
         self, calibrators: Mapping[str, Calibrator], alpha: float, distributed: bool = False
     ) -> None:
-        r"""Ends the calibration, and warns where it is too small for alpha."""
+        r"""Ends the calibration, and warns where it is too small for alpha.
+
+        Arguments:
+            calibrators: The calibrators, filled by :meth:`add`.
+            alpha: The share of false alarms that is wanted.
+            distributed: Whether the ranks are merged first.
+
+        Raises:
+            ValueError: If no context was added.
+        """
         built = []
         for name, level in self.items():
             calibrator = calibrators[name]
@@ -158,7 +205,7 @@ class LevelSet(nn.Module):
                 calibrator = merged
             built.append(calibrator.build().to(level.gaussian.mean.device))
         if not all(calibration.calibrated for calibration in built):
-            raise ValueError("The calibration batches hold no context.")
+            raise ValueError("the calibration batches must hold a context at least; got none")
         for level, calibration in zip(self._levels(), built, strict=True):
             level.calibration = calibration
         least, wanted = self.least_alpha, math.ceil(len(self.names) / alpha - 1e-9) - 1
@@ -243,30 +290,32 @@ class LevelSet(nn.Module):
     def _check(self, embeddings: Mapping[str, Tensor], partial: bool = False) -> None:
         if not (set(embeddings) <= set(self.names) if partial else list(embeddings) == self.names):
             raise ValueError(
-                f"The encoder gives the levels {list(embeddings)}, the fit was on {self.names}; "
-                "use the encoder of the fit, or call `fit(batches)` again."
+                f"the levels must be those of the fit, {self.names}; got {list(embeddings)}: use "
+                "the encoder of the fit, or call `fit(batches)` again"
             )
         sizes = {name: len(value) for name, value in embeddings.items()}
         if len(set(sizes.values())) > 1:
-            raise ValueError(f"All levels must have the same batch size. Got {sizes}.")
+            raise ValueError(f"all levels must have the same batch size; got {sizes}")
         for (name, level), kind in zip(self.items(), self.kinds, strict=True):
             value = embeddings.get(name)
             if value is None:
                 continue
             if _kind(value) != kind:
                 raise ValueError(
-                    f"Level {name!r} was fitted on {kind}. Got shape {tuple(value.shape)}."
+                    f"level {name!r} must be {kind}, as in the fit; got shape {tuple(value.shape)}"
                 )
             known = level.gaussian.features
             if known is not None and value.shape[1] != known:
                 raise ValueError(
-                    f"Level {name!r} has {value.shape[1]} channels, it was fitted on {known}; use "
-                    "the encoder of the fit, or call `fit(batches)` again."
+                    f"level {name!r} must have the {known} channels of the fit; got "
+                    f"{value.shape[1]}: use the encoder of the fit, or call `fit(batches)` again"
                 )
 
     # -- state -------------------------------------------------------------------------------
 
     def get_extra_state(self) -> Tensor:
+        r"""Returns names, kinds and fingerprint of the levels as JSON, in bytes with shape
+        :math:`(n)`."""
         state = {
             "format": 1,
             "flowguard": __version__,
@@ -278,7 +327,7 @@ class LevelSet(nn.Module):
         return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Read in `_load_from_state_dict`, before the levels are loaded."""
+        r"""Does nothing: the state is read before the levels are loaded, in `_load_from_state_dict`."""
 
     def _load_from_state_dict(
         self,
@@ -295,14 +344,14 @@ class LevelSet(nn.Module):
             state = json.loads(bytes(extra.cpu().tolist()))
             if state["format"] != 1:
                 error_msgs.append(
-                    f"The OOD state has format {state['format']}, written by flowguard "
-                    f"{state['flowguard']}; this is flowguard {__version__}, which reads format 1."
+                    f"the OOD state must have format 1; got format {state['format']}, written by "
+                    f"flowguard {state['flowguard']}, where this is flowguard {__version__}"
                 )
                 return
             if state["normalize"] != self.normalize:
                 error_msgs.append(
-                    f"The OOD state was fitted with normalize={state['normalize']!r}, this one "
-                    f"has {self.normalize!r}; construct it with the same."
+                    f"the OOD state was fitted with normalize={state['normalize']!r}, and must be "
+                    f"loaded with the same; got normalize={self.normalize!r}"
                 )
                 return
             self.names, self.kinds = state["names"], state["kinds"]
@@ -317,6 +366,6 @@ class LevelSet(nn.Module):
 def _kind(value: Tensor) -> str:
     if value.ndim not in (2, 4):
         raise ValueError(
-            f"An embedding must have shape (N, C) or (N, C, H, W). Got shape {tuple(value.shape)}."
+            f"an embedding must have shape (N, C) or (N, C, H, W); got {tuple(value.shape)}"
         )
     return "vectors (N, C)" if value.ndim == 2 else "maps (N, C, H, W)"

@@ -5,7 +5,17 @@ different sizes come as lists. The metrics themselves are those of torchmetrics,
 scipy, which ``pip install "flowguard-nf[metrics]"`` brings.
 """
 
-from __future__ import annotations
+__all__ = [
+    "DecileCurve",
+    "RiskCoverage",
+    "auprc",
+    "aupro",
+    "auroc",
+    "decile_curve",
+    "evaluate_maps",
+    "level_maps",
+    "risk_coverage",
+]
 
 import importlib
 from collections.abc import Sequence
@@ -16,18 +26,6 @@ import torch
 from torch import Tensor
 
 from flowguard.ood.report import OODReport
-
-__all__ = [
-    "DecileCurve",
-    "RiskCoverage",
-    "auprc",
-    "aupro",
-    "auroc",
-    "decile_curve",
-    "evaluate",
-    "level_maps",
-    "risk_coverage",
-]
 
 Arrays = Tensor | Sequence[Tensor]
 
@@ -40,6 +38,10 @@ def auroc(scores: Arrays, labels: Arrays) -> float:
     Arguments:
         scores: The scores, of any shape, or a list of such.
         labels: Where the fault is, true or false, with the same shapes.
+
+    Raises:
+        ImportError: If torchmetrics or scipy is not installed.
+        ValueError: If the shapes differ, a score is NaN, or all labels are the same.
 
     Example:
         >>> import torch
@@ -55,6 +57,14 @@ def auprc(scores: Arrays, labels: Arrays) -> float:
     r"""Returns the area under the precision-recall curve, as average precision; see :func:`auroc`.
 
     A score that knows nothing has the share of labelled pixels, not 0.5.
+
+    Arguments:
+        scores: The scores, of any shape, or a list of such.
+        labels: Where the fault is, true or false, with the same shapes.
+
+    Raises:
+        ImportError: If torchmetrics or scipy is not installed.
+        ValueError: If the shapes differ, a score is NaN, or all labels are the same.
     """
     curve = _require("torchmetrics.functional.classification")
     ranks, truth = _ranked(scores, labels)
@@ -75,24 +85,27 @@ def aupro(maps: Arrays, masks: Arrays, fpr_limit: float = 0.3) -> float:
         maps: The scores, with shape :math:`(B, H, W)`, or a list with shapes :math:`(H, W)`.
         masks: Where the fault is, with the same shapes.
         fpr_limit: The largest false positive rate :math:`> 0` that counts.
+
+    Raises:
+        ImportError: If scikit-learn or scipy is not installed.
+        ValueError: If the limit is out of range, or shapes, scores or labels do not fit.
     """
     if not 0 < fpr_limit <= 1:
-        raise ValueError(f"fpr_limit must lie in (0, 1]. Got {fpr_limit}.")
+        raise ValueError(f"fpr_limit must lie in (0, 1]; got {fpr_limit}")
     label = _require("scipy.ndimage").label
     sklearn = _require("sklearn.metrics")
-    weights, regions = [], 0
+    weights = []
     for mask in masks:
         if mask.ndim != 2:
             raise ValueError(
-                "aupro needs masks with shape (B, H, W), or a list with shapes (H, W). "
-                f"Got one with shape {tuple(mask.shape)}."
+                "masks must have shape (B, H, W), or be a list with shapes (H, W); got one with "
+                f"shape {tuple(mask.shape)}"
             )
-        components, count = label(mask.cpu().bool().numpy(), structure=torch.ones(3, 3).numpy())
+        components, _ = label(mask.cpu().bool().numpy(), structure=torch.ones(3, 3).numpy())
         components = torch.from_numpy(components).long()
         sizes = torch.bincount(components.flatten(), minlength=1).double()
         # The true positive rate, with each region weighing the same, is the region overlap.
         weights.append(torch.where(components > 0, 1 / sizes[components], 1.0).flatten())
-        regions += count
     ranks, truth = _ranked(maps, masks)
     fpr, overlap, _ = sklearn.roc_curve(truth, ranks, sample_weight=torch.cat(weights).numpy())
     fpr, overlap = torch.from_numpy(fpr), torch.from_numpy(overlap)
@@ -110,9 +123,9 @@ class DecileCurve:
     r"""The rate of faults by rising score."""
 
     rates: list[float]
-    """The mean error in each bin, lowest scores first."""
+    r"""The mean error in each bin, lowest scores first."""
     spearman: float
-    """The rank correlation of rate and bin; NaN where all rates are the same."""
+    r"""The rank correlation of rate and bin; NaN where all rates are the same."""
 
 
 def decile_curve(scores: Arrays, errors: Arrays, bins: int = 10) -> DecileCurve:
@@ -123,6 +136,10 @@ def decile_curve(scores: Arrays, errors: Arrays, bins: int = 10) -> DecileCurve:
         errors: The errors (for a mask: 0 or 1), with the same shapes.
         bins: The number of bins.
 
+    Raises:
+        ImportError: If scipy is not installed.
+        ValueError: If there are fewer scores than bins, or less than two bins.
+
     Example:
         >>> import torch
         >>> decile_curve(torch.arange(8), torch.tensor([0, 0, 0, 0, 0, 1, 1, 1]), bins=4)
@@ -131,7 +148,9 @@ def decile_curve(scores: Arrays, errors: Arrays, bins: int = 10) -> DecileCurve:
     stats = _require("scipy.stats")
     flat, error = _pair(scores, errors)
     if len(flat) < bins or bins < 2:
-        raise ValueError(f"There must be 2 bins or more, and a score for each. Got {bins} bins.")
+        raise ValueError(
+            f"there must be 2 bins or more, and a score for each; got {bins} bins for {len(flat)}"
+        )
     order = flat.argsort(stable=True)
     rates = [float(part.mean()) for part in error[order].tensor_split(bins)]
     constant = len(set(rates)) < 2
@@ -144,13 +163,13 @@ class RiskCoverage:
     r"""The mean risk of what is kept when the highest scores are left out."""
 
     coverage: Tensor
-    """The share that is kept, rising to 1."""
+    r"""The share that is kept, rising to 1."""
     risk: Tensor
-    """The mean risk of it."""
+    r"""The mean risk of it."""
     area: float
-    """The area under the curve."""
+    r"""The area under the curve."""
     oracle_area: float
-    """The same with the risks themselves as scores, the least that is possible."""
+    r"""The area with the risks themselves as scores, the least that is possible."""
 
     @property
     def excess(self) -> float:
@@ -170,13 +189,19 @@ def risk_coverage(scores: Arrays, risks: Arrays) -> RiskCoverage:
     Arguments:
         scores: The scores, of any shape, or a list of such.
         risks: What it costs to keep each, finite, with the same shapes.
+
+    Raises:
+        ImportError: If scikit-learn is not installed.
+        ValueError: If there are fewer than two scores, or a risk is not finite.
     """
     auc = _require("sklearn.metrics").auc
     flat, risk = _pair(scores, risks)
     if len(flat) < 2:
-        raise ValueError(f"A curve needs 2 scores or more. Got {len(flat)}.")
+        raise ValueError(f"a curve needs 2 scores or more; got {len(flat)}")
     if not risk.isfinite().all():
-        raise ValueError("Risks must be finite; give non-finite pixels a risk of their own.")
+        raise ValueError(
+            "risks must be finite; got NaN or inf: give non-finite pixels a risk of their own"
+        )
     kept = torch.arange(1, len(flat) + 1, dtype=torch.float64)
     coverage = kept / len(flat)
     curves = [risk[by.argsort(stable=True)].cumsum(0) / kept for by in (flat, risk)]
@@ -193,10 +218,13 @@ def level_maps(report: OODReport, size: tuple[int, int] | None = None) -> dict[s
     Arguments:
         report: The report.
         size: The height and width; the largest map's by default. Pixels are repeated.
+
+    Raises:
+        ValueError: If all embeddings are vectors.
     """
     maps = {name: level.map for name, level in report.levels.items() if level.map is not None}
     if not maps:
-        raise ValueError("No level of the report has a map; its embeddings are vectors.")
+        raise ValueError("a level of the report must have a map; got vectors alone")
     if size is None:
         height, width = max(tuple(m.shape[1:]) for m in maps.values())
         size = (height, width)
@@ -212,7 +240,7 @@ def level_maps(report: OODReport, size: tuple[int, int] | None = None) -> dict[s
     return scaled
 
 
-def evaluate(
+def evaluate_maps(
     report: OODReport | Sequence[OODReport], masks: Arrays
 ) -> dict[str, dict[str, float]]:
     r"""Returns how well the maps of each level find the faulty pixels.
@@ -225,12 +253,16 @@ def evaluate(
     Returns:
         For each level, and for ``"combined"`` where there are several: ``"auroc"``, ``"auprc"``,
         ``"aupro"`` and ``"spearman"`` over score deciles.
+
+    Raises:
+        ImportError: If torchmetrics, scikit-learn or scipy is not installed.
+        ValueError: If there are not as many batches of masks as reports.
     """
     reports = [report] if isinstance(report, OODReport) else list(report)
     batches = [masks] if isinstance(masks, Tensor) else list(masks)
     if len(reports) != len(batches):
         raise ValueError(
-            f"There must be one batch of masks per report. Got {len(batches)} for {len(reports)}."
+            f"there must be one batch of masks per report; got {len(batches)} for {len(reports)}"
         )
     maps: dict[str, list[Tensor]] = {}
     for one, mask in zip(reports, batches, strict=True):
@@ -259,8 +291,7 @@ def _require(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(
-            f"The metrics need {name.partition('.')[0]}, which is not installed; run "
-            '`pip install "flowguard-nf[metrics]"`.'
+            f'these metrics need {name.partition(".")[0]}: pip install "flowguard-nf[metrics]"'
         ) from error
 
 
@@ -273,22 +304,24 @@ def _pair(scores: Arrays, others: Arrays) -> tuple[Tensor, Tensor]:
     flat, other = _flat(scores), _flat(others)
     if flat.shape != other.shape:
         raise ValueError(
-            "Scores and labels must have the same shapes. "
-            f"Got {len(flat)} and {len(other)} elements; `level_maps(report, size)` resizes maps."
+            f"scores and labels must have the same shapes; got {len(flat)} and {len(other)} "
+            "elements: `level_maps(report, size)` resizes maps"
         )
     if flat.isnan().any():
-        raise ValueError("Scores must not be NaN. Those of a report are not: NaN scores inf.")
+        raise ValueError(
+            "scores must not be NaN, and those of a report are not, as NaN scores inf; got NaN"
+        )
     return flat, other
 
 
 def _ranked(scores: Arrays, labels: Arrays) -> tuple[Tensor, Tensor]:
-    """Ranks in (0, 1]: torchmetrics would squash other numbers through a sigmoid, and tie them."""
+    r"""Ranks in (0, 1]: torchmetrics would squash other numbers through a sigmoid, and tie them."""
     flat, truth = _pair(scores, labels)
     truth = truth.bool().long()
     if not 0 < int(truth.sum()) < len(truth):
         raise ValueError(
-            "There must be elements with and without the label, or there is nothing to tell "
-            f"apart. Got {int(truth.sum())} of {len(truth)}."
+            "there must be elements with and without the label, or there is nothing to tell "
+            f"apart; got {int(truth.sum())} of {len(truth)} with it"
         )
     ranks = _require("scipy.stats").rankdata(flat.numpy())
     return torch.from_numpy(ranks) / len(flat), truth

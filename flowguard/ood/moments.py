@@ -5,21 +5,19 @@ and a negative eigenvalue were measured at mean 20). The moments here are centra
 and two sets of them merge exactly, whether they come from two chunks or from two ranks.
 """
 
-from __future__ import annotations
+__all__ = ["Moments", "ledoit_wolf", "merge", "moments", "oas"]
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Moments", "ledoit_wolf", "merge", "moments", "oas"]
-
 
 class Moments(NamedTuple):
     r"""Central moments of :math:`n` vectors :math:`x_i`, with :math:`\delta_i = x_i - \bar{x}`."""
 
     n: Tensor
-    """:math:`n`, with shape :math:`()`."""
+    r""":math:`n`, with shape :math:`()`."""
     mean: Tensor
     r""":math:`\bar{x}`, with shape :math:`(C)`."""
     scatter: Tensor
@@ -31,7 +29,11 @@ class Moments(NamedTuple):
 
 
 def moments(columns: Tensor) -> Moments:
-    r"""Returns the moments of the columns of a float64 matrix with shape :math:`(C, N)`."""
+    r"""Returns the moments of the columns of a float64 matrix with shape :math:`(C, N)`.
+
+    Arguments:
+        columns: The matrix, with shape :math:`(C, N)`.
+    """
     count = columns.new_full((), columns.shape[1])
     mean = columns.mean(dim=1)
     delta = columns - mean[:, None]
@@ -40,7 +42,7 @@ def moments(columns: Tensor) -> Moments:
 
 
 def _recentre(m: Moments, d: Tensor) -> Moments:
-    """Moments about ``mean + d``; expand (δ - d) and use Σδ = 0."""
+    r"""Moments about ``mean + d``; expand (δ - d) and use Σδ = 0."""
     n, squared, spread = m.n, d @ d, m.scatter @ d
     trace = m.scatter.trace()
     return Moments(
@@ -58,6 +60,10 @@ def merge(a: Moments, b: Moments) -> Moments:
     References:
         | Updating Formulae and a Pairwise Algorithm for Computing Sample Variances
           (Chan, Golub and LeVeque, 1979)
+
+    Arguments:
+        a: The moments of one sample.
+        b: Those of the other.
     """
     if not a.n:
         return b
@@ -76,6 +82,9 @@ def ledoit_wolf(m: Moments) -> Tensor:
     References:
         | A Well-Conditioned Estimator for Large-Dimensional Covariance Matrices
           (Ledoit and Wolf, 2004)
+
+    Arguments:
+        m: The moments.
     """
     covariance = m.scatter / m.n
     distance = covariance.square().sum() - covariance.trace() ** 2 / len(m.mean)
@@ -91,6 +100,9 @@ def oas(m: Moments) -> Tensor:
     References:
         | Shrinkage Algorithms for MMSE Covariance Estimation (Chen et al., 2010)
         | https://arxiv.org/abs/0907.4698
+
+    Arguments:
+        m: The moments.
     """
     size = len(m.mean)
     covariance = m.scatter / m.n

@@ -1,6 +1,6 @@
 r"""A context manager that reads what the levels of any model say."""
 
-from __future__ import annotations
+__all__ = ["Monitor", "monitor"]
 
 import threading
 from collections import deque
@@ -23,8 +23,6 @@ from flowguard.ood.gaussian import Shrinkage
 from flowguard.ood.levels import LevelSet, Statistic
 from flowguard.ood.report import OODReport
 
-__all__ = ["Monitor", "monitor"]
-
 
 def monitor(
     model: nn.Module,
@@ -34,7 +32,7 @@ def monitor(
     shrinkage: Shrinkage = "oas",
     normalize: Literal["l2"] | None = None,
     statistic: Statistic = "mean",
-) -> Monitor:
+) -> "Monitor":
     r"""Returns a monitor of a model; see :class:`Monitor` for the arguments.
 
     Example:
@@ -81,6 +79,9 @@ class Monitor(nn.Module):
         shrinkage: See :class:`OODConditioner`, for hooked levels.
         normalize: See :class:`OODConditioner`, for hooked levels.
         statistic: See :class:`OODConditioner`, for hooked levels.
+
+    Raises:
+        ValueError: If there is no conditioner to record, or a name is unknown.
     """
 
     def __init__(
@@ -125,6 +126,11 @@ class Monitor(nn.Module):
                 ``lambda y: flow.sample(1, context=y)``.
             context: Which part of a batch is the context.
             distributed: Whether all ranks fit together.
+
+        Raises:
+            RuntimeError: If it records conditioners, or hooks lie in a compiled module.
+            ValueError: If a submodule did not run once for each batch, or a feature is not
+                finite.
         """
         self._require_hooks("fit")
         guard = self.guard.fresh()
@@ -142,7 +148,19 @@ class Monitor(nn.Module):
         context: Selector = None,
         distributed: bool = False,
     ) -> Self:
-        r"""Calibrates the hooked levels on held-out contexts; see :meth:`fit`."""
+        r"""Calibrates the hooked levels on held-out contexts; see :meth:`fit`.
+
+        Arguments:
+            batches: The held-out contexts.
+            progress: Whether to show a progress bar.
+            run: What to do with a context.
+            context: Which part of a batch is the context.
+            distributed: Whether all ranks calibrate together.
+
+        Raises:
+            NotFittedError: If the monitor is not fitted.
+            RuntimeError: If weights of the model changed since the fit.
+        """
         self._require_hooks("calibrate")
         self.guard.require(calibrated=False, owner="monitor")
         self._seal.check(self._model[0], self.guard.fingerprint)
@@ -155,8 +173,8 @@ class Monitor(nn.Module):
     def _require_hooks(self, name: str) -> None:
         if not self._hooked:
             raise RuntimeError(
-                f"This monitor records the OODConditioners of the model; call `{name}` on these: "
-                f"{[path or 'model' for path in self._sources]}."
+                f"this monitor records the OODConditioners of the model; call `{name}` on these: "
+                f"{[path or 'model' for path in self._sources]}"
             )
         _refuse_compiled(self._model[0], self._hooked)
 
@@ -169,7 +187,7 @@ class Monitor(nn.Module):
         progress: bool,
         name: str,
     ) -> None:
-        """Runs the model on each batch and hands on what the hooked submodules return."""
+        r"""Runs the model on each batch and hands on what the hooked submodules return."""
         model = self._model[0]
         run = model if run is None else run
         seen: dict[str, Tensor] = {}
@@ -179,8 +197,8 @@ class Monitor(nn.Module):
             levels = _named(path, output) if threading.get_ident() == thread else {}
             if twice := seen.keys() & levels:
                 raise ValueError(
-                    f"{min(twice)!r} ran twice for one batch; give a `run` that runs it once, or "
-                    "hook another submodule."
+                    f"{min(twice)!r} must run once for one batch; got a second run: give a `run` "
+                    "that runs it once, or hook another submodule"
                 )
             seen.update((key, value.detach()) for key, value in levels.items())
 
@@ -194,7 +212,8 @@ class Monitor(nn.Module):
                 for path in self._hooked:
                     if not any(_of(key, path) for key in seen):
                         raise ValueError(
-                            f"{path!r} did not run; say with `run=` how a context reaches it."
+                            f"{path!r} must run once for one batch; got no run: say with `run=` "
+                            "how a context reaches it"
                         )
                 # In the order that was asked for, not in that of the calls.
                 use({k: v for path in self._hooked for k, v in seen.items() if _of(k, path)})
@@ -240,7 +259,12 @@ class Monitor(nn.Module):
         recording.leave(self)
 
     def record(self, module: nn.Module, report: OODReport) -> None:
-        r"""Hears of a conditioner's report; called by the conditioner."""
+        r"""Hears of a conditioner's report; called by the conditioner.
+
+        Arguments:
+            module: The conditioner.
+            report: Its report.
+        """
         for path, source in () if self._hooked else self._sources.items():
             if source is module:
                 names = {name: _full(self._sources, path, name) for name in report.levels}
@@ -280,31 +304,32 @@ def _conditioners(model: nn.Module) -> dict[str, OODConditioner]:
 
 
 def _full(sources: dict[str, OODConditioner], path: str, name: str) -> str:
-    """A level's name, led by its conditioner's where there are several."""
+    r"""A level's name, led by its conditioner's where there are several."""
     return name if len(sources) < 2 else f"{path}.{name}"
 
 
 def _resolve(
     model: nn.Module, sources: dict[str, OODConditioner], levels: Sequence[str] | None
 ) -> tuple[dict[str, nn.Module], set[str] | None]:
-    """What to hook, or which of the conditioners' levels to record (None: all)."""
+    r"""What to hook, or which of the conditioners' levels to record (None: all)."""
     modules = {path: module for path, module in model.named_modules() if path}
     if levels is None:
         if not sources:
             raise ValueError(
-                "The model holds no OODConditioner. Wrap its encoder in one, or name the "
-                f"submodules to watch, `levels=[...]`, out of {_some(modules)}."
+                "the model must hold an OODConditioner, around its encoder, or `levels=[...]` must "
+                f"name the submodules to watch; got neither, and submodules {_some(modules)}"
             )
         return {}, None
     if isinstance(levels, str) or not levels:
-        raise ValueError(f"levels must be a list of names. Got {levels!r}.")
+        raise ValueError(f"levels must be a list of names; got {levels!r}")
     known = {_full(sources, p, n) for p, source in sources.items() for n in source.guard.names}
     if set(levels) <= known:
         return {}, set(levels)
     if unknown := [name for name in levels if name not in modules]:
         raise ValueError(
-            f"The model has neither a submodule nor a fitted level {unknown[0]!r}. Its levels are "
-            f"{sorted(known)}, its submodules {_some(modules)}."
+            "levels must name submodules of the model, or fitted levels; got "
+            f"{unknown[0]!r}, where the levels are {sorted(known)} and the submodules "
+            f"{_some(modules)}"
         )
     return {name: modules[name] for name in levels}, None
 
@@ -321,9 +346,9 @@ def _refuse_compiled(model: nn.Module, hooked: Iterable[str]) -> None:
             module = model.get_submodule(".".join(parts[:i]))
             if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
                 raise RuntimeError(
-                    f"{path!r} lies in a compiled module, which does not run hooks reliably. Give "
+                    f"{path!r} lies in a compiled module, which does not run hooks reliably; give "
                     "the monitor the module from before torch.compile (`compiled._orig_mod`) and "
-                    "call that, or wrap the encoder in an OODConditioner, which can be compiled."
+                    "call that, or wrap the encoder in an OODConditioner, which can be compiled"
                 )
 
 
@@ -335,7 +360,7 @@ def _hook(path: str, hear: Callable[[str, Any], None]) -> Callable[[nn.Module, A
 
 
 def _named(path: str, output: Any) -> dict[str, Tensor]:
-    """The levels of a submodule: its own name, or several names below it."""
+    r"""The levels of a submodule: its own name, or several names below it."""
     if isinstance(output, Tensor):
         return to_levels(output, [path])
     return {f"{path}.{name}": value for name, value in to_levels(output).items()}

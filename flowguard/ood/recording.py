@@ -1,6 +1,6 @@
 r"""Who listens to scores in this thread. Monitors enter here, conditioners report here."""
 
-from __future__ import annotations
+__all__ = ["PerThread", "Recorder", "active", "enter", "leave", "listening"]
 
 import threading
 from contextvars import ContextVar
@@ -9,8 +9,6 @@ from typing import Any, Protocol
 from torch import nn
 
 from flowguard.ood.report import OODReport
-
-__all__ = ["PerThread", "Recorder", "active", "enter", "leave", "listening"]
 
 
 class Recorder(Protocol):
@@ -37,17 +35,28 @@ def listening() -> bool:
 
 
 def enter(recorder: Recorder) -> None:
-    r"""Starts telling a recorder."""
+    r"""Starts telling a recorder.
+
+    Arguments:
+        recorder: The recorder.
+
+    Raises:
+        RuntimeError: If it is told already in this thread.
+    """
     global _entered
     if recorder in _active.get():
-        raise RuntimeError("This monitor is entered already; make another one to nest them.")
+        raise RuntimeError("this monitor is entered already; make another one to nest them")
     _active.set((*_active.get(), recorder))
     with _lock:
         _entered += 1
 
 
 def leave(recorder: Recorder) -> None:
-    r"""Stops telling a recorder."""
+    r"""Stops telling a recorder.
+
+    Arguments:
+        recorder: The recorder.
+    """
     global _entered
     _active.set(tuple(r for r in _active.get() if r is not recorder))
     with _lock:
@@ -59,5 +68,5 @@ class PerThread(threading.local):
 
     value: Any = None
 
-    def __reduce__(self) -> tuple[type[PerThread], tuple[()]]:
+    def __reduce__(self) -> tuple[type["PerThread"], tuple[()]]:
         return PerThread, ()

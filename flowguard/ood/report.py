@@ -1,6 +1,6 @@
 r"""What a score tells: per image, per level, per pixel."""
 
-from __future__ import annotations
+__all__ = ["NINES", "LevelReport", "OODReport", "nines", "plot_report"]
 
 import json
 from dataclasses import dataclass
@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from flowguard.io.atomic import strict_json
+from flowguard.ood.calibration import Calibration
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from flowguard.ood.calibration import Calibration
-
-__all__ = ["LevelReport", "OODReport"]
+NINES = 4
+r"""The upper end of the scale: beyond the 0.9999 quantile, all pixels look the same."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,19 +26,19 @@ class LevelReport:
 
     name: str
     statistic: str
-    """What :attr:`score` is of the pixel scores: ``"mean"``, ``"max"`` or ``"share"``."""
+    r"""What :attr:`score` is of the pixel scores: ``"mean"``, ``"max"`` or ``"share"``."""
     statistics: dict[str, Tensor]
-    """All three statistics, each with shape :math:`(B)`."""
+    r"""All three statistics, each with shape :math:`(B)`."""
     p_values: dict[str, Tensor]
-    """Their conformal p-values."""
+    r"""Their conformal p-values."""
     map: Tensor | None
-    """The squared Mahalanobis distance per pixel, with shape :math:`(B, H, W)`, not for vectors."""
+    r"""The squared Mahalanobis distance per pixel, with shape :math:`(B, H, W)`, not for vectors."""
     above: Tensor
-    """The share of pixels above :attr:`boundary`, with shape :math:`(B)`."""
+    r"""The share of pixels above :attr:`boundary`, with shape :math:`(B)`."""
     boundary: float
-    """The calibrated pixel score beyond which ``"shrink"`` pulls back."""
+    r"""The calibrated pixel score beyond which ``"shrink"`` pulls back."""
     threshold: float
-    """The score above which an image is flagged."""
+    r"""The score above which an image is flagged."""
     calibration: Calibration
 
     @property
@@ -81,11 +83,11 @@ class OODReport:
 
     levels: dict[str, LevelReport]
     non_finite: Tensor
-    """Which contexts or embeddings hold NaN or inf, with shape :math:`(B)`."""
+    r"""Which contexts or embeddings hold NaN or inf, with shape :math:`(B)`."""
     alpha: float
-    """The share of false alarms that was asked for."""
+    r"""The share of false alarms that was asked for."""
     attained_alpha: float
-    """The share of false alarms that the calibration can promise."""
+    r"""The share of false alarms that the calibration can promise."""
 
     @property
     def p_value(self) -> Tensor:
@@ -126,7 +128,7 @@ class OODReport:
         return text
 
     def _worst(self) -> tuple[str, int]:
-        """The context farthest beyond its threshold; raw scores of levels do not compare."""
+        r"""The context farthest beyond its threshold; raw scores of levels do not compare."""
 
         def excess(level: LevelReport) -> Tensor:
             return level.score / max(level.threshold, torch.finfo(torch.float32).tiny)
@@ -207,13 +209,25 @@ class OODReport:
         }
 
     def to_json(self, maps: bool = False) -> str:
-        r"""Returns :meth:`to_dict` as JSON; infinite scores, which JSON lacks, as ``"inf"``."""
-        return json.dumps(_strict(self.to_dict(maps)), allow_nan=False)
+        r"""Returns :meth:`to_dict` as JSON; infinite scores, which JSON lacks, as ``"inf"``.
 
-    def plot(self, image: Tensor | None = None, index: int | None = None) -> Figure:
-        r"""Draws the maps of one context on the calibrated scale; see :func:`plot_report`."""
-        from flowguard.ood.plot import plot_report
+        Arguments:
+            maps: Whether to include the score of each pixel.
+        """
+        return json.dumps(strict_json(self.to_dict(maps)), allow_nan=False)
 
+    def plot(self, image: Tensor | None = None, index: int | None = None) -> "Figure":
+        r"""Draws the maps of one context on the calibrated scale; see :func:`plot_report`.
+
+        Arguments:
+            image: The image, with shape :math:`(C, H, W)` or :math:`(B, C, H, W)`, if it is to
+                be drawn.
+            index: Which context of the batch; the one of least p-value by default.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+            ValueError: If there is nothing to draw.
+        """
         return plot_report(self, image, index)
 
     def to_tensorboard(self, writer: Any, step: int, tag: str = "ood") -> None:
@@ -232,20 +246,93 @@ class OODReport:
             writer.add_scalar(f"{tag}/{name}/score", float(level.score.max()), step)
             writer.add_scalar(f"{tag}/{name}/above", float(level.above.max()), step)
             if level.map is not None:
-                from flowguard.ood.plot import NINES, nines
-
                 picture = nines(level)[:8, None].float() / NINES
                 writer.add_images(f"{tag}/{name}/map", picture, step)
 
 
+def nines(level: LevelReport) -> Tensor:
+    r"""Returns the map as a number of nines: 1 at the 0.9 quantile, 2 at 0.99, at most 4.
+
+    A linear scale would draw 99 % of its colours on pixels that are in distribution.
+
+    Arguments:
+        level: The report of one level.
+
+    Returns:
+        The map, with shape :math:`(B, H, W)`.
+
+    Raises:
+        ValueError: If the level scores vectors, which have no map.
+    """
+    if level.quantile is None:
+        raise ValueError(
+            f"a level must have a map to be drawn; got {level.name!r}, which scores vectors"
+        )
+    quantile = level.quantile.double() if level.quantile.device.type != "mps" else level.quantile
+    return -torch.log10((1 - quantile).clamp_min(10.0**-NINES))
+
+
+def plot_report(
+    report: OODReport, image: Tensor | None = None, index: int | None = None
+) -> "Figure":
+    r"""Draws the image beside the map of each level, with a colour bar that says the quantile.
+
+    Arguments:
+        report: The report.
+        image: The image, with shape :math:`(C, H, W)` or :math:`(B, C, H, W)`, in
+            :math:`[0, 1]`; values outside are clipped for display.
+        index: Which context of the batch to draw; the one of least p-value by default.
+
+    Returns:
+        The figure, which knows no window; ``figure.savefig("ood.png")``.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If there is nothing to draw.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('plots need matplotlib: pip install "flowguard-nf[plot]"') from error
+
+    if not len(report):
+        raise ValueError("a report must hold a context to be drawn; got none")
+    index = int(report.p_value.argmin()) if index is None else index
+    maps = {name: level for name, level in report.levels.items() if level.map is not None}
+    columns = len(maps) + (image is not None)
+    if not columns:
+        raise ValueError("there must be a level with a map, or an image, to draw; got neither")
+    figure = Figure(figsize=(3.2 * columns + 0.8, 3.4), layout="constrained")
+    axes = list(figure.subplots(1, columns, squeeze=False)[0])
+    for axis in axes:
+        axis.set_axis_off()
+    if image is not None:
+        _draw_image(axes[0], image if image.ndim == 3 else image[index], index)
+    drawn: Any = None
+    for axis, (name, level) in zip(axes[len(axes) - len(maps) :], maps.items(), strict=True):
+        drawn = axis.imshow(
+            nines(level)[index].cpu().numpy(),
+            cmap="inferno",
+            vmin=0,
+            vmax=NINES,
+            interpolation="nearest",
+        )
+        score, p = float(level.score[index]), float(level.p_value[index])
+        axis.set_title(f"{name}: score {score:.3g}, p = {p:.2g}", fontsize=9)
+    if drawn is not None:
+        bar = figure.colorbar(drawn, ax=axes, shrink=0.9, extend="max")
+        bar.set_ticks(
+            [0, 0.301, 1, 2, 3, 4], labels=["0", "0.5", "0.9", "0.99", "0.999", "0.9999"]
+        )
+        bar.set_label("quantile among calibration pixels")
+    return figure
+
+
+def _draw_image(axis: Any, image: Tensor, index: int) -> None:
+    picture = image.detach().float().cpu().clamp(0, 1).nan_to_num().movedim(0, -1)
+    gray = picture.shape[-1] != 3
+    axis.imshow((picture.mean(dim=-1) if gray else picture).numpy(), cmap="gray", vmin=0, vmax=1)
+    axis.set_title(f"context {index}", fontsize=9)
+
+
 _HEADER = ("level", "flagged", "median", "worst", "context", "threshold", "p", "above boundary")
-
-
-def _strict(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _strict(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_strict(v) for v in value]
-    if isinstance(value, float) and not abs(value) < float("inf"):
-        return str(value)
-    return value

@@ -1,23 +1,31 @@
 r"""Buffers that hold statistics: float64 wherever possible, shaped by what they load."""
 
-from __future__ import annotations
+__all__ = ["PinnedState", "gather", "supports_float64", "without_autocast"]
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-
-__all__ = ["PinnedState", "supports_float64", "without_autocast"]
+from torch.distributed import ProcessGroup
 
 
 def supports_float64(device: torch.device) -> bool:
-    r"""Whether tensors on the device can be float64 (Apple's MPS cannot)."""
+    r"""Whether tensors on the device can be float64 (Apple's MPS cannot).
+
+    Arguments:
+        device: The device.
+    """
     return device.type != "mps"
 
 
 def without_autocast(tensor: Tensor) -> torch.autocast:
-    r"""Whitening in half precision would drown the directions of least variance."""
+    r"""Returns a context in which whitening is not done in half precision, which would drown the
+    directions of least variance.
+
+    Arguments:
+        tensor: A tensor on the device in question.
+    """
     return torch.autocast(tensor.device.type, enabled=False)
 
 
@@ -32,9 +40,9 @@ class PinnedState(nn.Module):
     """
 
     def _changed(self) -> None:
-        """Called when buffers were moved or loaded: forget what was derived from them."""
+        r"""Called when buffers were moved or loaded: forget what was derived from them."""
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PinnedState:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         for name, buffer in self._buffers.items():
             if buffer is not None:
                 self._buffers[name] = _follow(fn, buffer)
@@ -60,3 +68,23 @@ def _follow(fn: Callable[[Tensor], Tensor], buffer: Tensor) -> Tensor:
         return buffer.to(target)
     result = fn(buffer)  # for what is neither cast nor move, like `share_memory_`
     return result if result.dtype == buffer.dtype else buffer
+
+
+def gather(tensors: Sequence[Tensor], group: ProcessGroup | None = None) -> list[list[Tensor]]:
+    r"""Returns the tensors of all ranks, on the CPU, in the order of the ranks.
+
+    Arguments:
+        tensors: The tensors of this rank.
+        group: The process group; the default one if :py:`None`.
+
+    Raises:
+        RuntimeError: If there is no process group.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        raise RuntimeError(
+            "merging across ranks needs an initialised process group; got none: call "
+            "`torch.distributed.init_process_group` first, or leave the merge out"
+        )
+    everyone: list[list[Tensor]] = [[] for _ in range(torch.distributed.get_world_size(group))]
+    torch.distributed.all_gather_object(everyone, [t.cpu() for t in tensors], group=group)
+    return everyone

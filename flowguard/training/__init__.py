@@ -1,5 +1,5 @@
 r"""Training of the image models."""
 
-from flowguard.training.loop import TrainingResult, train
-
 __all__ = ["TrainingResult", "train"]
+
+from flowguard.training.loop import TrainingResult, train

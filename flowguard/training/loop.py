@@ -47,6 +47,9 @@ def train(
         clip: The greatest norm of the gradient.
         name: What the progress bar is called.
         progress: Whether to show a progress bar, with the loss in bits per dimension.
+
+    Raises:
+        ValueError: If there are fewer batches than steps.
     """
     device = next(model.parameters()).device
     model.train()

@@ -7,13 +7,6 @@ fork ``glasflow.nflows``. ``flowguard.register("nflows")`` puts the names into
 ``nflows.transforms``; importing this module changes nothing there.
 """
 
-from .autoregressive import MaskedRobustSplineAutoregressiveTransform
-from .base import MultiscaleNormal
-from .coupling import RobustSplineCDF, RobustSplineCouplingTransform
-from .host import HOST
-from .image import ConditionalMultiscaleTransform, RobustFlowStep
-from .maps import PackMaps, pack_maps, unpack_maps
-
 __all__ = [
     "EXPORTS",
     "HOST",
@@ -27,6 +20,13 @@ __all__ = [
     "pack_maps",
     "unpack_maps",
 ]
+
+from .autoregressive import MaskedRobustSplineAutoregressiveTransform
+from .base import MultiscaleNormal
+from .coupling import RobustSplineCDF, RobustSplineCouplingTransform
+from .host import HOST
+from .image import ConditionalMultiscaleTransform, RobustFlowStep
+from .maps import PackMaps, pack_maps, unpack_maps
 
 EXPORTS = {
     f"{HOST}.distributions": ("MultiscaleNormal",),

@@ -1,6 +1,6 @@
 r"""The robust autoregressive transform, in nflows' terms."""
 
-from __future__ import annotations
+__all__ = ["MaskedRobustSplineAutoregressiveTransform"]
 
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +12,15 @@ from torch.nn import functional as F
 from flowguard.numerics import cut
 
 from .host import part
-from .spline import SplineHead, check_floating, check_positive, check_tails, map_of
-
-__all__ = ["MaskedRobustSplineAutoregressiveTransform"]
+from .spline import (
+    SHIFT_BOUND,
+    TAIL_BOUND,
+    SplineHead,
+    check_floating,
+    check_positive,
+    check_tails,
+    map_of,
+)
 
 AutoregressiveTransform: Any = part("transforms.autoregressive").AutoregressiveTransform
 MADE: Any = part("transforms.made").MADE
@@ -70,8 +76,8 @@ class MaskedRobustSplineAutoregressiveTransform(AutoregressiveTransform):
         hidden_features: int,
         context_features: int | None = None,
         num_bins: int = 8,
-        tail_bound: float = 3.0,
-        shift_bound: float | None = 3.0,
+        tail_bound: float = TAIL_BOUND,
+        shift_bound: float | None = SHIFT_BOUND,
         slope: float | None = 1e-3,
         num_blocks: int = 2,
         use_residual_blocks: bool = True,
@@ -104,6 +110,7 @@ class MaskedRobustSplineAutoregressiveTransform(AutoregressiveTransform):
         self.head = SplineHead(spline, features, net, hidden_features, identity_init)
 
     def extra_repr(self) -> str:
+        r"""Returns the number of features, for the printed module."""
         return f"features={self.features}"
 
     def _output_dim_multiplier(self) -> int:

@@ -1,6 +1,6 @@
 r"""The base of image flows in nflows' terms, for images of any size."""
 
-from __future__ import annotations
+__all__ = ["MultiscaleNormal"]
 
 from typing import Any
 
@@ -11,8 +11,6 @@ from flowguard.numerics import normal_log_prob
 
 from .host import part
 from .image import ConditionalMultiscaleTransform
-
-__all__ = ["MultiscaleNormal"]
 
 Distribution: Any = part("distributions.base").Distribution
 
@@ -26,6 +24,9 @@ class MultiscaleNormal(Distribution):
 
     Arguments:
         transform: The transform whose latents these are.
+
+    Raises:
+        TypeError: If the transform is another one.
 
     Example:
         >>> from . import RobustFlowStep
@@ -52,7 +53,11 @@ class MultiscaleNormal(Distribution):
         self._of = (transform,)
 
     def latent_size(self, context: Any = None) -> int:
-        r"""Returns the number of latents of one sample, given this context."""
+        r"""Returns the number of latents of one sample, given this context.
+
+        Arguments:
+            context: The context of the flow, as the transform takes it.
+        """
         return self._of[0].latent_size(context)
 
     def _log_prob(self, inputs: Tensor, context: Any) -> Tensor:

@@ -1,6 +1,6 @@
 r"""The robust coupling for vectors and images, in nflows' terms."""
 
-from __future__ import annotations
+__all__ = ["RobustSplineCDF", "RobustSplineCouplingTransform"]
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,9 +13,15 @@ from flowguard.image import Robust
 from flowguard.numerics import cut
 
 from .host import part
-from .spline import SplineHead, check_floating, check_tails, map_of, run
-
-__all__ = ["RobustSplineCDF", "RobustSplineCouplingTransform"]
+from .spline import (
+    SHIFT_BOUND,
+    TAIL_BOUND,
+    SplineHead,
+    apply_map,
+    check_floating,
+    check_tails,
+    map_of,
+)
 
 Transform: Any = part("transforms.base").Transform
 CouplingTransform: Any = part("transforms.coupling").CouplingTransform
@@ -47,8 +53,8 @@ class RobustSplineCDF(Transform):
         self,
         shape: Sequence[int],
         num_bins: int = 8,
-        tail_bound: float = 3.0,
-        shift_bound: float | None = 3.0,
+        tail_bound: float = TAIL_BOUND,
+        shift_bound: float | None = SHIFT_BOUND,
         slope: float | None = 1e-3,
     ) -> None:
         super().__init__()
@@ -59,17 +65,20 @@ class RobustSplineCDF(Transform):
         nn.init.uniform_(self.phi, -1e-6, 1e-6)
 
     def extra_repr(self) -> str:
+        r"""Returns the number of features and the family of splines, for the printed module."""
         return f"features={self.phi.shape[0]}, {self.map}"
 
     def _run(self, inputs: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         ones = (1,) * (inputs.dim() - self.phi.dim())
         phi = self.phi.reshape(1, *self.phi.shape, *ones)
-        return run(self.map.transform(phi), inputs, inverse)
+        return apply_map(self.map.transform(phi), inputs, inverse)
 
     def forward(self, inputs: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+        r"""Takes data to noise, whatever the context; returns the noise and the log-determinant."""
         return self._run(inputs, inverse=False)
 
     def inverse(self, inputs: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+        r"""Takes noise to data, whatever the context; returns the data and the log-determinant."""
         return self._run(inputs, inverse=True)
 
 
@@ -140,8 +149,8 @@ class RobustSplineCouplingTransform(CouplingTransform):
         mask: Tensor | Sequence[int],
         transform_net_create_fn: Callable[[int, int], nn.Module],
         num_bins: int = 8,
-        tail_bound: float = 3.0,
-        shift_bound: float | None = 3.0,
+        tail_bound: float = TAIL_BOUND,
+        shift_bound: float | None = SHIFT_BOUND,
         slope: float | None = 1e-3,
         apply_unconditional_transform: bool = False,
         img_shape: Sequence[int] | None = None,
@@ -174,6 +183,7 @@ class RobustSplineCouplingTransform(CouplingTransform):
         )
 
     def extra_repr(self) -> str:
+        r"""Returns the numbers of all and of transformed features, for the printed module."""
         return f"features={self.features}, transformed={len(self.transform_features)}"
 
     def _transform_dim_multiplier(self) -> int:

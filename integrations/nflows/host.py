@@ -4,15 +4,13 @@ Both have the same modules and the same classes. Where both are installed, nflow
 whose classes ours inherit from, and the rules for certificates and attacks know both.
 """
 
-from __future__ import annotations
+__all__ = ["CANDIDATES", "HOST", "part"]
 
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 from flowguard.hosts import missing
-
-__all__ = ["CANDIDATES", "HOST", "part"]
 
 #: The first that can be imported is the host.
 CANDIDATES = ("nflows", "glasflow.nflows")

@@ -1,6 +1,6 @@
 r"""Image flows in nflows' terms: a context map for each level, and the flow step."""
 
-from __future__ import annotations
+__all__ = ["ConditionalMultiscaleTransform", "RobustFlowStep"]
 
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
@@ -18,9 +18,7 @@ from flowguard.numerics import cut
 from .coupling import RobustSplineCouplingTransform
 from .host import part
 from .maps import unpack_maps
-from .spline import check_positive
-
-__all__ = ["ConditionalMultiscaleTransform", "RobustFlowStep"]
+from .spline import IMAGE_SHIFT_BOUND, TAIL_BOUND, check_positive
 
 MultiscaleCompositeTransform: Any = part("transforms.base").MultiscaleCompositeTransform
 CompositeTransform: Any = part("transforms.base").CompositeTransform
@@ -121,6 +119,7 @@ class ConditionalMultiscaleTransform(MultiscaleCompositeTransform):
         self._level_shapes: list[Shape] = []
 
     def extra_repr(self) -> str:
+        r"""Returns the number of levels and the split dimension, for the printed module."""
         return f"levels={self._num_transforms}, split_dim={self._split_dim}"
 
     def add_transform(
@@ -143,11 +142,19 @@ class ConditionalMultiscaleTransform(MultiscaleCompositeTransform):
 
     def forward(self, inputs: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
         r"""Takes data to flat latents; returns the latents, with shape :math:`(N, D)`, and the
-        log-determinant."""
+        log-determinant.
+
+        Arguments:
+            inputs: The data, with shape :math:`(N, C, H, W)`, or :math:`(N, D)`.
+            context: The context; see above.
+
+        Raises:
+            ValueError: If inputs or context do not fit.
+        """
         shapes, contexts = self._plan(context)
         if self._split_dim >= inputs.dim():
             raise ValueError(
-                f"there is no dimension {self._split_dim} to split in inputs of shape"
+                f"the inputs must have a dimension {self._split_dim} to split; got shape"
                 f" {tuple(inputs.shape)}"
             )
         self._check_size(inputs, shapes)
@@ -170,7 +177,15 @@ class ConditionalMultiscaleTransform(MultiscaleCompositeTransform):
         return torch.cat(latents, dim=1), total
 
     def inverse(self, inputs: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
-        r"""Takes flat latents to data; returns the data and the log-determinant."""
+        r"""Takes flat latents to data; returns the data and the log-determinant.
+
+        Arguments:
+            inputs: The latents, with shape :math:`(N, D)`.
+            context: The context; see above.
+
+        Raises:
+            ValueError: If latents or context do not fit.
+        """
         if inputs.dim() != 2:
             raise ValueError(
                 f"the latents must have shape (N, D); got {tuple(inputs.shape)}: flatten them"
@@ -192,7 +207,11 @@ class ConditionalMultiscaleTransform(MultiscaleCompositeTransform):
         return outputs, total
 
     def latent_size(self, context: Any = None) -> int:
-        r"""Returns the number of latents of one sample, given this context."""
+        r"""Returns the number of latents of one sample, given this context.
+
+        Arguments:
+            context: The context; see above.
+        """
         return prod(self._plan(context)[0][0])
 
     def _leaving(self, shape: Shape) -> int:
@@ -269,8 +288,9 @@ class ConditionalMultiscaleTransform(MultiscaleCompositeTransform):
         (rows, columns), (height, width) = size, before
         if any(h * rows % height or w * columns % width for _, h, w in self._level_shapes):
             raise ValueError(
-                f"a context of size {tuple(size)} does not fit: the levels have sizes"
-                f" {[s[1:] for s in self._level_shapes]} for one of size {tuple(before)}"
+                f"the size of the context must fit the levels, which have sizes"
+                f" {[s[1:] for s in self._level_shapes]} for one of size {tuple(before)}; got"
+                f" {tuple(size)}"
             )
         return [(c, h * rows // height, w * columns // width) for c, h, w in self._level_shapes]
 
@@ -313,6 +333,9 @@ class RobustFlowStep(CompositeTransform):
         mix: The 1×1 convolution: ``"orthogonal"``, a rotation, which keeps the bound of the
             samples small and is never singular, or ``"free"``, as in Glow.
 
+    Raises:
+        ValueError: If there are less than two channels, or an option is out of range.
+
     Example:
         >>> step = RobustFlowStep(12, context_channels=8, hidden_channels=16)
         >>> x, context = torch.randn(2, 12, 4, 4), torch.randn(2, 8, 4, 4)
@@ -330,8 +353,8 @@ class RobustFlowStep(CompositeTransform):
         num_blocks: int = 2,
         transform_net_create_fn: Callable[[int, int], nn.Module] | None = None,
         num_bins: int = 8,
-        tail_bound: float = 3.0,
-        shift_bound: float | None = 1.0,
+        tail_bound: float = TAIL_BOUND,
+        shift_bound: float | None = IMAGE_SHIFT_BOUND,
         slope: float | None = 1e-3,
         mix: str = "orthogonal",
     ) -> None:

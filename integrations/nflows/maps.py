@@ -5,7 +5,7 @@ several samples. Here the maps of all levels become one tensor at the size of th
 coarser ones with each pixel repeated, so that they can be taken out again bit for bit.
 """
 
-from __future__ import annotations
+__all__ = ["PackMaps", "pack_maps", "unpack_maps"]
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,8 +13,6 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch import Tensor
-
-__all__ = ["PackMaps", "pack_maps", "unpack_maps"]
 
 
 def pack_maps(maps: Sequence[Tensor] | Mapping[Any, Tensor]) -> Tensor:
@@ -109,4 +107,5 @@ class PackMaps(nn.Module):
         self.net = net
 
     def forward(self, context: Any) -> Tensor:
+        r"""Returns the maps of the network as one tensor; see :func:`pack_maps`."""
         return pack_maps(self.net(context))

@@ -34,7 +34,7 @@ from flowguard.transforms import RobustSpline, Univariate
 
 from .autoregressive import MaskedRobustSplineAutoregressiveTransform
 from .coupling import RobustSplineCouplingTransform
-from .spline import run
+from .spline import apply_map
 
 LARGEST = 1e20  # what scales and logits are cut at, so that infinite ones are finite
 
@@ -116,7 +116,7 @@ class Head(nn.Module, abc.ABC):
     def forward(self, x: Tensor, raw: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
         r"""Transforms `x`, with shape :math:`(N, C)` or :math:`(N, C, H, W)`."""
         f = self.univariate(raw.to(torch.promote_types(raw.dtype, torch.float32)))
-        y, ladj = run(f, x.movedim(1, -1), inverse)
+        y, ladj = apply_map(f, x.movedim(1, -1), inverse)
         return y.movedim(-1, 1).to(x.dtype), ladj
 
 

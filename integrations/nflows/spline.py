@@ -1,6 +1,16 @@
 r"""What the robust layers for nflows share: from the outputs of a network to splines."""
 
-from __future__ import annotations
+__all__ = [
+    "IMAGE_SHIFT_BOUND",
+    "SHIFT_BOUND",
+    "TAIL_BOUND",
+    "SplineHead",
+    "apply_map",
+    "check_floating",
+    "check_positive",
+    "check_tails",
+    "map_of",
+]
 
 import math
 from numbers import Integral, Real
@@ -14,14 +24,15 @@ from flowguard.image import Robust
 from flowguard.numerics import sum_rows
 from flowguard.transforms import Univariate
 
-__all__ = [
-    "SplineHead",
-    "check_floating",
-    "check_positive",
-    "check_tails",
-    "map_of",
-    "run",
-]
+# Why these, and what the other hosts have: "Boxes and shifts" in docs/guarantees.md.
+#: The box: that of the experiments of Durkan et al. (2019). nflows' own default of 1 is for data
+#: that are known to lie within.
+TAIL_BOUND = 3.0
+#: The bound of the shift of splines over vectors: the box again, which cost no likelihood.
+SHIFT_BOUND = 3.0
+#: And of those over images: 1 was enough on photographs, and an image flow has many steps, each of
+#: which adds its bound to that of the samples.
+IMAGE_SHIFT_BOUND = 1.0
 
 #: How much faster a gain learns than the network behind it. Without it, a coupling that starts
 #: from a gain of zero lags behind one that starts from a last layer of zeros.
@@ -31,7 +42,17 @@ PACE = 10.0
 def map_of(
     num_bins: int, tail_bound: float, shift_bound: float | None, slope: float | None
 ) -> Robust:
-    r"""Returns the family of splines with these options, after a look at them."""
+    r"""Returns the family of splines with these options, after a look at them.
+
+    Arguments:
+        num_bins: The number of bins :math:`K`, 2 or more.
+        tail_bound: The bound :math:`B` of the box.
+        shift_bound: The bound of the shift, :py:`None` for a free one.
+        slope: The least slope, :py:`None` for the published spline.
+
+    Raises:
+        ValueError: If an option is out of range.
+    """
     if not isinstance(num_bins, Integral) or num_bins < 2:
         raise ValueError(f"num_bins must be an integer of at least 2; got {num_bins!r}")
     if not _in(tail_bound, 0, math.inf):
@@ -57,7 +78,14 @@ def _in(value: Any, low: float, high: float) -> bool:
 
 
 def check_tails(tails: str | None) -> None:
-    r"""Refuses the tails that a robust spline does not have."""
+    r"""Refuses the tails that a robust spline does not have.
+
+    Arguments:
+        tails: The tails that were asked for.
+
+    Raises:
+        ValueError: If they are not linear.
+    """
     if tails != "linear":
         raise ValueError(
             "a robust spline covers the whole line, and its tails are linear: leave `tails` out,"
@@ -70,6 +98,9 @@ def check_positive(**sizes: Any) -> None:
 
     Arguments:
         sizes: The sizes, by name.
+
+    Raises:
+        ValueError: If a size is no positive integer.
     """
     for name, size in sizes.items():
         if not isinstance(size, Integral) or size < 1:
@@ -77,14 +108,27 @@ def check_positive(**sizes: Any) -> None:
 
 
 def check_floating(inputs: Any) -> None:
-    r"""Refuses inputs that are no floating point tensor: outputs have the dtype of the inputs."""
+    r"""Refuses inputs that are no floating point tensor: outputs have the dtype of the inputs.
+
+    Arguments:
+        inputs: The inputs.
+
+    Raises:
+        TypeError: If they are no floating point tensor.
+    """
     if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
         given = inputs.dtype if isinstance(inputs, Tensor) else type(inputs).__name__
         raise TypeError(f"the inputs must be a floating point tensor; got {given}")
 
 
-def run(f: Univariate, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    r"""Applies a univariate map; returns the output and `ladj` with shape :math:`(N)`."""
+def apply_map(f: Univariate, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    r"""Applies a univariate map; returns the output and `ladj` with shape :math:`(N)`.
+
+    Arguments:
+        f: The map.
+        x: The input, with shape :math:`(N, *)`.
+        inverse: Whether the map goes back to data.
+    """
     y, ladj = f.inverse_and_ladj(x) if inverse else f.call_and_ladj(x)
     return y, sum_rows(ladj)
 
@@ -129,6 +173,8 @@ class SplineHead(nn.Module):
             self.gain = nn.Parameter(torch.zeros(features, n))
 
     def extra_repr(self) -> str:
+        r"""Returns the family of splines, the number of features and whether there is a gain, for
+        the printed module."""
         return f"{self.map}, features={self.features}, gain={self.gain is not None}"
 
     def phi(self, raw: Tensor) -> Tensor:
@@ -141,6 +187,9 @@ class SplineHead(nn.Module):
 
         Returns:
             The parameters, with shape :math:`(N, C, n)` or :math:`(N, C, n, H, W)`.
+
+        Raises:
+            ValueError: If the network returned another number of outputs.
         """
         n = self.map.parameters
         if raw.shape[1] != self.features * n:
@@ -160,12 +209,16 @@ class SplineHead(nn.Module):
 
     def spline(self, raw: Tensor) -> Univariate:
         r"""Returns the :class:`flowguard.RobustSpline` of these outputs of the network; for their
-        shape, see :meth:`phi`."""
+        shape, see :meth:`phi`.
+
+        Arguments:
+            raw: The outputs of the network.
+        """
         return self.map.transform(self.phi(raw))
 
     def forward(self, x: Tensor, raw: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
         r"""Transforms `x`, with shape :math:`(N, C)` or :math:`(N, C, H, W)`."""
-        return run(self.spline(raw), x, inverse)
+        return apply_map(self.spline(raw), x, inverse)
 
 
 def _start_at_zero(net: Any) -> bool:

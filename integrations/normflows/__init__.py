@@ -9,6 +9,18 @@ A context may have fewer rows than what it goes with: row :math:`i` then belongs
 changes nothing there.
 """
 
+__all__ = [
+    "EXPORTS",
+    "ConditionalMultiscaleFlow",
+    "ContextAdapter",
+    "GaussianPrior",
+    "GuardedConditionalFlow",
+    "RobustCouplingBlock",
+    "RobustGlowBlock",
+    "RobustSplineAutoregressive",
+    "RobustSplineCoupling",
+]
+
 from flowguard.hosts import missing
 
 try:
@@ -23,17 +35,5 @@ from .glow import RobustCouplingBlock, RobustGlowBlock
 from .guard import GuardedConditionalFlow
 from .layers import RobustSplineAutoregressive, RobustSplineCoupling
 from .multiscale import ConditionalMultiscaleFlow
-
-__all__ = [
-    "EXPORTS",
-    "ConditionalMultiscaleFlow",
-    "ContextAdapter",
-    "GaussianPrior",
-    "GuardedConditionalFlow",
-    "RobustCouplingBlock",
-    "RobustGlowBlock",
-    "RobustSplineAutoregressive",
-    "RobustSplineCoupling",
-]
 
 EXPORTS = {"normflows.flows": tuple(name for name in __all__ if name != "EXPORTS")}

@@ -1,6 +1,6 @@
 r"""How a context finds its way to the layers that take one, past those that do not."""
 
-from __future__ import annotations
+__all__ = ["ContextAdapter", "Route", "accepts", "route", "run_layer"]
 
 import inspect
 from collections.abc import Callable
@@ -10,8 +10,6 @@ from typing import Any
 import torch.nn as nn
 from normflows.flows import Composite, Flow, Reverse
 from torch import Tensor
-
-__all__ = ["ContextAdapter", "Route", "accepts", "route", "run"]
 
 
 def accepts(function: Callable[..., Any], name: str) -> bool:
@@ -36,7 +34,7 @@ class Route:
     """
 
     kind: str
-    parts: tuple[Route, ...] = ()
+    parts: "tuple[Route, ...]" = ()
 
     @property
     def takes(self) -> bool:
@@ -76,7 +74,7 @@ def route(flow: Any) -> Route:
     return Route("context" if takes else "blind")
 
 
-def run(flow: Any, way: Route, z: Any, context: Any, inverse: bool) -> tuple[Any, Any]:
+def run_layer(flow: Any, way: Route, z: Any, context: Any, inverse: bool) -> tuple[Any, Any]:
     r"""Runs a layer, with the context where its route says so.
 
     Arguments:
@@ -87,12 +85,12 @@ def run(flow: Any, way: Route, z: Any, context: Any, inverse: bool) -> tuple[Any
         inverse: Whether to run the layer's `inverse`, from data to noise.
     """
     if way.kind == "reverse":
-        return run(flow.flow, way.parts[0], z, context, not inverse)
+        return run_layer(flow.flow, way.parts[0], z, context, not inverse)
     if way.kind == "composite":
         pairs = list(zip(flow._flows, way.parts, strict=True))
         total: Any = 0
         for part, part_way in reversed(pairs) if inverse else pairs:
-            z, log_det = run(part, part_way, z, context, inverse)
+            z, log_det = run_layer(part, part_way, z, context, inverse)
             total = total + log_det
         return z, total
     call = flow.inverse if inverse else flow
@@ -127,10 +125,15 @@ class ContextAdapter(Flow):
         self.route = route(flow)
 
     def extra_repr(self) -> str:
+        r"""Returns whether the context reaches a layer that takes it, for the printed module."""
         return f"takes={self.route.takes}"
 
     def forward(self, z: Any, context: Tensor | None = None) -> tuple[Any, Any]:
-        return run(self.flow, self.route, z, context, inverse=False)
+        r"""Takes noise to data by the layer's `forward`; returns the output and the log-
+        determinant."""
+        return run_layer(self.flow, self.route, z, context, inverse=False)
 
     def inverse(self, z: Any, context: Tensor | None = None) -> tuple[Any, Any]:
-        return run(self.flow, self.route, z, context, inverse=True)
+        r"""Takes data to noise by the layer's `inverse`; returns the output and the log-
+        determinant."""
+        return run_layer(self.flow, self.route, z, context, inverse=True)

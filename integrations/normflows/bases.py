@@ -1,6 +1,6 @@
 r"""A base distribution for images of any size, which may look at what is known already."""
 
-from __future__ import annotations
+__all__ = ["GaussianPrior", "from_noise"]
 
 import math
 from collections.abc import Mapping, Sequence
@@ -21,8 +21,6 @@ from flowguard.numerics import normal_log_prob, repeat_rows
 
 from .context import check_sizes, context_like
 
-__all__ = ["GaussianPrior", "from_noise"]
-
 
 class GaussianPrior(BaseDistribution):
     r"""Creates a Gaussian base for one level of an image flow, for images of any size.
@@ -40,6 +38,9 @@ class GaussianPrior(BaseDistribution):
         given_channels: The number of channels of :math:`z_1`, :py:`None` if it is not looked at.
         mean_bound: The bound of the mean.
         scale_bound: The bound of the log-scale.
+
+    Raises:
+        ValueError: If a bound is not positive and finite, or a size not a positive number.
 
     Example:
         >>> base = GaussianPrior(6, context_channels=3, given_channels=6)
@@ -78,6 +79,7 @@ class GaussianPrior(BaseDistribution):
         self.constant = None if inputs else constant
 
     def extra_repr(self) -> str:
+        r"""Returns the numbers of channels, for the printed module."""
         return (
             f"{self.num_channels}, context_channels={self.context_channels},"
             f" given_channels={self.given_channels}"
@@ -92,6 +94,9 @@ class GaussianPrior(BaseDistribution):
             z: A latent, of which only the shape matters.
             context: The context.
             given: The latents :math:`z_1` of the coarser levels.
+
+        Raises:
+            ValueError: If context or coarser latents do not fit.
         """
         context = context_like(z, context, self.context_channels)
         if self.given_channels is not None:
@@ -117,7 +122,7 @@ class GaussianPrior(BaseDistribution):
         given: Tensor | None = None,
         size: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        r"""Samples, and returns the log-density of the samples.
+        r"""Draws samples, and returns them with their log-density.
 
         Arguments:
             num_samples: The number of samples.
@@ -125,6 +130,9 @@ class GaussianPrior(BaseDistribution):
             given: The latents :math:`z_1` of the coarser levels.
             size: The height and width of the latent. If :py:`None`, those of `given`, or else of
                 `context`.
+
+        Raises:
+            ValueError: If nothing tells the size, or context or coarser latents do not fit.
         """
         if size is None:
             known = [t for t in (given, context) if t is not None and t.dim() == 4]

@@ -4,7 +4,7 @@ Mind the direction: in normflows `forward` goes from noise to data, `inverse` fr
 the layers of the core that a block is made of go the other way.
 """
 
-from __future__ import annotations
+__all__ = ["LUConv1x1", "RobustCouplingBlock", "RobustGlowBlock", "conv_net"]
 
 import math
 
@@ -18,6 +18,9 @@ from flowguard.image import ActNorm, InvertibleConv1x1, OrthogonalConv1x1
 from flowguard.transforms import Univariate
 
 from .context import (
+    IMAGE_SHIFT_BOUND,
+    IMAGE_TAIL_BOUND,
+    TAIL_BOUND,
     Constructor,
     additive_map,
     check_sizes,
@@ -26,8 +29,6 @@ from .context import (
     total,
     unpack,
 )
-
-__all__ = ["LUConv1x1", "RobustCouplingBlock", "RobustGlowBlock", "conv_net"]
 
 SPLIT_MODES = ("channel", "channel_inv", "checkerboard", "checkerboard_inv")
 SCALE_MAPS = ("exp", "sigmoid", "sigmoid_inv")
@@ -50,6 +51,9 @@ class RobustCouplingBlock(Flow):
         split_mode: The halves, as :class:`normflows.flows.Split` makes them.
         univariate: The constructor of the map. If :py:`None`, use the robust spline with two bins.
         shapes: The shapes of its parameters.
+
+    Raises:
+        ValueError: If the split is unknown, or only one of map and shapes is given.
 
     Example:
         >>> layer = RobustCouplingBlock(nn.Conv2d(2 + 3, 2 * 4, 1), context_channels=3)
@@ -75,7 +79,7 @@ class RobustCouplingBlock(Flow):
         if (univariate is None) != (shapes is None):
             raise ValueError("univariate and shapes belong together: give both, or neither")
         if univariate is None or shapes is None:
-            univariate, shapes = robust_map(2, 3.0, 1.0, 1e-3)
+            univariate, shapes = robust_map(2, TAIL_BOUND, IMAGE_SHIFT_BOUND, 1e-3)
         self.context_channels = context_channels
         self.split_mode = split_mode
         self.univariate = univariate
@@ -83,10 +87,18 @@ class RobustCouplingBlock(Flow):
         self.param_map = param_map
 
     def extra_repr(self) -> str:
+        r"""Returns the channels of the context and the split, for the printed module."""
         return f"context_channels={self.context_channels}, split_mode={self.split_mode!r}"
 
     def split(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        r"""Splits into the half that is kept and the half that is transformed."""
+        r"""Splits into the half that is kept and the half that is transformed.
+
+        Arguments:
+            z: The features, with shape :math:`(B, C, *)`.
+
+        Raises:
+            ValueError: If a checkerboard has an odd last dimension.
+        """
         if self.split_mode == "channel":
             kept, changed = z.tensor_split(((z.shape[1] + 1) // 2,), dim=1)
             return kept, changed
@@ -102,7 +114,12 @@ class RobustCouplingBlock(Flow):
         return torch.where(white, even, odd), torch.where(white, odd, even)
 
     def merge(self, kept: Tensor, changed: Tensor) -> Tensor:
-        r"""Puts together what :meth:`split` has split."""
+        r"""Puts together what :meth:`split` has split.
+
+        Arguments:
+            kept: The half that was kept.
+            changed: The half that was transformed.
+        """
         if self.split_mode == "channel":
             return torch.cat((kept, changed), dim=1)
         if self.split_mode == "channel_inv":
@@ -128,11 +145,13 @@ class RobustCouplingBlock(Flow):
         return unpack(self.univariate, self.shapes, self.param_map(kept))
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        r"""Takes noise to data; returns the data and the log-determinant, with shape :math:`(B)`."""
         kept, changed = self.split(z)
         changed, ladj = self._map(z, kept, context).inverse_and_ladj(changed)
         return self.merge(kept, changed), total(ladj)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        r"""Takes data to noise; returns the noise and the log-determinant, with shape :math:`(B)`."""
         kept, changed = self.split(z)
         changed, ladj = self._map(z, kept, context).call_and_ladj(changed)
         return self.merge(kept, changed), total(ladj)
@@ -175,6 +194,7 @@ class LUConv1x1(nn.Module):
         self.logs = nn.Parameter(diagonal.abs().log().to(dtype))
 
     def extra_repr(self) -> str:
+        r"""Returns the number of channels, for the printed module."""
         return f"channels={self.logs.shape[0]}"
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -189,11 +209,15 @@ class LUConv1x1(nn.Module):
         return (self.logs.sum() * (x.shape[-2] * x.shape[-1])).to(x.dtype).expand(x.shape[0])
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Takes data to noise, as the layers of the core do; returns the image and the log-
+        determinant, with shape :math:`(B)`."""
         p, lower, upper = self.factors()
         weight = (p @ lower @ upper).to(x.dtype)
         return F.conv2d(x, weight[:, :, None, None]), self._ladj(x)
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Takes noise to data, as the layers of the core do; returns the image and the log-
+        determinant, with shape :math:`(B)`."""
         p, lower, upper = self.factors()
         weight = torch.linalg.solve_triangular(lower, p.T, upper=False, unitriangular=True)
         weight = torch.linalg.solve_triangular(upper, weight, upper=True).to(z.dtype)
@@ -243,6 +267,9 @@ class RobustGlowBlock(Flow):
             not bounded.
         slope: The least slope of the splines.
 
+    Raises:
+        ValueError: If an option is unknown or out of range.
+
     Example:
         >>> block = RobustGlowBlock(12, 16, context_channels=3)
         >>> x, context = torch.randn(2, 12, 8, 8), torch.randn(2, 3, 8, 8)
@@ -266,8 +293,8 @@ class RobustGlowBlock(Flow):
         *,
         orthogonal: bool = False,
         num_bins: int = 2,
-        tail_bound: float = 5.0,
-        shift_bound: float | None = 1.0,
+        tail_bound: float = IMAGE_TAIL_BOUND,
+        shift_bound: float | None = IMAGE_SHIFT_BOUND,
         slope: float | None = 1e-3,
     ) -> None:
         super().__init__()
@@ -309,6 +336,7 @@ class RobustGlowBlock(Flow):
             )
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        r"""Takes noise to data; returns the data and the log-determinant, with shape :math:`(B)`."""
         self._check(z)
         z, total = self.coupling(z, context)
         if self.mix is not None:
@@ -320,6 +348,7 @@ class RobustGlowBlock(Flow):
         return z, total + log_det
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        r"""Takes data to noise; returns the noise and the log-determinant, with shape :math:`(B)`."""
         self._check(z)
         z, total = self.actnorm(z)
         if self.mix is not None:

@@ -1,6 +1,6 @@
 r"""The guard in front of a conditional flow."""
 
-from __future__ import annotations
+__all__ = ["GuardedConditionalFlow"]
 
 from typing import Any
 
@@ -9,8 +9,6 @@ from normflows import ConditionalNormalizingFlow
 from torch import Tensor
 
 from flowguard.ood import OODConditioner, OODReport
-
-__all__ = ["GuardedConditionalFlow"]
 
 
 class GuardedConditionalFlow(ConditionalNormalizingFlow):
@@ -25,6 +23,9 @@ class GuardedConditionalFlow(ConditionalNormalizingFlow):
             :class:`ConditionalMultiscaleFlow`. Its context is what the conditioner's encoder
             returns.
         conditioner: The conditioner; see :class:`flowguard.OODConditioner`.
+
+    Raises:
+        TypeError: If the flow is none, or the conditioner another module.
 
     Example:
         >>> import normflows
@@ -95,15 +96,30 @@ class GuardedConditionalFlow(ConditionalNormalizingFlow):
         return self._run("forward", z, context=context)
 
     def forward_and_log_det(self, z: Any, context: Any = None) -> Any:
-        r"""Takes noise to data, and returns the log-determinant."""
+        r"""Takes noise to data, and returns the log-determinant.
+
+        Arguments:
+            z: The noise.
+            context: The context before its encoder.
+        """
         return self._run("forward_and_log_det", z, context=context)
 
     def inverse(self, x: Tensor, context: Any = None) -> Any:
-        r"""Takes data to noise."""
+        r"""Takes data to noise.
+
+        Arguments:
+            x: The data.
+            context: The context before its encoder.
+        """
         return self._run("inverse", x, context=context)
 
     def inverse_and_log_det(self, x: Tensor, context: Any = None) -> Any:
-        r"""Takes data to noise, and returns the log-determinant."""
+        r"""Takes data to noise, and returns the log-determinant.
+
+        Arguments:
+            x: The data.
+            context: The context before its encoder.
+        """
         return self._run("inverse_and_log_det", x, context=context)
 
     def sample(
@@ -129,7 +145,12 @@ class GuardedConditionalFlow(ConditionalNormalizingFlow):
         return self._run("log_prob", x, context=context)
 
     def forward_kld(self, x: Tensor, context: Any = None) -> Tensor:
-        r"""Returns the mean negative log-density, the loss of maximum likelihood."""
+        r"""Returns the mean negative log-density, the loss of maximum likelihood.
+
+        Arguments:
+            x: The data.
+            context: The context before its encoder.
+        """
         return self._run("forward_kld", x, context=context)
 
     def reverse_kld(
@@ -141,7 +162,15 @@ class GuardedConditionalFlow(ConditionalNormalizingFlow):
         **kwargs: Any,
     ) -> Tensor:
         r"""Estimates the reverse Kullback-Leibler divergence to the flow's target, which is given
-        the embedding, as the flow is."""
+        the embedding, as the flow is.
+
+        Arguments:
+            num_samples: The number of samples; see :meth:`sample`.
+            context: The context before its encoder.
+            beta: The weight of the target's log-density.
+            score_fn: Whether the gradient includes the score function.
+            kwargs: Keyword arguments passed to the flow.
+        """
         return self._run(
             "reverse_kld", num_samples, context=context, beta=beta, score_fn=score_fn, **kwargs
         )

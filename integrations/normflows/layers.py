@@ -3,7 +3,7 @@ r"""Robust splines over vectors: a coupling and its autoregressive twin.
 Mind the direction: in normflows `forward` goes from noise to data, `inverse` from data to noise.
 """
 
-from __future__ import annotations
+__all__ = ["RobustSplineAutoregressive", "RobustSplineCoupling"]
 
 import math
 from collections.abc import Callable
@@ -17,9 +17,7 @@ from torch import Tensor
 
 from flowguard.transforms import SHIFT_BOUND, Univariate
 
-from .context import check_sizes, context_like, robust_map, total, unpack
-
-__all__ = ["RobustSplineAutoregressive", "RobustSplineCoupling"]
+from .context import TAIL_BOUND, check_sizes, context_like, robust_map, total, unpack
 
 
 class RobustSplineCoupling(Flow):
@@ -63,6 +61,9 @@ class RobustSplineCoupling(Flow):
             on nothing, as the stock layer does. A second spline costs time, and the next layer,
             with the mask reversed, transforms the rest anyway.
 
+    Raises:
+        ValueError: If the tails are not linear, or an option is out of range.
+
     Example:
         >>> layer = RobustSplineCoupling(3, 1, 16, num_context_channels=5, init_identity=False)
         >>> z, context = torch.randn(64, 3), torch.randn(64, 5)
@@ -83,7 +84,7 @@ class RobustSplineCoupling(Flow):
         num_hidden_channels: int,
         num_context_channels: int | None = None,
         num_bins: int = 8,
-        tail_bound: float = 3.0,
+        tail_bound: float = TAIL_BOUND,
         shift_bound: float | None = SHIFT_BOUND,
         activation: Callable[[], nn.Module] = nn.ReLU,
         dropout_probability: float = 0.0,
@@ -131,6 +132,7 @@ class RobustSplineCoupling(Flow):
             nn.init.zeros_(self.net.final_layer.bias)
 
     def extra_repr(self) -> str:
+        r"""Returns the numbers of features and of context channels, for the printed module."""
         return f"features={self.features}, context_channels={self.context_channels}"
 
     def _splines(self, kept: Tensor, context: Tensor | None) -> Univariate:
@@ -151,6 +153,7 @@ class RobustSplineCoupling(Flow):
         return torch.cat((kept, changed), dim=1).index_select(1, self.order)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        r"""Takes noise to data; returns the data and the log-determinant, with shape :math:`(B)`."""
         kept, changed = self._split(z)
         context = context_like(z, context, self.context_channels)
         own_ladj = None
@@ -161,6 +164,7 @@ class RobustSplineCoupling(Flow):
         return self._merge(kept, changed), log_det
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        r"""Takes data to noise; returns the noise and the log-determinant, with shape :math:`(B)`."""
         kept, changed = self._split(z)
         context = context_like(z, context, self.context_channels)
         changed, ladj = self._splines(kept, context).call_and_ladj(changed)
@@ -217,7 +221,7 @@ class RobustSplineAutoregressive(Flow):
         num_hidden_channels: int,
         num_context_channels: int | None = None,
         num_bins: int = 8,
-        tail_bound: float = 3.0,
+        tail_bound: float = TAIL_BOUND,
         shift_bound: float | None = SHIFT_BOUND,
         activation: Callable[[], nn.Module] = nn.ReLU,
         dropout_probability: float = 0.0,
@@ -254,12 +258,15 @@ class RobustSplineAutoregressive(Flow):
             nn.init.zeros_(self.net.final_layer.bias)
 
     def extra_repr(self) -> str:
+        r"""Returns the numbers of features and of context channels, for the printed module."""
         return f"features={self.features}, context_channels={self.context_channels}"
 
     def _splines(self, x: Tensor, context: Tensor | None) -> Univariate:
         return unpack(self.univariate, self.shapes, self.net(x, context))
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        r"""Takes noise to data, one feature after another; returns the data and the log-
+        determinant, with shape :math:`(B)`."""
         _check_input(z, self.features)
         context = context_like(z, context, self.context_channels)
         x = torch.zeros_like(z)
@@ -268,6 +275,8 @@ class RobustSplineAutoregressive(Flow):
         return x, total(ladj)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        r"""Takes data to noise, all features at once; returns the noise and the log-determinant,
+        with shape :math:`(B)`."""
         _check_input(z, self.features)
         context = context_like(z, context, self.context_channels)
         out, ladj = self._splines(z, context).call_and_ladj(z)

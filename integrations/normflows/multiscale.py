@@ -1,6 +1,6 @@
 r"""normflows' multiscale flow with a context everywhere, for images of any size."""
 
-from __future__ import annotations
+__all__ = ["ConditionalMultiscaleFlow", "Context"]
 
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,10 +20,8 @@ from torch import Tensor
 from flowguard.io.atomic import atomic
 from flowguard.numerics import cut, repeat_rows
 
-from .adapter import accepts, route, run
+from .adapter import accepts, route, run_layer
 from .bases import from_noise
-
-__all__ = ["ConditionalMultiscaleFlow", "Context"]
 
 Context = Tensor | Sequence[Tensor] | Mapping[str, Tensor] | None
 
@@ -76,6 +74,10 @@ class ConditionalMultiscaleFlow(MultiscaleFlow):
             :class:`normflows.flows.Merge`.
         transform: A last layer, such as :class:`normflows.transforms.Logit`.
         p: The target distribution, for :meth:`reverse_kld` alone.
+
+    Raises:
+        TypeError: If a level is a layer rather than a list of layers.
+        ValueError: If the numbers of bases, levels and merges do not fit.
 
     Example:
         >>> import normflows
@@ -134,6 +136,9 @@ class ConditionalMultiscaleFlow(MultiscaleFlow):
         Arguments:
             x: The images, with shape :math:`(B, C, H, W)`.
             context: The context.
+
+        Raises:
+            ValueError: If the size of the images or the context does not fit.
         """
         maps = self._maps(context, len(x))
         z, known, log_q = self._inverse(x, maps)
@@ -164,6 +169,9 @@ class ConditionalMultiscaleFlow(MultiscaleFlow):
                 sample for each context, and no density.
             size: The height and width of the samples, for bases of any size. If :py:`None`, what
                 the maps of the context tell: a list those of its levels, a single map its own.
+
+        Raises:
+            ValueError: If number, size or temperature do not fit bases and context.
         """
         num_samples = self._number(num_samples, context)
         maps = self._maps(context, num_samples)
@@ -229,6 +237,9 @@ class ConditionalMultiscaleFlow(MultiscaleFlow):
         Arguments:
             z: The latent of each level, coarsest first.
             context: The context.
+
+        Raises:
+            ValueError: If the number of latents or the context does not fit.
         """
         if len(z) != self.num_levels:
             raise ValueError(f"there must be {self.num_levels} latents; got {len(z)}")
@@ -280,6 +291,9 @@ class ConditionalMultiscaleFlow(MultiscaleFlow):
             score_fn: Whether the gradient includes the score function; see
                 https://arxiv.org/abs/1703.09194.
             size: The height and width of the samples.
+
+        Raises:
+            ValueError: If the flow has no target distribution.
         """
         if self.p is None:
             raise ValueError("reverse_kld needs a target distribution: construct the flow with p")
@@ -325,7 +339,9 @@ class ConditionalMultiscaleFlow(MultiscaleFlow):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
-            raise ValueError(f"{path} holds more than weights, and was not loaded") from error
+            raise ValueError(
+                f"a file must hold weights alone to be loaded; got {path}, which holds more"
+            ) from error
         self.load_state_dict(state)
 
     # What follows works on maps: for each level the context, with the rows of the input.
@@ -363,11 +379,11 @@ class ConditionalMultiscaleFlow(MultiscaleFlow):
         if i == 0:
             z = latent
         else:
-            z, total = run(
+            z, total = run_layer(
                 self.merges[i - 1], self._merge_routes[i - 1], [z, latent], maps[i], False
             )
         for layer, way in zip(self.flows[i], self._routes[i], strict=True):
-            z, log_det = run(layer, way, z, maps[i], inverse=False)
+            z, log_det = run_layer(layer, way, z, maps[i], inverse=False)
             total = total + log_det
         return z, total
 
@@ -375,7 +391,7 @@ class ConditionalMultiscaleFlow(MultiscaleFlow):
         if self.transform is None or self._transform_route is None:
             return z, 0
         # Some transforms of normflows write into their input.
-        return run(self.transform, self._transform_route, z.clone(), maps[-1], inverse=False)
+        return run_layer(self.transform, self._transform_route, z.clone(), maps[-1], inverse=False)
 
     def _inverse(
         self, x: Tensor, maps: list[Any]
@@ -389,19 +405,19 @@ class ConditionalMultiscaleFlow(MultiscaleFlow):
         total = x.new_zeros(len(x))
         if self.transform is not None and self._transform_route is not None:
             way = self._transform_route
-            x, log_det = run(self.transform, way, x.clone(), maps[-1], inverse=True)
+            x, log_det = run_layer(self.transform, way, x.clone(), maps[-1], inverse=True)
             total = total + log_det
         z: list[Any] = [None] * self.num_levels
         known: list[Tensor | None] = [None] * self.num_levels
         for i in reversed(range(self.num_levels)):
             for layer, way in reversed(list(zip(self.flows[i], self._routes[i], strict=True))):
-                x, log_det = run(layer, way, x, maps[i], inverse=True)
+                x, log_det = run_layer(layer, way, x, maps[i], inverse=True)
                 total = total + log_det
             if i == 0:
                 z[i] = x
             else:
                 merge, way = self.merges[i - 1], self._merge_routes[i - 1]
-                (x, z[i]), log_det = run(merge, way, x, maps[i], inverse=True)
+                (x, z[i]), log_det = run_layer(merge, way, x, maps[i], inverse=True)
                 known[i] = x
                 total = total + log_det
         return z, known, total
@@ -472,7 +488,7 @@ class ConditionalMultiscaleFlow(MultiscaleFlow):
             return
         stiff = [type(base).__name__ for base in self.q0 if not hasattr(base, "temperature")]
         if stiff:
-            raise ValueError(f"these bases know no temperature: {', '.join(stiff)}")
+            raise ValueError(f"all bases must know a temperature; got {', '.join(stiff)}")
         before = [base.temperature for base in self.q0]
         try:
             self.set_temperature(temperature)

@@ -6,17 +6,6 @@ zuko's conventions hold: a flow is a lazy module, ``flow(c)`` is a distribution,
 and ``zuko.transforms``; importing this module changes nothing there.
 """
 
-from flowguard.hosts import missing
-from flowguard.transforms import RobustSpline
-
-try:
-    import zuko  # noqa: F401
-except ImportError as error:
-    raise missing("zuko") from error
-
-from .flows import GuardedFlow, RobustCouplingFlow, RobustNSF
-from .image import ConditionalMultiscaleTransform, MultiscaleFlow, MultiscaleTransform
-
 __all__ = [
     "EXPORTS",
     "ConditionalMultiscaleTransform",
@@ -27,6 +16,17 @@ __all__ = [
     "RobustNSF",
     "RobustSpline",
 ]
+
+from flowguard.hosts import missing
+from flowguard.transforms import RobustSpline
+
+try:
+    import zuko  # noqa: F401
+except ImportError as error:
+    raise missing("zuko") from error
+
+from .flows import GuardedFlow, RobustCouplingFlow, RobustNSF
+from .image import ConditionalMultiscaleTransform, MultiscaleFlow, MultiscaleTransform
 
 EXPORTS = {
     "zuko.transforms": ("MultiscaleTransform", "RobustSpline"),

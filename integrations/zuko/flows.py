@@ -1,6 +1,6 @@
 r"""Robust flows over vectors, and the guard around any flow."""
 
-from __future__ import annotations
+__all__ = ["GuardedFlow", "RobustCouplingFlow", "RobustNSF"]
 
 from functools import partial
 from typing import Any
@@ -13,7 +13,8 @@ from zuko.lazy import LazyDistribution
 from flowguard.ood import OODConditioner, OODReport
 from flowguard.transforms import SHIFT_BOUND, RobustSpline
 
-__all__ = ["GuardedFlow", "RobustCouplingFlow", "RobustNSF"]
+#: The box: that of zuko's own spline, and of :class:`flowguard.RobustSpline`.
+BOUND = 5.0
 
 
 class RobustNSF(MAF):
@@ -74,7 +75,7 @@ class RobustNSF(MAF):
         features: int,
         context: int = 0,
         bins: int = 8,
-        bound: float = 5.0,
+        bound: float = BOUND,
         shift_bound: float | None = SHIFT_BOUND,
         slope: float | None = 1e-3,
         **kwargs: Any,
@@ -134,7 +135,7 @@ class RobustCouplingFlow(NICE):
         features: int,
         context: int = 0,
         bins: int = 8,
-        bound: float = 5.0,
+        bound: float = BOUND,
         shift_bound: float | None = SHIFT_BOUND,
         slope: float | None = 1e-3,
         **kwargs: Any,
@@ -159,6 +160,9 @@ class GuardedFlow(LazyDistribution):
         flow: A lazy distribution, such as any flow of zuko. Its context is what the conditioner's
             encoder returns.
         conditioner: The conditioner; see :class:`flowguard.OODConditioner`.
+
+    Raises:
+        TypeError: If the flow is no lazy distribution, or the conditioner another module.
 
     Example:
         >>> conditioner = flowguard.OODConditioner(nn.Linear(5, 4), policy="report", alpha=0.01)
@@ -197,7 +201,8 @@ class GuardedFlow(LazyDistribution):
         return self.conditioner.report
 
     def forward(self, c: Any = None, **kwargs: Any) -> Distribution:
-        r"""
+        r"""Returns the flow's distribution given the embedding of a context.
+
         Arguments:
             c: The context :math:`y` before its encoder.
             kwargs: Keyword arguments passed to the flow.

@@ -5,7 +5,7 @@ each level. zuko's distributions have one event shape: here the latents are one 
 finest level first.
 """
 
-from __future__ import annotations
+__all__ = ["ConditionalMultiscaleTransform", "MultiscaleFlow", "MultiscaleTransform"]
 
 from collections.abc import Mapping, Sequence
 from math import prod
@@ -20,8 +20,6 @@ from zuko.distributions import DiagNormal, NormalizingFlow
 from zuko.lazy import LazyDistribution, LazyTransform
 
 from flowguard.image import ConditionalMultiscaleFlow, Coupling
-
-__all__ = ["ConditionalMultiscaleTransform", "MultiscaleFlow", "MultiscaleTransform"]
 
 Context = Tensor | Sequence[Tensor] | Mapping[str, Tensor] | None
 
@@ -110,11 +108,20 @@ class MultiscaleTransform(Transform):
         return self._backward(y)[0]
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        r"""Returns :math:`\log |\det J|` at `x`, with the batch shape."""
+        r"""Returns :math:`\log |\det J|` at `x`, with the batch shape.
+
+        Arguments:
+            x: The images, with shape :math:`(*, C, H, W)`.
+            y: Their latents, which are not needed.
+        """
         return self._forward(x)[1]
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        r"""Returns the latents and :math:`\log |\det J|` at `x`, in one pass."""
+        r"""Returns the latents and :math:`\log |\det J|` at `x`, in one pass.
+
+        Arguments:
+            x: The images, with shape :math:`(*, C, H, W)`.
+        """
         return self._forward(x)
 
     @property
@@ -123,12 +130,26 @@ class MultiscaleTransform(Transform):
         return _Inverse(self)
 
     def forward_shape(self, shape: Size) -> Size:
-        r"""Returns the shape of the latents of images of this shape."""
+        r"""Returns the shape of the latents of images of this shape.
+
+        Arguments:
+            shape: The shape :math:`(*, C, H, W)`.
+
+        Raises:
+            ValueError: If it is not that of images given this context.
+        """
         self._check(Size(shape), self.image, "images")
         return Size((*shape[:-3], self._size))
 
     def inverse_shape(self, shape: Size) -> Size:
-        r"""Returns the shape of the images of latents of this shape."""
+        r"""Returns the shape of the images of latents of this shape.
+
+        Arguments:
+            shape: The shape :math:`(*, D)`.
+
+        Raises:
+            ValueError: If it is not that of latents given this context.
+        """
         self._check(Size(shape), Size((self._size,)), "latents")
         return Size((*shape[:-1], *self.image))
 
@@ -163,6 +184,9 @@ class ConditionalMultiscaleTransform(LazyTransform):
         coupling: The elementwise map of the couplings; see :func:`flowguard.image.elementwise`.
         scale: How many times larger an image is than its context in each direction, where the
             context is an image and `shape` a number of channels.
+
+    Raises:
+        ValueError: If the shape is incomplete, or does not fit the levels.
 
     Example:
         >>> t = ConditionalMultiscaleTransform(3, 1, levels=2, steps=1, hidden=8, scale=2)
@@ -217,6 +241,10 @@ class ConditionalMultiscaleTransform(LazyTransform):
         Arguments:
             c: The context: a list (or a dictionary) with one map for each level, or an image,
                 which is resampled to the size of each level, or :py:`None` if there is none.
+
+        Raises:
+            ValueError: If there is a context where none is taken, none where one is, or one of
+                another shape.
         """
         if c is None and self.size is not None and self.context_channels == 0:
             like = next(self.flow.parameters())
@@ -261,7 +289,8 @@ class ConditionalMultiscaleTransform(LazyTransform):
             )
 
     def forward(self, c: Context = None) -> Transform:
-        r"""
+        r"""Returns the transformation given a context.
+
         Arguments:
             c: The context; see :meth:`maps`.
 
@@ -314,7 +343,8 @@ class MultiscaleFlow(LazyDistribution):
         self.transform = ConditionalMultiscaleTransform(shape, context_channels, **kwargs)
 
     def forward(self, c: Context = None, temperature: float = 1.0) -> NormalizingFlow:
-        r"""
+        r"""Returns the distribution of images given a context.
+
         Arguments:
             c: The context: a list (or a dictionary) with one map for each level :math:`l`, finest
                 first, with shape :math:`(*, C', H / 2^l, W / 2^l)`; or an image with shape
@@ -324,6 +354,9 @@ class MultiscaleFlow(LazyDistribution):
 
         Returns:
             The distribution :math:`p(X | c)`, with event shape :math:`(C, H, W)`.
+
+        Raises:
+            ValueError: If the temperature is negative, or the context does not fit.
         """
         if not temperature >= 0:
             raise ValueError(f"temperature must not be negative; got {temperature}")

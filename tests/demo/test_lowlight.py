@@ -139,7 +139,7 @@ def test_a_quick_run_writes_what_it_says(run):
 
 @pytest.mark.parametrize("name", ["affine", "robust"])
 def test_the_weights_load_into_the_model(run, name):
-    model = demo.build(name, quick=True, task="lowlight")
+    model = demo.TASKS["lowlight"].build(name, quick=True)
     model.load_state_dict(load_file(run / f"{name}.safetensors"))
     model.eval()
     assert model.conditioner.calibrated

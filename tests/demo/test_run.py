@@ -82,7 +82,7 @@ def test_a_rerun_gives_the_same_numbers(quick):
 @pytest.mark.parametrize("name", ["affine", "robust"])
 def test_the_weights_load_into_the_model(quick, name):
     _, out = quick[0]
-    model = demo.build(name, quick=True)
+    model = demo.TASKS["superres"].build(name, quick=True)
     model.load_state_dict(load_file(out / f"{name}.safetensors"))
     model.eval()
     assert model.conditioner.calibrated
@@ -122,7 +122,7 @@ def test_a_mistake_gets_one_line_and_exit_code_2(
     (tmp_path / "file").write_text("")
     (tmp_path / "taken" / "report.html").mkdir(parents=True)
     (tmp_path / "weights" / "robust.safetensors").mkdir(parents=True)
-    monkeypatch.setattr(demo, "run", lambda options: pytest.fail("it ran"))
+    monkeypatch.setattr(demo, "run_demo", lambda options: pytest.fail("it ran"))
     try:
         code = cli.main(["demo", *arguments])
     except SystemExit as stop:
@@ -182,7 +182,7 @@ def test_numbers_that_are_not_finite_are_written_as_words(tmp_path, monkeypatch)
     """A run that goes wrong must not lose what it made."""
     monkeypatch.setattr(demo, "CALIBRATION_CROPS", 200)
     options = demo.DemoOptions(out=tmp_path, steps=2, quick=True, progress=False)
-    result = demo.run(options)
+    result = demo.run_demo(options)
     for trained in result.models.values():
         trained.training.losses[:] = [math.nan]
         trained.held_out.update(psnr=math.inf, bits_per_dim=math.nan)
@@ -195,7 +195,7 @@ def test_numbers_that_are_not_finite_are_written_as_words(tmp_path, monkeypatch)
 def test_panels_of_an_earlier_run_are_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "CALIBRATION_CROPS", 200)
     options = demo.DemoOptions(out=tmp_path, steps=2, quick=True, progress=False)
-    result = demo.run(options)
+    result = demo.run_demo(options)
     demo_report.write(result)
     mine = {"panel-99-mine.png", "panel-00-held-out-photograph.txt", "notes.txt"}
     for name in mine:

@@ -387,9 +387,9 @@ def test_a_failed_fit_leaves_the_old_one():
     expected = conditioner.score(vectors()).p_value
     bad = vectors()
     bad[3, 1] = torch.nan
-    with pytest.raises(ValueError, match=r"Level 'level1': .*finite"):
+    with pytest.raises(ValueError, match=r"level 'level1': .*finite"):
         conditioner.fit([vectors(), bad], progress=False)
-    with pytest.raises(ValueError, match=r"Level 'level1': .*finite"):
+    with pytest.raises(ValueError, match=r"level 'level1': .*finite"):
         conditioner.calibrate([vectors(), bad], progress=False)
     assert torch.equal(conditioner.score(vectors()).p_value, expected)
 
@@ -449,15 +449,19 @@ def _different_batches(conditioner):
         (
             lambda c: OODConditioner(lambda y: y),
             TypeError,
-            "torch.nn.Module or None. Got function",
+            "torch.nn.Module or None; got function",
         ),
-        (lambda c: OODConditioner(policy="drop"), ValueError, "policy must be one of.*Got 'drop'"),
-        (lambda c: setattr(c, "policy", "off"), ValueError, "policy must be one of.*Got 'off'"),
-        (lambda c: OODConditioner(alpha=0.0), ValueError, "alpha must lie between 0 and 1. Got 0"),
+        (
+            lambda c: OODConditioner(policy="drop"),
+            ValueError,
+            "policy must be one of.*; got 'drop'",
+        ),
+        (lambda c: setattr(c, "policy", "off"), ValueError, "policy must be one of.*; got 'off'"),
+        (lambda c: OODConditioner(alpha=0.0), ValueError, "alpha must lie between 0 and 1; got 0"),
         (
             lambda c: OODConditioner(boundary=0),
             ValueError,
-            r"boundary must lie in \(0, 1\]. Got 0",
+            r"boundary must lie in \(0, 1\]; got 0",
         ),
         (lambda c: OODConditioner(levels="fine"), ValueError, "levels must be a list"),
         (lambda c: OODConditioner(levels=["a", "a"]), ValueError, "different names"),
@@ -476,43 +480,55 @@ def _different_batches(conditioner):
             NotFittedError,
             "call `calibrate",
         ),
-        (lambda c: _trained(c).score(images()), RuntimeError, "weights are not those of the fit"),
-        (lambda c: _trained(c)(images()), RuntimeError, "weights are not those of the fit"),
+        (lambda c: _trained(c).score(images()), RuntimeError, "weights must be those of the fit"),
+        (lambda c: _trained(c)(images()), RuntimeError, "weights must be those of the fit"),
         (lambda c: _trained(c).calibrate(images()), RuntimeError, "call `fit"),
         (lambda c: c.double().half()(images().half()), RuntimeError, "cast to another precision"),
-        (lambda c: _other_levels(c)(images()), ValueError, "'level3'.* the fit was on"),
-        (lambda c: _vectors_now(c)(images()), ValueError, r"fitted on maps .*Got shape \(8, 4\)"),
-        (lambda c: OODConditioner().fit([{}], context=lambda b: b), ValueError, "gives no level"),
+        (lambda c: _other_levels(c)(images()), ValueError, "those of the fit, .*; got .*'level3'"),
+        (lambda c: _vectors_now(c)(images()), ValueError, r"must be maps .*; got shape \(8, 4\)"),
+        (
+            lambda c: OODConditioner().fit([{}], context=lambda b: b),
+            ValueError,
+            "give a level at least; got an empty",
+        ),
         (lambda c: _different_batches(c)(images()), ValueError, "same batch size.*'level2': 1"),
-        (lambda c: c.fit(iter(())), ValueError, "`fit` got no batch. An iterator is spent"),
-        (lambda c: c.fit(3), TypeError, "`fit` needs an iterable of batches.*Got int"),
-        (lambda c: c.fit([(images(), 0)]), ValueError, "tuple of 2; say .* `context=`"),
-        (lambda c: c.fit([{"y": images()}]), ValueError, r"`context=`, a key \(\['y'\]\)"),
-        (lambda c: c.calibrate([images(0)]), ValueError, "hold no context"),
+        (
+            lambda c: c.fit(iter(())),
+            ValueError,
+            "`fit` needs a batch .*; got none: an iterator is spent",
+        ),
+        (lambda c: c.fit(3), TypeError, "`fit` needs an iterable of batches.*; got int"),
+        (lambda c: c.fit([(images(), 0)]), ValueError, "`context=` must say .*; got a tuple of 2"),
+        (
+            lambda c: c.fit([{"y": images()}]),
+            ValueError,
+            r"`context=` must .* by a key \(\['y'\]\)",
+        ),
+        (lambda c: c.calibrate([images(0)]), ValueError, "hold a context at least; got none"),
         (lambda c: c.fit([images(0)]), NotFittedError, "at least 2 vectors"),
         (
             lambda c: OODConditioner(levels=["a"]).fit(
                 [(images(), images())], context=lambda b: b
             ),
             ValueError,
-            "gives 2 levels, and 1 names",
+            "the 2 levels that the encoder gives; got 1 names",
         ),
         (
             lambda c: OODConditioner(levels=["b"]).fit([{"a": 1}], context=lambda b: b),
             ValueError,
-            r"no level 'b'; it has \['a'\]",
+            r"have a level 'b'; got \['a'\]",
         ),
         (
             lambda c: OODConditioner().fit([torch.ones(3, 2).int()], progress=False),
             TypeError,
-            "'level1' must be a floating point tensor. Got a tensor of torch.int32",
+            "'level1' must be a floating point tensor; got a tensor of torch.int32",
         ),
         (
             lambda c: OODConditioner().fit([torch.ones(3, 2, 4)], progress=False),
             ValueError,
             r"\(N, C\) or \(N, C, H, W\).*\(3, 2, 4\)",
         ),
-        (lambda c: guarded()(torch.ones(1, 5, 9, 9)), ValueError, "has 5 channels.*fitted on 3"),
+        (lambda c: guarded()(torch.ones(1, 5, 9, 9)), ValueError, "3 channels of the fit; got 5"),
         (
             lambda c: c.fit(images(), progress=False, distributed=True),
             RuntimeError,
@@ -586,7 +602,7 @@ def test_weights_that_are_replaced_are_seen():
     weight = conditioner.encoder.fine.weight
     for change in (1e-3, 1e-2):
         conditioner.encoder.fine.weight = nn.Parameter(weight.detach() + change)
-        with pytest.raises(RuntimeError, match="not those of the fit"):
+        with pytest.raises(RuntimeError, match="must be those of the fit"):
             conditioner.score(images())
     conditioner.encoder.fine.weight = nn.Parameter(weight.detach().clone())
     conditioner.score(images())
@@ -602,11 +618,11 @@ def test_the_state_of_another_encoder_is_refused():
 
 def test_a_state_fitted_in_another_way_is_refused():
     state = guarded(data=vectors).state_dict()
-    with pytest.raises(RuntimeError, match="normalize=None, this one has 'l2'"):
+    with pytest.raises(RuntimeError, match=r"normalize=None, .*; got normalize='l2'"):
         OODConditioner(normalize="l2").load_state_dict(state)
     newer = bytes(state["guard._extra_state"].tolist()).replace(b'"format": 1', b'"format": 9')
     state["guard._extra_state"] = torch.tensor(list(newer), dtype=torch.uint8)
-    with pytest.raises(RuntimeError, match="has format 9, written by flowguard"):
+    with pytest.raises(RuntimeError, match="got format 9, written by flowguard"):
         OODConditioner().load_state_dict(state)
 
 

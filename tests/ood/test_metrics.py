@@ -108,13 +108,13 @@ def reports():
 
 
 def test_evaluation_of_reports_against_masks(reports):
-    table = metrics.evaluate(*reports)
+    table = metrics.evaluate_maps(*reports)
     assert list(table) == ["level1", "level2", "combined"]
     assert table["level1"]["auroc"] == 1.0
     assert table["level1"]["aupro"] == pytest.approx(1.0)
     assert table["combined"]["auroc"] > 0.98  # a NaN takes its neighbours along at level 2
     assert table["level2"]["spearman"] > 0.5
-    one = metrics.evaluate(reports[0][0], reports[1][0])
+    one = metrics.evaluate_maps(reports[0][0], reports[1][0])
     assert one["level1"]["auprc"] == 1.0
 
 
@@ -135,7 +135,7 @@ def test_maps_are_brought_to_the_size_of_the_picture(reports):
         (lambda: metrics.auroc(torch.full((2,), torch.nan), torch.eye(2)[0]), "must not be NaN"),
         (lambda: metrics.aupro(torch.rand(2, 2), torch.eye(2)), r"shape \(B, H, W\)"),
         (lambda: metrics.aupro(torch.rand(1, 2, 2), torch.eye(2)[None], 0), "fpr_limit"),
-        (lambda: metrics.decile_curve(torch.rand(5), torch.rand(5)), "Got 10 bins"),
+        (lambda: metrics.decile_curve(torch.rand(5), torch.rand(5)), "; got 10 bins"),
         (lambda: metrics.risk_coverage(torch.rand(2), torch.full((2,), torch.inf)), "finite"),
         (lambda: metrics.risk_coverage(torch.rand(1), torch.rand(1)), "2 scores or more"),
     ],
@@ -146,8 +146,8 @@ def test_refusals(call, match):
 
 
 def test_one_batch_of_masks_for_each_report(reports):
-    with pytest.raises(ValueError, match="Got 1 for 2"):
-        metrics.evaluate(reports[0], reports[1][0])
+    with pytest.raises(ValueError, match="; got 1 for 2"):
+        metrics.evaluate_maps(reports[0], reports[1][0])
 
 
 @pytest.mark.parametrize(

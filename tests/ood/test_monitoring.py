@@ -332,10 +332,18 @@ def _compiled_inside():
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [
-        (lambda: monitor(Flow()), ValueError, "no OODConditioner.*levels=.*'encoder.0'"),
-        (lambda: monitor(Flow(), "encoder"), ValueError, "list of names. Got 'encoder'"),
+        (
+            lambda: monitor(Flow()),
+            ValueError,
+            "hold an OODConditioner.*levels=.*; got .*'encoder.0'",
+        ),
+        (lambda: monitor(Flow(), "encoder"), ValueError, "list of names; got 'encoder'"),
         (lambda: monitor(Flow(), []), ValueError, "list of names"),
-        (lambda: monitor(Flow(), ["coder"]), ValueError, "nor a fitted level 'coder'.*'encoder'"),
+        (
+            lambda: monitor(Flow(), ["coder"]),
+            ValueError,
+            "or fitted levels; got 'coder'.*'encoder'",
+        ),
         (lambda: _enter(monitor(Flow(), ["encoder"])), NotFittedError, "monitor.*call `fit"),
         (
             lambda: _enter(monitor(Flow(), ["encoder"]).fit(vectors(), progress=False)),
@@ -351,13 +359,13 @@ def _compiled_inside():
         (lambda: monitor(guarded()).fit(vectors()), RuntimeError, "call `fit` on these"),
         (lambda: monitor(guarded()).calibrate(vectors()), RuntimeError, "call `calibrate` on"),
         (_enter_twice, RuntimeError, "entered already"),
-        (_changed_since_the_fit, RuntimeError, "weights are not those of the fit"),
+        (_changed_since_the_fit, RuntimeError, "weights must be those of the fit"),
         (lambda: _compiled_around().fit(vectors()), RuntimeError, "lies in a compiled module"),
         (lambda: _enter(_compiled_inside()), RuntimeError, "lies in a compiled module"),
         (
             lambda: monitor(Flow(), ["head"]).fit(vectors(), progress=False, run=lambda y: None),
             ValueError,
-            "'head' did not run; say with `run=`",
+            "'head' must run once .*; got no run: say with `run=`",
         ),
         (
             lambda: (
@@ -365,7 +373,7 @@ def _compiled_inside():
                 and monitor(m, ["head"]).fit(vectors(), progress=False, run=lambda y: (m(y), m(y)))
             ),
             ValueError,
-            "'head' ran twice",
+            "'head' must run once .*; got a second run",
         ),
     ],
 )

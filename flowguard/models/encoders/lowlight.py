@@ -180,6 +180,7 @@ class LowLightEncoder(Recorded, nn.Module):
         self.fine_tune_color_map = nn.Sequential(nn.Conv2d(features, 3, 1), nn.Sigmoid())
 
     def extra_repr(self) -> str:
+        r"""Returns levels, stacked blocks and channels, for the printed module."""
         return f"levels={self.levels}, stacked={self.RRDB_trunk.stacked}, channels={self.channels}"
 
     @property
@@ -209,6 +210,8 @@ class LowLightEncoder(Recorded, nn.Module):
         return low_light_input(y) if y.shape[1] == 3 else y
 
     def forward(self, y: Tensor) -> list[Tensor]:
+        r"""Returns the map of each level, finest first, of dark images with shape :math:`(B, 3, H,
+        W)`."""
         y = pad_to_multiple(self.prepare(y), self.multiple)
         shares = color_map(torch.exp(y[:, :3]))
         x = self.conv_first(torch.cat((y, shares, noise_map(shares)), dim=1))

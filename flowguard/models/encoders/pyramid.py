@@ -22,6 +22,7 @@ class ResidualBlock(nn.Module):
         self.second = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        r"""Returns maps with the shape of the input."""
         return x + 0.2 * self.second(F.leaky_relu(self.first(x), 0.2))
 
 
@@ -77,6 +78,7 @@ class PyramidEncoder(Recorded, nn.Module):
         )
 
     def forward(self, y: Tensor) -> list[Tensor]:
+        r"""Returns the map of each level, finest first, of images with shape :math:`(B, 3, H, W)`."""
         # Pixels in [0, 1] become numbers around zero.
         own = self.body(self.first(y - 0.5))
         finer = [own]

@@ -53,6 +53,7 @@ class DenseBlock(nn.Module):
         self.conv5 = conv3x3(features + 4 * growth, features)
 
     def forward(self, x: Tensor) -> Tensor:
+        r"""Returns maps with the shape of the input."""
         seen = x
         for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
             seen = torch.cat((seen, leaky(conv(seen))), dim=1)
@@ -69,6 +70,7 @@ class ResidualDenseBlock(nn.Module):
         self.RDB3 = DenseBlock(features, growth)
 
     def forward(self, x: Tensor) -> Tensor:
+        r"""Returns maps with the shape of the input."""
         return torch.add(x, self.RDB3(self.RDB2(self.RDB1(x))), alpha=0.2)
 
 
@@ -110,6 +112,7 @@ class ResidualDenseTrunk(nn.Sequential):
         self.stacked = tuple(stacked)
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        r"""Returns the last maps and those of the stacked blocks."""
         made = {}
         for i, block in enumerate(self):
             x = block(x)
@@ -207,6 +210,7 @@ class RRDBEncoder(Recorded, nn.Module):
         self.head = head
 
     def extra_repr(self) -> str:
+        r"""Returns scale, levels, stacked blocks and channels, for the printed module."""
         return (
             f"scale={self.scale}, levels={self.levels}, stacked={self.RRDB_trunk.stacked},"
             f" channels={self.channels}"
@@ -234,6 +238,7 @@ class RRDBEncoder(Recorded, nn.Module):
         return leaky(conv(F.interpolate(x, scale_factor=2.0)))
 
     def forward(self, y: Tensor) -> list[Tensor]:
+        r"""Returns the map of each level, finest first, of images with shape :math:`(B, 3, H, W)`."""
         self._check(y)
         own, stack = self._trunk(pad_to_multiple(y, self.multiple))
         doublings = self.scale.bit_length() - 1  # the level that has the condition's own size

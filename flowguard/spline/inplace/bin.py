@@ -10,7 +10,7 @@ one argument among them.
 """
 
 __all__ = [
-    "Pull",
+    "Pulled",
     "advance",
     "finish",
     "masked",
@@ -169,8 +169,8 @@ def masked(m: Rows, outs: Tensors, x: Tensor, grads: Tensors, bound: float) -> T
     return gy, gl
 
 
-class Pull(NamedTuple):
-    r"""Those of :class:`flowguard.spline.bin.Pull`, but for θ."""
+class Pulled(NamedTuple):
+    r"""Those of :class:`flowguard.spline.bin.Pulled`, but for θ."""
 
     grad: Tensor
     z: Tensor
@@ -182,7 +182,7 @@ class Pull(NamedTuple):
     rest: Tensor
 
 
-def pull_back(m: Rows, z: Tensor, s: Tensor, cell: Cell, grads: Tensors, inverse: bool) -> Pull:
+def pull_back(m: Rows, z: Tensor, s: Tensor, cell: Cell, grads: Tensors, inverse: bool) -> Pulled:
     r"""The gradients to what the map is made of within the bin; see :func:`flowguard.spline.bin.pull_back`.
     Overwrites the gradients."""
     take, (grad_y, grad_l), w, h, d0 = m.take, grads, cell.w, cell.h, cell.d0
@@ -223,4 +223,4 @@ def pull_back(m: Rows, z: Tensor, s: Tensor, cell: Cell, grads: Tensors, inverse
     log_s = torch.addcmul(grad_l, to_d[1], d0, value=-1, out=bent)
     log_s = log_s.sub_(to_d[2]) if d1 is one else log_s.addcmul_(to_d[2], d1, value=-1)
     m.give(p, inv_den, inv_num, tau)
-    return Pull(grad, to_z, grad_y, log_s, to_d, t, r, rest)
+    return Pulled(grad, to_z, grad_y, log_s, to_d, t, r, rest)

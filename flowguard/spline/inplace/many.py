@@ -34,7 +34,7 @@ def _mixed(to_u: Tensor, to_v: Tensor, share: float, out: Pair) -> Pair:
     return out
 
 
-class State(NamedTuple):
+class Located(NamedTuple):
     r"""All that is known of each element's bin. Softmaxes are of widths and of heights, without
     their floors; what has a side is a pair of the left and of the right one."""
 
@@ -54,7 +54,7 @@ class State(NamedTuple):
 
 def _locate(
     m: Rows, x: Tensor, params: Params, o: Options, vertical: bool, uncut: Tensors = ()
-) -> State:
+) -> Located:
     r"""Writes ones to where no logit was cut, if there is something to write to."""
     *logits, derivatives = params
     bins, share, bound = len(derivatives) + 1, o.share, o.bound
@@ -121,7 +121,7 @@ def _locate(
     torch.div(hs[0], ws[0], out=ss[0])
     s = torch.div(its[2], its[1], out=bad)
     m.give_pair(raised)
-    return State(own, left, right, sums, corner, its, s, ws, hs, ss, raw, number)
+    return Located(own, left, right, sums, corner, its, s, ws, hs, ss, raw, number)
 
 
 def _inner(m: Rows, number: Tensor, bins: int, most: Tensors | Tensor) -> Tensor:
@@ -133,7 +133,7 @@ def _inner(m: Rows, number: Tensor, bins: int, most: Tensors | Tensor) -> Tensor
     return both
 
 
-def _inner_slope(m: Rows, rows: Tensors, at: State, o: Options) -> None:
+def _inner_slope(m: Rows, rows: Tensors, at: Located, o: Options) -> None:
     r"""Writes the slopes at both knots of the bin; and the largest of them and those for a raw
     zero, with what else :func:`_slope_pullback` needs, in eight rows."""
     d, p, ratio, part, gain, mean, high, span = rows
@@ -154,7 +154,7 @@ def _inner_slope(m: Rows, rows: Tensors, at: State, o: Options) -> None:
 
 
 def _slope_pullback(
-    m: Rows, rows: Tensors, grad: Tensor, at: State, o: Options, out: Tensor
+    m: Rows, rows: Tensors, grad: Tensor, at: Located, o: Options, out: Tensor
 ) -> tuple[Tensor, Tensor] | None:
     r"""Writes the gradient to `raw`; returns *twice* those to the logarithms of both secants, if
     there are any. Overwrites the rows."""

@@ -238,7 +238,7 @@ def test_compiles_into_one_graph():
         (lambda f: f.inverse(torch.randn(2, 287), maps(2)), "288 numbers in a sample; got 287"),
         (lambda f: f.inverse(torch.randn(2, *SIZE), maps(2)), "flatten them"),
         (lambda f: f(torch.randn(2, *SIZE), torch.randn(2, 7, 4, 6)), "13 channels.*got 7"),
-        (lambda f: f(torch.randn(2, *SIZE), torch.randn(2, 13, 3, 5)), "does not fit"),
+        (lambda f: f(torch.randn(2, *SIZE), torch.randn(2, 13, 3, 5)), "must fit the levels"),
         (lambda f: Multiscale(2, context_channels=(1,)), "each of the 2 levels"),
         (lambda f: Multiscale(2, context_size=(1,)), "height and width"),
         (lambda f: Multiscale(2, context_size=(1, 1), context_channels=(1, 1)), "give one"),

@@ -11,7 +11,7 @@ import torch.nn as nn
 from flowguard import bounds
 from flowguard.bounds import certify
 from flowguard.bounds.attack import attack, sampler
-from flowguard.transforms import CubicBSpline, RobustSpline
+from flowguard.transforms import CubicBSplineTransform, RobustSpline
 
 zuko = pytest.importorskip("zuko")
 
@@ -80,7 +80,10 @@ CERTIFIED = {
         shapes=RobustSpline.shapes(2),
     ),
     "B-splines": lambda: zuko.flows.MAF(
-        3, 2, univariate=partial(CubicBSpline, shift_bound=1.0), shapes=CubicBSpline.shapes()
+        3,
+        2,
+        univariate=partial(CubicBSplineTransform, shift_bound=1.0),
+        shapes=CubicBSplineTransform.shapes(),
     ),
     "two univariates": lambda: zuko.flows.MAF(
         3,
