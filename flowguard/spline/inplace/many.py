@@ -147,8 +147,8 @@ def _inner_slope(m: Rows, rows: Tensors, at: Located, o: Options) -> None:
     torch.sigmoid(at.raw[0], out=p)
     torch.sub(mean, low, out=part)
     # The mean of both weights is away from zero, as one of them is.
-    torch.sub(high, mean, out=gain).clamp_(min=ROOM).lerp_(part, p).reciprocal_()
-    torch.mul(part.mul_(gain), p, out=ratio)
+    torch.sub(high, mean, out=gain).clamp_(min=ROOM).lerp_(part, p)
+    torch.mul(part.div_(gain), p, out=ratio)
     torch.sub(high, low, out=span)
     torch.addcmul(low, span, ratio, out=d)
 
@@ -171,7 +171,7 @@ def _slope_pullback(
         return None
     free = torch.sub(high, mean, out=d)
     torch.gt(free, m.number(ROOM), out=free)
-    gain.mul_(span)
+    torch.div(span, gain, out=gain)
     smaller = m.pair()[0]
     torch.lerp(torch.div(m.number(ROOM), span, out=smaller), m.number(1.0), free, out=smaller)
     squashed = torch.ops.aten.sigmoid_backward.grad_input
