@@ -4,6 +4,8 @@ Each rule is a function from all modules to what breaks it, and is shown to find
 """
 
 import ast
+import itertools
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -333,3 +335,15 @@ def test_each_rule_finds_a_planted_violation(name, modules):
     before = set(rule(modules))
     found = set(rule({**modules, where: ast.parse(source)})) - before
     assert any(where.rpartition(".")[0] in told for told in found)
+
+
+def test_the_page_and_the_picture_show_the_ladder_that_is_held():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    picture = (ROOT / "docs" / "images" / "architecture.svg").read_text(encoding="utf-8")
+    (ladder,) = re.findall(r"from the ground up: (.*?)\. A wing", page)
+    assert [set(re.findall(r"`(\w+)`", floor)) for floor in ladder.split(" < ")] == LADDER
+    drawn = re.findall(r'class="n"[^>]*>(\w+)<', picture)
+    assert set(drawn) == {*FLOOR, "ood", "integrations"} - {"_version"}
+    heights = {name: i for i, name in enumerate(drawn)}
+    for lower, upper in itertools.pairwise(LADDER[1:]):
+        assert min(heights[n] for n in lower) > max(heights[n] for n in upper)
