@@ -170,7 +170,7 @@ def masked(m: Rows, outs: Tensors, x: Tensor, grads: Tensors, bound: float) -> T
 
 
 class Pulled(NamedTuple):
-    r"""Those of :class:`flowguard.spline.bin.Pulled`, but for θ."""
+    r"""Those of :class:`flowguard.spline.bin.Pull`, but for θ."""
 
     grad: Tensor
     z: Tensor

@@ -35,8 +35,8 @@ def _mixed(to_u: Tensor, to_v: Tensor, share: float, out: Pair) -> Pair:
 
 
 class Located(NamedTuple):
-    r"""All that is known of each element's bin. Softmaxes are of widths and of heights, without
-    their floors; what has a side is a pair of the left and of the right one."""
+    r"""All that is known of each element's bin. Softmaxes are of widths and of heights, raised to
+    their floor; what has a side is a pair of the left and of the right one."""
 
     own: Pair  # softmaxes of its bin
     left: Pair  # softmaxes of its left neighbour
@@ -60,7 +60,7 @@ def _locate(
     bins, share, bound = len(derivatives) + 1, o.share, o.bound
     scale, floor = o.softmax(bins)
     padded, cumulated, passed, raws, _ = m.blocks
-    # The scaled softmaxes over logits and a zero; first and last row come twice.
+    # The scaled softmaxes over logits and a zero, raised; first and last row come twice.
     softmax, total = padded[:, 1:-1], m.pair()
     for part, uneven in zip(softmax.unbind(), logits, strict=True):
         # copies with bins first in memory: far faster by way of this operation than by a copy
@@ -70,7 +70,8 @@ def _locate(
     for part, ones in zip(softmax.unbind(), uncut, strict=False):
         torch.le(part[:-1], m.number(TOP), out=ones)
     torch.sum(softmax, 1, out=total[0])
-    softmax.mul_(torch.div(m.number(scale), total[0], out=total[0]).unsqueeze(1))
+    weight = torch.div(m.number(scale), total[0], out=total[0]).unsqueeze(1)
+    torch.addcmul(m.number(floor), softmax, weight, out=softmax)
     padded[:, :: bins + 1].copy_(padded[:, 1 :: bins - 1])
     m.give_pair(total)
 
@@ -81,9 +82,7 @@ def _locate(
     along, across = cumulated[:, 1:].unbind()
     if vertical:
         along, across = across, along
-    offset = torch.arange(1, bins, dtype=x.dtype, device=x.device)
-    offset = offset.mul_(-floor * (1 + share)).add_(bound).view(-1, *(1,) * x.dim())
-    torch.add(along, across, alpha=share, out=passed).sub_(offset)
+    torch.add(along, across, alpha=share, out=passed).sub_(m.number(bound))
     torch.ge(x, passed, out=passed)  # a one for each knot to the left, or on which it lies
     number = torch.sum(passed, 0, out=m.take())
     place = m.places(number, bins + 2)
@@ -104,23 +103,14 @@ def _locate(
     bad = torch.sum(raws, 0, out=m.take()).mul_(m.number(0.0))
     sums[0].add_(bad)
 
-    raised = m.pair()
-
-    def mix(pair: Pair, floor: Tensor, out: Pair) -> Pair:
-        torch.add(pair[0], floor, out=raised[0])
-        return _mixed(raised[1], raised[2], share, out)
-
-    least_size = m.number(floor)
-    corner = mix(sums, torch.mul(number, least_size, out=bad), m.pair())
+    corner, its = _mixed(*sums[1:], share, m.pair()), _mixed(*own[1:], share, m.pair())
     corner[0].sub_(m.number(bound))
-    its = mix(own, least_size, m.pair())
     # of the left and of the right one each: widths and heights, then sorted by these
     ws, hs, ss = m.pair(), m.pair(), m.pair()
     for side, near in enumerate((left, right), 1):
-        mix(near, least_size, (ss[0], ws[side], hs[side]))
+        _mixed(*near[1:], share, (ss[0], ws[side], hs[side]))
     torch.div(hs[0], ws[0], out=ss[0])
     s = torch.div(its[2], its[1], out=bad)
-    m.give_pair(raised)
     return Located(own, left, right, sums, corner, its, s, ws, hs, ss, raw, number)
 
 
@@ -277,14 +267,19 @@ def pull_back(
     mean = torch.mul(at.own[0], of_own[0], out=at.own[0]).addcmul_(at.sums[0], of_passed[0])
     for side, of_side in zip((at.left, at.right), of_near, strict=False):
         mean.addcmul_(side[0], of_side[0])
-    mean.mul_(m.number(-1 / o.softmax(bins)[0]))
+    # The floors are constants: they are taken off again.
+    scale, floor = o.softmax(bins)
+    mean.addcmul_(at.number, of_passed[0], value=-floor)
+    for of_side in (of_own, *of_near):
+        mean.sub_(of_side[0], alpha=floor)
+    mean.mul_(m.number(-1 / scale))
     pulled = cumulated[:, :-1]
     torch.addcmul(mean.unsqueeze(1), own[:-1], of_own[0].unsqueeze(1), out=pulled)
     pulled.addcmul_(passed, of_passed[0].unsqueeze(1))
     if of_near:
         pulled.addcmul_(own[1:], of_near[0][0].unsqueeze(1))
         pulled[:, 1:].addcmul_(own[:-2], of_near[1][0].unsqueeze(1))
-    pulled.mul_(softmax[:, 1:-2])
+    pulled.mul_(softmax[:, 1:-2].sub_(m.number(floor)))
     for out, part in zip(outs[1:], pulled.unbind(), strict=False):
         out.mul_(part)
     torch.mul(own[:-1], to_raw[2], out=passed).addcmul_(own[1:], to_raw[1])
