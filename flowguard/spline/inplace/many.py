@@ -103,12 +103,15 @@ def _locate(
     bad = torch.sum(raws, 0, out=m.take()).mul_(m.number(0.0))
     sums[0].add_(bad)
 
-    corner, its = _mixed(*sums[1:], share, m.pair()), _mixed(*own[1:], share, m.pair())
+    corner, its = (
+        _mixed(sums[1], sums[2], share, m.pair()),
+        _mixed(own[1], own[2], share, m.pair()),
+    )
     corner[0].sub_(m.number(bound))
     # of the left and of the right one each: widths and heights, then sorted by these
     ws, hs, ss = m.pair(), m.pair(), m.pair()
     for side, near in enumerate((left, right), 1):
-        _mixed(*near[1:], share, (ss[0], ws[side], hs[side]))
+        _mixed(near[1], near[2], share, (ss[0], ws[side], hs[side]))
     torch.div(hs[0], ws[0], out=ss[0])
     s = torch.div(its[2], its[1], out=bad)
     return Located(own, left, right, sums, corner, its, s, ws, hs, ss, raw, number)
