@@ -126,7 +126,7 @@ def evaluation_mode(module: Any) -> Iterator[None]:
 
 @contextmanager
 def evaluating(module: Any) -> Iterator[None]:
-    r"""The same as :func:`evaluation_mode`, and no gradients.
+    r"""Evaluation mode and no gradients within, every module's own mode back afterwards.
 
     Arguments:
         module: The module. Gradients are off also for what is none.

@@ -103,21 +103,21 @@ def cubic_b_spline(
 def _check(x: Tensor, gaps: Tensor, controls: Tensor, bound: float) -> None:
     for name, tensor in (("x", x), ("gaps", gaps), ("controls", controls)):
         if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be of a floating dtype, got {tensor.dtype}; convert it.")
+            raise TypeError(f"{name} must be a floating point tensor; got {tensor.dtype}")
 
     if not 0 < bound < math.inf:
-        raise ValueError(f"bound must be positive and finite, got bound={bound}.")
+        raise ValueError(f"bound must be positive and finite; got bound={bound}")
 
     if gaps.ndim == 0 or controls.ndim == 0 or not 1 <= gaps.shape[-1] == controls.shape[-1] - 2:
         raise ValueError(
             "gaps must have shape (*, M) with M >= 1 and controls (*, M + 2), as 4 and 6; "
-            f"got {tuple(gaps.shape)} and {tuple(controls.shape)}."
+            f"got {tuple(gaps.shape)} and {tuple(controls.shape)}"
         )
 
     if (gaps.shape[-1] + 4) * LEAST_GAP >= 1:
         raise ValueError(
             f"at most {round(1 / LEAST_GAP) - 5} knot gaps of at least {LEAST_GAP} fit into the "
-            f"unit interval, got {gaps.shape[-1]}."
+            f"unit interval; got {gaps.shape[-1]}"
         )
 
 
