@@ -361,7 +361,7 @@ def test_vmap_and_jacrev(inverse):
         (96, 98, 0.5, torch.float32, ValueError, "at most 95 knot gaps.*got 96"),
         (4, 6, 0.0, torch.float32, ValueError, "bound must be positive.*got bound=0.0"),
         (4, 6, math.inf, torch.float32, ValueError, "finite.*got bound=inf"),
-        (4, 6, 0.5, torch.int64, TypeError, "x must be of a floating dtype, got torch.int64"),
+        (4, 6, 0.5, torch.int64, TypeError, "x must be a floating point tensor; got torch.int64"),
     ],
 )
 def test_errors(gaps, controls, bound, dtype, error, match):
