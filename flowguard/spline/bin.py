@@ -150,8 +150,9 @@ def solve(z: Tensor, cell: Cell) -> Pair:
     delta = torch.addcmul(a * rest, b, theta, value=-1)
     beta = skew - delta  # exactly 0 for the identity
     root = torch.addcmul(delta * delta, theta, rest, value=4).sqrt()
-    # That of the identity is one, but for rounding; it keeps the gradients of what it was.
-    root = root + torch.where(beta == 0, 1.0 - root, 0.0).detach()
+    # That of the identity is one, but for rounding; with its gradients, if they are recorded here.
+    one = 1.0 if torch.compiler.is_compiling() else root + (1.0 - root).detach()
+    root = torch.where(beta == 0, one, root)
     near = torch.where(beta > 0, rest, theta)
     u = (2 * near / (beta.abs() + root + 1)).clamp(max=1.0)
     both = u * (1 - u)  # t r
