@@ -11,7 +11,7 @@ from flowguard import models
 SAVED = Path(__file__).parents[1] / "golden" / "saved"
 
 
-@pytest.fixture(params=["robust", "guarded"])
+@pytest.fixture(params=["robust", "guarded", "migrated"])
 def saved(request):
     folder = SAVED / request.param
     return models.load(folder), load_file(folder / "expected.safetensors")

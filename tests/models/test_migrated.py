@@ -284,29 +284,6 @@ def test_a_state_dict_goes_into_a_second_migrated_copy():
     assert_same(first, second)
 
 
-SAVED = {"robust": SuperResolutionFlow, "guarded": LowLightFlow, "migrated": SuperResolutionFlow}
-
-
-@pytest.mark.parametrize(("name", "kind"), SAVED.items(), ids=SAVED)
-def test_a_model_of_an_earlier_version(name, kind):
-    """Folders of formats 2 and 3 load for ever, and make the same images."""
-    folder = GOLDEN.parent / name
-    model = store.load(folder)
-    assert type(model) is kind
-    expected = load_file(folder / "expected.safetensors")
-    latents = [expected[key] for key in sorted(expected) if key.startswith("z")]
-    with torch.no_grad():
-        x = model.decode(latents, expected["condition"])
-        if "p_values" in expected:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                model.conditioner(expected["condition"])
-            torch.testing.assert_close(
-                model.conditioner.report.p_value.float(), expected["p_values"]
-            )
-    torch.testing.assert_close(x, expected["x"], rtol=0, atol=2e-5)
-
-
 def test_what_is_kept_of_a_migrated_model():
     model = store.load(GOLDEN)
     assert sum(isinstance(m, InscribedCoupling) for m in model.modules()) == 2
