@@ -26,16 +26,17 @@ def test_saved_models_decode_as_ever(saved):
 
 
 @torch.no_grad()
-def test_saved_guards_judge_as_ever(saved):
-    model, expected = saved
-    if "p_values" not in expected:
-        assert not model.conditioner.calibrated
-        return
+def test_a_saved_guard_judges_as_ever():
+    folder = SAVED / "guarded"
+    model, expected = models.load(folder), load_file(folder / "expected.safetensors")
     model.decode([expected["z0"]], expected["condition"])
-    report = model.conditioner.report
-    torch.testing.assert_close(
-        report.p_value.float(), expected["p_values"].float(), rtol=0, atol=1e-6
-    )
+    p_values = model.conditioner.report.p_value.float()
+    torch.testing.assert_close(p_values, expected["p_values"].float(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "calibrated"), [("robust", 0), ("guarded", 1), ("migrated", 1)])
+def test_saved_guards_come_back(name, calibrated):
+    assert models.load(SAVED / name).conditioner.calibrated == calibrated
 
 
 def test_saved_models_say_what_they_were_saved_with(saved):
