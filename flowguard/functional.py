@@ -138,14 +138,20 @@ def shifted_spline(
 
 
 class Prepared(NamedTuple):
-    r"""What there is to know of a two-bin spline with a shift, as :func:`prepare` works it out."""
+    r"""What there is to know of a two-bin spline with a shift, as :func:`prepare` works it out.
 
-    values: Sequence[
-        Tensor
-    ]  # the knot's coordinates, the slope there, the shift; in its own units
+    Arguments:
+        values: Both coordinates of the knot, the slope there and the shift, in the units that the
+            kernel works in, each with shape :math:`(*)`.
+        bound: The bound :math:`B` of the box.
+        shift_bound: The bound of the shift.
+        work: The dtype that it was prepared in.
+    """
+
+    values: Sequence[Tensor]
     bound: float
     shift_bound: float | None
-    work: torch.dtype  # that it was prepared in
+    work: torch.dtype
 
 
 def prepare(

@@ -533,13 +533,22 @@ def _in_words(method: Callable[..., Any], words: Sequence[tuple[str, str]]) -> C
     own = {general: name for general, (name, _) in zip("xy", words, strict=True)}
     general = {name: x for x, name in own.items()}
 
-    @functools.wraps(method)
-    def named(self: ImageModel, *args: Any, **kwargs: Any) -> Any:
-        return method(self, *args, **{general.get(k, k): v for k, v in kwargs.items()})
-
     signature = inspect.signature(method)
     parameters = [p.replace(name=own.get(n, n)) for n, p in signature.parameters.items()]
-    named.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    signature = signature.replace(parameters=parameters)
+
+    @functools.wraps(method)
+    def named(self: ImageModel, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(self, *args, **{general.get(k, k): v for k, v in kwargs.items()})
+        except TypeError:
+            try:  # if it is that, what is missing or too much is said in these words
+                signature.bind(self, *args, **kwargs)
+            except TypeError as error:
+                raise TypeError(f"{method.__name__}(): {error}") from None
+            raise
+
+    named.__signature__ = signature  # type: ignore[attr-defined]
     told = inspect.getdoc(method) or ""
     for x, what, (name, ours) in zip("xy", ("images", "conditions"), words, strict=True):
         told = told.replace(f"{x}: The {what}", f"{name}: The {ours}").replace(

@@ -293,3 +293,19 @@ def test_the_base_of_the_residual_stays_within_the_image():
     assert torch.equal(model.upsample(smooth), inside)
     published = SuperResolutionFlow.published(steps=1, blocks=1, stacked=(0,), hidden=4)
     assert torch.equal(published.upsample(lr[:1]), free[:1])
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda m, hr, lr: m.nll(hr), r"nll\(\): missing a required argument: 'lr'"),
+        (lambda m, hr, lr: m.nll(hr, lr, step=1), r"nll\(\): got an unexpected .* 'step'"),
+        (lambda m, hr, lr: m.nll(hr, lr, hr=hr), r"nll\(\): multiple values .* 'hr'"),
+        (lambda m, hr, lr: m.nll(hr.double(), lr), "hr must have the dtype"),
+    ],
+    ids=["missing", "unknown", "twice", "not about arguments"],
+)
+def test_arguments_are_called_as_the_model_calls_them(call, match):
+    model = SuperResolutionFlow(scale=2, levels=1, steps=1, hidden=8, features=8)
+    with pytest.raises(TypeError, match=match):
+        call(model, torch.rand(1, 3, 8, 8), torch.rand(1, 3, 4, 4))
