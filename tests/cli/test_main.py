@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -263,7 +264,10 @@ def test_interrupting_leaves_whole_files_and_is_resumed(sent, code, superres, tm
         "--model",
         superres,
     ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    # Whoever runs the tests in the background has Ctrl-C ignored, and so would the process.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen(command, **pipes, preexec_fn=heed)
     deadline = time.monotonic() + 120
     while not (out.is_dir() and list(out.glob("[0-9]*.png"))) and time.monotonic() < deadline:
         time.sleep(0.002)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -165,7 +166,10 @@ def test_no_command_and_an_unknown_one(tmp_path):
 def test_interrupting_the_training_leaves_no_half_written_file(tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "flowguard.cli.main", "demo", "--quick", "--steps", "100000"]
-    process = subprocess.Popen([*command, "--out", out], stderr=subprocess.PIPE, cwd=tmp_path)
+    # Whoever runs the tests in the background has Ctrl-C ignored, and so would the process.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    command = [*command, "--out", out]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, cwd=tmp_path, preexec_fn=heed)
     told = b""
     deadline = time.monotonic() + 120
     while b"bits/dim" not in told and time.monotonic() < deadline:
