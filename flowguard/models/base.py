@@ -542,7 +542,8 @@ def _in_words(method: Callable[..., Any], words: Sequence[tuple[str, str]]) -> C
         try:
             return method(self, *args, **{general.get(k, k): v for k, v in kwargs.items()})
         except TypeError:
-            try:  # if it is that, what is missing or too much is said in these words
+            try:  # if it is that, what is too much or missing is said in these words
+                signature.bind_partial(self, *args, **kwargs)
                 signature.bind(self, *args, **kwargs)
             except TypeError as error:
                 raise TypeError(f"{method.__name__}(): {error}") from None
