@@ -178,10 +178,19 @@ def prepare(
         shift_bound: The bound of the shift. If :py:`None`, the shift is free.
         out: Four tensors to hold what is worked out, which may be the parameters themselves.
     """
-    options = Options(shift.dtype, bound, slope, shift_bound)
-    w, h, d = (p.unsqueeze(0) for p in (width, height, derivative))
-    autograd.prepare(out, (w, h, d), shift, options)
-    return Prepared(out, bound, shift_bound, shift.dtype)
+    work = shift.dtype
+    if work not in (torch.float32, torch.float64):
+        raise TypeError(f"what is prepared must be float32 or float64; got {work}")
+    w, h, d = (p.unsqueeze(-1) for p in (width, height, derivative))
+    check_spline(w, h, d, bound, slope)
+    if shift_bound is not None:
+        check_bound(shift_bound, "shift_bound")
+    options = Options(work, bound, slope, shift_bound)
+    with torch.no_grad():
+        autograd.prepare(
+            out, (w.movedim(-1, 0), h.movedim(-1, 0), d.movedim(-1, 0)), shift, options
+        )
+    return Prepared(out, bound, shift_bound, work)
 
 
 def prepared_spline(
@@ -190,12 +199,12 @@ def prepared_spline(
     r"""Applies the spline with its shift, as :func:`shifted_spline` does. What was prepared is taken
     as constant."""
     values, bound, shift_bound, work = prepared
-    dtype, shape = _result_dtype(x, *values), torch.broadcast_shapes(x.shape, values[0].shape)
+    dtype, shape = _result_dtype(x, values[0]), broadcast_shape(x, shift=values[3])
     *knot, shift = (_expand(p, shape) for p in values)
     kx, ky, d = (p.unsqueeze(0) for p in knot)
     options = Options(work, bound, None, shift_bound, inverse, steep, prepared=True)
     outs = autograd.apply(_expand(x, shape), (kx, ky, d), shift, options)
-    return tuple(t.to(dtype) for t in outs)
+    return outs if dtype == work else tuple(t.to(dtype) for t in outs)
 
 
 def affine(

@@ -13,7 +13,7 @@ __all__ = [
 ]
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from operator import attrgetter
 from typing import Any
@@ -44,20 +44,21 @@ VERSION = attrgetter("_version")
 
 
 class Origin:
-    r"""Creates a memory of the module that made something, and of the weights that went into it.
+    r"""Creates a memory of the module that made something, and of its weights and parts.
 
     An in-place change is told by the versions that autograd counts, or, for tensors made in
     inference mode, which have none, by the numbers themselves. Writing through ``parameter.data``
-    goes unseen, as everywhere in autograd. Pickles forget where they come from.
+    goes unseen, as everywhere in autograd, and so do options and hooks. Pickles forget where they
+    come from.
 
     Arguments:
         maker: The module that makes it; :py:`None` if that is not known, which no module is.
-        read: The modules whose parameters and buffers go into it.
+        besides: A part whose weights are remembered elsewhere.
     """
 
-    def __init__(self, maker: nn.Module | None, read: Iterable[nn.Module] = ()) -> None:
+    def __init__(self, maker: nn.Module | None, besides: nn.Module | None = None) -> None:
         self._maker = None if maker is None else weakref.ref(maker)
-        modules = [m for part in read for m in part.modules()]
+        modules = [] if maker is None else _parts(maker, besides)
         found = [d for m in modules for d in (m._parameters, m._buffers, m._modules)]
         self._held: list[dict[str, Any]] = [d for d in found if d]
         self._ids = self._who()
@@ -95,7 +96,13 @@ class Origin:
         """
         if torch.compiler.is_compiling():
             return
-        if self._maker is None or self._maker() is not maker:
+        if self._maker is None:
+            raise ValueError(
+                "a condition serves the model that made it; got one of which that is not known, as"
+                " it comes from compiled code or from a file: make it again with condition(...), or"
+                " vouch for it with sign(condition)"
+            )
+        if self._maker() is not maker:
             raise ValueError(
                 f"a condition serves the {type(maker).__name__} that made it; got one of another,"
                 " or of the one that this is a copy of: make it again with condition(...)"
@@ -108,13 +115,26 @@ class Origin:
             )
 
 
+def _parts(maker: nn.Module, besides: nn.Module | None) -> list[nn.Module]:
+    found = dict.fromkeys([maker])
+    waiting = [maker]  # `maker.modules()` takes eight times as long
+    while waiting:
+        module = waiting.pop()
+        parts = [m for m in module._modules.values() if m is not None and m is not besides]
+        if isinstance(module, FlowStep | TransitionStep) and module.actnorm.pending:
+            parts.remove(module.actnorm)  # what the first batch initialises went into nothing yet
+        waiting += [m for m in parts if m not in found]
+        found |= dict.fromkeys(parts)
+    return list(found)
+
+
 #: Of what compiled code makes, for it sees tensors alone.
 UNKNOWN = Origin(None)
 
 
-def origin_of(maker: nn.Module, read: Iterable[nn.Module]) -> Origin:
+def origin_of(maker: nn.Module, besides: nn.Module | None = None) -> Origin:
     r"""Returns what is to be known of a condition's origin; see :class:`Origin`."""
-    return UNKNOWN if torch.compiler.is_compiling() else Origin(maker, read)
+    return UNKNOWN if torch.compiler.is_compiling() else Origin(maker, besides)
 
 
 def conditions(

@@ -25,7 +25,7 @@ class FlowCondition(NamedTuple):
     r"""What a flow needs to know of the context, level by level.
 
     :meth:`ConditionalMultiscaleFlow.condition` makes it. It serves the flow that made it, as long
-    as the weights that went into it do not change.
+    as its weights do not change.
     """
 
     features: list[Tensor]  # the context maps themselves
@@ -237,9 +237,9 @@ class ConditionalMultiscaleFlow(nn.Module):
         Contexts are cut at :math:`\pm 10^{20}`, so that infinite ones give finite images. NaN
         stays NaN. Without gradients, the steps of a level are computed together.
 
-        What is made serves this flow as long as the weights that went into it do not change: a
-        copy of the flow, or the same one after a step of training, refuses it with a
-        :class:`ValueError`. Compiled code does not ask.
+        What is made serves this flow as long as its weights do not change: a copy of the flow, or
+        the same one after a step of training, refuses it with a :class:`ValueError`. Compiled
+        code does not ask; what it made, :meth:`sign` vouches for.
 
         Arguments:
             context: One map for each level.
@@ -281,15 +281,7 @@ class ConditionalMultiscaleFlow(nn.Module):
         Arguments:
             condition: What :meth:`work_out` made.
         """
-        read: list[nn.Module] = []
-        for level in range(self.levels):
-            for step, made in zip(self.steps_of(level), condition.steps[level], strict=True):
-                whole = made.mix is not None  # else it holds nothing of the other layers
-                coupling = step.coupling
-                read += [step] if whole else [coupling.injector, coupling.first_context]
-            mixes = zip(self.transitions_of(level), condition.transitions[level], strict=True)
-            read += [transition for transition, mix in mixes if mix is not None]
-        return condition._replace(origin=origin_of(self, read))
+        return condition._replace(origin=origin_of(self))
 
     def _conditions(self, context: Context | None) -> FlowCondition:
         if context is None:

@@ -40,8 +40,8 @@ TOGETHER = 2**18
 class ImageCondition(NamedTuple):
     r"""All that depends on the condition of an image model alone, to be shared by many calls.
 
-    :meth:`ImageModel.condition` makes it. It serves the model that made it, as long as the
-    weights that went into it do not change.
+    :meth:`ImageModel.condition` makes it. It serves the model that made it, as long as its
+    weights do not change.
     """
 
     images: Tensor  # as they were given
@@ -174,7 +174,8 @@ class ImageModel(Pretrained, nn.Module):
 
         Whatever takes conditions takes this instead, as long as it is the same model with the
         same weights: a copy, or the model after a step of training, refuses it with a
-        :class:`ValueError`. Compiled code does not ask.
+        :class:`ValueError`. Compiled code does not ask; what it made, :meth:`sign` vouches for.
+        Options, such as the policy of the guard, are those of when it was made.
 
         Arguments:
             y: The conditions, with shape :math:`(B, 3, H, W)`.
@@ -188,7 +189,7 @@ class ImageModel(Pretrained, nn.Module):
             condition: What :meth:`look` made.
         """
         maps = self.flow.sign(condition.maps)
-        return condition._replace(maps=maps, origin=origin_of(self, [self.conditioner]))
+        return condition._replace(maps=maps, origin=origin_of(self, besides=self.flow))
 
     def look(
         self,
@@ -532,6 +533,7 @@ def _in_words(method: Callable[..., Any], words: Sequence[tuple[str, str]]) -> C
     r"""Returns a method whose arguments `x` and `y` bear a model's own names, also in its help."""
     own = {general: name for general, (name, _) in zip("xy", words, strict=True)}
     general = {name: x for x, name in own.items()}
+    foreign = own.keys() - general.keys()
 
     signature = inspect.signature(method)
     parameters = [p.replace(name=own.get(n, n)) for n, p in signature.parameters.items()]
@@ -540,6 +542,8 @@ def _in_words(method: Callable[..., Any], words: Sequence[tuple[str, str]]) -> C
     @functools.wraps(method)
     def named(self: ImageModel, *args: Any, **kwargs: Any) -> Any:
         try:
+            if not foreign.isdisjoint(kwargs):
+                raise TypeError
             return method(self, *args, **{general.get(k, k): v for k, v in kwargs.items()})
         except TypeError:
             try:  # if it is that, what is too much or missing is said in these words

@@ -50,8 +50,8 @@ def apply(x: Tensor, params: Params, shift: Tensor | None, o: Options) -> tuple[
     inputs = x, *params, shift
     forward_mode = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
     if _in_place() and not forward_mode:
-        tracked = any(t is not None and t.requires_grad for t in inputs)
-        if not (tracked and torch.is_grad_enabled()):
+        watched = torch.is_grad_enabled()
+        if not (watched and any(t is not None and t.requires_grad for t in inputs)):
             return pieces.evaluate(_kernels(params[0])[1], inputs, o)
         if not o.prepared:
             return _InPlace.apply(*inputs, o)

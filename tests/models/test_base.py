@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn as nn
 
 from flowguard.bounds import certify
 from flowguard.image import ConditionalMultiscaleFlow
@@ -90,6 +91,10 @@ CHANGES = {
     "another encoder": lambda model, x, y: setattr(
         model.conditioner, "encoder", copy.deepcopy(model.conditioner.encoder)
     ),
+    "another guard": lambda model, x, y: setattr(
+        model, "conditioner", copy.deepcopy(model.conditioner)
+    ),
+    "another flow": lambda model, x, y: setattr(model, "flow", copy.deepcopy(model.flow)),
 }
 
 
@@ -128,6 +133,32 @@ def test_a_condition_is_refused_by_another_model(model):
     for make in MODELS.values():
         with pytest.raises(ValueError, match="that made it; got one of another"):
             make().sample(model.condition(y))
+
+
+def test_weights_of_a_model_of_ones_own_are_remembered():
+    class Balanced(Denoiser):
+        def __init__(self):
+            super().__init__()
+            self.balance = nn.Conv2d(3, 3, 1)
+
+        def base_of(self, padded):
+            return self.balance(padded)
+
+    model, y = Balanced().eval(), torch.rand(1, 3, 8, 8)
+    condition = model.condition(y)
+    model.sample(condition)
+    nn.init.zeros_(model.balance.weight)
+    with pytest.raises(ValueError, match="got one from before they changed"):
+        model.sample(condition)
+
+
+def test_what_a_file_holds_can_be_vouched_for(model):
+    x, y = pair(model)
+    with torch.no_grad():
+        condition = pickle.loads(pickle.dumps(model.condition(y)))
+    with pytest.raises(ValueError, match=r"of which that is not known.*sign\(condition\)"):
+        use(model, x, condition)
+    use(model, x, model.sign(condition))
 
 
 def test_a_condition_with_gradients_serves_one_step_of_training(model):
@@ -212,6 +243,9 @@ def test_words_are_keywords(model):
     assert model.sample(model.condition(**{y: given})).shape == (1, *image.shape)
     with pytest.raises(TypeError, match="unexpected keyword argument 'picture'"):
         model.nll(picture=image, **{y: given})
+    if y != "y":  # the general names are not the model's
+        with pytest.raises(TypeError, match="unexpected keyword argument 'y'"):
+            model.sample(given, y=given)
 
 
 def test_a_model_may_change_the_words_of_another():

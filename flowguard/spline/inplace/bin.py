@@ -95,7 +95,7 @@ def finish(
         # y = (1 - x) / x for x < 1: no digit is lost in either.
         y = torch.sub(slope, m.number(1.0), out=outside)
         y.div_(slope.clamp_(max=1.0))
-        torch.mul(torch.abs(y, out=slope).log1p_(), y.sign_(), out=outs[1])
+        torch.copysign(torch.abs(y, out=slope).log1p_(), y, out=outs[1])
     m.give(outside, inside)
 
 
@@ -130,9 +130,6 @@ def solve(m: Rows, z: Tensor, cell: Cell, steep: bool, sign: int = 1) -> Made:
     delta = torch.mul(a, rest, out=m.take()).addcmul_(b, theta, value=-1)
     beta = torch.sub(skew, delta, out=m.take())
     root = delta.mul_(delta).addcmul_(theta, rest, value=4).sqrt_()
-    bent = torch.ne(beta, m.number(0.0), out=m.take())
-    torch.lerp(one, root, bent, out=root)  # one for β = 0, which rounding would miss
-    m.give(bent)
     near = theta.addcmul_(torch.gt(beta, m.number(0.0), out=rest), skew)
     half = near.div_(torch.abs(beta, out=rest).add_(root).add_(one)).clamp_(max=0.5)
     # half of t r
@@ -140,6 +137,8 @@ def solve(m: Rows, z: Tensor, cell: Cell, steep: bool, sign: int = 1) -> Made:
     slope = None
     if steep:
         excess = a.add_(b).sub_(m.number(2.0)).mul_(inv_s)
+        bent = torch.ne(beta, m.number(0.0), out=skew)
+        torch.lerp(one, root, bent, out=root)  # one for β = 0, which rounding would miss
         slope = torch.addcmul(inv_s, excess, both, value=2, out=excess).div_(root)
     # t = θ + β t r: adding the bend to the chord keeps the identity exact.
     torch.addcmul(cell.x, z, inv_s, value=sign, out=z)
