@@ -47,14 +47,16 @@ _LATER = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name == "persistence":  # as `flowguard.models.store` was called
-        return import_module(f"{__name__}.models.store")
-    for wing, names in _LATER.items():
-        if name == wing or name in names:
-            module = import_module(f"{__name__}.{wing}")
-            return module if name == wing else getattr(module, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # checkers shall see what there is, and no more
+
+    def __getattr__(name: str) -> Any:
+        if name == "persistence":  # as `flowguard.models.store` was called
+            return import_module(f"{__name__}.models.store")
+        for wing, names in _LATER.items():
+            if name == wing or name in names:
+                module = import_module(f"{__name__}.{wing}")
+                return module if name == wing else getattr(module, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

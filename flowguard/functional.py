@@ -403,7 +403,11 @@ def check_spline(
         raise ValueError(
             f"slope must lie in (0, 0.49], or be None for the published spline; got {slope}"
         )
-    sizes = tuple(p.shape[-1] if p.dim() else 0 for p in (widths, heights, derivatives))
+    params = widths, heights, derivatives
+    if not all(isinstance(p, Tensor) for p in params):
+        kinds = ", ".join(type(p).__name__ for p in params)
+        raise TypeError(f"widths, heights and derivatives must be tensors; got {kinds}")
+    sizes = tuple(p.shape[-1] if p.dim() else 0 for p in params)
     if len(set(sizes)) > 1 or sizes[0] < 1:
         raise ValueError(
             "widths, heights and derivatives must hold K - 1 numbers each in their last dimension,"
@@ -412,10 +416,12 @@ def check_spline(
 
 
 def _result_dtype(*tensors: Tensor) -> torch.dtype:
-    dtype = tensors[0].dtype
     for t in tensors:
-        if not t.is_floating_point():
-            raise TypeError(f"the spline needs floating point tensors; got {t.dtype}")
+        if not isinstance(t, Tensor) or not t.is_floating_point():
+            given = t.dtype if isinstance(t, Tensor) else type(t).__name__
+            raise TypeError(f"the spline needs floating point tensors; got {given}")
+    dtype = tensors[0].dtype
+    for t in tensors[1:]:
         dtype = torch.promote_types(dtype, t.dtype)
     return dtype
 

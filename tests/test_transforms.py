@@ -354,3 +354,13 @@ def test_repr():
 def test_errors(call, error, match):
     with pytest.raises(error, match=match):
         call()
+
+
+@pytest.mark.parametrize("given", [[1.0], None, 1.0], ids=["list", "none", "number"])
+def test_what_is_no_tensor_is_named(given):
+    params = [torch.zeros(4, 7)] * 3
+    told = rf"; got .*{type(given).__name__}"
+    with pytest.raises(TypeError, match=told):
+        RobustSpline(given, *params[1:], torch.zeros(4))
+    with pytest.raises(TypeError, match=told):
+        RobustSpline(*params, torch.zeros(4))(given)

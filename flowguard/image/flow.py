@@ -173,6 +173,13 @@ class ConditionalMultiscaleFlow(nn.Module):
 
     def check_context(self, context: Sequence[Tensor]) -> None:
         r"""Refuses a context that does not hold one map for each level."""
+        if not isinstance(context, Sequence) or not all(isinstance(c, Tensor) for c in context):
+            parts = context if isinstance(context, Sequence) else ()
+            raise TypeError(
+                "the context must be a list of tensors, one map for each level, or what condition()"
+                f" made of them; got {type(context).__name__}"
+                + (f" of {[type(c).__name__ for c in parts]}" if parts else "")
+            )
         if len(context) != self.levels:
             raise ValueError(
                 f"the context must hold one map for each of the {self.levels} levels;"
@@ -181,10 +188,11 @@ class ConditionalMultiscaleFlow(nn.Module):
 
     def check_latents(self, z: Sequence[Tensor]) -> None:
         r"""Refuses latents of other numbers and shapes than :meth:`latent_shapes` lists."""
-        if isinstance(z, Tensor) or not all(isinstance(t, Tensor) for t in z):
+        if not isinstance(z, Sequence) or not all(isinstance(t, Tensor) for t in z):
+            parts = z if isinstance(z, Sequence) else ()
             raise TypeError(
                 f"the latents must be a list of tensors; got {type(z).__name__}"
-                + ("" if isinstance(z, Tensor) else f" of {[type(t).__name__ for t in z]}")
+                + (f" of {[type(t).__name__ for t in parts]}" if parts else "")
             )
         if not self.splits and len(z) != 1:
             raise ValueError(f"there must be a list with one latent; got {len(z)}")
@@ -286,8 +294,6 @@ class ConditionalMultiscaleFlow(nn.Module):
     def _conditions(self, context: Context | None) -> FlowCondition:
         if context is None:
             raise ValueError("a conditional flow needs a context; got None")
-        if isinstance(context, Tensor):
-            raise TypeError("the context must be a list with one map for each level; got a tensor")
         if not isinstance(context, FlowCondition):
             return self.work_out(context)
         if context.origin is not None:
@@ -309,6 +315,8 @@ class ConditionalMultiscaleFlow(nn.Module):
             The latents, as :meth:`latent_shapes` lists them, and the log-determinant, with shape
             :math:`(B)`.
         """
+        if x.dim() != 4:
+            raise ValueError(f"x must have shape (B, C, H, W); got {tuple(x.shape)}")
         ready = self._conditions(context)
         self.latent_shapes(*x.shape[-2:])  # refuses a size that does not fit, before the work
         latents = []

@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from flowguard.functional import FAITHFUL
+from flowguard.functional import FAITHFUL, check_bound
 from flowguard.image.coupling import ConditionalCoupling
 from flowguard.image.flow import ConditionalMultiscaleFlow
 from flowguard.image.maps import Affine, Elementwise, Inscribed, ReparametrizedAffine
@@ -127,10 +127,10 @@ class BoundedSplit(Split):
             mean_bound: The bound of the mean.
             scale_bound: The bound of the log-scale.
         """
-        if not isinstance(old, Split):
-            raise ValueError(f"the prior of a split is bounded; got {type(old).__name__}")
-        if not (mean_bound > 0 and scale_bound > 0):
-            raise ValueError(f"bounds must be positive; got {mean_bound} and {scale_bound}")
+        if not isinstance(old, Split) or not _is_free(old):
+            raise ValueError(f"the free prior of a split is bounded; got {old}")
+        check_bound(mean_bound, "mean_bound")
+        check_bound(scale_bound, "scale_bound")
         return cls.in_place_of(old, mean_bound, scale_bound)
 
 
@@ -265,7 +265,7 @@ class _Prior(_Lines):
     def listen(self) -> Iterator[None]:
         def hear(module: Split, inputs: tuple[Any, ...], output: Any) -> None:
             dropped = inputs[0][:, module.kept :]
-            mean, logs = module._prior(inputs[0][:, : module.kept], *inputs[1:2])
+            mean, logs = module.prior(inputs[0][:, : module.kept], *inputs[1:2])
             self.most = [
                 max(m, t.abs().max().item()) for m, t in zip(self.most, (mean, logs), strict=True)
             ]

@@ -194,7 +194,13 @@ class Split(nn.Module):
     def extra_repr(self) -> str:
         return f"kept={self.kept}, dropped={self.dropped}"
 
-    def _prior(self, kept: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    def prior(self, kept: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        r"""Returns mean and log-scale of what leaves.
+
+        Arguments:
+            kept: The channels that remain, with shape :math:`(B, C, H, W)`.
+            context: The context, or :py:`None` if there is none.
+        """
         if self.context_channels:
             if context is None:
                 raise ValueError("a conditional split needs a context; got None")
@@ -220,7 +226,7 @@ class Split(nn.Module):
         self, x: Tensor, context: Tensor | None = None, inner: Inner | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         kept, dropped = x.tensor_split((self.kept,), dim=1)
-        mean, logs = (crop(t, inner) for t in self._prior(kept, context))
+        mean, logs = (crop(t, inner) for t in self.prior(kept, context))
         kept, dropped = crop(kept, inner), crop(dropped, inner)
         return kept, (dropped - mean) * torch.exp(-logs), -logs.flatten(1).sum(1)
 
@@ -231,7 +237,7 @@ class Split(nn.Module):
         context: Tensor | None = None,
         inner: Inner | None = None,
     ) -> tuple[Tensor, Tensor]:
-        mean, logs = (crop(t, inner) for t in self._prior(kept, context))
+        mean, logs = (crop(t, inner) for t in self.prior(kept, context))
         dropped = crop(latent, inner) * torch.exp(logs) + mean
         return torch.cat((crop(kept, inner), dropped), dim=1), logs.flatten(1).sum(1)
 

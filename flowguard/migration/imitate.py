@@ -11,7 +11,7 @@ __all__ = [
     "units",
 ]
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -143,6 +143,17 @@ class InUnits(nn.Module):
     def units(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         r"""Origin and unit of the input, and origin and unit of the output."""
         return self.loc_in, self.scale_in, self.loc_out, self.scale_out
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        errors: list[str] = args[-1]
+        for name in ("loc_in", "scale_in", "loc_out", "scale_out"):
+            unit = getattr(self, name)
+            if not bool((unit.isfinite() & ((unit > 0) | name.startswith("loc"))).all()):
+                rule = "finite" if name.startswith("loc") else "finite and positive"
+                errors.append(f"{prefix}{name} must be {rule}; got {unit.flatten().tolist()[:4]}")
 
     @property
     def options(self) -> dict[str, Any]:

@@ -265,7 +265,7 @@ class TestSplit:
         free.tame(20.0, 20.0)
         after = free(x, context)
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-        mean, logs = free._prior(1e6 * x[:, :6], context)
+        mean, logs = free.prior(1e6 * x[:, :6], context)
         assert mean.abs().max() <= 20
         assert logs.abs().max() <= 20
 
@@ -742,3 +742,21 @@ def test_compiled_code_takes_conditions_and_does_not_ask():
     with pytest.raises(ValueError, match=r"of which that is not known.*sign\(condition\)"):
         use(flow, made)  # nobody knows of which weights
     assert torch.equal(use(flow, flow.sign(made)), use(flow, condition))
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda f, x, c: f(x, 3), r"list of tensors, one map for each level, .*; got int"),
+        (lambda f, x, c: f(x, c[0]), r"list of tensors, .*; got Tensor"),
+        (lambda f, x, c: f(x, [None, c[1]]), r"got list of \['NoneType', 'Tensor'\]"),
+        (lambda f, x, c: f.condition(zip(c)), r"list of tensors, .*; got zip"),
+        (lambda f, x, c: f.inverse(3, c), r"latents must be a list of tensors; got int"),
+        (lambda f, x, c: f(x[0], c), r"x must have shape \(B, C, H, W\); got \(3, 8, 8\)"),
+    ],
+    ids=["a number", "a tensor", "no tensor", "an iterator", "latents", "one image"],
+)
+def test_what_is_no_list_of_tensors_is_named(call, match):
+    flow, condition = a_condition()
+    with pytest.raises((TypeError, ValueError), match=match):
+        call(flow, torch.rand(1, 3, 8, 8), condition.features)

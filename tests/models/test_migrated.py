@@ -2,6 +2,7 @@ r"""Migrated models that are saved in folders: what comes back, and what is refu
 
 import copy
 import json
+import math
 import warnings
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import flowguard
-from flowguard.image import maps
+from flowguard.image import Split, maps
 from flowguard.image.migration import BoundedSplit, InscribedCoupling
 from flowguard.models import LowLightEncoder, LowLightFlow, SuperResolutionFlow, store
 from flowguard.models.store import PretrainedError
@@ -247,6 +248,12 @@ SPOILED = {
         "do not fit",
     ),
     "too few": (lambda c: c["replaced"].pop(COUPLING), "do not fit"),
+    "a bound that is none": (
+        lambda c: c["replaced"].update(
+            {"flow.splits.0": {"type": "BoundedSplit", "mean_bound": True, "scale_bound": 1.0}}
+        ),
+        "do not fit.*(mean_bound must be|free prior)",
+    ),
     "another map": (
         lambda c: c["arguments"].update(coupling={"type": "Robust"}),
         "do not fit.*affine maps alone",
@@ -269,6 +276,25 @@ def test_what_is_refused(spoil, match, folder, tmp_path):
     for loader in (SuperResolutionFlow.from_pretrained, store.load):
         with pytest.raises(PretrainedError, match=match):
             loader(tmp_path)
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, math.nan, math.inf])
+def test_units_that_are_none_are_refused(factor, tmp_path):
+    model = store.load(GOLDEN)
+    unit = next(b for name, b in model.named_buffers() if name.endswith("scale_in"))
+    unit.mul_(factor)
+    with pytest.raises(RuntimeError, match="scale_in must be finite and positive; got"):
+        store.load(GOLDEN).load_state_dict(model.state_dict())
+    with pytest.raises(PretrainedError, match="scale_in must be finite and positive; got"):
+        model.save_pretrained(tmp_path)
+
+
+def test_bounds_of_a_prior_are_checked():
+    bounded = next(m for m in migrated(published).modules() if isinstance(m, BoundedSplit))
+    with pytest.raises(ValueError, match="free prior"):
+        BoundedSplit.restore(bounded, 1.0, 1.0)
+    with pytest.raises(ValueError, match="scale_bound must be"):
+        BoundedSplit.restore(Split(12, mean_bound=None, scale_bound=None), 1.0, math.inf)
 
 
 def test_maps_within_the_library_are_no_couplings_of_a_file():

@@ -128,3 +128,30 @@ def test_what_saturates_is_a_bounded_shift():
     assert (y.abs() < 2).all()
     scale = 4 / math.pi
     torch.testing.assert_close(bounded(scale * torch.tan(y / scale), 2.0), y)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"bound": -1.0}, "bound must be positive"),
+        ({"slope": 0.6}, "slope must lie in"),
+        ({"shift_bound": -1.0}, "shift_bound must be positive"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_prepared_is_refused(change, match):
+    raw = list(torch.randn(4, 3, 5).unbind())
+    options = {"bound": 5.0, "slope": 1e-3, "shift_bound": 5.0}
+    with pytest.raises(ValueError, match=match):
+        prepare(*raw, **(options | change), out=raw)
+    with pytest.raises(TypeError, match=r"float32 or float64; got torch\.float16"):
+        prepare(*(p.half() for p in raw), **options, out=raw)
+
+
+def test_what_requires_gradients_is_prepared_as_a_constant():
+    raw = [p.requires_grad_() for p in torch.randn(4, 3, 5).unbind()]
+    out = [torch.empty(3, 5) for _ in raw]
+    prepared = prepare(*raw, bound=5.0, slope=1e-3, shift_bound=5.0, out=out)
+    assert not any(v.requires_grad for v in prepared.values)
+    with pytest.raises(ValueError, match="must broadcast"):
+        prepared_spline(torch.zeros(4, 5), prepared)
