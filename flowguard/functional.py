@@ -181,15 +181,12 @@ def prepare(
     work = shift.dtype
     if work not in (torch.float32, torch.float64):
         raise TypeError(f"what is prepared must be float32 or float64; got {work}")
-    w, h, d = (p.unsqueeze(-1) for p in (width, height, derivative))
-    check_spline(w, h, d, bound, slope)
-    if shift_bound is not None:
-        check_bound(shift_bound, "shift_bound")
-    options = Options(work, bound, slope, shift_bound)
+    check_bound(bound)
+    check_slope(slope)
+    check_shift_bound(shift_bound)
+    w, h, d = (p.unsqueeze(0) for p in (width, height, derivative))
     with torch.no_grad():
-        autograd.prepare(
-            out, (w.movedim(-1, 0), h.movedim(-1, 0), d.movedim(-1, 0)), shift, options
-        )
+        autograd.prepare(out, (w, h, d), shift, Options(work, bound, slope, shift_bound))
     return Prepared(out, bound, shift_bound, work)
 
 
@@ -394,15 +391,20 @@ def check_bound(bound: float, name: str = "bound") -> None:
         )
 
 
+def check_slope(slope: float | None) -> None:
+    r"""Refuses a least slope that is out of range."""
+    if slope is not None and not (0 < slope <= 0.49):
+        raise ValueError(
+            f"slope must lie in (0, 0.49], or be None for the published spline; got {slope}"
+        )
+
+
 def check_spline(
     widths: Tensor, heights: Tensor, derivatives: Tensor, bound: float, slope: float | None
 ) -> None:
     r"""Refuses what is no spline: numbers of bins that disagree, and bounds that are out of range."""
     check_bound(bound)
-    if slope is not None and not (0 < slope <= 0.49):
-        raise ValueError(
-            f"slope must lie in (0, 0.49], or be None for the published spline; got {slope}"
-        )
+    check_slope(slope)
     params = widths, heights, derivatives
     if not all(isinstance(p, Tensor) for p in params):
         kinds = ", ".join(type(p).__name__ for p in params)

@@ -57,7 +57,7 @@ THEIRS = {"_replace", "_inv", "_transform", "_shape", "_shift", "_permutation"}
 THEIRS |= {"_elementwise_forward", "_transform_dim_multiplier", "_output_dim_multiplier"}
 
 #: What imports a module whose name it is given.
-IMPORTERS = r"(^|\.)(import_module|__import__|import_optional|importorskip)$"
+IMPORTERS = r"(^|\.)(import_module|__import__)$"
 
 Modules = dict[str, ast.Module]
 

@@ -173,13 +173,7 @@ class ConditionalMultiscaleFlow(nn.Module):
 
     def check_context(self, context: Sequence[Tensor]) -> None:
         r"""Refuses a context that does not hold one map for each level."""
-        if not isinstance(context, Sequence) or not all(isinstance(c, Tensor) for c in context):
-            parts = context if isinstance(context, Sequence) else ()
-            raise TypeError(
-                "the context must be a list of tensors, one map for each level, or what condition()"
-                f" made of them; got {type(context).__name__}"
-                + (f" of {[type(c).__name__ for c in parts]}" if parts else "")
-            )
+        _check_list(context, "context", ", one map for each level, or what condition() made")
         if len(context) != self.levels:
             raise ValueError(
                 f"the context must hold one map for each of the {self.levels} levels;"
@@ -188,12 +182,7 @@ class ConditionalMultiscaleFlow(nn.Module):
 
     def check_latents(self, z: Sequence[Tensor]) -> None:
         r"""Refuses latents of other numbers and shapes than :meth:`latent_shapes` lists."""
-        if not isinstance(z, Sequence) or not all(isinstance(t, Tensor) for t in z):
-            parts = z if isinstance(z, Sequence) else ()
-            raise TypeError(
-                f"the latents must be a list of tensors; got {type(z).__name__}"
-                + (f" of {[type(t).__name__ for t in parts]}" if parts else "")
-            )
+        _check_list(z, "latents")
         if not self.splits and len(z) != 1:
             raise ValueError(f"there must be a list with one latent; got {len(z)}")
         if len(z) != len(self.splits) + 1:
@@ -389,3 +378,12 @@ class ConditionalMultiscaleFlow(nn.Module):
         """
         latents, ladj = self(x, context)
         return ladj + normal_log_prob(latents)
+
+
+def _check_list(given: object, name: str, which: str = "") -> None:
+    parts = [type(t).__name__ for t in given] if isinstance(given, Sequence) else []
+    if not isinstance(given, Sequence) or not all(isinstance(t, Tensor) for t in given):
+        told = f" of {parts}" if parts else ""
+        raise TypeError(
+            f"the {name} must be a list of tensors{which}; got {type(given).__name__}{told}"
+        )

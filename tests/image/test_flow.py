@@ -747,10 +747,16 @@ def test_compiled_code_takes_conditions_and_does_not_ask():
 @pytest.mark.parametrize(
     ("call", "match"),
     [
-        (lambda f, x, c: f(x, 3), r"list of tensors, one map for each level, .*; got int"),
-        (lambda f, x, c: f(x, c[0]), r"list of tensors, .*; got Tensor"),
+        (
+            lambda f, x, c: f(x, 3),
+            r"context must be a list of tensors, one map for each level, .*; got int",
+        ),
+        (lambda f, x, c: f(x, c[0]), r"list of tensors, one map for each level, .*; got Tensor"),
         (lambda f, x, c: f(x, [None, c[1]]), r"got list of \['NoneType', 'Tensor'\]"),
-        (lambda f, x, c: f.condition(zip(c)), r"list of tensors, .*; got zip"),
+        (
+            lambda f, x, c: f.condition(zip(c)),
+            r"list of tensors, one map for each level, .*; got zip",
+        ),
         (lambda f, x, c: f.inverse(3, c), r"latents must be a list of tensors; got int"),
         (lambda f, x, c: f(x[0], c), r"x must have shape \(B, C, H, W\); got \(3, 8, 8\)"),
     ],

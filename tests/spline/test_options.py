@@ -135,7 +135,7 @@ def test_what_saturates_is_a_bounded_shift():
     [
         ({"bound": -1.0}, "bound must be positive"),
         ({"slope": 0.6}, "slope must lie in"),
-        ({"shift_bound": -1.0}, "shift_bound must be positive"),
+        ({"shift_bound": -1.0}, "the bound must be positive and finite, or None"),
     ],
     ids=str,
 )
