@@ -77,7 +77,7 @@ def _run(argv: Sequence[str] | None) -> int:
     parser = Parser(
         prog="flowguard",
         description="Robust conditional normalizing flows.",
-        version=f"flowguard {__version__}",
+        version=__version__,
     )
     subcommands = parser.add_subcommands(required=True, dest="command", metavar="COMMAND")
     commands, parsers = _commands(), {}

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import flowguard
 from flowguard.cli import COMMANDS
 from flowguard.cli import main as cli
 from flowguard.io import pictures as files
@@ -632,3 +633,9 @@ def test_a_large_picture_takes_less_than_four_gigabytes(tmp_path):
     with Image.open(tmp_path / "out" / "x.png") as image:
         assert image.size == (8160, 5424)
     assert float(done.stdout.split("peak")[1]) < 4
+
+
+def test_the_version_is_told_once(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"flowguard {flowguard.__version__}\n"
