@@ -19,6 +19,7 @@ __all__ = [
     "certify",
     "conditional",
     "constant",
+    "departure",
     "envelope",
     "envelope_rule",
     "rule",
@@ -31,7 +32,7 @@ from flowguard.bounds import torch_rules as torch_rules
 from flowguard.bounds.attack import Attack, attack, sampler
 from flowguard.bounds.certificate import Certificate, certify
 from flowguard.bounds.regions import Envelope
-from flowguard.bounds.rules import envelope, envelope_rule, rule, steps, within
+from flowguard.bounds.rules import departure, envelope, envelope_rule, rule, steps, within
 from flowguard.bounds.steps import (
     Flatten,
     Join,

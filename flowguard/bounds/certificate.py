@@ -3,20 +3,28 @@ r"""The certificate: a number that no sample can exceed, whatever the condition 
 __all__ = ["Certificate", "Row", "Table", "certify"]
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
+from torch import Tensor
+from torch.distributions import Distribution, Transform
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from flowguard.bounds.regions import Region
 from flowguard.bounds.rules import steps
-from flowguard.bounds.steps import Noise, Refused, Step
+from flowguard.bounds.steps import Linear, Noise, Refused, Step
 
 #: A radius beside which all shifts vanish, and whose square is finite.
 FAR = 1e60
+#: The coarsest relative error of one operation that a bound is made for.
+COARSEST = 0.01
 BROKEN = "it holds numbers that are not finite"
+
+#: The relative error to which the factors of a float32 product are rounded in each mode.
+REDUCED = {"bf16": 2.0**-8, "tf32": 2.0**-11, "high": 2.0**-11, "medium": 2.0**-8}
 
 
 class Row(NamedTuple):
@@ -235,8 +243,10 @@ def certify(model: Any, *, roundoff: float | None = None) -> Certificate:
             :class:`flowguard.models.SuperResolutionFlow`, the residual over the upsampled
             condition is bounded.
         roundoff: The relative error of one operation of the model, for which the bound allows.
-            If :py:`None`, that of the coarsest dtype of its weights; zero proves the bound for
-            exact arithmetic. On GPUs, :py:`2**-11` allows for TF32.
+            If :py:`None`, that of the coarsest dtype of its weights, or of autocast where it is
+            called under it; zero proves the bound for exact arithmetic. What
+            :func:`torch.set_float32_matmul_precision` allows, such as TF32, is allowed for as it
+            is set at the time of the call.
 
     Example:
         >>> flow = flowguard.image.ConditionalMultiscaleFlow(3, 8, levels=2, steps=1, hidden=16)
@@ -250,24 +260,79 @@ def certify(model: Any, *, roundoff: float | None = None) -> Certificate:
         layer  type          bound in  bound out  depends on the condition
                RobustSpline  4         9          within a box of 5 and a shift of 5
     """
-    dtypes = _dtypes(model)
+    tensors = list(_tensors(model))
+    dtypes = _dtypes(tensors)
     if roundoff is None:
         # The certificate itself is computed in float64, whose own rounding shall not count.
         roundoff = max(2.0**-50, *(torch.finfo(d).eps / 2 for d in dtypes))
-    if not 0 <= roundoff < 0.01:
-        raise ValueError(f"roundoff must lie between 0 and 0.01; got {roundoff}")
+        coarse = [d for d in dtypes if torch.finfo(d).eps / 2 >= COARSEST]
+        if coarse:
+            names = ", ".join(sorted(map(str, coarse)))
+            return _certificate(model, [Refused(reason=f"no bound is known in {names}")], 0.0)
+    if not 0 <= roundoff < COARSEST:
+        raise ValueError(f"roundoff must lie between 0 and {COARSEST}; got {roundoff}")
     # Where weights are broken, so is all that rules would make of them: they alone are told.
     walk: list[Step] = [
         Refused(name=name, kind=what, reason=BROKEN) for name, what in _broken(model)
     ]
-    walk = walk or [_told(step) for step in steps(model)]
+    if _global_forward_hooks or _global_forward_pre_hooks:
+        reason = "hooks of all modules, which may change what they return, are registered"
+        walk.append(Refused(kind="torch.nn.Module", reason=reason))
+    if not walk:
+        reduced = {conv: _reduced(tensors, conv) for conv in (False, True)}
+        walk = [_told(step, roundoff, reduced) for step in steps(model)]
+    return _certificate(model, walk, roundoff, min(torch.finfo(d).max for d in dtypes))
+
+
+def _certificate(
+    model: Any, walk: list[Step], roundoff: float, largest: float = math.inf
+) -> Certificate:
     kind = type(getattr(model, "_orig_mod", model)).__name__
-    return Certificate(kind, tuple(walk), roundoff, min(torch.finfo(d).max for d in dtypes))
+    return Certificate(kind, tuple(walk), roundoff, largest)
 
 
-def _dtypes(model: Any) -> set[torch.dtype]:
-    tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
-    return {t.dtype for t in tensors if t.is_floating_point()} or {torch.get_default_dtype()}
+def _dtypes(tensors: Iterable[Tensor]) -> set[torch.dtype]:
+    r"""The dtypes that a model with these tensors computes in."""
+    found = {t.dtype for t in tensors if t.is_floating_point()}
+    kinds = {t.device.type for t in tensors} or {"cpu"}
+    found |= {torch.get_autocast_dtype(k) for k in kinds if torch.is_autocast_enabled(k)}
+    return found or {torch.get_default_dtype()}
+
+
+def _tensors(part: Any, seen: frozenset[int] = frozenset()) -> Iterator[Tensor]:
+    r"""Goes over the tensors of a model, which may also be a transform or a distribution."""
+    if isinstance(part, Tensor):
+        yield part
+    elif isinstance(part, nn.Module):
+        yield from part.parameters()
+        yield from part.buffers()
+    elif isinstance(part, list | tuple | Transform | Distribution) and id(part) not in seen:
+        for inner in part if isinstance(part, list | tuple) else vars(part).values():
+            yield from _tensors(inner, seen | {id(part)})
+
+
+def _reduced(tensors: Iterable[Tensor], convolution: bool) -> float:
+    r"""To which relative error the matrix units round the factors of float32 products."""
+    if not any(t.dtype == torch.float32 for t in tensors):
+        return 0.0
+    modes = {"none"}
+    for device in {t.device.type for t in tensors}:
+        # On CPUs what is a product here is a convolution there, and the other way round.
+        kinds = {"matmul", "conv"} if convolution or device == "cpu" else {"matmul"}
+        modes |= {_mode(device, kind) for kind in kinds}
+    return max(REDUCED.get(mode, 0.0) for mode in modes)
+
+
+def _mode(device: str, kind: str) -> str:
+    r"""The precision that products or convolutions in float32 are computed in, in torch's words."""
+    name = {"cpu": "mkldnn", "cuda": "cuda" if kind == "matmul" else "cudnn"}.get(device, "")
+    units = getattr(getattr(torch.backends, name, None), kind, None)
+    mode = getattr(units, "fp32_precision", None)
+    if mode is not None:
+        return str(mode)
+    if device == "cuda" and kind == "conv" and torch.backends.cudnn.allow_tf32:
+        return "tf32"
+    return torch.get_float32_matmul_precision()  # before torch 2.9 there is one word for all
 
 
 def _broken(model: Any) -> Iterator[tuple[str, str]]:
@@ -286,8 +351,20 @@ def _broken(model: Any) -> Iterator[tuple[str, str]]:
                 yield name, "Buffer"
 
 
-def _told(step: Step) -> Step:
-    r"""The step, refused if its numbers are not finite."""
-    if step.finite:
-        return step
-    return Refused(name=step.name, kind=step.kind, reason=BROKEN, depends=step.depends)
+def _told(step: Step, roundoff: float, reduced: dict[bool, float]) -> Step:
+    r"""The step, refused if its numbers are not finite or drown in the rounding errors."""
+
+    def refused(reason: str) -> Refused:
+        return Refused(name=step.name, kind=step.kind, reason=reason, depends=step.depends)
+
+    if not step.finite:
+        return refused(BROKEN)
+    if isinstance(step, Linear):
+        step = replace(step, factors=reduced[step.convolution])
+    operations = step.operations
+    if operations * roundoff >= 1:
+        return refused(
+            f"{operations} operations after one another, each with a relative error of"
+            f" {roundoff:.3g}, may lose all digits"
+        )
+    return step

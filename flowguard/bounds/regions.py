@@ -107,15 +107,20 @@ class Region:
             return out
         return replace(Region.cube(box), ball=out.ball)
 
-    def linear(self, matrix: Tensor, error: Tensor, roundoff: float) -> "Region":
+    def linear(
+        self, matrix: Tensor, error: Tensor, roundoff: float, factors: float = 0.0
+    ) -> "Region":
         r"""The region after :math:`x \mapsto W x`.
 
         Arguments:
             matrix: The matrix :math:`W`, with shape :math:`(C, C)`.
             error: What the rounding error is relative to, :math:`|W|` for a product.
             roundoff: The relative error of one operation.
+            factors: The relative error to which the factors of a product are rounded before.
         """
-        slack = _gamma(matrix.shape[1] + 3, roundoff) * (self.box @ error.T)
+        relative = _gamma(matrix.shape[1] + 3, roundoff)
+        relative += factors * (2 + factors) * (1 + relative)
+        slack = relative * (self.box @ error.T)
         rows = matrix.norm(dim=1) * self.ball.unsqueeze(1)
         return Region(
             box=torch.minimum(self.box @ matrix.abs().T, rows) + slack,
@@ -222,5 +227,7 @@ class Region:
 
 
 def _gamma(operations: int, roundoff: float) -> float:
-    r"""The relative error of that many operations after one another."""
-    return operations * roundoff / (1 - operations * roundoff)
+    r"""The relative error of that many operations after one another, infinite where there is no
+    bound of it (Higham, 2002, lemma 3.1)."""
+    share = operations * roundoff
+    return share / (1 - share) if share < 1 else math.inf

@@ -1,19 +1,24 @@
 r"""How certificates learn what a layer does to noise: one rule for each class.
 
-A rule takes a layer and returns the :class:`Step`\ s that its sampling direction makes. Rules are
-found by class; a subclass that overrides anything of the class whose rule it would inherit is not
-covered by it. A layer without a rule is *refused*: named in the certificate, never guessed.
+A rule takes a layer and returns the :class:`Step`\ s that its sampling direction makes. A
+rule is for exactly its class: what overrides anything of it, in a subclass or in the instance
+alone, has hooks or parametrizations, is not covered (:func:`departure`). A layer without a rule is
+*refused*: named in the certificate, never guessed.
 
 The rules of another library's layers live in ``flowguard.integrations.<library>.rules`` and are
 imported when the first of its layers is met.
 """
 
-__all__ = ["envelope", "envelope_rule", "rule", "steps", "within"]
+__all__ = ["departure", "envelope", "envelope_rule", "rule", "steps", "within"]
 
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from inspect import getattr_static
 from typing import Any, TypeVar
+
+import torch.nn as nn
+from torch.nn.utils import parametrize
 
 from flowguard.bounds.regions import Envelope
 from flowguard.bounds.steps import Refused, Step
@@ -87,9 +92,10 @@ def steps(layer: Any, sampling: bool = True) -> list[Step]:
         layer: The layer.
         sampling: Whether the layer runs towards data; see :func:`rule`.
     """
+    wrapper = layer
     layer = getattr(layer, "_orig_mod", layer)  # what torch.compile wraps
     kind = type(layer).__name__
-    found = _lookup(_RULES, layer)
+    found = _hooked(wrapper) or _lookup(_RULES, layer)
     if isinstance(found, str):
         return [Refused(kind=kind, reason=found)]
     return [s if s.kind else replace(s, kind=kind) for s in found(layer, sampling)]
@@ -126,6 +132,50 @@ def within(name: str, layer: Any, sampling: bool = True) -> list[Step]:
     ]
 
 
+def departure(part: Any, cls: type) -> str:
+    r"""Returns in words how an object departs from what a class does; empty if it does not.
+
+    Rules that rely on a part of a layer without asking for its steps ask this of the part.
+
+    Arguments:
+        part: The object, of the class or of one derived from it.
+        cls: The class.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 2)
+        >>> departure(layer, torch.nn.Linear)
+        ''
+        >>> layer.forward = lambda x: 1e9 * x
+        >>> departure(layer, torch.nn.Linear)
+        'it has a forward of its own in place of that of torch.nn.modules.linear.Linear'
+    """
+    kind = type(part)
+    if cls not in kind.__mro__:
+        return f"it is a {_full(kind)}, where a {_full(cls)} is expected"
+    if isinstance(part, nn.Module) and parametrize.is_parametrized(part):
+        names = ", ".join(part.parametrizations)  # type: ignore[arg-type]
+        return f"its {names} is made anew at each look, by a parametrization"
+    for derived in kind.__mro__[: kind.__mro__.index(cls)]:
+        for name in vars(derived):
+            if name not in _HARMLESS and (hasattr(cls, name) or _is_dunder(name)):
+                return f"{_full(derived)} overrides {name} of {cls.__name__}, which the rule relies on"
+    for name in getattr(part, "__dict__", ()):
+        own = getattr_static(kind, name, None)
+        if callable(own) or isinstance(own, classmethod):
+            return f"it has a {name} of its own in place of that of {_full(kind)}"
+    return _hooked(part)
+
+
+def _hooked(part: Any) -> str:
+    r"""Which hooks a module has that might change what it returns."""
+    for kind in ("_forward_hooks", "_forward_pre_hooks"):
+        for hook in getattr(part, kind, {}).values():
+            # What records scores changes nothing.
+            if not str(getattr(hook, "__module__", "")).startswith("flowguard.ood."):
+                return "it has forward hooks, which may change what it returns"
+    return ""
+
+
 def _lookup(rules: dict[type, Any], layer: Any) -> Any:
     r"""The rule for a layer, or in words why there is none."""
     mro = type(layer).__mro__
@@ -134,22 +184,48 @@ def _lookup(rules: dict[type, Any], layer: Any) -> Any:
         load(layer, "rules")
         base = next((c for c in mro if c in rules), None)
     if base is None:
-        return f"flowguard knows no rule for {_full(type(layer))}"
-    for cls in mro[: mro.index(base)]:
-        for name in vars(cls):
-            if hasattr(base, name) and name not in _HARMLESS and not _is_dunder(name):
-                return (
-                    f"{_full(cls)} overrides {name} of {base.__name__}, which the rule relies on"
-                )
-    return rules[base]
+        return f"flowguard knows no rule for {_full(type(layer))}{_held(rules, layer)}"
+    return departure(layer, base) or rules[base]
+
+
+def _held(rules: dict[type, Any], layer: Any) -> str:
+    r"""Says which part of an unknown module has a rule."""
+    for name, part in layer.named_modules() if isinstance(layer, nn.Module) else ():
+        load(part, "rules")
+        # That torch's containers have a rule says nothing of what they hold.
+        of_torch = type(part).__module__.startswith("torch.")
+        if name and not of_torch and any(c in rules for c in type(part).__mro__):
+            return f"; it holds a {type(part).__name__}, see certify(model.{name})"
+    return ""
 
 
 #: What a subclass may define anew without changing its samples.
-_HARMLESS = {"_abc_impl", "extra_repr"}
+_HARMLESS = {
+    "__abstractmethods__",
+    "__annotate__",
+    "__annotate_func__",
+    "__annotations__",
+    "__annotations_cache__",
+    "__dict__",
+    "__doc__",
+    "__firstlineno__",
+    "__init__",
+    "__module__",
+    "__orig_bases__",
+    "__parameters__",
+    "__qualname__",
+    "__repr__",
+    "__slotnames__",
+    "__static_attributes__",
+    "__str__",
+    "__weakref__",
+    "_abc_impl",
+    "extra_repr",
+}
 
 
 def _is_dunder(name: str) -> bool:
-    return name.startswith("__") and name.endswith("__") and name != "__call__"
+    return name.startswith("__") and name.endswith("__")
 
 
 def _full(cls: type) -> str:

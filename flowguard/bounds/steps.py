@@ -45,6 +45,11 @@ class Step:
         return None
 
     @property
+    def operations(self) -> int:
+        r"""How many operations after one another the rounding error of the step is that of."""
+        return 0
+
+    @property
     def finite(self) -> bool:
         r"""Whether all numbers of the step are finite, without which it bounds nothing."""
         return all(_is_finite(getattr(self, f.name)) for f in fields(self))
@@ -93,21 +98,32 @@ class Linear(Step):
         error: A matrix :math:`E \geq 0` such that the rounding error of the layer is at most
             :math:`C u E |x|`, with `u` that of one operation. If :py:`None`, use :math:`|W|`, which
             holds for products.
+        convolution: Whether the layer computes it as a convolution, not as a matrix product.
+        factors: The relative error to which the factors of the product are rounded before, where
+            the matrix units of the machine work with fewer digits than the numbers have;
+            :func:`flowguard.certify` fills it in.
     """
 
     matrix: Tensor
     error: Tensor | None = None
+    convolution: bool = False
+    factors: float = 0.0
 
     @property
     def features(self) -> int:
         r"""The number of columns of the matrix."""
         return self.matrix.shape[1]
 
+    @property
+    def operations(self) -> int:
+        r"""Those of a product, and three more."""
+        return self.matrix.shape[1] + 3
+
     def through(self, region: Region, radius: float, roundoff: float) -> Region:
         r"""Returns the region of :math:`W x`, with the rounding error of the product."""
         matrix = constant(self.matrix)
         error = matrix.abs() if self.error is None else constant(self.error)
-        return region.linear(matrix, error, roundoff)
+        return region.linear(matrix, error, roundoff, self.factors)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +178,11 @@ class Pointwise(Step):
     def features(self) -> int | None:
         r"""The length of the mask; :py:`None` without one."""
         return None if self.mask is None else self.mask.numel()
+
+    @property
+    def operations(self) -> int:
+        r"""Those of the envelope."""
+        return self.envelope.roundings
 
     def through(self, region: Region, radius: float, roundoff: float) -> Region:
         r"""Returns the region after the map, by its envelope, on the features of the mask."""
@@ -251,5 +272,8 @@ def _is_finite(value: Any) -> bool:
 
 
 def constant(t: Tensor) -> Tensor:
-    r"""A constant of a layer, as the certificate computes with it."""
+    r"""A constant of a layer, as the certificate computes with it; NaN, which certifies nothing,
+    if it is complex."""
+    if t.is_complex():
+        return torch.full(t.shape, math.nan, dtype=torch.float64)
     return t.detach().to("cpu", torch.float64)

@@ -1,18 +1,36 @@
-r"""The rules of torch's own transforms, with constants, and of what combines transforms."""
+r"""The rules of torch's own transforms, with constants, of what combines transforms, and of the
+modules that hold one other and do nothing but call it."""
 
 __all__ = ["affine", "after"]
 
 from collections.abc import Iterator
 from functools import partial, reduce
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import transforms
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from flowguard.bounds.regions import Envelope
 from flowguard.bounds.rules import envelope, envelope_rule, rule, steps, within
 from flowguard.bounds.steps import Refused, Scale, Step, constant
 from flowguard.transforms import InverseTransform
+
+
+@rule(nn.DataParallel, DistributedDataParallel, AveragedModel)
+def _wrapped(wrapper: Any, sampling: bool) -> Iterator[Step]:
+    yield from within("module", wrapper.module, sampling)
+
+
+@rule(nn.Sequential)
+def _sequential(stack: nn.Sequential, sampling: bool) -> Iterator[Step]:
+    if len(stack) == 1:
+        yield from within("0", stack[0], sampling)
+    else:
+        reason = "of a Sequential only that of one flow alone is known: certify the flow in it"
+        yield Refused(reason=reason)
 
 
 @rule(transforms.ComposeTransform)

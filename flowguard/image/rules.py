@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from flowguard.bounds import (
+    Envelope,
     Join,
     Linear,
     Noise,
@@ -16,7 +17,9 @@ from flowguard.bounds import (
     Unsqueeze,
     conditional,
     constant,
+    departure,
     envelope,
+    envelope_rule,
     rule,
     sampler,
     within,
@@ -31,8 +34,21 @@ from flowguard.image.layers import (
     OrthogonalConv1x1,
     Squeeze,
 )
+from flowguard.image.maps import (
+    Affine,
+    CubicBSpline,
+    Elementwise,
+    Inscribed,
+    ReparametrizedAffine,
+    Robust,
+)
 from flowguard.image.migration import InscribedCoupling
 from flowguard.image.steps import FlowStep, Split, TransitionStep
+from flowguard.migration.inscribe import InscribedAffine
+
+#: From this condition number on, a matrix counts as singular: its inverse in float64 has no digits
+#: that can be relied on.
+SINGULAR = 1e12
 
 
 @rule(Squeeze)
@@ -48,6 +64,8 @@ def _actnorm(layer: ActNorm, sampling: bool) -> Iterator[Step]:
     logs, bias = constant(layer.logs), constant(layer.bias)
     if sampling:
         yield Scale(factor=torch.exp(-logs), offset=-bias)
+    elif layer.pending:
+        yield Refused(reason="its next batch initialises it: run one first", depends="not at all")
     else:
         yield Scale(factor=torch.exp(logs), offset=bias * torch.exp(logs))
 
@@ -55,12 +73,17 @@ def _actnorm(layer: ActNorm, sampling: bool) -> Iterator[Step]:
 @rule(InvertibleConv1x1)
 def _conv1x1(layer: InvertibleConv1x1, sampling: bool) -> Iterator[Step]:
     matrix = constant(layer.weight)
-    if sampling:
-        matrix, info = torch.linalg.inv_ex(matrix)
-        if info.item():
-            yield Refused(reason="its matrix is singular", depends="not at all")
-            return
-    yield Linear(matrix=matrix)
+    if not sampling:
+        yield Linear(matrix=matrix)
+        return
+    inverse, info = torch.linalg.inv_ex(matrix)
+    # Layer and rule invert in float64, each with an error of this size (Higham, 2002, chapter 14).
+    error = inverse.abs() @ matrix.abs() @ inverse.abs()
+    if info.item() or not float((inverse.abs() @ matrix.abs()).amax()) < SINGULAR:
+        yield Refused(reason="its matrix is singular", depends="not at all")
+        return
+    double = layer.weight.dtype == torch.float64
+    yield Linear(matrix=inverse, error=inverse.abs() + error * (4.0 if double else 2.0**-26))
 
 
 @rule(OrthogonalConv1x1)
@@ -79,12 +102,19 @@ def _coupling(layer: ConditionalCoupling, sampling: bool) -> Iterator[Step]:
         if part == "noise" and layer.noise is None:
             continue
         family = layer.map_of(part)
-        weight = layer.first_context.weight
-        phi = weight.new_zeros(1, int(mask.sum()), family.parameters, 1, 1)
-        f = family.transform(phi)
-        kind = f"{type(layer).__name__}[{type(f).__name__}]"
-        parts.append(conditional(envelope(f, sampling), part, kind, mask=mask))
+        kind = f"{type(layer).__name__}[{type(family).__name__}]"
+        parts.append(conditional(envelope(family, sampling), part, kind, mask=mask))
     yield from parts if sampling else reversed(parts)
+
+
+@envelope_rule(Affine, CubicBSpline, Inscribed, ReparametrizedAffine, Robust)
+def _family(family: Elementwise, sampling: bool) -> Envelope:
+    if isinstance(family, Inscribed):
+        strange = departure(family.units, InscribedAffine)
+        if strange:
+            return Envelope(reason=strange)
+    # The boxes of these are options, the same whatever the parameters: zeros will do.
+    return envelope(family.transform(torch.zeros(1, 1, family.parameters, 1, 1)), sampling)
 
 
 @rule(FixedConv1x1)

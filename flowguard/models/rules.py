@@ -4,10 +4,24 @@ __all__: list[str] = []
 
 from collections.abc import Iterator
 
-from flowguard.bounds import Envelope, Noise, Pointwise, Remark, Step, rule, sampler, within
+import torch.nn as nn
+
+from flowguard.bounds import (
+    Envelope,
+    Noise,
+    Pointwise,
+    Refused,
+    Remark,
+    Step,
+    departure,
+    rule,
+    sampler,
+    within,
+)
 from flowguard.bounds.attack import Sampler, Tensors
 from flowguard.image import ImageSurgeon
 from flowguard.migration import surgeon
+from flowguard.models.encoders.lowlight import LowLightEncoder
 from flowguard.models.lowlight import LowLightFlow
 from flowguard.models.superres import SuperResolutionFlow
 
@@ -23,6 +37,10 @@ def _super_resolution(model: SuperResolutionFlow, sampling: bool) -> Iterator[St
 
 @rule(LowLightFlow)
 def _low_light(model: LowLightFlow, sampling: bool) -> Iterator[Step]:
+    encoder = model.encoder
+    reason = _astray(encoder)
+    if reason:
+        yield Refused(name="conditioner.encoder", kind=type(encoder).__name__, reason=reason)
     for step in within("flow", model.flow, sampling):
         yield step
         if isinstance(step, Noise):
@@ -32,6 +50,13 @@ def _low_light(model: LowLightFlow, sampling: bool) -> Iterator[Step]:
                 envelope=Envelope(1.0, 1.0, displacement=1.0),
                 depends="adds a colour map in (0, 1)",
             )
+
+
+def _astray(encoder: LowLightEncoder) -> str:
+    r"""Why the colour map of an encoder may leave [0, 1]; empty if it does not."""
+    *_, last = encoder.fine_tune_color_map.modules()
+    stack = departure(encoder.fine_tune_color_map, nn.Sequential)
+    return departure(encoder, LowLightEncoder) or stack or departure(last, nn.Sigmoid)
 
 
 @sampler.register

@@ -94,6 +94,8 @@ def cubic_b_spline(
     ladj = _slope(p, q, r, t).log()
     ladj = -ladj if inverse else ladj
 
+    # Rounding may land outside of the box, and certificates rely on it; gradients stay.
+    v = v - (v - v.clamp(0, 1)).detach()
     y = torch.where(outside, x, (v - 0.5) * (2 * bound))
     ladj = torch.where(outside, 0.0, ladj)
 

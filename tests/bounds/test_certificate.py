@@ -2,6 +2,8 @@ r"""The certificate: its bounds hold, are tight where they can be, and nothing i
 
 import math
 import pickle
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -252,7 +254,7 @@ def test_a_transform_is_taken_at_the_word_of_its_own_inverse_bound():
     assert not certify(Univariate()).certified
 
 
-def test_a_map_of_the_user_is_asked_for_its_envelope():
+def test_a_map_of_the_user_needs_an_envelope_of_the_user():
     class Mine:
         parameters = 1
 
@@ -260,6 +262,12 @@ def test_a_map_of_the_user_is_asked_for_its_envelope():
             return AdditiveTransform(phi.squeeze(2), shift_bound=0.5)
 
     layer = ConditionalCoupling(4, 2, coupling=Mine())
+    assert not certify(layer).certified  # zeros alone do not tell what it does
+
+    @bounds.envelope_rule(Mine)
+    def mine(family, sampling):
+        return Envelope(1.0, 0.5, displacement=0.5)
+
     assert certify(layer, roundoff=0.0).bound(1.0) == pytest.approx(2.0)  # the second half, twice
 
 
@@ -535,3 +543,203 @@ def test_steps_compose_in_sampling_order():
 def test_steps_keep_their_numbers_of_features():
     assert Linear(matrix=torch.eye(3)).features == 3
     assert Scale(factor=torch.tensor(2.0), offset=torch.zeros(())).features is None
+
+
+# What a rule is for: exactly its class
+
+
+def small_flow(**options):
+    torch.manual_seed(0)
+    return image_flow(2, 1, **options)
+
+
+def with_hook(flow):
+    flow.steps[0][0].actnorm.register_forward_hook(lambda m, i, o: (100 * o[0], o[1]))
+
+
+def with_hook_before(flow):
+    flow.steps[0][0].register_forward_pre_hook(lambda m, i: (100 * i[0], *i[1:]))
+
+
+def with_own_method(flow):
+    inverse = flow.steps[0][0].actnorm.inverse
+    flow.steps[0][0].actnorm.inverse = lambda z, context=None: inverse(1e9 * z)
+
+
+def with_weight_norm(flow):
+    nn.utils.parametrizations.weight_norm(flow.steps[0][0].mix, "weight")
+
+
+def with_spectral_norm(flow):
+    nn.utils.parametrizations.spectral_norm(flow.steps[0][0].mix, "weight")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (with_hook, "actnorm.*forward hooks"),
+        (with_hook_before, "steps.0.0.*forward hooks"),
+        (with_own_method, "actnorm.*an? inverse of its own"),
+        (with_weight_norm, "mix.*parametrization"),
+        (with_spectral_norm, "mix.*parametrization"),
+    ],
+)
+def test_an_instance_that_departs_from_its_class_is_refused_and_named(change, match):
+    flow = small_flow()
+    assert certify(flow).certified
+    change(flow)
+    certificate = certify(flow)
+    assert not certificate.certified
+    (refused,) = certificate.refused
+    assert re.search(match, f"{refused.name}: {refused.reason}"), refused
+
+
+def test_hooks_on_networks_and_hooks_that_record_scores_are_no_obstacle():
+    flow = small_flow()
+    flow.steps[0][0].coupling.injector.register_forward_hook(lambda m, i, o: 100 * o)
+    assert certify(flow).certified
+
+
+def test_hooks_of_all_modules_are_refused():
+    flow = small_flow()
+    handle = nn.modules.module.register_module_forward_hook(lambda m, i, o: None)
+    try:
+        assert "hooks of all modules" in certify(flow).refused[0].reason
+    finally:
+        handle.remove()
+    assert certify(flow).certified
+
+
+class Sized(ConditionalMultiscaleFlow):
+    r"""A class of the user that only makes a flow of its own size."""
+
+    def __init__(self):
+        super().__init__(3, 4, levels=1, steps=1, hidden=8)
+
+    def helper_of_the_user(self):
+        return self.levels
+
+
+class Called(ConditionalMultiscaleFlow):
+    def __call__(self, x, context):
+        return super().__call__(100 * x, context)
+
+
+def test_a_subclass_may_choose_arguments_and_add_methods_but_override_nothing():
+    assert certify(Sized().eval()).certified
+    called = Called(3, 4, levels=1, steps=1, hidden=8).eval()
+    assert "overrides __call__" in certify(called).refused[0].reason
+
+
+@pytest.mark.parametrize(
+    "wrap", [nn.DataParallel, torch.optim.swa_utils.AveragedModel, nn.Sequential]
+)
+def test_what_only_holds_a_flow_has_its_bound(wrap):
+    flow = small_flow()
+    assert certify(wrap(flow)).bound(RADIUS) == certify(flow).bound(RADIUS)
+
+
+def test_a_module_that_holds_a_flow_says_which_part_to_certify():
+    holder = nn.Module()
+    holder.net = small_flow()
+    assert "certify(model.net)" in certify(holder).refused[0].reason
+    two = nn.Sequential(nn.Linear(2, 2), small_flow())
+    assert "certify the flow in it" in certify(two).refused[0].reason
+
+
+class Growing:
+    r"""A map whose box depends on its parameters: zeros do not tell how large it is."""
+
+    parameters = 4
+
+    def transform(self, phi):
+        *knots, shift = phi.split(1, dim=2)
+        widths, heights, derivatives = (p.movedim(2, -1) for p in knots)
+        bound = 1 + phi.abs().max().item()
+        return RobustSpline(widths, heights, derivatives, shift.squeeze(2), bound=bound)
+
+
+def test_a_map_whose_box_may_depend_on_its_parameters_is_refused():
+    flow = ConditionalMultiscaleFlow(3, 4, levels=1, steps=1, hidden=8, coupling=Growing())
+    assert "Growing" in certify(flow).refused[0].reason
+
+
+# Precision
+
+
+@pytest.mark.parametrize("channels", [75, 253])
+def test_products_that_may_lose_all_digits_are_refused(channels):
+    mix = InvertibleConv1x1(channels)
+    roundoff = 1.0 / (channels + 3)
+    certificate = certify(mix, roundoff=min(roundoff, 0.0099))
+    if channels == 253:
+        certificate = certify(mix.bfloat16())
+        assert "may lose all digits" in certificate.refused[0].reason
+    assert certificate.bound(RADIUS) >= RADIUS / 2
+    assert math.isinf(certificate.bound(RADIUS)) == (channels == 253)
+
+
+def test_a_bound_is_never_negative_however_coarse_the_arithmetic_is():
+    for channels in (2, 90, 100, 104, 300):
+        certificate = certify(OrthogonalConv1x1(channels), roundoff=0.0099)
+        value = certificate.bound(RADIUS)
+        assert value >= RADIUS / math.sqrt(channels)
+        assert certificate.certified == math.isfinite(value)
+
+
+def test_dtypes_without_digits_are_refused():
+    flow = small_flow()
+    flow.register_buffer("scale", torch.ones(1).to(torch.float8_e5m2))
+    assert "float8" in certify(flow).refused[0].reason
+
+
+def test_the_rounding_is_that_of_the_numbers_a_transform_holds():
+    half = torch.zeros(3, 1, dtype=torch.bfloat16)
+    assert certify(RobustSpline(*half, torch.zeros(()))).roundoff == 2.0**-8
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert certify(small_flow()).roundoff == 2.0**-8
+
+
+def test_reduced_precision_of_the_matrix_units_widens_the_bound():
+    flow = small_flow()
+    exact = certify(flow).bound(RADIUS)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        medium = certify(flow)
+        double = certify(small_flow(dtype=torch.float64))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert {s.factors for s in medium.steps if isinstance(s, Linear)} == {2.0**-8}
+    assert exact * 1.001 < medium.bound(RADIUS) < exact * 1.5
+    assert {s.factors for s in double.steps if isinstance(s, Linear)} == {0.0}
+
+
+def test_the_margin_of_reduced_precision_holds_for_factors_that_are_rounded():
+    torch.manual_seed(0)
+    matrix, x = torch.randn(8, 8), torch.randn(8, 1000).clamp(-1, 1)
+    step = replace(Linear(matrix=matrix), factors=2.0**-8)
+    region = step.through(Region.cube(torch.ones(1, 8, dtype=torch.float64)), 1.0, 0.0)
+    rounded = matrix.bfloat16().double() @ x.bfloat16().double()
+    exact = Region.cube(torch.ones(1, 8, dtype=torch.float64)).linear(
+        matrix.double(), matrix.double().abs(), 0.0
+    )
+    away = (rounded - matrix.double() @ x.double()).abs().amax(1)
+    assert (away <= (region.box - exact.box)[0]).all()
+
+
+def test_a_matrix_without_digits_in_its_inverse_counts_as_singular():
+    mix = InvertibleConv1x1(3).double()
+    with torch.no_grad():
+        mix.weight.copy_(torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]]))
+        mix.weight[2, 2] += 1e-14
+    assert certify(mix).refused[0].reason == "its matrix is singular"
+
+
+def test_a_normalisation_that_its_next_batch_initialises_is_refused():
+    layer = ActNorm(3)
+    assert certify(layer).certified  # sampling runs its inverse, which initialises nothing
+    inverted = list(bounds.steps(layer, False))
+    assert "its next batch initialises it" in inverted[0].reason
+    layer(torch.randn(2, 3, 4, 4))
+    assert isinstance(bounds.steps(layer, False)[0], Scale)

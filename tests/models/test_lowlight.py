@@ -350,6 +350,26 @@ def test_a_robust_model_stays_finite_and_below_its_certificate(value):
     assert x.abs().max() <= certificate.bound(4.0)
 
 
+class Brighter(LowLightEncoder):
+    r"""An encoder whose colour map leaves [0, 1]."""
+
+    def color_map(self, maps):
+        return 100 * super().color_map(maps)
+
+
+def test_a_colour_map_that_may_leave_its_range_is_refused():
+    encoder = Brighter(8, growth=4, blocks=1, stacked=(0,), levels=2)
+    refused = flowguard.certify(LowLightFlow(levels=2, steps=1, hidden=8, encoder=encoder)).refused
+    assert [s.name for s in refused] == ["conditioner.encoder"]
+    assert "overrides color_map" in refused[0].reason
+    model = small()
+    model.encoder.fine_tune_color_map[1] = torch.nn.Softplus()
+    assert "Softplus" in flowguard.certify(model).refused[0].reason
+    model = small()
+    model.encoder.fine_tune_color_map.register_forward_hook(lambda m, i, o: 9 * o)
+    assert "forward hooks" in flowguard.certify(model).refused[0].reason
+
+
 def test_an_attack_stays_below_the_certificate():
     model = small()
     _, low = images(8, 8)

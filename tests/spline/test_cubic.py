@@ -369,3 +369,18 @@ def test_errors(gaps, controls, bound, dtype, error, match):
         cubic_b_spline(
             torch.zeros(3, dtype=dtype), torch.zeros(gaps), torch.zeros(controls), bound=bound
         )
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bound", [1.0, 3.0])
+def test_nothing_leaves_the_box(bound, dtype, inverse):
+    torch.manual_seed(0)
+    edge = torch.tensor(bound, dtype=dtype).nextafter(torch.zeros((), dtype=dtype))
+    for scale in (1, 10, 100, 1e30):
+        gaps, controls = scale * torch.randn(20000, 4), scale * torch.randn(20000, 6)
+        for x in (edge, -edge):
+            y, _ = cubic_b_spline(
+                x.expand(20000), gaps.to(dtype), controls.to(dtype), bound=bound, inverse=inverse
+            )
+            assert y.abs().max() <= bound
