@@ -182,7 +182,7 @@ class Region:
         box = torch.where(mask, grown, self.box) + slack
         # As vectors, |x| <= offset + max(floor, gain |z|); the second is at most the root of the
         # sum of both squares.
-        n = mask.sum()
+        n = mask.sum().to(self.box)  # not an integer, whose root were of float32
         ball = n.sqrt() * g.offset + ((max(g.gain, 1) * self.ball) ** 2 + n * g.floor**2).sqrt()
         ball = ball + slack.norm(dim=1)
         if math.isinf(g.displacement):
@@ -213,6 +213,9 @@ class Region:
         Arguments:
             factor: The factor in each direction.
         """
+
+        if self.box.shape[1] % factor**2:  # one number stands for all channels
+            return Region.cube(self.box.amax(1, keepdim=True))
 
         def rearrange(t: Tensor) -> Tensor:
             return t.unflatten(1, (-1, factor**2)).transpose(1, 2).flatten(0, 1)

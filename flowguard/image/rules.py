@@ -164,9 +164,10 @@ def _multiscale(flow: ConditionalMultiscaleFlow, sampling: bool) -> Iterator[Ste
             yield from within(f"splits.{level}", flow.splits[level])
         for kind in ("steps", "transitions"):
             stack = flow.get_submodule(f"{kind}.{level}")
-            for name, step in reversed(list(stack.named_children())):
-                unused = kind == "steps" and not flow.is_noisy(level, int(name))
-                for part in within(f"{kind}.{level}.{name}", step):
+            # Not `named_children`, which leaves out what is there a second time.
+            for i, step in reversed(list(enumerate(stack))):
+                unused = kind == "steps" and not flow.is_noisy(level, i)
+                for part in within(f"{kind}.{level}.{i}", step):
                     # A step that is never told of noise may have learned what to do with it.
                     if not (unused and part.name.endswith("coupling.noise")):
                         yield part

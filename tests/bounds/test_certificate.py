@@ -27,6 +27,7 @@ from flowguard.image import (
     ReparametrizedAffine,
     Robust,
     Split,
+    Squeeze,
 )
 from flowguard.models import SuperResolutionFlow
 from flowguard.transforms import (
@@ -743,3 +744,24 @@ def test_a_normalisation_that_its_next_batch_initialises_is_refused():
     assert "its next batch initialises it" in inverted[0].reason
     layer(torch.randn(2, 3, 4, 4))
     assert isinstance(bounds.steps(layer, False)[0], Scale)
+
+
+def test_a_layer_that_is_there_twice_counts_twice():
+    flow = ConditionalMultiscaleFlow(1, 1, levels=1, steps=2, hidden=2).eval()
+    with torch.no_grad():
+        flow.steps[0][0].actnorm.logs.fill_(-1.0)
+    flow.steps[0][1] = flow.steps[0][0]
+    z = [torch.full((1, 4, 1, 1), 4.0)]
+    x, _ = flow.inverse(z, [torch.zeros(1, 1, 1, 1)])
+    assert x.abs().max() <= certify(flow).bound(4.0)
+
+
+def test_the_ball_of_a_map_is_computed_in_float64():
+    shift = torch.full((1,), -1e30, dtype=torch.float64)
+    f = RobustSpline(*torch.zeros(3, 1, 1), shift, bound=0.1, shift_bound=1.8461046527421945)
+    x = f.inv(torch.zeros(1, 1, dtype=torch.float64))
+    assert x.abs().max() <= certify(f, roundoff=2.0**-53).bound(0.0)
+
+
+def test_a_squeeze_alone_keeps_the_bound():
+    assert certify(Squeeze(), roundoff=0.0).bound(3.0) == 3.0
