@@ -3,8 +3,10 @@ r"""The rules of image flows, for certificates and attacks."""
 __all__: list[str] = []
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
+import torch.nn as nn
 
 from flowguard.bounds import (
     Envelope,
@@ -163,7 +165,7 @@ def _multiscale(flow: ConditionalMultiscaleFlow, sampling: bool) -> Iterator[Ste
         if level < len(flow.splits):
             yield from within(f"splits.{level}", flow.splits[level])
         for kind in ("steps", "transitions"):
-            stack = flow.get_submodule(f"{kind}.{level}")
+            stack = cast(nn.ModuleList, flow.get_submodule(f"{kind}.{level}"))
             # Not `named_children`, which leaves out what is there a second time.
             for i, step in reversed(list(enumerate(stack))):
                 unused = kind == "steps" and not flow.is_noisy(level, i)
