@@ -96,7 +96,7 @@ class Region:
     @property
     def largest(self) -> float:
         r"""The largest absolute value, :math:`\infty` rather than NaN."""
-        return self.box.max().nan_to_num(math.inf).item() if self.box.numel() else 0.0
+        return self.box.max().nan_to_num(math.inf, math.inf).item() if self.box.numel() else 0.0
 
     def _meet(self) -> "Region":
         r"""Lets each description tighten the others."""

@@ -1,9 +1,11 @@
 r"""What is known of the core's univariate maps, whatever their parameters are."""
 
-__all__ = ["conditional"]
+__all__ = ["conditional", "undetermined"]
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -23,6 +25,44 @@ def conditional(
         gain = g.gain if math.isfinite(g.gain) else None
         return Refused(name=name, kind=kind, reason=g.reason, gain=gain)
     return Pointwise(name=name, kind=kind, depends=g.depends, envelope=g, mask=mask)
+
+
+#: The maps whose bounds are options, and none of their parameters.
+MAPS = (
+    transforms.AdditiveTransform,
+    transforms.AffineTransform,
+    transforms.CubicBSplineTransform,
+    transforms.ReparametrizedAffineTransform,
+    transforms.RobustSpline,
+)
+
+
+def undetermined(
+    constructor: Callable[..., Any], known: tuple[Callable[..., Any], ...] = ()
+) -> str:
+    r"""Returns why one map of a constructor does not tell what bounds all of them, in words; empty
+    if it does: if it is a known class, with plain options, or one that states its own bound.
+
+    Arguments:
+        constructor: From parameters to a map, as a layer calls it.
+        known: Other constructors whose maps are bounded by their options.
+
+    Example:
+        >>> from functools import partial
+        >>> undetermined(partial(flowguard.RobustSpline, bound=3.0))
+        ''
+        >>> undetermined(lambda w, h, d, t: flowguard.RobustSpline(w, h, d, t, bound=t.max()))
+        'the bound of <lambda> may depend on its parameters; give a class, or a partial of one'
+    """
+    while type(constructor) is partial and not constructor.args:
+        if not all(isinstance(v, int | float | None) for v in constructor.keywords.values()):
+            break
+        constructor = constructor.func
+    states = isinstance(constructor, type) and "inverse_bound" in vars(constructor)
+    if states or constructor in (*MAPS, *known):
+        return ""
+    name = getattr(constructor, "__name__", type(constructor).__name__)
+    return f"the bound of {name} may depend on its parameters; give a class, or a partial of one"
 
 
 @envelope_rule(transforms.RobustSpline, transforms.CubicBSplineTransform)

@@ -43,7 +43,9 @@ from flowguard.bounds import (
     within,
 )
 from flowguard.bounds.attack import Sampler, Tensors, sampler
+from flowguard.bounds.solution import FINE, solution
 from flowguard.bounds.torch_rules import affine
+from flowguard.bounds.univariate import undetermined
 
 from .adapter import ContextAdapter
 from .bases import GaussianPrior, from_noise
@@ -57,6 +59,9 @@ SAMPLING_ONLY = "a flow is bounded in its sampling direction only"
 FREE_SHIFT = "its shift is free"
 POLES = "its inverse has poles"
 CONSTANT = "not at all"
+CLASS = "on its class"
+PENDING = "its next batch initialises it: run one first, or switch to evaluation mode"
+NO_PERMUTATION = "its indices are no permutation"
 
 
 # Flows
@@ -67,7 +72,7 @@ def _flow(flow: Any, sampling: bool) -> Iterator[Step]:
     if not sampling:
         yield Refused(reason=SAMPLING_ONLY)
         return
-    yield from _base("q0", flow.q0)
+    yield from _base("q0", flow.q0, told=not isinstance(flow, NormalizingFlow))
     for name, layer in flow.flows.named_children():
         yield from within(f"flows.{name}", layer)
 
@@ -78,14 +83,15 @@ def _multiscale(flow: Any, sampling: bool) -> Iterator[Step]:
         yield Refused(reason=SAMPLING_ONLY)
         return
     channels: int | None = None
+    told = flow.class_cond or isinstance(flow, ConditionalMultiscaleFlow)
     for i, base in enumerate(flow.q0):
         if channels is None:
-            for step in _base(f"q0.{i}", base):
+            for step in _base(f"q0.{i}", base, told):
                 # Images of any size have noise of any size, and so have several levels.
                 yield replace(step, event=None) if isinstance(step, Noise) else step
             channels = _channels(base)
         else:
-            yield from _join(i, base, flow.merges[i - 1], channels)
+            yield from _join(i, base, flow.merges[i - 1], channels, told)
             channels = channels + _channels(base)
         for name, layer in flow.flows[i].named_children():
             yield from within(f"flows.{i}.{name}", layer)
@@ -115,13 +121,33 @@ def _channels(base: Any) -> int:
     return base.num_channels if isinstance(base, GaussianPrior) else base.shape[0]
 
 
-def _reach(base: Any) -> tuple[Tensor, Tensor, str] | None:
+def _reach(base: Any, told: bool) -> tuple[Tensor, Tensor, str] | str:
     r"""Mean and log-scale of a Gaussian base, or their largest absolute values and largest values
-    if they depend on anything; :py:`None` if there is no bound or no Gaussian."""
+    if they depend on anything; in words why there is no bound.
+
+    Arguments:
+        base: The base.
+        told: Whether the flow hands it classes, which may be any vectors then.
+    """
+    found = _moments(base)
+    if found is None:
+        if type(base) is distributions.base.ConditionalDiagGaussian:
+            return "its mean and its scale depend on the context without bound"
+        return f"flowguard does not know how far the noise of {type(base).__name__} may reach"
+    mean, logs, depends = found
+    if depends == CLASS and told:
+        return "its mean and its scale depend on the class, which may be any vector"
+    if getattr(base, "temperature", None) is not None:
+        logs = logs + torch.tensor(base.temperature, dtype=torch.float64).abs().log()
+    return mean, logs, depends
+
+
+def _moments(base: Any) -> tuple[Tensor, Tensor, str] | None:
+    r"""The same at a temperature of one; :py:`None` for a base that is no Gaussian with a bound."""
     if type(base) is distributions.DiagGaussian:
         return constant(base.loc), constant(base.log_scale), CONSTANT
     if type(base) is distributions.ClassCondDiagGaussian:
-        return constant(base.loc).abs().amax(-1), constant(base.log_scale).amax(-1), "on its class"
+        return constant(base.loc).abs().amax(-1), constant(base.log_scale).amax(-1), CLASS
     if type(base) is distributions.GlowBase:
         factor = base.logscale_factor
         loc = constant(base.loc) * torch.exp(factor * constant(base.loc_logs))
@@ -130,7 +156,7 @@ def _reach(base: Any) -> tuple[Tensor, Tensor, str] | None:
             return loc, logs, CONSTANT
         to_loc, to_logs = constant(base.loc_cc), constant(base.log_scale_cc)
         loc = loc.abs().amax() + to_loc.abs().amax()
-        return loc, logs.amax() + to_logs.amax(), "on its class"
+        return loc, logs.amax() + to_logs.amax(), CLASS
     if type(base) is GaussianPrior:
         if base.net is None:
             like = next(base.parameters())[:, : base.num_channels]
@@ -142,17 +168,15 @@ def _reach(base: Any) -> tuple[Tensor, Tensor, str] | None:
     return None
 
 
-def _base(name: str, base: Any) -> Iterator[Step]:
-    kind, found = type(base).__name__, _reach(base)
-    if found is None:
-        if type(base) in PLAIN:
-            size = getattr(base, "d", None) or getattr(base, "dim", None) or base.ndim
-            yield Noise(name=name, kind=kind, size=int(size), normal=False)
-            return
-        reason = "flowguard does not know how far its noise may reach"
-        if type(base) is distributions.base.ConditionalDiagGaussian:
-            reason = "its mean and its scale depend on the context without bound"
-        yield Refused(name=name, kind=kind, reason=reason)
+def _base(name: str, base: Any, told: bool) -> Iterator[Step]:
+    kind = type(base).__name__
+    if type(base) in PLAIN:
+        size = getattr(base, "d", None) or getattr(base, "dim", None) or base.ndim
+        yield Noise(name=name, kind=kind, size=int(size), normal=False)
+        return
+    found = _reach(base, told)
+    if isinstance(found, str):
+        yield Refused(name=name, kind=kind, reason=found)
         return
     mean, logs, depends = found
     event = None if isinstance(base, GaussianPrior) else int(math.prod(base.shape))
@@ -165,12 +189,11 @@ def _base(name: str, base: Any) -> Iterator[Step]:
         yield Pointwise(name=name, kind=kind, depends=depends, envelope=g)
 
 
-def _join(i: int, base: Any, merge: Any, channels: int) -> Iterator[Step]:
+def _join(i: int, base: Any, merge: Any, channels: int, told: bool) -> Iterator[Step]:
     r"""The steps of a merge: the channels of a further latent come in."""
-    name, kind, found = f"merges.{i - 1}", type(merge).__name__, _reach(base)
-    if found is None:
-        reason = f"flowguard does not know how far {type(base).__name__} may reach"
-        yield Refused(name=f"q0.{i}", kind=type(base).__name__, reason=reason)
+    name, kind, found = f"merges.{i - 1}", type(merge).__name__, _reach(base, told)
+    if isinstance(found, str):
+        yield Refused(name=f"q0.{i}", kind=type(base).__name__, reason=found)
         return
     if type(merge) is not flows.Merge or not merge.mode.startswith("channel"):
         yield Refused(name=name, kind=kind, reason="only merges of channels are bounded")
@@ -196,7 +219,10 @@ def _join(i: int, base: Any, merge: Any, channels: int) -> Iterator[Step]:
 def _map(layer: Any, sampling: bool) -> tuple[Envelope, str]:
     # What the parameters are does not matter to an envelope: zeros will do.
     f = layer.univariate(*(torch.zeros(shape) for shape in layer.shapes))
-    return envelope(f, sampling), f"{type(layer).__name__}[{type(f).__name__}]"
+    g = envelope(f, sampling)
+    if not g.reason:
+        g = g._replace(reason=undetermined(layer.univariate))
+    return g, f"{type(layer).__name__}[{type(f).__name__}]"
 
 
 @rule(RobustSplineCoupling)
@@ -235,6 +261,9 @@ def _glow_block(layer: Any, sampling: bool) -> Iterator[Step]:
     names = [n for n in ("coupling", "mix", "actnorm") if getattr(layer, n) is not None]
     for name in names if sampling else reversed(names):
         part = getattr(layer, name)
+        if name == "actnorm" and part.pending:
+            yield Refused(name=name, kind=type(part).__name__, reason=PENDING, depends=CONSTANT)
+            continue
         if name != "coupling" or not part.split_mode.startswith("channel"):
             yield from within(name, part, sampling)
             continue
@@ -247,9 +276,32 @@ def _glow_block(layer: Any, sampling: bool) -> Iterator[Step]:
 @rule(LUConv1x1)
 def _lu_conv(layer: Any, sampling: bool) -> Iterator[Step]:
     with torch.no_grad():
-        p, lower, upper = layer.factors()
-    matrix = constant(p @ lower @ upper)
-    yield from _linear(matrix, sampling)
+        p, lower, upper = map(constant, layer.factors())
+    yield from _factored(p, [lower, upper], sampling, work=FINE)
+
+
+def _factored(
+    p: Tensor, factors: list[Tensor], sampling: bool, work: float | None
+) -> Iterator[Step]:
+    r"""The steps of x -> P A_1 ... A_n x, or of its inverse where it is sampled."""
+    if not _is_permutation(p):
+        yield Refused(reason=NO_PERMUTATION, depends=CONSTANT)
+    elif sampling:
+        yield Permute(order=p.argmax(0))
+        yield solution(*factors, work=work)
+    else:
+        yield _product(factors)
+        yield Permute(order=p.argmax(1))
+
+
+def _product(factors: list[Tensor]) -> Step:
+    # They are multiplied in the dtype of the layer.
+    error = (len(factors) + 1) * reduce(torch.matmul, [t.abs() for t in factors])
+    return Linear(matrix=reduce(torch.matmul, factors), error=error)
+
+
+def _is_permutation(p: Tensor) -> bool:
+    return bool(((p == 0) | (p == 1)).all() & (p.sum(0) == 1).all() & (p.sum(1) == 1).all())
 
 
 @rule(ContextAdapter)
@@ -282,8 +334,8 @@ def _squeeze(layer: Any, sampling: bool) -> Iterator[Step]:
 
 @rule(flows.ActNorm, flows.AffineConstFlow)
 def _affine_constant(layer: Any, sampling: bool) -> Iterator[Step]:
-    if isinstance(layer, flows.ActNorm) and not bool(layer.data_dep_init_done):
-        yield Refused(reason="its next batch initialises it: run one first", depends=CONSTANT)
+    if isinstance(layer, flows.ActNorm) and not bool(layer.data_dep_init_done > 0):
+        yield Refused(reason=PENDING, depends=CONSTANT)
         return
     factor, shift = constant(layer.s).exp(), constant(layer.t)
     channels = factor.shape[1] if factor.dim() > 1 else 1
@@ -300,69 +352,69 @@ def _affine_constant(layer: Any, sampling: bool) -> Iterator[Step]:
 @rule(flows.Permute)
 def _permute(layer: Any, sampling: bool) -> Iterator[Step]:
     if layer.mode == "shuffle":
-        yield Permute(order=layer.perm if sampling else layer.inv_perm)
+        yield _permuted(layer.perm if sampling else layer.inv_perm)
     else:
         n = layer.num_channels
         yield Permute(order=torch.arange(n).roll(-(n // 2 if sampling else (n + 1) // 2)))
 
 
+def _permuted(order: Tensor, name: str = "") -> Step:
+    if not torch.equal(order.sort().values, torch.arange(len(order), device=order.device)):
+        return Refused(name=name, reason=NO_PERMUTATION, depends=CONSTANT)
+    return Permute(name=name, order=order)
+
+
 @rule(flows.Invertible1x1Conv, flows.InvertibleAffine)
 def _mixing(layer: Any, sampling: bool) -> Iterator[Step]:
-    if layer.use_lu:
-        diagonal = constant(layer.sign_S) * constant(layer.log_S).exp()
-        lower = constant(layer.L).tril(-1) + constant(layer.eye)
-        factors = [constant(layer.P), lower, constant(layer.U).triu(1) + torch.diag(diagonal)]
+    right = isinstance(layer, flows.InvertibleAffine)  # which multiplies from the right
+    if not layer.use_lu:
+        matrix = constant(layer.W).T if right else constant(layer.W)
+        yield solution(matrix, work=FINE) if sampling else Linear(matrix=matrix)
+        return
+    with torch.no_grad():  # in the dtype of the layer, as it computes them
+        diagonal = layer.sign_S * torch.exp(layer.log_S)
+        lower = constant(torch.tril(layer.L, diagonal=-1) + layer.eye)
+        upper = constant(torch.triu(layer.U, diagonal=1) + torch.diag(diagonal))
+    p = constant(layer.P)
+    if not right:
+        yield from _factored(p, [lower, upper], sampling, work=FINE)
+    elif not _is_permutation(p):
+        yield Refused(reason=NO_PERMUTATION, depends=CONSTANT)
+    elif sampling:
+        yield solution(upper.T, lower.T, work=FINE)
+        yield Permute(order=p.argmax(1))
     else:
-        factors = [constant(layer.W)]
-    if sampling:
-        found = [torch.linalg.inv_ex(t) for t in reversed(factors)]
-        if any(info.item() for _, info in found):
-            yield Refused(reason="its matrix is singular", depends=CONSTANT)
-            return
-        factors = [t for t, _ in found]
-    matrix = reduce(torch.matmul, factors)
-    # Where there are several, they are multiplied in the dtype of the layer.
-    error = len(factors) * reduce(torch.matmul, [t.abs() for t in factors])
-    if isinstance(layer, flows.InvertibleAffine):  # which multiplies from the right
-        matrix, error = matrix.T, error.T
-    yield Linear(matrix=matrix, error=error)
+        yield Permute(order=p.argmax(0))
+        yield _product([upper.T, lower.T])
 
 
 @rule(flows.LULinearPermute)
 def _lu_permute(layer: Any, sampling: bool) -> Iterator[Step]:
     linear, order = layer.linear, layer.permutation._permutation
+    if sampling:
+        yield from _lu_linear(linear, sampling)
+        yield _permuted(torch.argsort(order), "permutation")
+    else:
+        yield _permuted(order, "permutation")
+        yield from _lu_linear(linear, sampling)
+
+
+def _lu_linear(linear: Any, sampling: bool) -> Iterator[Step]:
+    name = "linear"
+    if linear.using_cache and not linear.training:
+        # What was stored once is used until the next training, whatever the weights are by now.
+        yield Refused(name=name, reason="it uses a cache: switch it off", depends=CONSTANT)
+        return
     with torch.no_grad():
         lower, upper = (constant(t) for t in linear._create_lower_upper())
     bias = constant(linear.bias)
     one = torch.ones_like(bias)
-    if not sampling:
-        yield Permute(name="permutation", order=order)
-        yield Linear(name="linear", matrix=upper)
-        yield Linear(name="linear", matrix=lower)
-        yield Scale(name="linear", factor=one, offset=bias)
-        return
-    yield Scale(name="linear", factor=one, offset=-bias)
-    for matrix in (lower, upper):
-        yield from _substitution(matrix)
-    yield Permute(name="permutation", order=torch.argsort(order))
-
-
-def _substitution(t: Tensor) -> Iterator[Step]:
-    matrix, info = torch.linalg.inv_ex(t)
-    if info.item():
-        yield Refused(name="linear", reason="its matrix is singular", depends=CONSTANT)
-        return
-    # Substitution is not a product with the inverse (Higham, 2002, theorem 8.5).
-    yield Linear(name="linear", matrix=matrix, error=matrix.abs() @ t.abs() @ matrix.abs())
-
-
-def _linear(matrix: Tensor, sampling: bool) -> Iterator[Step]:
     if sampling:
-        matrix, info = torch.linalg.inv_ex(matrix)
-        if info.item():
-            yield Refused(reason="its matrix is singular", depends=CONSTANT)
-            return
-    yield Linear(matrix=matrix)
+        yield Scale(name=name, factor=one, offset=-bias)
+        yield solution(lower, upper, name=name)
+    else:
+        yield replace(_product([lower, upper]), name=name)
+        yield Scale(name=name, factor=one, offset=bias)
 
 
 @rule(transforms.Logit)
@@ -370,14 +422,21 @@ def _logit(layer: Any, sampling: bool) -> Iterator[Step]:
     if not sampling:
         yield Refused(reason=POLES)
         return
-    reach = max(layer.alpha, 1 - layer.alpha) / (1 - 2 * layer.alpha)
+    width = abs(1 - 2 * layer.alpha)
+    reach = max(abs(layer.alpha), abs(1 - layer.alpha)) / width if width else math.inf
     g = Envelope(0.0, 0.0, floor=reach, depends=CONSTANT, roundings=8)
     yield Pointwise(depends=CONSTANT, envelope=g)
 
 
 @rule(transforms.Shift)
 def _shift(layer: Any, sampling: bool) -> Iterator[Step]:
-    shift = torch.tensor([float(layer.shift)], dtype=torch.float64)
+    # Where it is a tensor, it may differ from one position to another.
+    shift = constant(torch.as_tensor(layer.shift, dtype=torch.float64))
+    if shift.numel() > 1:
+        g = Envelope(1.0, shift.abs().max().item(), depends=CONSTANT)
+        yield Pointwise(depends=CONSTANT, envelope=g)
+        return
+    shift = shift.reshape(1)
     yield affine(torch.ones_like(shift), -shift, not sampling)
 
 

@@ -314,3 +314,230 @@ def test_glasflows_own_flows():
     assert {s.kind for s in certificate.refused} == {"AffineCouplingTransform"}
     result = flowguard.attack(flow, torch.randn(2, CONTEXT), steps=20, restarts=1)
     assert result.value > 4
+
+
+# What a certificate must not promise
+
+
+def exceeded(transform, sample=None, radius=RADIUS, features=D, host=None):
+    r"""How far samples get, the bound, and why there is none."""
+    base = host.distributions.StandardNormal([features])
+    certificate = flowguard.certify(host.Flow(transform, base))
+    z = radius * (2 * torch.rand(256, features) - 1)
+    z = torch.cat((z, radius * z.sign()))
+    with torch.no_grad():
+        x, _ = transform.inverse(z) if sample is None else sample(z)
+    reasons = "; ".join(s.reason for s in certificate.refused)
+    return x.abs().nan_to_num(0.0).max().item(), certificate.bound(radius), reasons
+
+
+def test_normalisations_that_sampling_initialises_are_not_certified(host):
+    image = torch.full((2, D, 2, 2), 1e-4) * torch.randn(2, D, 2, 2)
+    for layer, z in ((host.T.ActNorm(D), image[:, :, 0, 0]), (ours.RobustFlowStep(D), image)):
+        upside_down = host.T.InverseTransform(layer)
+        certificate = flowguard.certify(upside_down)
+        with torch.no_grad():
+            reached = upside_down.inverse(z)[0].abs().max().item()
+        assert reached <= certificate.bound(z.abs().max().item())
+        assert "its next batch initialises it" in certificate.refused[0].reason
+        assert flowguard.certify(upside_down).certified  # now that it is
+
+
+def test_normalisations_that_sampling_does_not_touch_are_certified(host):
+    assert flowguard.certify(host.T.ActNorm(D)).certified
+    assert flowguard.certify(host.T.InverseTransform(host.T.ActNorm(D).eval())).certified
+
+
+def test_a_batch_norm_of_the_batch_at_hand_is_not_certified(host):
+    layer = host.T.InverseTransform(host.T.BatchNorm(D))
+    layer._transform.running_var.fill_(1.0)
+    reached, bound, reasons = exceeded(layer, radius=1e-4, host=host)
+    assert reached <= bound
+    assert "statistics of its batch" in reasons
+    layer.eval()
+    assert flowguard.certify(layer).certified
+
+
+@pytest.mark.parametrize("inverted", [False, True])
+def test_a_scale_that_was_loaded_may_be_negative(host, inverted):
+    layer = host.T.PointwiseAffineTransform(shift=1.0, scale=2.0)
+    scale = torch.tensor(-20.0 if inverted else -0.05)
+    layer.load_state_dict({"_shift": torch.tensor(1.0), "_scale": scale})
+    layer = host.T.InverseTransform(layer) if inverted else layer
+    reached, bound, _ = exceeded(layer, host=host)
+    assert 0.9 * bound < reached <= bound
+    layer = host.T.PointwiseAffineTransform()
+    layer._scale.zero_()
+    assert not flowguard.certify(layer).certified
+
+
+@pytest.mark.parametrize("slope", [-5.0, -0.2, 1e-3, 0.5, 7.0])
+@pytest.mark.parametrize("inverted", [False, True])
+def test_a_leaky_relu_of_any_slope_is_bounded(host, slope, inverted):
+    layer = host.T.LeakyReLU()
+    layer.negative_slope = slope
+    layer.log_negative_slope = torch.tensor(0.0)
+    layer = host.T.InverseTransform(layer) if inverted else layer
+    reached, bound, _ = exceeded(layer, host=host)
+    assert 0.9 * bound < reached <= bound
+
+
+def test_a_multiscale_transform_within_another_is_not_certified(host):
+    inner = host.T.MultiscaleCompositeTransform(1)
+    inner.add_transform(host.T.IdentityTransform(), (4,))
+    shrink = host.T.PointwiseAffineTransform(scale=100.0)
+    outer = host.T.MultiscaleCompositeTransform(2)
+    outer.add_transform(host.T.IdentityTransform(), (8,))
+    outer.add_transform(host.T.CompositeTransform([inner, shrink]), (4,))
+    within = host.T.MultiscaleCompositeTransform(3)
+    within.add_transform(host.T.IdentityTransform(), (16,))
+    within.add_transform(host.T.CompositeTransform([host.T.ReversePermutation(8), inner]), (8,))
+    within.add_transform(shrink, (4,))
+    for transform, features in ((outer, 8), (within, 16)):
+        reached, bound, _ = exceeded(transform, features=features, host=host)
+        assert reached <= bound
+
+
+@pytest.mark.parametrize("name", ["LULinear", "QRLinear", "SVDLinear"])
+@pytest.mark.parametrize("inverted", [False, True])
+def test_a_cache_that_was_filled_before_counts(host, name, inverted):
+    options = {"QRLinear": (3,), "SVDLinear": (2,)}.get(name, ())
+    layer = stir(getattr(host.T, name)(D, *options, using_cache=True)).eval()
+    layer = host.T.InverseTransform(layer) if inverted else layer
+    layer.inverse(torch.randn(2, D))
+    inner = layer._transform if inverted else layer
+    with torch.no_grad():
+        for n, p in inner.named_parameters():
+            if "diag" in n:
+                p.add_(-3.0 if inverted else 3.0)
+    reached, bound, _ = exceeded(layer, host=host)
+    assert 0.1 * bound < reached <= bound
+    inner.train()
+    reached, bound, _ = exceeded(layer, host=host)
+    assert 0.1 * bound < reached <= bound
+
+
+@pytest.mark.parametrize("size", [1e-30, 2e-21, 1e-18, 1e-12, 1e12, 1e25])
+def test_reflections_by_vectors_of_any_length_keep_their_bound(host, size):
+    layer = stir(host.T.HouseholderSequence(D, 3))
+    with torch.no_grad():
+        layer.q_vectors.mul_(size)
+    # Turned and turned back, as it is not by what underflows.
+    back = host.T.InverseTransform(host.T.HouseholderSequence(D, 3))
+    back._transform.q_vectors = nn.Parameter(layer.q_vectors.detach() / size)
+    z = torch.cartesian_prod(*[torch.tensor([-RADIUS, RADIUS])] * D)
+    flow = host.flow(layer, back)
+    with torch.no_grad():
+        x = flow._transform.inverse(z)[0]
+    assert x.abs().nan_to_num(math.inf).max().item() <= flowguard.certify(flow).bound(RADIUS)
+
+
+def test_indices_that_are_no_permutation_are_named(host):
+    layer = host.T.Permutation(torch.tensor([0, 0, 0, 0]))
+    flow = host.flow(host.T.InverseTransform(layer), stir(host.T.HouseholderSequence(D, 3)))
+    (refused,) = flowguard.certify(flow).refused
+    assert "no permutation" in refused.reason
+
+
+def test_the_map_that_a_layer_runs_is_the_one_that_counts(host):
+    layer = ours.RobustSplineCouplingTransform(MASK, host.net)
+    other = ours.RobustSplineCouplingTransform(MASK, host.net, tail_bound=50.0, shift_bound=30.0)
+    layer.head = other.head
+    nn.init.constant_(layer.head.get_parameter("gain") if layer.head.gain is not None else
+                      layer.transform_net.final_layer.bias, 100.0)  # fmt: skip
+    y = torch.zeros(512, CONTEXT)
+    reached, bound, _ = exceeded(layer, lambda z: layer.inverse(z, y), host=host)
+    assert reached <= bound
+
+
+def test_a_foreign_unconditional_part_is_named(host):
+    layer = ours.RobustSplineCouplingTransform(MASK, host.net)
+    layer.unconditional_transform = host.T.PointwiseAffineTransform(scale=1e-3)
+    y = torch.zeros(512, CONTEXT)
+    reached, bound, reasons = exceeded(layer, lambda z: layer.inverse(z, y), host=host)
+    assert reached <= bound
+    assert "RobustSplineCDF" in reasons
+
+
+@pytest.mark.parametrize("kind", ["LULinear", "QRLinear", "SVDLinear", "NaiveLinear"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e-2, 1e-4, 1e-6, 1e-9])
+def test_nearly_singular_matrices_keep_their_bound(host, kind, dtype, scale):
+    layer = {
+        "LULinear": lambda: host.T.LULinear(D, identity_init=False),
+        "QRLinear": lambda: stir(host.T.QRLinear(D, 3)),
+        "SVDLinear": lambda: stir(host.T.SVDLinear(D, 2, identity_init=False)),
+        "NaiveLinear": lambda: host.T.NaiveLinear(D),
+    }[kind]().to(dtype)
+    with torch.no_grad():
+        if kind == "NaiveLinear":
+            least = max(scale, 3 * torch.finfo(dtype).eps)
+            layer._weight.copy_(1 + least * torch.randn(D, D, dtype=dtype))
+        elif kind == "SVDLinear":
+            layer.eps = 1e-30
+            layer.unconstrained_diagonal[0] = math.log(scale)
+        else:
+            layer.upper_entries.copy_(torch.randn(6, dtype=dtype) / scale)
+        if kind == "LULinear":
+            layer.lower_entries.copy_(torch.randn(6, dtype=dtype) / scale)
+    z = RADIUS * torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * D).to(dtype)
+    flow = host.flow(layer)
+    bound = flowguard.certify(flow).bound(RADIUS)
+    try:
+        with torch.no_grad():
+            reached = layer.inverse(z)[0].abs().nan_to_num(math.inf).max().item()
+    except RuntimeError:  # of the old solver, which torch has given up
+        assert kind == "NaiveLinear"
+        return
+    assert reached <= bound
+
+
+SQUASHED = {"Sigmoid": 1.0, "Tanh": 1.0, "CauchyCDF": 1.0}
+
+
+@pytest.mark.parametrize("name", SQUASHED)
+def test_what_squashes_is_bounded_in_one_direction(host, name):
+    layer = host.T.InverseTransform(getattr(host.T, name, getattr(nonlinearities(host), name))())
+    reached, bound, _ = exceeded(layer, radius=1e6, host=host)
+    assert 0.99 < reached <= bound == pytest.approx(SQUASHED[name], rel=1e-5)
+    certificate = flowguard.certify(layer._transform)
+    assert "InputOutsideDomain" in certificate.refused[0].reason
+
+
+def nonlinearities(host):
+    return importlib.import_module(f"{host.T.__name__}.nonlinearities")
+
+
+def test_the_inverse_of_a_cumulative_distribution_goes_both_ways(host):
+    layer = nonlinearities(host).CauchyCDFInverse()
+    assert flowguard.certify(layer).bound(1e6) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_a_diagonal_base_is_bounded_by_its_constants(host):
+    normal = importlib.import_module(f"{host.distributions.__name__}.normal")
+    base = normal.DiagonalNormal([D])
+    nn.init.normal_(base.mean_)
+    nn.init.normal_(base.log_std_)
+    certificate = flowguard.certify(host.Flow(host.T.IdentityTransform(), base))
+    expected = (base.mean_.abs() + RADIUS * base.log_std_.exp()).max().item()
+    assert certificate.bound(RADIUS) == pytest.approx(expected, rel=1e-5)
+    assert certificate.event_size == D
+    assert certificate.bound(confidence=0.99) > 0
+
+
+@pytest.mark.parametrize("name", ["coupling", "autoregressive"])
+def test_splines_keep_their_bound_in_half_precision(host, name):
+    if name == "coupling":
+        layer = ours.RobustSplineCouplingTransform(
+            MASK, host.net, tail_bound=5.3, shift_bound=3.7, apply_unconditional_transform=True
+        )
+    else:
+        layer = ours.MaskedRobustSplineAutoregressiveTransform(
+            D, 16, CONTEXT, tail_bound=5.3, shift_bound=3.7
+        )
+    flow = host.flow(stir(layer, 30.0)).to(torch.bfloat16)
+    bound = flowguard.certify(flow).bound(RADIUS)
+    z = (RADIUS * (2 * torch.rand(2000, D) - 1)).bfloat16()
+    with torch.no_grad():
+        x = flow._transform.inverse(z, 100 * torch.randn(2000, CONTEXT).bfloat16())[0]
+    assert 0.8 * bound < x.abs().max().item() <= bound < 7.5

@@ -1,0 +1,195 @@
+r"""Linear systems that a layer solves in its own arithmetic, however close to singular.
+
+For :math:`A x = b` a layer computes some :math:`\hat x` with :math:`(A + \Delta) \hat x = b` and
+:math:`|\Delta| \leq \gamma S`, where :math:`S = |A|` if :math:`A` is triangular, and the product of
+the absolute values of its factors otherwise (Higham, Accuracy and Stability of Numerical
+Algorithms, 2002, theorems 8.5 and 9.4). So
+
+.. math:: |\hat x - x| \leq P |\hat x| \leq (I - P)^{-1} P \, |x|, \quad P = \gamma |A^{-1}| S
+
+as long as :math:`(I - P)^{-1} \geq 0`; the bound of first order, :math:`P |x|`, holds for
+well-conditioned matrices only. The inverse itself is known in the same way: :math:`A X = I - R` for
+a computed :math:`X`, and so :math:`|A^{-1} - X| \leq |X| (I - |R|)^{-1} |R|`.
+"""
+
+__all__ = ["FINE", "Solution", "solution"]
+
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flowguard.bounds.regions import Region
+from flowguard.bounds.steps import Refused, Step, constant
+
+#: The rounding of float64, which the certificate is computed in.
+FINE = 2.0**-53
+
+#: How often the sum of a series is doubled, at most.
+DOUBLINGS = 64
+
+#: What counts as one operation: a layer may also invert its factors, and multiply those.
+SLACK = 3
+
+#: The largest number of the dtypes that systems are solved in.
+LARGEST = torch.finfo(torch.float32).max
+
+SINGULAR = "its matrix is singular, or too close to it"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solution(Step):
+    r"""The solution :math:`x = A^{-1} b` of a system with a constant matrix, factor by factor.
+
+    Arguments:
+        inverse: The inverse :math:`X`, as computed, with shape :math:`(C, C)`.
+        distance: A bound of :math:`|A^{-1} - X|`, with shape :math:`(C, C)`.
+        sizes: Bounds of the absolute values of the inverse of each factor, in the order in which
+            they are solved with, with shape :math:`(n, C, C)`.
+        spreads: The matrices :math:`S_i` of each factor, with shape :math:`(n, C, C)`.
+        work: The relative error of one operation of the solver, if it is finer than the model.
+    """
+
+    inverse: Tensor
+    distance: Tensor
+    sizes: Tensor
+    spreads: Tensor
+    work: float | None = None
+
+    @property
+    def features(self) -> int:
+        r"""The number of columns of the inverse."""
+        return self.inverse.shape[1]
+
+    def through(self, region: Region, radius: float, roundoff: float) -> Region:
+        r"""Returns the region of :math:`A^{-1} b`, with the rounding error of the solver and that
+        of a product, which a layer may use in its place; without end where the matrix is so close
+        to singular that the computed solution may be anything."""
+        error, peak = self._error(roundoff)
+        far = region.largest
+        # A solution that overflows on the way is lost, however small it would have been.
+        if not peak < math.inf or (far <= LARGEST and not peak * far <= LARGEST):
+            return Region.cube(torch.full_like(region.box, math.inf))
+        slack = region.box @ (self.distance + error).T
+        out = region.linear(self.inverse, torch.zeros_like(self.inverse), 0.0)
+        ball = out.ball + slack.norm(dim=1)
+        return replace(out, box=out.box + slack, ball=ball, own=out.own + slack)
+
+    def _error(self, roundoff: float) -> tuple[Tensor, float]:
+        r"""A matrix :math:`E` such that the rounding error is at most :math:`E |b|`, and the
+        largest number on the way for :math:`|b| \leq 1`."""
+        work = roundoff if self.work is None else min(self.work, roundoff)
+        operations = SLACK * (self.features + 3)
+        reach = torch.eye(self.features, dtype=self.inverse.dtype)
+        error, peak = torch.zeros_like(reach), 1.0
+        for size, spread in zip(self.sizes, self.spreads, strict=True):
+            grown = _resolvent(_gamma(operations, work) * (size @ spread))
+            if grown is None:
+                return error, math.inf
+            exact = size @ reach
+            error = size @ error + grown @ exact
+            reach = exact + grown @ exact
+            peak = max(peak, *(_largest(t) for t in (reach, spread @ reach)))
+        return error + _gamma(operations, roundoff) * reach, peak
+
+
+def solution(
+    *factors: Tensor, name: str = "", depends: str = "not at all", work: float | None = None
+) -> Solution | Refused:
+    r"""Returns the step of a system :math:`A_1 \cdots A_n x = b`, refused if it has no solution.
+
+    Arguments:
+        factors: The matrices :math:`A_i`, with shape :math:`(C, C)`, as the layer has them.
+        name: The name of the part of the layer.
+        depends: How the step depends on the condition, in words.
+        work: The relative error of one operation of the solver, if it is finer than the model.
+
+    Example:
+        >>> step = solution(torch.tensor([[2.0, 0.0], [1.0, 4.0]]))
+        >>> step.inverse
+        tensor([[ 0.5000,  0.0000],
+                [-0.1250,  0.2500]], dtype=torch.float64)
+        >>> solution(torch.zeros(2, 2)).reason
+        'its matrix is singular, or too close to it'
+    """
+    parts = [_inverted(constant(t)) for t in factors]
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
+        return Refused(name=name, reason=SINGULAR, depends=depends)
+    inverse = torch.eye(known[0].inverse.shape[0], dtype=torch.float64)
+    distance = torch.zeros_like(inverse)
+    rounding = _gamma(len(inverse) + 3, FINE)
+    for part in known:
+        product = part.inverse.abs() @ inverse.abs()
+        distance = part.size @ distance + part.distance @ inverse.abs() + rounding * product
+        inverse = part.inverse @ inverse
+    return Solution(
+        name=name,
+        depends=depends,
+        inverse=inverse,
+        distance=distance,
+        sizes=torch.stack([part.size for part in known]),
+        spreads=torch.stack([part.spread for part in known]),
+        work=work,
+    )
+
+
+class _Inverted(NamedTuple):
+    inverse: Tensor
+    distance: Tensor
+    size: Tensor
+    spread: Tensor
+
+
+def _inverted(matrix: Tensor) -> _Inverted | None:
+    r"""What is known of the inverse of a factor."""
+    eye = torch.eye(len(matrix), dtype=matrix.dtype)
+    upper, lower = (torch.equal(matrix, t) for t in (matrix.triu(), matrix.tril()))
+    if upper or lower:
+        if not bool((matrix.diagonal() != 0).all()):
+            return None
+        inverse = torch.linalg.solve_triangular(matrix, eye, upper=upper)
+        spread = matrix.abs()
+    else:
+        inverse, info = torch.linalg.inv_ex(matrix)
+        if info.item() or not bool(inverse.isfinite().all()):
+            return None
+        # The layer may choose other pivots where two are equal up to rounding, and gets other
+        # factors, of the same size: so no element counts for less than what it may grow to.
+        p, left, right = torch.linalg.lu(matrix)
+        spread = p @ (left.abs() @ right.abs()) + right.abs().max()
+    size = inverse.abs()
+    residual = (eye - matrix @ inverse).abs()
+    residual = residual + _gamma(len(matrix) + 3, FINE) * (matrix.abs() @ size + eye)
+    grown = _resolvent(residual)
+    if grown is None:
+        return None
+    distance = size @ grown
+    return _Inverted(inverse, distance, size + distance, spread)
+
+
+def _resolvent(p: Tensor) -> Tensor | None:
+    r"""The series :math:`P + P^2 + \dots = (I - P)^{-1} P` of a matrix :math:`P \geq 0`, if it
+    converges."""
+    total, power = p, p
+    for _ in range(DOUBLINGS):
+        if not bool(total.isfinite().all()):
+            break
+        if _largest(power) <= FINE:
+            return total
+        # All is positive: nothing cancels, and what is zero stays so.
+        total, power = total + power @ total, power @ power
+    return None
+
+
+def _largest(matrix: Tensor) -> float:
+    r"""The largest number that the matrix makes of numbers up to one."""
+    return torch.linalg.matrix_norm(matrix, math.inf).item()
+
+
+def _gamma(operations: int, roundoff: float) -> float:
+    r"""The relative error of that many operations after one another."""
+    share = operations * roundoff
+    return share / (1 - share) if share < 1 else math.inf
