@@ -1,7 +1,7 @@
 r"""The rules of torch's own transforms, with constants, of what combines transforms, and of the
 modules that hold one other and do nothing but call it."""
 
-__all__ = ["affine", "after"]
+__all__ = ["affine", "after", "squashed"]
 
 from collections.abc import Iterator
 from functools import partial, reduce
@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from flowguard.bounds.regions import Envelope
 from flowguard.bounds.rules import envelope, envelope_rule, rule, steps, within
 from flowguard.bounds.steps import Refused, Scale, Step, constant
+from flowguard.bounds.univariate import conditional
 from flowguard.transforms import InverseTransform
 
 
@@ -61,7 +62,34 @@ def affine(factor: Tensor, shift: Tensor, sampling: bool) -> Step:
 
 @rule(transforms.AffineTransform)
 def _constant_affine(f: transforms.AffineTransform, sampling: bool) -> Iterator[Step]:
-    yield affine(constant(torch.as_tensor(f.scale)), constant(torch.as_tensor(f.loc)), sampling)
+    yield affine(_number(f.scale), _number(f.loc), sampling)
+
+
+def _number(value: Tensor | float) -> Tensor:
+    # A plain number has the dtype of what it is multiplied with, which may be float64.
+    return constant(torch.as_tensor(value, dtype=torch.float64))
+
+
+SQUASHING = (transforms.SigmoidTransform, transforms.TanhTransform)
+
+
+@rule(*SQUASHING)
+def _squash(f: transforms.Transform, sampling: bool) -> Iterator[Step]:
+    yield conditional(envelope(f, sampling))
+
+
+@envelope_rule(*SQUASHING)
+def _squash_envelope(f: transforms.Transform, sampling: bool) -> Envelope:
+    return Envelope(reason="its inverse has poles") if sampling else squashed(1.0)
+
+
+def squashed(bound: float) -> Envelope:
+    r"""What is known of a map onto an interval.
+
+    Arguments:
+        bound: The largest absolute value in it.
+    """
+    return Envelope(0.0, 0.0, floor=bound, depends="not at all", roundings=4)
 
 
 @envelope_rule(transforms.ComposeTransform)

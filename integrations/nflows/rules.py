@@ -10,6 +10,7 @@ __all__ = ["flow_steps", "is_base", "register", "unknown_noise"]
 import math
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from flowguard.bounds import (
     Join,
     Noise,
     Permute,
+    Pointwise,
     Refused,
     Scale,
     Step,
@@ -30,9 +32,11 @@ from flowguard.bounds import (
     constant,
     envelope,
     rule,
+    steps,
     within,
 )
 from flowguard.bounds.attack import Sampler, Tensors, sampler
+from flowguard.image import Robust
 
 from . import rules_linear as linear
 from .autoregressive import MaskedRobustSplineAutoregressiveTransform
@@ -40,11 +44,14 @@ from .base import MultiscaleNormal
 from .coupling import RobustSplineCDF, RobustSplineCouplingTransform
 from .host import CANDIDATES, HOST, part
 from .image import ConditionalMultiscaleTransform, RobustFlowStep
+from .spline import SplineHead
 
 Rule = Callable[[Any, bool], Iterator[Step]]
 
 #: What counts as no bound, of an activation that is tried out.
 FAR = 1e6
+
+PENDING = "its next batch initialises it: run one first, or switch to evaluation mode"
 
 
 def flow_steps(flow: Any, sampling: bool) -> Iterator[Step]:
@@ -58,23 +65,34 @@ def flow_steps(flow: Any, sampling: bool) -> Iterator[Step]:
         yield Refused(reason="a flow is bounded in its sampling direction only")
         return
     parts = within("_transform", flow._transform)
-    size = next((s.features for s in parts if s.features is not None), 1)
-    yield _base(flow._distribution, size)
+    base = flow._distribution
+    shape = getattr(base, "_shape", None) or (1,)
+    size = next((s.features for s in parts if s.features is not None), shape[0])
+    yield from _base(base, size)
     yield from parts
 
 
-def _base(base: Any, size: int) -> Step:
+def _base(base: Any, size: int) -> Iterator[Step]:
     name, kind = "_distribution", type(base).__name__
     if isinstance(base, MultiscaleNormal):
-        return Noise(name=name, kind=kind, size=size)
-    if is_base(base, "StandardNormal"):
-        return Noise(name=name, kind=kind, size=size, event=base._shape.numel())
-    if isinstance(base, Distribution):  # of torch, which knows no context
-        return Noise(name=name, kind=kind, size=size, normal=False)
-    reason = "flowguard does not know how far its noise may reach"
-    if is_base(base, "ConditionalDiagonalNormal"):
-        reason = "its mean and its scale depend on the context without bound"
-    return Refused(name=name, kind=kind, reason=reason)
+        yield Noise(name=name, kind=kind, size=size)
+    elif is_base(base, "StandardNormal"):
+        yield Noise(name=name, kind=kind, size=size, event=base._shape.numel())
+    elif is_base(base, "DiagonalNormal"):
+        yield Noise(name=name, kind=kind, size=size, event=base._shape.numel())
+        mean, scale = constant(base.mean_).flatten(), constant(base.log_std_).exp().flatten()
+        if len(mean) == size:
+            yield Scale(name=name, kind=kind, factor=scale, offset=mean)
+        else:
+            g = Envelope(scale.max().item(), mean.abs().max().item(), roundings=6)
+            yield Pointwise(name=name, kind=kind, envelope=g)
+    elif isinstance(base, Distribution):  # of torch, which knows no context
+        yield Noise(name=name, kind=kind, size=size, normal=False)
+    else:
+        reason = "flowguard does not know how far its noise may reach"
+        if is_base(base, "ConditionalDiagonalNormal"):
+            reason = "its mean and its scale depend on the context without bound"
+        yield Refused(name=name, kind=kind, reason=reason)
 
 
 def is_base(base: Any, name: str) -> bool:
@@ -94,6 +112,15 @@ def _composite(layer: Any, sampling: bool) -> Iterator[Step]:
         yield from within(f"_transforms.{name}", child, sampling)
 
 
+def _robust_step(layer: Any, sampling: bool) -> Iterator[Step]:
+    normed = layer._transforms[0]
+    if not sampling and normed.pending:
+        name, kind = "_transforms.0", type(normed).__name__
+        yield Refused(name=name, kind=kind, reason=PENDING, depends="not at all")
+        return
+    yield from _composite(layer, sampling)
+
+
 def _inverted(layer: Any, sampling: bool) -> Iterator[Step]:
     yield from within("_transform", layer._transform, not sampling)
 
@@ -108,7 +135,7 @@ def _multiscale(layer: Any, sampling: bool) -> Iterator[Step]:
     shapes = [tuple(map(int, shape)) for shape in layer._output_shapes]
     *rest, (name, last) = layer._transforms.named_children()
     yield Noise(name="latents", size=shapes[-1][0])
-    yield from within(f"_transforms.{name}", last)
+    yield from _level(f"_transforms.{name}", last)
     inner = math.prod(shapes.pop())  # the elements that have come through
     for (name, child), shape in zip(reversed(rest), reversed(shapes), strict=True):
         joined, hidden = shape[0], inner // math.prod(shape[1:])
@@ -116,32 +143,54 @@ def _multiscale(layer: Any, sampling: bool) -> Iterator[Step]:
         # The latents come first, and then what has come through.
         order = torch.arange(hidden + joined).roll(joined)
         yield Permute(name=f"latents.{name}", order=order)
-        yield from within(f"_transforms.{name}", child)
+        yield from _level(f"_transforms.{name}", child)
         inner += math.prod(shape)
 
 
-def _spline(layer: Any, sampling: bool, name: str = "", mask: Tensor | None = None) -> Step:
+def _level(name: str, transform: Any) -> list[Step]:
+    parts = within(name, transform)
+    if not any(isinstance(part, Noise) for part in parts):
+        return parts
+    # What is left of the latents there would count as all of them for the levels after it.
+    kind = type(transform).__name__
+    return [Refused(name=name, kind=kind, reason="a multiscale transform within another")]
+
+
+def _spline(layer: Any, sampling: bool) -> Iterator[Step]:
+    r"""The step of a layer or a head with a family of splines."""
+    if type(layer.map) is not Robust:
+        yield Refused(reason=f"flowguard knows no bound of {type(layer.map).__name__}")
+        return
     f = layer.map.transform(torch.zeros(1, 1, layer.map.parameters))
-    kind = f"{type(layer).__name__}[{type(f).__name__}]"
-    return conditional(envelope(f, sampling), name, kind, mask)
+    yield conditional(envelope(f, sampling), kind=f"{type(layer).__name__}[{type(f).__name__}]")
+
+
+def _masked(parts: list[Step], mask: Tensor, kind: str) -> Iterator[Step]:
+    r"""The steps of a map, of these features."""
+    for part in parts:
+        if isinstance(part, Pointwise):
+            yield replace(part, mask=mask, kind=part.kind.replace("SplineHead", kind))
+        elif isinstance(part, Refused):
+            yield replace(part, kind=part.kind.replace("SplineHead", kind))
+        else:
+            reason = f"only a RobustSplineCDF may be its unconditional part; got {part.kind}"
+            yield Refused(name=part.name, kind=part.kind, reason=reason)
 
 
 def _robust_coupling(layer: Any, sampling: bool) -> Iterator[Step]:
     moved = torch.zeros(layer.features, dtype=torch.bool)
     moved[layer.transform_features.cpu()] = True
-    yield _spline(layer, sampling, mask=moved)
+    kind = type(layer).__name__
+    yield from _masked(steps(layer.head, sampling), moved, kind)
     free = layer.unconditional_transform
     if free is not None:
         # What the two act on does not overlap, so that their order does not matter.
-        yield _spline(free, sampling, "unconditional_transform", mask=~moved)
+        yield from _masked(within("unconditional_transform", free, sampling), ~moved, kind)
 
 
 def _robust_autoregressive(layer: Any, sampling: bool) -> Iterator[Step]:
-    yield _spline(layer, sampling, mask=torch.ones(layer.features, dtype=torch.bool))
-
-
-def _robust_cdf(layer: Any, sampling: bool) -> Iterator[Step]:
-    yield _spline(layer, sampling)
+    everything = torch.ones(layer.features, dtype=torch.bool)
+    yield from _masked(steps(layer.head, sampling), everything, type(layer).__name__)
 
 
 def _affine(layer: Any, sampling: bool) -> Iterator[Step]:
@@ -194,13 +243,18 @@ def _their_spline(layer: Any, sampling: bool) -> Iterator[Step]:
 
 def _permutation(layer: Any, sampling: bool) -> Iterator[Step]:
     order = layer._permutation
-    if layer._dim == 1:
+    if not torch.equal(order.sort().values, torch.arange(len(order), device=order.device)):
+        yield Refused(reason="its indices are no permutation", depends="not at all")
+    elif layer._dim == 1:
         yield Permute(order=torch.argsort(order) if sampling else order)
     else:
         yield Flatten()  # of positions: what differed among them may be anywhere
 
 
 def _actnorm(layer: Any, sampling: bool) -> Iterator[Step]:
+    if not sampling and layer.training and not bool(layer.initialized):
+        yield Refused(reason=PENDING, depends="not at all")
+        return
     scale, shift = torch.exp(constant(layer.log_scale)), constant(layer.shift)
     if sampling:
         yield Scale(factor=1 / scale, offset=-shift / scale)
@@ -209,6 +263,10 @@ def _actnorm(layer: Any, sampling: bool) -> Iterator[Step]:
 
 
 def _batchnorm(layer: Any, sampling: bool) -> Iterator[Step]:
+    if not sampling and layer.training:
+        reason = "in training mode it divides by the statistics of its batch"
+        yield Refused(reason=reason, depends="not at all")
+        return
     with torch.no_grad():
         weight, bias = constant(layer.weight), constant(layer.bias)
     mean, std = constant(layer.running_mean), (constant(layer.running_var) + layer.eps).sqrt()
@@ -233,18 +291,19 @@ def _nothing(layer: Any, sampling: bool) -> Iterator[Step]:
 
 
 def _pointwise(layer: Any, sampling: bool) -> Iterator[Step]:
-    # Its constants may belong to features or to positions: the largest holds for all.
-    scale, shift = constant(layer._scale), constant(layer._shift)
-    gain, offset = scale.max().item(), shift.abs().max().item()
-    if sampling:
-        gain, offset = 1 / scale.min().item(), (shift.abs() / scale.min()).max().item()
-    g = Envelope(gain=gain, offset=offset, depends="not at all", roundings=4)
+    # Its constants may belong to features or to positions: the largest holds for all. A scale that
+    # was loaded may be negative.
+    scale, shift = constant(layer._scale).abs(), constant(layer._shift).abs()
+    factor = 1 / scale if sampling else scale
+    gain, offset = factor.max().item(), shift.max().item()
+    g = Envelope(gain, gain * offset if sampling else offset, depends="not at all", roundings=4)
     yield conditional(g)
 
 
 def _leaky_relu(layer: Any, sampling: bool) -> Iterator[Step]:
-    slope = 1 / layer.negative_slope if sampling else layer.negative_slope
-    yield conditional(Envelope(gain=max(1.0, slope), offset=0.0, depends="not at all"))
+    slope = torch.tensor(float(layer.negative_slope), dtype=torch.float64).abs()
+    gain = (1 / slope if sampling else slope).item()
+    yield conditional(Envelope(gain=max(1.0, gain), offset=0.0, depends="not at all"))
 
 
 def _squash(layer: Any, sampling: bool) -> Iterator[Step]:
@@ -265,12 +324,16 @@ TRANSFORMS: dict[str, Rule] = {
     "AffineCouplingTransform": _affine,
     "AffineTransform": _pointwise,
     "BatchNorm": _batchnorm,
+    "CauchyCDF": _squash,
+    "CauchyCDFInverse": _inverted,
+    "CompositeCDFTransform": _composite,
     "CompositeTransform": _composite,
     "HouseholderSequence": linear.householder,
     "IdentityTransform": _nothing,
     "InverseTransform": _inverted,
     "LULinear": linear.lu,
     "LeakyReLU": _leaky_relu,
+    "Logit": _inverted,
     "MaskedAffineAutoregressiveTransform": _affine_autoregressive,
     "MaskedPiecewiseCubicAutoregressiveTransform": _refused(CUBES),
     "MaskedPiecewiseLinearAutoregressiveTransform": _refused(CUBES),
@@ -334,10 +397,11 @@ def register(host: str) -> None:
     Arguments:
         host: The name of its package.
     """
-    transforms = part("transforms", host)
+    homes = [part(name, host) for name in ("transforms", "transforms.nonlinearities")]
     for name, function in TRANSFORMS.items():
-        if hasattr(transforms, name):
-            rule(getattr(transforms, name))(function)
+        for home in homes:
+            if hasattr(home, name):
+                rule(getattr(home, name))(function)
     flow = part("flows.base", host).Flow
     rule(flow)(flow_steps)
     sampler.register(flow)(_sample)
@@ -345,8 +409,8 @@ def register(host: str) -> None:
 
 rule(ConditionalMultiscaleTransform)(_multiscale)
 rule(MaskedRobustSplineAutoregressiveTransform)(_robust_autoregressive)
-rule(RobustFlowStep)(_composite)
-rule(RobustSplineCDF)(_robust_cdf)
+rule(RobustFlowStep)(_robust_step)
+rule(RobustSplineCDF, SplineHead)(_spline)
 rule(RobustSplineCouplingTransform)(_robust_coupling)
 for _host in {HOST, *(host for host in CANDIDATES if f"{host}.transforms" in sys.modules)}:
     register(_host)

@@ -8,28 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowguard.bounds import Linear, Permute, Refused, Scale, Step, constant
+from flowguard.bounds import Linear, Refused, Scale, Step, constant, within
+from flowguard.bounds.solution import solution
 
-#: What a layer may compute with: products, substitutions, or the product of both in advance.
+#: What a layer may compute with: products factor by factor, or with the product of all in advance.
 SLACK = 3
 
 
-def _product(name: str, matrix: Tensor) -> Step:
-    return Linear(name=name, matrix=matrix, error=SLACK * matrix.abs())
-
-
-def _solution(name: str, *factors: Tensor) -> Step:
-    r"""The solution of a system with the product of these factors."""
-    matrix = torch.linalg.multi_dot(factors) if len(factors) > 1 else factors[0]
-    inverse, info = torch.linalg.inv_ex(matrix)
-    if info.item():
-        return Refused(name=name, reason="its matrix is singular")
-    # Substitution is not a product with the inverse (Higham, 2002, theorems 8.5 and 9.4).
-    size = factors[0].abs()
+def _product(name: str, *factors: Tensor) -> Step:
+    matrix, error = factors[0], SLACK * factors[0].abs()
     for factor in factors[1:]:
-        size = size @ factor.abs()
-    error = SLACK * inverse.abs() @ size @ inverse.abs()
-    return Linear(name=name, matrix=inverse, error=error)
+        matrix, error = matrix @ factor, error @ factor.abs()
+    return Linear(name=name, matrix=matrix, error=error)
 
 
 def _shifted(layer: Any, sampling: bool, parts: list[Step]) -> Iterator[Step]:
@@ -37,62 +27,77 @@ def _shifted(layer: Any, sampling: bool, parts: list[Step]) -> Iterator[Step]:
     bias = constant(layer.bias)
     sign = -1 if sampling else 1
     shift = Scale(name="bias", factor=torch.ones_like(bias), offset=sign * bias)
+    parts = _cached(layer, sampling) or parts
     yield from [shift, *reversed(parts)] if sampling else [*parts, shift]
+
+
+def _cached(layer: Any, sampling: bool) -> list[Step]:
+    r"""The step of the matrix that a layer has stored, and uses whatever its weights are by now;
+    or will store, as it computes that; none if it does not use any."""
+    if not layer.using_cache or layer.training:
+        return []
+    name, cache = "cache", layer.cache
+    stored = cache.inverse if sampling else cache.weight
+    if stored is None:
+        with torch.no_grad():
+            try:
+                stored = layer.weight_inverse() if sampling else layer.weight()
+            except (RuntimeError, AttributeError):
+                return [Refused(name=name, reason="its cache cannot be computed: switch it off")]
+    return [_product(name, constant(stored))]
 
 
 def naive(layer: Any, sampling: bool) -> Iterator[Step]:
     r"""The rule of ``NaiveLinear``."""
-    matrix = constant(layer._weight)
-    if not sampling:
-        yield from _shifted(layer, sampling, [_product("_weight", matrix)])
-        return
-    p, lower, upper = torch.linalg.lu(matrix)
-    yield from _shifted(layer, sampling, [_solution("_weight", p @ lower, upper)])
+    matrix, name = constant(layer._weight), "_weight"
+    step = solution(matrix, name=name) if sampling else _product(name, matrix)
+    yield from _shifted(layer, sampling, [step])
 
 
 def lu(layer: Any, sampling: bool) -> Iterator[Step]:
     r"""The rule of ``LULinear``."""
     with torch.no_grad():
         lower, upper = map(constant, layer._create_lower_upper())
-    form = _solution if sampling else _product
-    yield from _shifted(layer, sampling, [form("upper", upper), form("lower", lower)])
+    form = _solved if sampling else _product
+    yield from _shifted(layer, sampling, [form("lower, upper", lower, upper)])
+
+
+def _solved(name: str, *factors: Tensor) -> Step:
+    return solution(*factors, name=name)
 
 
 def conv(layer: Any, sampling: bool) -> Iterator[Step]:
     r"""The rule of ``OneByOneConvolution``, a permutation before a linear map."""
-    order = layer.permutation._permutation
-    if sampling:
-        yield from lu(layer, sampling)
-        yield Permute(name="permutation", order=torch.argsort(order))
-    else:
-        yield Permute(name="permutation", order=order)
-        yield from lu(layer, sampling)
+    permutation = within("permutation", layer.permutation, sampling)
+    linear = list(lu(layer, sampling))
+    yield from [*linear, *permutation] if sampling else [*permutation, *linear]
 
 
 def householder(layer: Any, sampling: bool) -> Iterator[Step]:
     r"""The rule of ``HouseholderSequence``."""
-    yield _reflections("q_vectors", layer, sampling)
-
-
-def _reflections(name: str, layer: Any, sampling: bool) -> Step:
+    name = "q_vectors"
+    squares = layer.q_vectors.detach().square().sum(-1)
+    info = torch.finfo(squares.dtype)
+    if not bool(((squares >= info.tiny**0.5) & (squares <= info.max**0.5)).all()):
+        reason = "the square of one of its normal vectors under- or overflows: scale that vector"
+        yield Refused(name=name, reason=reason, depends="not at all")
+        return
     vectors = constant(layer.q_vectors)
     matrix = torch.eye(vectors.shape[1], dtype=vectors.dtype)
     for v in vectors:
         matrix = matrix - torch.outer(v, v @ matrix) * (2 / v.square().sum())
-    if not bool(matrix.isfinite().all()):
-        return Refused(name=name, reason="one of its reflections has a normal vector of zero")
     # Each reflection errs by at most three times the norm of x, and the others keep that.
     error = torch.full_like(matrix, SLACK * 4.0 * len(vectors))
-    return Linear(name=name, matrix=matrix.T if sampling else matrix, error=error)
+    yield Linear(name=name, matrix=matrix.T if sampling else matrix, error=error)
 
 
 def qr(layer: Any, sampling: bool) -> Iterator[Step]:
     r"""The rule of ``QRLinear``."""
     with torch.no_grad():
         upper = constant(layer._create_upper())
-    form = _solution if sampling else _product
-    rotation = _reflections("orthogonal", layer.orthogonal, sampling)
-    yield from _shifted(layer, sampling, [form("upper", upper), rotation])
+    form = _solved if sampling else _product
+    rotation = within("orthogonal", layer.orthogonal, sampling)
+    yield from _shifted(layer, sampling, [form("upper", upper), *rotation])
 
 
 def svd(layer: Any, sampling: bool) -> Iterator[Step]:
@@ -101,8 +106,8 @@ def svd(layer: Any, sampling: bool) -> Iterator[Step]:
         diagonal = constant(layer.diagonal)
     factor = 1 / diagonal if sampling else diagonal
     parts = [
-        _reflections("orthogonal_2", layer.orthogonal_2, sampling),
+        *within("orthogonal_2", layer.orthogonal_2, sampling),
         Scale(name="diagonal", factor=factor, offset=torch.zeros_like(factor)),
-        _reflections("orthogonal_1", layer.orthogonal_1, sampling),
+        *within("orthogonal_1", layer.orthogonal_1, sampling),
     ]
     yield from _shifted(layer, sampling, parts)

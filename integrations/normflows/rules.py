@@ -221,7 +221,8 @@ def _map(layer: Any, sampling: bool) -> tuple[Envelope, str]:
     f = layer.univariate(*(torch.zeros(shape) for shape in layer.shapes))
     g = envelope(f, sampling)
     if not g.reason:
-        g = g._replace(reason=undetermined(layer.univariate))
+        reason = undetermined(layer.univariate)
+        g = Envelope(reason=reason) if reason else g
     return g, f"{type(layer).__name__}[{type(f).__name__}]"
 
 

@@ -8,14 +8,16 @@ whatever its parameters are; a transform without condition, by its own constants
 __all__: list[str] = []
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
+from inspect import ismethod
 from typing import Any
 
 import torch
 import zuko
 from torch import Tensor
+from torch.distributions import Distribution, Independent, Normal, Transform
 
 from flowguard.bounds import (
     Envelope,
@@ -34,10 +36,12 @@ from flowguard.bounds import (
     within,
 )
 from flowguard.bounds.attack import Sampler, Tensors, sampler
-from flowguard.bounds.torch_rules import affine, after
+from flowguard.bounds.solution import solution
+from flowguard.bounds.torch_rules import affine, after, squashed
+from flowguard.bounds.univariate import undetermined
 
 from .flows import GuardedFlow
-from .image import ConditionalMultiscaleTransform, MultiscaleFlow
+from .image import ConditionalMultiscaleTransform, MultiscaleFlow, MultiscaleTransform
 
 T = zuko.transforms
 # zuko has its additive transform from 1.5 on; before, there is nothing to bound.
@@ -46,26 +50,54 @@ ADDITIVE: tuple[type, ...] = tuple(
 )
 
 
+SAMPLING_ONLY = "a flow is bounded in its sampling direction only"
+
+
 @rule(zuko.lazy.Flow)
 def _flow(flow: Any, sampling: bool) -> Iterator[Step]:
     if not sampling:
-        yield Refused(reason="a flow is bounded in its sampling direction only")
+        yield Refused(reason=SAMPLING_ONLY)
         return
-    parts = within("transform", flow.transform)
-    size = next((s.features for s in parts if s.features is not None), None)
-    if size is not None and not any(isinstance(s, Noise) for s in parts):
-        yield Noise(name="base", size=size, event=size, normal=_is_normal(flow.base))
+    parts, base = within("transform", flow.transform), flow.base
+    if type(base) is zuko.lazy.UnconditionalDistribution:
+        distribution = base()
+    elif type(base) is zuko.mixtures.GMM and not hasattr(base, "hyper"):
+        distribution = base()
+    else:
+        reason = "its noise depends on the context, and flowguard knows no bound of it"
+        yield Refused(name="base", kind=type(base).__name__, reason=reason)
+        yield from parts
+        return
+    yield from _from_noise(distribution, parts)
+
+
+@rule(zuko.distributions.NormalizingFlow)
+def _given_context(flow: Any, sampling: bool) -> Iterator[Step]:
+    if not sampling:
+        yield Refused(reason=SAMPLING_ONLY)
+        return
+    yield from _from_noise(flow.base, within("transform", flow.transform))
+
+
+def _from_noise(base: Distribution, parts: list[Step]) -> Iterator[Step]:
+    r"""The steps of a flow, from noise that is taken as the base has it."""
+    normal = _is_normal(base)
+    if any(isinstance(s, Noise) for s in parts):
+        for step in parts:
+            yield replace(step, normal=normal) if isinstance(step, Noise) else step
+        return
+    event = base.event_shape.numel()
+    size = next((s.features for s in parts if s.features is not None), event)
+    yield Noise(name="base", size=size, event=event, normal=normal)
     yield from parts
 
 
-def _is_normal(base: Any) -> bool:
-    if not isinstance(base, zuko.lazy.UnconditionalDistribution):
+def _is_normal(base: Distribution) -> bool:
+    while isinstance(base, Independent):
+        base = base.base_dist
+    if type(base) is not Normal:
         return False
-    distribution = base()
-    if not isinstance(distribution, zuko.distributions.DiagNormal):
-        return False
-    loc, scale = distribution.base_dist.loc, distribution.base_dist.scale
-    return bool((loc == 0).all()) and bool((scale == 1).all())
+    return bool((base.loc == 0).all()) and bool((base.scale == 1).all())
 
 
 @rule(zuko.lazy.LazyComposedTransform)
@@ -82,15 +114,32 @@ def _lazy_inverse(layer: Any, sampling: bool) -> Iterator[Step]:
 
 @rule(zuko.lazy.UnconditionalTransform)
 def _unconditional(layer: Any, sampling: bool) -> Iterator[Step]:
+    yield from _constant_map(layer.f, layer, sampling)
+
+
+def _constant_map(
+    constructor: Any, make: Callable[[], Transform], sampling: bool
+) -> Iterator[Step]:
+    r"""The steps of a transform that a layer makes anew at each call, of constants."""
+    while type(constructor) is partial:
+        constructor = constructor.func
+    if not isinstance(constructor, type):
+        name = getattr(constructor, "__name__", type(constructor).__name__)
+        reason = f"{name} is no class, and may make another one at each call"
+        yield Refused(reason=reason, depends="not at all")
+        return
     with torch.no_grad():
-        yield from steps(layer(), sampling)
+        yield from steps(make(), sampling)
 
 
 def _conditional(layer: Any, sampling: bool, mask: Tensor | None) -> Step:
     # What the parameters are does not matter to an envelope: zeros will do.
     f = layer.univariate(*(torch.zeros(shape) for shape in layer.shapes))
     g = envelope(f, sampling)
-    if isinstance(f, T.MonotonicAffineTransform):
+    if not g.reason:
+        reason = undetermined(layer.univariate)
+        g = Envelope(reason=reason) if reason else g
+    elif isinstance(f, T.MonotonicAffineTransform):
         # It does not keep its least slope, but shows it where the parameters are extreme.
         least = layer.univariate(*(torch.full(shape, -1e30) for shape in layer.shapes)).scale
         gain = 1 / least.min().item() if sampling else math.inf
@@ -115,8 +164,37 @@ def _elementwise(layer: Any, sampling: bool) -> Iterator[Step]:
         features = layer.hyper.out_features // layer.total
         yield _conditional(layer, sampling, torch.ones(features, dtype=torch.bool))
         return
-    with torch.no_grad():
-        yield from steps(layer.univariate(*layer.phi), sampling)
+    yield from _constant_map(layer.univariate, lambda: layer.univariate(*layer.phi), sampling)
+
+
+@rule(T.AutoregressiveTransform)
+def _autoregressive_given_context(f: Any, sampling: bool) -> Iterator[Step]:
+    layer = _owner(f.meta, zuko.flows.autoregressive.MaskedAutoregressiveTransform)
+    yield from _refused(UNKNOWN) if layer is None else steps(layer, sampling)
+
+
+@rule(T.CouplingTransform)
+def _coupling_given_context(f: Any, sampling: bool) -> Iterator[Step]:
+    layer = _owner(f.meta, zuko.flows.coupling.GeneralCouplingTransform)
+    if layer is None or not torch.equal(f.idx_b, (~layer.mask).nonzero().squeeze(-1)):
+        yield from _refused(UNKNOWN)
+    else:
+        yield from steps(layer, sampling)
+
+
+UNKNOWN = "flowguard does not know where its parameters come from"
+
+
+def _refused(reason: str) -> Iterator[Step]:
+    yield Refused(reason=reason)
+
+
+def _owner(meta: Any, cls: Any) -> Any:
+    r"""The lazy layer that a transform asks for parameters, given a context; if it is one."""
+    method = meta.func if type(meta) is partial else None
+    if not ismethod(method) or method.__func__ is not cls.meta:
+        return None
+    return method.__self__
 
 
 @rule(T.ComposedTransform)
@@ -143,7 +221,11 @@ def _additive(f: Any, sampling: bool) -> Iterator[Step]:
 
 @rule(T.PermutationTransform)
 def _permutation(f: Any, sampling: bool) -> Iterator[Step]:
-    yield Permute(order=torch.argsort(f.order) if sampling else f.order)
+    order = f.order
+    if not torch.equal(order.sort().values, torch.arange(len(order), device=order.device)):
+        yield Refused(reason="its indices are no permutation", depends="not at all")
+        return
+    yield Permute(order=torch.argsort(order) if sampling else order)
 
 
 @rule(T.RotationTransform)
@@ -156,17 +238,11 @@ def _lu(f: Any, sampling: bool) -> Iterator[Step]:
     if f.L.dim() != 2:
         yield _linear(f.L)
         return
-    factors = [("L", constant(f.L)), ("U", constant(f.U))]
-    if not sampling:
-        yield from (Linear(name=name, matrix=t) for name, t in reversed(factors))
-        return
-    for name, t in factors:
-        matrix, info = torch.linalg.inv_ex(t)
-        if info.item():
-            yield Refused(name=name, reason="its matrix is singular", depends="not at all")
-        # Substitution is not a product with the inverse (Higham, 2002, theorem 8.5).
-        error = matrix.abs() @ t.abs() @ matrix.abs()
-        yield Linear(name=name, matrix=matrix, error=error)
+    lower, upper = constant(f.L), constant(f.U)
+    if sampling:
+        yield solution(lower, upper)
+    else:
+        yield Linear(matrix=lower @ upper, error=2 * lower.abs() @ upper.abs())
 
 
 def _linear(matrix: Tensor) -> Step:
@@ -186,10 +262,12 @@ BISECTED = (
     T.SOSPolynomialTransform,
     T.UnconstrainedMonotonicTransform,
 )
+WAVES = (T.CosTransform, T.SinTransform)
 
 
 @rule(
     *BISECTED,
+    *WAVES,
     T.CircularShiftTransform,
     T.IdentityTransform,
     T.MonotonicRQSTransform,
@@ -212,7 +290,7 @@ def _identity(f: Any, sampling: bool) -> Envelope:
 
 @envelope_rule(T.CircularShiftTransform)
 def _circular(f: Any, sampling: bool) -> Envelope:
-    return Envelope(0.0, 0.0, floor=f.bound, depends="not at all", roundings=4)
+    return squashed(abs(f.bound))
 
 
 @envelope_rule(T.SoftclipTransform)
@@ -220,7 +298,14 @@ def _softclip(f: Any, sampling: bool) -> Envelope:
     if sampling:
         reason = f"its inverse has poles at {-f.bound:g} and {f.bound:g}"
         return Envelope(math.inf, math.inf, reason=reason)
-    return Envelope(0.0, 0.0, floor=f.bound, depends="not at all", roundings=4)
+    return squashed(abs(f.bound))
+
+
+@envelope_rule(*WAVES)
+def _wave(f: Any, sampling: bool) -> Envelope:
+    if sampling:
+        return Envelope(reason="its inverse is NaN beyond one")
+    return squashed(1.0)
 
 
 @envelope_rule(*ADDITIVE, T.MonotonicAffineTransform)
@@ -250,6 +335,13 @@ def _multiscale_transform(layer: Any, sampling: bool) -> Iterator[Step]:
     for step in within("flow", layer.flow, sampling):
         yield replace(step, event=event) if isinstance(step, Noise) else step
     yield Flatten(name="image", kind=type(layer).__name__)
+
+
+@rule(MultiscaleTransform)
+def _multiscale_given_context(f: Any, sampling: bool) -> Iterator[Step]:
+    for step in within("flow", f.flow, sampling):
+        yield replace(step, event=f.image.numel()) if isinstance(step, Noise) else step
+    yield Flatten(name="image", kind=type(f).__name__)
 
 
 @rule(MultiscaleFlow)

@@ -85,14 +85,6 @@ CERTIFIED = {
         univariate=partial(CubicBSplineTransform, shift_bound=1.0),
         shapes=CubicBSplineTransform.shapes(),
     ),
-    "two univariates": lambda: zuko.flows.MAF(
-        3,
-        2,
-        univariate=lambda w, h, d, t: T.ComposedTransform(
-            RobustSpline(w, h, d, t, bound=1.0), RobustSpline(w, h, d, t).inv
-        ),
-        shapes=RobustSpline.shapes(4),
-    ),
     "elementwise": lambda: flow_of(
         zuko.flows.gaussianization.ElementWiseTransform(3, 2, **SPLINE)
     ),
@@ -122,6 +114,18 @@ REFUSED = {
     "CNF": (lambda: zuko.flows.CNF(3, 2), "no rule for zuko.flows.continuous.FFJ", None),
     "GMM": (lambda: zuko.mixtures.GMM(3, 2), "no rule for zuko.mixtures.GMM", None),
     "softclip": (lambda: flow_of(Constant(T.SoftclipTransform, 5.0)), "poles", None),
+    "a univariate that flowguard cannot look into": (
+        lambda: zuko.flows.MAF(
+            3,
+            2,
+            univariate=lambda w, h, d, t: T.ComposedTransform(
+                RobustSpline(w, h, d, t, bound=1.0), RobustSpline(w, h, d, t).inv
+            ),
+            shapes=RobustSpline.shapes(4),
+        ),
+        "the bound of <lambda> may depend on its parameters",
+        None,
+    ),
     "singular": (
         lambda: flow_of(Constant(T.LULinearTransform, torch.zeros(3, 3))),
         "singular",
@@ -324,3 +328,187 @@ def test_rules_are_loaded_when_the_first_layer_is_met():
 
 def test_a_library_without_rules_is_named_and_not_imported():
     assert "no rule for" in bounds.envelope(torch.distributions.ExpTransform()).reason
+
+
+# What a certificate must not promise
+
+
+def reached_and_bound(flow, y=None, rows=256, features=3, dtype=torch.float32):
+    r"""The largest of some samples, and the bound: none where the flow is refused."""
+    z = RADIUS * (2 * torch.rand(rows, features, dtype=dtype) - 1)
+    z = torch.cat((z, RADIUS * z.sign()))
+    with torch.no_grad():
+        x = flow(y).transform.inv(z)
+    return x.abs().nan_to_num(0.0).max().item(), certify(flow).bound(RADIUS)
+
+
+class Located(zuko.lazy.LazyDistribution):
+    r"""Normal noise around a mean that the context tells."""
+
+    def __init__(self, features, context):
+        super().__init__()
+        self.net = nn.Linear(context, 2 * features)
+
+    def forward(self, c=None):
+        loc, logs = self.net(c).chunk(2, dim=-1)
+        return zuko.distributions.DiagNormal(loc, logs.exp())
+
+
+@pytest.mark.parametrize("base", [Located, zuko.mixtures.GMM])
+def test_a_base_that_depends_on_the_context_is_not_certified(base):
+    flow = RobustNSF(3, 2)
+    flow.base = base(3, 2)
+    x = flow(1e3 * torch.randn(64, 2)).sample()
+    certificate = certify(flow)
+    assert not bool(x.abs().max() <= 1e3)
+    assert [s.name for s in certificate.refused] == ["base"]
+    assert "depends on the context" in certificate.refused[0].reason
+    assert certificate.bound(RADIUS) == math.inf
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        lambda: zuko.mixtures.GMM(3),
+        lambda: zuko.lazy.UnconditionalDistribution(
+            zuko.distributions.DiagNormal, torch.ones(3), 2 * torch.ones(3)
+        ),
+    ],
+)
+def test_the_noise_of_a_base_without_context_is_taken_as_it_is(base):
+    flow = RobustNSF(3, 2)
+    flow.base = base()
+    certificate = certify(flow)
+    assert certificate.bound(RADIUS) == certify(RobustNSF(3, 2)).bound(RADIUS)
+    with pytest.raises(ValueError, match="not standard normal"):
+        certificate.bound(confidence=0.5)
+
+
+def test_an_image_flow_over_other_noise_has_no_confidence():
+    flow = flow_of(
+        ConditionalMultiscaleTransform((3, 8, 8), levels=2, steps=1, hidden=8), features=192
+    )
+    assert certify(flow).bound(confidence=0.5) > 0
+    flow.base = zuko.lazy.UnconditionalDistribution(
+        zuko.distributions.DiagNormal, torch.zeros(192), 100 * torch.ones(192), buffer=True
+    )
+    with pytest.raises(ValueError, match="not standard normal"):
+        certify(flow).bound(confidence=0.5)
+
+
+class Boxed(RobustSpline):
+    r"""A spline whose box is one of its parameters."""
+
+    def __init__(self, w, h, d, t):
+        super().__init__(w, h, d, t, bound=5 + float(t.abs().max()))
+
+
+@pytest.mark.parametrize(
+    "univariate",
+    [
+        Boxed,
+        lambda w, h, d, t: RobustSpline(w, h, d, t, bound=5 + float(t.abs().max())),
+        partial(lambda k, *phi: RobustSpline(*phi, bound=k * (1 + float(phi[3].abs().max()))), 5),
+    ],
+    ids=["class", "function", "partial"],
+)
+@pytest.mark.parametrize("layer", [Autoregressive, Coupling])
+def test_a_univariate_whose_box_depends_on_its_parameters_is_not_certified(univariate, layer):
+    flow = flow_of(layer(3, 2, univariate=univariate, shapes=RobustSpline.shapes(4)))
+    reached, bound = reached_and_bound(amplified(flow, 5.0), torch.randn(512, 2))
+    assert reached <= bound
+    assert certify(flow).refused
+
+
+def test_a_constructor_that_makes_another_map_each_time_is_named():
+    flow = flow_of(Constant(lambda: T.MonotonicAffineTransform(*torch.randn(2, 3))))
+    (refused,) = certify(flow).refused
+    assert "may make another one at each call" in refused.reason
+
+
+def test_plain_numbers_count_in_double_precision():
+    flow = flow_of(
+        Constant(torch.distributions.AffineTransform, 0.0, 0.1),
+        Constant(T.RotationTransform, torch.zeros(3, 3)),
+    ).double()
+    reached, bound = reached_and_bound(flow, dtype=torch.float64)
+    assert 40.0 == reached <= bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e-2, 1e-6, 1e-8, 1e-12])
+@pytest.mark.parametrize("forward", [False, True])
+def test_nearly_singular_factors_keep_their_bound(scale, dtype, forward):
+    matrix = torch.eye(5) + torch.randn(5, 5).sign() * (1 - torch.eye(5)) / scale
+    layer = Constant(T.LULinearTransform, matrix)
+    flow = flow_of(layer.inv if forward else layer, features=5).to(dtype)
+    reached, bound = reached_and_bound(flow, features=5, dtype=dtype)
+    assert reached <= bound
+
+
+@pytest.mark.parametrize("cls", [T.CircularShiftTransform, T.SoftclipTransform])
+def test_a_negative_bound_is_a_bound(cls):
+    flow = flow_of(RobustNSF(3, 2).transform, Constant(cls, -2.0).inv)
+    with torch.no_grad():
+        reached = cls(-2.0)(torch.linspace(-1e3, 1e3, 1001)).abs().max().item()
+    (first, *_) = certify(Constant(cls, -2.0).inv).table(1e3)
+    assert 1.9 < reached <= first.bound_out < 2.01
+    assert certify(flow).certified
+
+
+def test_indices_that_are_no_permutation_are_named():
+    order = torch.tensor([0, 0, 0])
+    flow = flow_of(
+        Constant(T.RotationTransform, torch.randn(3, 3)),
+        Constant(T.PermutationTransform, order, buffer=True).inv,
+    )
+    (refused,) = certify(flow).refused
+    assert "no permutation" in refused.reason
+
+
+SQUASHED = {
+    "torch's sigmoid": (torch.distributions.transforms.SigmoidTransform, 1.0),
+    "torch's tanh": (torch.distributions.transforms.TanhTransform, 1.0),
+    "cosine": (T.CosTransform, 1.0),
+    "sine": (T.SinTransform, 1.0),
+    "softclip": (T.SoftclipTransform, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", SQUASHED)
+def test_what_squashes_is_bounded_in_one_direction(name):
+    cls, most = SQUASHED[name]
+    certificate = certify(Constant(cls).inv)
+    assert certificate.bound(1e6) == pytest.approx(most, rel=1e-5)
+    with torch.no_grad():
+        x = cls()(torch.linspace(-1e6, 1e6, 10001))
+    assert 0.99 * most < x.abs().max() <= certificate.bound(1e6)
+    assert not certify(Constant(cls)).certified
+
+
+@pytest.mark.parametrize("build", CERTIFIED.values(), ids=CERTIFIED)
+def test_a_flow_given_its_context_is_certified_as_it_is(build):
+    flow = amplified(build(), 10.0)
+    y = 100 * torch.randn(64, 2)
+    z = RADIUS * (2 * torch.rand(64, 3) - 1)
+    for given_y in (flow(y), flow(y).transform):
+        certificate = certify(given_y)
+        assert certificate.certified, certificate
+        assert certificate.bound(RADIUS) == pytest.approx(certify(flow).bound(RADIUS))
+        with torch.no_grad():
+            assert flow(y).transform.inv(z).abs().max() <= certificate.bound(RADIUS)
+    assert certify(flow(y)).event_size == 3
+    assert certify(flow(y)).bound(confidence=0.9) > 0
+
+
+def test_a_flow_given_its_context_is_refused_where_its_maps_differ_from_row_to_row():
+    flow = zuko.flows.MAF(3, 2)
+    certificate = certify(flow(torch.randn(4, 2)))
+    assert "slope may fall" in certificate.refused[0].reason
+    flow = MultiscaleFlow(3, 2, levels=1, steps=1, hidden=8)
+    y = [torch.randn(2, 2, 4, 4)]
+    assert certify(flow(y)).bound(1.0) == certify(flow).bound(1.0)
+    other = zuko.distributions.NormalizingFlow(
+        T.AutoregressiveTransform(lambda x: T.IdentityTransform(), 3), flow(y).base
+    )
+    assert "flowguard does not know" in certify(other).refused[0].reason
