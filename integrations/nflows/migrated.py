@@ -17,6 +17,7 @@ __all__ = [
 
 import abc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -24,7 +25,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowguard.bounds import Envelope, Refused, Step, conditional, rule
+from flowguard.bounds import Pointwise, Step, rule, within
 from flowguard.migration.exchange import successor
 from flowguard.migration.imitate import Rescaled
 from flowguard.migration.inscribe import InscribedAffine, InscribedShift
@@ -239,7 +240,9 @@ def _coupling(layer: Any, sampling: bool) -> Iterator[Step]:
     mask = torch.zeros(layer.features, dtype=torch.bool)
     mask[layer.transform_features.cpu()] = True
     if layer.unconditional_transform is not None:
-        yield _unconditional(layer.unconditional_transform, ~mask)
+        part = layer.unconditional_transform
+        for step in within("unconditional_transform", part, sampling):
+            yield replace(step, mask=~mask) if isinstance(step, Pointwise) else step
     yield from _steps(layer.head, mask, sampling)
 
 
@@ -251,12 +254,3 @@ def _autoregressive(layer: Any, sampling: bool) -> Iterator[Step]:
 def _steps(head: Head, mask: Tensor, sampling: bool) -> Iterator[Step]:
     bound = BoundOfMap(head.example(), sampling)
     yield from bound.steps(mask, "head", f"{type(head).__name__}[{bound.base}]")
-
-
-def _unconditional(part: Any, mask: Tensor) -> Step:
-    name, kind = "unconditional_transform", type(part).__name__
-    if kind != "PiecewiseRationalQuadraticCDF" or part.tails != "linear":
-        return Refused(name=name, kind=kind, reason="flowguard knows no rule for it")
-    bound = float(part.tail_bound)
-    g = Envelope(1.0, 0.0, floor=bound, displacement=2 * bound, depends="not at all")
-    return conditional(g, name, kind, mask)

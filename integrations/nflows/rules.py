@@ -36,6 +36,7 @@ from flowguard.bounds import (
     within,
 )
 from flowguard.bounds.attack import Sampler, Tensors, sampler
+from flowguard.bounds.rational import constant_spline, softmax_knots
 from flowguard.image import Robust
 
 from . import rules_linear as linear
@@ -165,16 +166,16 @@ def _spline(layer: Any, sampling: bool) -> Iterator[Step]:
     yield conditional(envelope(f, sampling), kind=f"{type(layer).__name__}[{type(f).__name__}]")
 
 
-def _masked(parts: list[Step], mask: Tensor, kind: str) -> Iterator[Step]:
+def _masked(found: list[Step], mask: Tensor, kind: str) -> Iterator[Step]:
     r"""The steps of a map, of these features."""
-    for part in parts:
-        if isinstance(part, Pointwise):
-            yield replace(part, mask=mask, kind=part.kind.replace("SplineHead", kind))
-        elif isinstance(part, Refused):
-            yield replace(part, kind=part.kind.replace("SplineHead", kind))
+    for step in found:
+        if isinstance(step, Pointwise):
+            yield replace(step, mask=mask, kind=step.kind.replace("SplineHead", kind))
+        elif isinstance(step, Refused):
+            yield replace(step, kind=step.kind.replace("SplineHead", kind))
         else:
-            reason = f"only a RobustSplineCDF may be its unconditional part; got {part.kind}"
-            yield Refused(name=part.name, kind=part.kind, reason=reason)
+            reason = f"only a RobustSplineCDF may be its unconditional part; got {step.kind}"
+            yield Refused(name=step.name, kind=step.kind, reason=reason)
 
 
 def _robust_coupling(layer: Any, sampling: bool) -> Iterator[Step]:
@@ -235,10 +236,19 @@ def _their_spline(layer: Any, sampling: bool) -> Iterator[Step]:
         yield Refused(reason="values outside of its box make it raise InputOutsideDomain")
         return
     reason = (
-        "it is bounded in exact arithmetic only: far contexts make it return NaN, or end in an"
-        " AssertionError"
+        "it is bounded in exact arithmetic only: for far contexts its own leaves the box, or ends"
+        " in infinity, NaN or an AssertionError"
     )
     yield Refused(reason=reason, gain=1.0)
+
+
+def _their_constant_spline(layer: Any, sampling: bool) -> Iterator[Step]:
+    if layer.tails != "linear":
+        yield from _their_spline(layer, sampling)
+        return
+    bound, dtype = float(layer.tail_bound), layer.unnormalized_widths.dtype
+    unit = torch.finfo(dtype).eps / 2
+    yield conditional(constant_spline(*softmax_knots(layer), bound, unit, inverse=sampling))
 
 
 def _permutation(layer: Any, sampling: bool) -> Iterator[Step]:
@@ -349,7 +359,7 @@ TRANSFORMS: dict[str, Rule] = {
     "PiecewiseLinearCouplingTransform": _their_spline,
     "PiecewiseQuadraticCDF": _their_spline,
     "PiecewiseQuadraticCouplingTransform": _their_spline,
-    "PiecewiseRationalQuadraticCDF": _their_spline,
+    "PiecewiseRationalQuadraticCDF": _their_constant_spline,
     "PiecewiseRationalQuadraticCouplingTransform": _their_spline,
     "PointwiseAffineTransform": _pointwise,
     "QRLinear": linear.qr,

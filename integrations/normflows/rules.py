@@ -499,7 +499,10 @@ def _stock_spline(layer: Any, sampling: bool) -> Iterator[Step]:
         if type(getattr(layer, name, None)) is kind:
             yield from within(name, getattr(layer, name), sampling)
             return
-    reason = "it is bounded in exact arithmetic only: far contexts make it return NaN, or raise"
+    reason = (
+        "it is bounded in exact arithmetic only: for far contexts its own leaves the box, or ends"
+        " in infinity, NaN or an AssertionError"
+    )
     yield Refused(reason=reason, gain=1.0)
 
 

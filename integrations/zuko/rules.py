@@ -36,6 +36,7 @@ from flowguard.bounds import (
     within,
 )
 from flowguard.bounds.attack import Sampler, Tensors, sampler
+from flowguard.bounds.rational import constant_spline
 from flowguard.bounds.solution import solution
 from flowguard.bounds.torch_rules import affine, after, squashed
 from flowguard.bounds.univariate import undetermined
@@ -262,6 +263,16 @@ BISECTED = (
     T.SOSPolynomialTransform,
     T.UnconstrainedMonotonicTransform,
 )
+
+
+@rule(T.MonotonicRQSTransform)
+def _constant_spline(f: Any, sampling: bool) -> Iterator[Step]:
+    bound = max(t.detach().abs().max().item() for t in (f.horizontal, f.vertical))
+    unit = torch.finfo(f.horizontal.dtype).eps / 2
+    sides = f.horizontal.diff(dim=-1), f.vertical.diff(dim=-1)
+    yield conditional(constant_spline(*sides, f.derivatives, bound, unit, inverse=sampling))
+
+
 WAVES = (T.CosTransform, T.SinTransform)
 
 
@@ -270,7 +281,6 @@ WAVES = (T.CosTransform, T.SinTransform)
     *WAVES,
     T.CircularShiftTransform,
     T.IdentityTransform,
-    T.MonotonicRQSTransform,
     T.SoftclipTransform,
 )
 def _whatever(f: Any, sampling: bool) -> Iterator[Step]:
@@ -319,7 +329,10 @@ def _spline(f: Any, sampling: bool) -> Envelope:
     return Envelope(
         1.0,
         math.inf,
-        reason="it is bounded in exact arithmetic only: far contexts make it return NaN",
+        reason=(
+            "it is bounded in exact arithmetic only: for far contexts its own leaves the box, or"
+            " ends in NaN"
+        ),
     )
 
 

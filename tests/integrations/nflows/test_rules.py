@@ -547,3 +547,43 @@ def test_splines_keep_their_bound_in_half_precision(host, name):
     with torch.no_grad():
         x = flow._transform.inverse(z, 100 * torch.randn(2000, CONTEXT).bfloat16())[0]
     assert 0.8 * bound < x.abs().max().item() <= bound < 7.5
+
+
+@pytest.mark.parametrize("slope", [0.0, 2.0, 8.0, 1e6, 1e10])
+@pytest.mark.parametrize("inverted", [False, True])
+def test_a_spline_with_constant_knots_is_bounded_by_them_or_named(host, slope, inverted):
+    layer = host.T.PiecewiseRationalQuadraticCDF([D], tails="linear", tail_bound=2.0)
+    with torch.no_grad():
+        layer.unnormalized_derivatives.normal_(std=slope)
+    layer = host.T.InverseTransform(layer) if inverted else layer
+    certificate = flowguard.certify(layer)
+    z = RADIUS * (2 * torch.rand(20_000, D) - 1)
+    z[::2] = 2.0 * (1 - 10 ** (-7 * torch.rand(10_000, D)))
+    try:
+        with torch.no_grad():
+            x = layer.inverse(z)[0]
+    except AssertionError:
+        assert not certificate.certified
+        return
+    assert x.abs().nan_to_num(math.inf).max().item() <= certificate.bound(RADIUS)
+    assert certificate.certified == (slope < 5.0 or (inverted and slope < 1e3))
+
+
+@pytest.mark.parametrize("slope", [1e6, 1e10])
+def test_conditional_splines_of_the_host_leave_their_box(host, slope):
+    # Why they are not certified: finite samples may exceed what exact arithmetic would have.
+    function = importlib.import_module(f"{host.T.__name__}.splines.rational_quadratic")
+    largest = 0.0
+    for _ in range(20):
+        w, h, d = (slope * torch.randn(2000, n) for n in (2, 2, 1))
+        y = torch.full((2000,), 1.0 - 1e-6)
+        for rows in range(0, 2000, 20):
+            part = slice(rows, rows + 20)
+            try:
+                x, _ = function.unconstrained_rational_quadratic_spline(
+                    y[part], w[part], h[part], d[part], inverse=True
+                )
+            except AssertionError:
+                continue
+            largest = max(largest, x[x.isfinite()].abs().max().item())
+    assert largest > 1.01

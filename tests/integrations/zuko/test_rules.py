@@ -512,3 +512,23 @@ def test_a_flow_given_its_context_is_refused_where_its_maps_differ_from_row_to_r
         T.AutoregressiveTransform(lambda x: T.IdentityTransform(), 3), flow(y).base
     )
     assert "flowguard does not know" in certify(other).refused[0].reason
+
+
+@pytest.mark.parametrize("slope", [0.1, 1.0, 3.0, 100.0])
+@pytest.mark.parametrize("forward", [False, True])
+def test_a_spline_with_constant_knots_is_bounded_by_them_or_named(slope, forward):
+    phi = (slope * torch.randn(3, n) for n in (8, 8, 7))
+    layer = Constant(T.MonotonicRQSTransform, *phi)
+    certificate = certify(layer.inv if forward else layer)
+    z = 5 * (1 - 10 ** (-7 * torch.rand(20_000, 3)))
+    with torch.no_grad():
+        x = layer()(z) if forward else layer().inv(z)
+    assert x.abs().max().item() <= certificate.bound(5.0)
+    assert certificate.certified == (forward or slope < 2)
+
+
+def test_conditional_splines_of_the_host_leave_their_box():
+    # Why they are not certified: finite samples may exceed what exact arithmetic would have.
+    f = T.MonotonicRQSTransform(*(1e4 * torch.randn(200_000, n) for n in (2, 2, 1)))
+    y = 5 * (1 - 1e-6 * torch.rand(200_000))
+    assert f.inv(y).abs().max() > 5.05
