@@ -94,7 +94,7 @@ def _overshoot(w: Tensor, h: Tensor, d: Tensor, u: float) -> Tensor:
     low, high, d0, d1 = _pieces(d)
     h = h.unsqueeze(-1)
     s = h / w.unsqueeze(-1)
-    share, least, most = _share(low, high, s, d0, d1)
+    share, least, _ = _share(low, high, s, d0, d1)
     size = s + (d0 + d1 + 2 * s) / 4
     error = 16 * u * (size / least) + 16 * u
     return _beyond(h, share, error)

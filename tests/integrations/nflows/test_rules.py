@@ -569,13 +569,12 @@ def test_a_spline_with_constant_knots_is_bounded_by_them_or_named(host, slope, i
     assert certificate.certified == (slope < 5.0 or (inverted and slope < 1e3))
 
 
-@pytest.mark.parametrize("slope", [1e6, 1e10])
-def test_conditional_splines_of_the_host_leave_their_box(host, slope):
+def test_conditional_splines_of_the_host_leave_their_box(host):
     # Why they are not certified: finite samples may exceed what exact arithmetic would have.
     function = importlib.import_module(f"{host.T.__name__}.splines.rational_quadratic")
     largest = 0.0
     for _ in range(20):
-        w, h, d = (slope * torch.randn(2000, n) for n in (2, 2, 1))
+        w, h, d = (1e6 * torch.randn(2000, n) for n in (2, 2, 1))
         y = torch.full((2000,), 1.0 - 1e-6)
         for rows in range(0, 2000, 20):
             part = slice(rows, rows + 20)

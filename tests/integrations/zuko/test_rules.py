@@ -531,4 +531,4 @@ def test_conditional_splines_of_the_host_leave_their_box():
     # Why they are not certified: finite samples may exceed what exact arithmetic would have.
     f = T.MonotonicRQSTransform(*(1e4 * torch.randn(200_000, n) for n in (2, 2, 1)))
     y = 5 * (1 - 1e-6 * torch.rand(200_000))
-    assert f.inv(y).abs().max() > 5.05
+    assert f.inv(y).abs().max() > 5.001  # a thousand times the rounding
