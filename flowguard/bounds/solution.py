@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from flowguard.bounds.regions import Region
-from flowguard.bounds.steps import Refused, Step, constant
+from flowguard.bounds.steps import Linear, Refused, constant
 
 #: The rounding of float64, which the certificate is computed in.
 FINE = 2.0**-53
@@ -40,11 +40,12 @@ SINGULAR = "its matrix is singular, or too close to it"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Solution(Step):
+class Solution(Linear):
     r"""The solution :math:`x = A^{-1} b` of a system with a constant matrix, factor by factor.
 
+    It is a linear map by the inverse :math:`X`, as it was computed, with shape :math:`(C, C)`.
+
     Arguments:
-        inverse: The inverse :math:`X`, as computed, with shape :math:`(C, C)`.
         distance: A bound of :math:`|A^{-1} - X|`, with shape :math:`(C, C)`.
         sizes: Bounds of the absolute values of the inverse of each factor, in the order in which
             they are solved with, with shape :math:`(n, C, C)`.
@@ -52,63 +53,65 @@ class Solution(Step):
         work: The relative error of one operation of the solver, if it is finer than the model.
     """
 
-    inverse: Tensor
     distance: Tensor
     sizes: Tensor
     spreads: Tensor
     work: float | None = None
 
     @property
-    def features(self) -> int:
-        r"""The number of columns of the inverse."""
-        return self.inverse.shape[1]
+    def operations(self) -> int:
+        r"""Those of all that a layer may compute with."""
+        return SLACK * (self.features + 3)
 
     def through(self, region: Region, radius: float, roundoff: float) -> Region:
         r"""Returns the region of :math:`A^{-1} b`, with the rounding error of the solver and that
         of a product, which a layer may use in its place; without end where the matrix is so close
         to singular that the computed solution may be anything."""
-        error, peak = self._error(roundoff)
+        error, reach, peak = self._error(roundoff)
         far = region.largest
         # A solution that overflows on the way is lost, however small it would have been.
         if not peak < math.inf or (far <= LARGEST and not peak * far <= LARGEST):
             return Region.cube(torch.full_like(region.box, math.inf))
         slack = region.box @ (self.distance + error).T
-        out = region.linear(self.inverse, torch.zeros_like(self.inverse), 0.0)
+        out = region.linear(self.matrix, SLACK * reach, 0.0, self.factors)
         ball = out.ball + slack.norm(dim=1)
         return replace(out, box=out.box + slack, ball=ball, own=out.own + slack)
 
-    def _error(self, roundoff: float) -> tuple[Tensor, float]:
-        r"""A matrix :math:`E` such that the rounding error is at most :math:`E |b|`, and the
-        largest number on the way for :math:`|b| \leq 1`."""
+    def _error(self, roundoff: float) -> tuple[Tensor, Tensor, float]:
+        r"""A matrix :math:`E` such that the rounding error is at most :math:`E |b|`, one such that
+        the solution is at most that times :math:`|b|`, and the largest number on the way for
+        :math:`|b| \leq 1`."""
         work = roundoff if self.work is None else min(self.work, roundoff)
-        operations = SLACK * (self.features + 3)
-        reach = torch.eye(self.features, dtype=self.inverse.dtype)
+        relative = _gamma(self.operations, work)
+        if self.work is None:  # a solver in float32 may use the matrix units
+            relative += self.factors * (2 + self.factors) * (1 + relative)
+        reach = torch.eye(self.features, dtype=self.matrix.dtype)
         error, peak = torch.zeros_like(reach), 1.0
         for size, spread in zip(self.sizes, self.spreads, strict=True):
-            grown = _resolvent(_gamma(operations, work) * (size @ spread))
+            grown = _resolvent(relative * (size @ spread))
             if grown is None:
-                return error, math.inf
+                return error, reach, math.inf
             exact = size @ reach
             error = size @ error + grown @ exact
             reach = exact + grown @ exact
             peak = max(peak, *(_largest(t) for t in (reach, spread @ reach)))
-        return error + _gamma(operations, roundoff) * reach, peak
+        return error + _gamma(self.operations, roundoff) * reach, reach, peak
 
 
 def solution(
-    *factors: Tensor, name: str = "", depends: str = "not at all", work: float | None = None
+    *factors: Tensor, name: str = "", work: float | None = None, convolution: bool = False
 ) -> Solution | Refused:
     r"""Returns the step of a system :math:`A_1 \cdots A_n x = b`, refused if it has no solution.
 
     Arguments:
         factors: The matrices :math:`A_i`, with shape :math:`(C, C)`, as the layer has them.
         name: The name of the part of the layer.
-        depends: How the step depends on the condition, in words.
         work: The relative error of one operation of the solver, if it is finer than the model.
+        convolution: Whether the layer multiplies with the inverse, as a convolution.
 
     Example:
         >>> step = solution(torch.tensor([[2.0, 0.0], [1.0, 4.0]]))
-        >>> step.inverse
+        >>> step.matrix
         tensor([[ 0.5000,  0.0000],
                 [-0.1250,  0.2500]], dtype=torch.float64)
         >>> solution(torch.zeros(2, 2)).reason
@@ -117,7 +120,7 @@ def solution(
     parts = [_inverted(constant(t)) for t in factors]
     known = [part for part in parts if part is not None]
     if len(known) < len(parts):
-        return Refused(name=name, reason=SINGULAR, depends=depends)
+        return Refused(name=name, reason=SINGULAR, depends="not at all")
     inverse = torch.eye(known[0].inverse.shape[0], dtype=torch.float64)
     distance = torch.zeros_like(inverse)
     rounding = _gamma(len(inverse) + 3, FINE)
@@ -127,8 +130,8 @@ def solution(
         inverse = part.inverse @ inverse
     return Solution(
         name=name,
-        depends=depends,
-        inverse=inverse,
+        matrix=inverse,
+        convolution=convolution,
         distance=distance,
         sizes=torch.stack([part.size for part in known]),
         spreads=torch.stack([part.spread for part in known]),
