@@ -30,6 +30,7 @@ from flowguard.bounds import (
     Unsqueeze,
     conditional,
     constant,
+    departure,
     envelope,
     rule,
     steps,
@@ -75,7 +76,11 @@ def flow_steps(flow: Any, sampling: bool) -> Iterator[Step]:
 
 def _base(base: Any, size: int) -> Iterator[Step]:
     name, kind = "_distribution", type(base).__name__
-    if isinstance(base, MultiscaleNormal):
+    known = MultiscaleNormal if isinstance(base, MultiscaleNormal) else type(base)
+    strange = departure(base, known) if isinstance(base, torch.nn.Module) else ""
+    if strange:
+        yield Refused(name=name, kind=kind, reason=strange)
+    elif isinstance(base, MultiscaleNormal):
         yield Noise(name=name, kind=kind, size=size)
     elif is_base(base, "StandardNormal"):
         yield Noise(name=name, kind=kind, size=size, event=base._shape.numel())
@@ -108,18 +113,10 @@ def is_base(base: Any, name: str) -> bool:
 
 
 def _composite(layer: Any, sampling: bool) -> Iterator[Step]:
-    parts = list(layer._transforms.named_children())
-    for name, child in reversed(parts) if sampling else parts:
-        yield from within(f"_transforms.{name}", child, sampling)
-
-
-def _robust_step(layer: Any, sampling: bool) -> Iterator[Step]:
-    normed = layer._transforms[0]
-    if not sampling and normed.pending:
-        name, kind = "_transforms.0", type(normed).__name__
-        yield Refused(name=name, kind=kind, reason=PENDING, depends="not at all")
-        return
-    yield from _composite(layer, sampling)
+    # Not `named_children`, which leaves out what is there a second time.
+    parts = list(enumerate(layer._transforms))
+    for i, child in reversed(parts) if sampling else parts:
+        yield from within(f"_transforms.{i}", child, sampling)
 
 
 def _inverted(layer: Any, sampling: bool) -> Iterator[Step]:
@@ -134,7 +131,7 @@ def _multiscale(layer: Any, sampling: bool) -> Iterator[Step]:
         yield Refused(reason="it splits positions, and bounds follow channels: split_dim is not 1")
         return
     shapes = [tuple(map(int, shape)) for shape in layer._output_shapes]
-    *rest, (name, last) = layer._transforms.named_children()
+    *rest, (name, last) = enumerate(layer._transforms)
     yield Noise(name="latents", size=shapes[-1][0])
     yield from _level(f"_transforms.{name}", last)
     inner = math.prod(shapes.pop())  # the elements that have come through
@@ -419,7 +416,7 @@ def register(host: str) -> None:
 
 rule(ConditionalMultiscaleTransform)(_multiscale)
 rule(MaskedRobustSplineAutoregressiveTransform)(_robust_autoregressive)
-rule(RobustFlowStep)(_robust_step)
+rule(RobustFlowStep)(_composite)
 rule(RobustSplineCDF, SplineHead)(_spline)
 rule(RobustSplineCouplingTransform)(_robust_coupling)
 for _host in {HOST, *(host for host in CANDIDATES if f"{host}.transforms" in sys.modules)}:

@@ -23,6 +23,7 @@ from normflows import (
     flows,
     transforms,
 )
+from normflows.flows.mixing import _LULinear, _RandomPermutation
 from torch import Tensor
 
 from flowguard.bounds import (
@@ -38,6 +39,7 @@ from flowguard.bounds import (
     Unsqueeze,
     conditional,
     constant,
+    departure,
     envelope,
     rule,
     within,
@@ -73,8 +75,9 @@ def _flow(flow: Any, sampling: bool) -> Iterator[Step]:
         yield Refused(reason=SAMPLING_ONLY)
         return
     yield from _base("q0", flow.q0, told=not isinstance(flow, NormalizingFlow))
-    for name, layer in flow.flows.named_children():
-        yield from within(f"flows.{name}", layer)
+    # Not `named_children`, which leaves out what is there a second time.
+    for i, layer in enumerate(flow.flows):
+        yield from within(f"flows.{i}", layer)
 
 
 @rule(MultiscaleFlow, ConditionalMultiscaleFlow)
@@ -93,8 +96,8 @@ def _multiscale(flow: Any, sampling: bool) -> Iterator[Step]:
         else:
             yield from _join(i, base, flow.merges[i - 1], channels, told)
             channels = channels + _channels(base)
-        for name, layer in flow.flows[i].named_children():
-            yield from within(f"flows.{i}.{name}", layer)
+        for j, layer in enumerate(flow.flows[i]):
+            yield from within(f"flows.{i}.{j}", layer)
             for part in layer.modules():
                 channels = channels // 4 if isinstance(part, flows.Squeeze) else channels
     if flow.transform is not None:
@@ -130,6 +133,8 @@ def _reach(base: Any, told: bool) -> tuple[Tensor, Tensor, str] | str:
         told: Whether the flow hands it classes, which may be any vectors then.
     """
     found = _moments(base)
+    if found is not None and (strange := departure(base, type(base))):
+        return strange
     if found is None:
         if type(base) is distributions.base.ConditionalDiagGaussian:
             return "its mean and its scale depend on the context without bound"
@@ -138,7 +143,7 @@ def _reach(base: Any, told: bool) -> tuple[Tensor, Tensor, str] | str:
     if depends == CLASS and told:
         return "its mean and its scale depend on the class, which may be any vector"
     if getattr(base, "temperature", None) is not None:
-        logs = logs + torch.tensor(base.temperature, dtype=torch.float64).abs().log()
+        logs = logs + torch.as_tensor(base.temperature, dtype=torch.float64).abs().log()
     return mean, logs, depends
 
 
@@ -170,7 +175,7 @@ def _moments(base: Any) -> tuple[Tensor, Tensor, str] | None:
 
 def _base(name: str, base: Any, told: bool) -> Iterator[Step]:
     kind = type(base).__name__
-    if type(base) in PLAIN:
+    if type(base) in PLAIN and not departure(base, type(base)):
         size = getattr(base, "d", None) or getattr(base, "dim", None) or base.ndim
         yield Noise(name=name, kind=kind, size=int(size), normal=False)
         return
@@ -192,11 +197,13 @@ def _base(name: str, base: Any, told: bool) -> Iterator[Step]:
 def _join(i: int, base: Any, merge: Any, channels: int, told: bool) -> Iterator[Step]:
     r"""The steps of a merge: the channels of a further latent come in."""
     name, kind, found = f"merges.{i - 1}", type(merge).__name__, _reach(base, told)
+    strange = departure(merge, flows.Merge)
     if isinstance(found, str):
         yield Refused(name=f"q0.{i}", kind=type(base).__name__, reason=found)
         return
-    if type(merge) is not flows.Merge or not merge.mode.startswith("channel"):
-        yield Refused(name=name, kind=kind, reason="only merges of channels are bounded")
+    if strange or not merge.mode.startswith("channel"):
+        reason = strange or "only merges of channels are bounded"
+        yield Refused(name=name, kind=kind, reason=reason)
         return
     mean, logs, depends = found
     joined = _channels(base)
@@ -268,6 +275,10 @@ def _glow_block(layer: Any, sampling: bool) -> Iterator[Step]:
         if name != "coupling" or not part.split_mode.startswith("channel"):
             yield from within(name, part, sampling)
             continue
+        strange = departure(part, RobustCouplingBlock)
+        if strange:
+            yield Refused(name=name, kind=type(part).__name__, reason=strange)
+            continue
         g, kind = _map(part, sampling)
         first = torch.arange(layer.channels) < (layer.channels + 1) // 2
         changed = ~first if part.split_mode == "channel" else first
@@ -278,27 +289,26 @@ def _glow_block(layer: Any, sampling: bool) -> Iterator[Step]:
 def _lu_conv(layer: Any, sampling: bool) -> Iterator[Step]:
     with torch.no_grad():
         p, lower, upper = map(constant, layer.factors())
-    yield from _factored(p, [lower, upper], sampling, work=FINE)
+    yield from _factored(p, [lower, upper], sampling)
 
 
-def _factored(
-    p: Tensor, factors: list[Tensor], sampling: bool, work: float | None
-) -> Iterator[Step]:
+def _factored(p: Tensor, factors: list[Tensor], sampling: bool) -> Iterator[Step]:
     r"""The steps of x -> P A_1 ... A_n x, or of its inverse where it is sampled."""
     if not _is_permutation(p):
         yield Refused(reason=NO_PERMUTATION, depends=CONSTANT)
     elif sampling:
         yield Permute(order=p.argmax(0))
-        yield solution(*factors, work=work)
+        yield solution(*factors, work=FINE, convolution=True)
     else:
-        yield _product(factors)
+        yield _product(factors, convolution=True)
         yield Permute(order=p.argmax(1))
 
 
-def _product(factors: list[Tensor]) -> Step:
+def _product(factors: list[Tensor], convolution: bool = False) -> Step:
     # They are multiplied in the dtype of the layer.
     error = (len(factors) + 1) * reduce(torch.matmul, [t.abs() for t in factors])
-    return Linear(matrix=reduce(torch.matmul, factors), error=error)
+    matrix = reduce(torch.matmul, factors)
+    return Linear(matrix=matrix, error=error, convolution=convolution)
 
 
 def _is_permutation(p: Tensor) -> bool:
@@ -320,9 +330,9 @@ def _reverse(layer: Any, sampling: bool) -> Iterator[Step]:
 
 @rule(flows.Composite)
 def _composite(layer: Any, sampling: bool) -> Iterator[Step]:
-    parts = list(layer._flows.named_children())
-    for name, part in parts if sampling else reversed(parts):
-        yield from within(f"_flows.{name}", part, sampling)
+    parts = list(enumerate(layer._flows))
+    for i, part in parts if sampling else reversed(parts):
+        yield from within(f"_flows.{i}", part, sampling)
 
 
 @rule(flows.Squeeze)
@@ -370,7 +380,10 @@ def _mixing(layer: Any, sampling: bool) -> Iterator[Step]:
     right = isinstance(layer, flows.InvertibleAffine)  # which multiplies from the right
     if not layer.use_lu:
         matrix = constant(layer.W).T if right else constant(layer.W)
-        yield solution(matrix, work=FINE) if sampling else Linear(matrix=matrix)
+        if sampling:
+            yield solution(matrix, work=FINE, convolution=not right)
+        else:
+            yield Linear(matrix=matrix, convolution=not right)
         return
     with torch.no_grad():  # in the dtype of the layer, as it computes them
         diagonal = layer.sign_S * torch.exp(layer.log_S)
@@ -378,7 +391,7 @@ def _mixing(layer: Any, sampling: bool) -> Iterator[Step]:
         upper = constant(torch.triu(layer.U, diagonal=1) + torch.diag(diagonal))
     p = constant(layer.P)
     if not right:
-        yield from _factored(p, [lower, upper], sampling, work=FINE)
+        yield from _factored(p, [lower, upper], sampling)
     elif not _is_permutation(p):
         yield Refused(reason=NO_PERMUTATION, depends=CONSTANT)
     elif sampling:
@@ -391,6 +404,11 @@ def _mixing(layer: Any, sampling: bool) -> Iterator[Step]:
 
 @rule(flows.LULinearPermute)
 def _lu_permute(layer: Any, sampling: bool) -> Iterator[Step]:
+    for name, cls in (("linear", _LULinear), ("permutation", _RandomPermutation)):
+        strange = departure(getattr(layer, name), cls)
+        if strange:
+            yield Refused(name=name, reason=strange, depends=CONSTANT)
+            return
     linear, order = layer.linear, layer.permutation._permutation
     if sampling:
         yield from _lu_linear(linear, sampling)
@@ -463,11 +481,19 @@ def _affine_coupling(layer: Any, sampling: bool) -> Iterator[Step]:
 
 @rule(flows.AffineCouplingBlock)
 def _affine_block(layer: Any, sampling: bool) -> Iterator[Step]:
-    coupling = layer.flows[1]
-    if type(coupling) is MigratedCoupling:
+    split, coupling, merge = layer.flows
+    if type(coupling) is not MigratedCoupling:
+        yield from within("flows.1", coupling, sampling)
+        return
+    kinds = (flows.Split, MigratedCoupling, flows.Merge)
+    reasons = [departure(part, cls) for part, cls in zip(layer.flows, kinds, strict=True)]
+    if split.mode != merge.mode:
+        reasons.append(f"it is split by {split.mode}, and merged by {merge.mode}")
+    reason = next(filter(None, reasons), None)
+    if reason is None:
         yield from block_steps(layer, sampling)
     else:
-        yield from within("flows.1", coupling, sampling)
+        yield Refused(reason=reason)
 
 
 @rule(flows.MaskedAffineFlow)
@@ -477,9 +503,9 @@ def _masked_affine(layer: Any, sampling: bool) -> Iterator[Step]:
 
 @rule(flows.GlowBlock)
 def _stock_glow(layer: Any, sampling: bool) -> Iterator[Step]:
-    parts = list(layer.flows.named_children())
-    for name, part in parts if sampling else reversed(parts):
-        yield from within(f"flows.{name}", part, sampling)
+    parts = list(enumerate(layer.flows))
+    for i, part in parts if sampling else reversed(parts):
+        yield from within(f"flows.{i}", part, sampling)
 
 
 @rule(flows.MaskedAffineAutoregressive)

@@ -29,6 +29,7 @@ from flowguard.bounds import (
     Step,
     conditional,
     constant,
+    departure,
     envelope,
     envelope_rule,
     rule,
@@ -60,16 +61,15 @@ def _flow(flow: Any, sampling: bool) -> Iterator[Step]:
         yield Refused(reason=SAMPLING_ONLY)
         return
     parts, base = within("transform", flow.transform), flow.base
-    if type(base) is zuko.lazy.UnconditionalDistribution:
-        distribution = base()
-    elif type(base) is zuko.mixtures.GMM and not hasattr(base, "hyper"):
-        distribution = base()
-    else:
-        reason = "its noise depends on the context, and flowguard knows no bound of it"
+    reason = "its noise depends on the context, and flowguard knows no bound of it"
+    for cls in (zuko.lazy.UnconditionalDistribution, zuko.mixtures.GMM):
+        if isinstance(base, cls) and not hasattr(base, "hyper"):
+            reason = departure(base, cls)
+    if reason:
         yield Refused(name="base", kind=type(base).__name__, reason=reason)
         yield from parts
-        return
-    yield from _from_noise(distribution, parts)
+    else:
+        yield from _from_noise(base(), parts)
 
 
 @rule(zuko.distributions.NormalizingFlow)
@@ -103,9 +103,10 @@ def _is_normal(base: Distribution) -> bool:
 
 @rule(zuko.lazy.LazyComposedTransform)
 def _lazy_composed(layer: Any, sampling: bool) -> Iterator[Step]:
-    parts = list(layer.transforms.named_children())
-    for name, part in reversed(parts) if sampling else parts:
-        yield from within(f"transforms.{name}", part, sampling)
+    # Not `named_children`, which leaves out what is there a second time.
+    parts = list(enumerate(layer.transforms))
+    for i, part in reversed(parts) if sampling else parts:
+        yield from within(f"transforms.{i}", part, sampling)
 
 
 @rule(zuko.lazy.LazyInverse)
@@ -183,7 +184,7 @@ def _coupling_given_context(f: Any, sampling: bool) -> Iterator[Step]:
         yield from steps(layer, sampling)
 
 
-UNKNOWN = "flowguard does not know where its parameters come from"
+UNKNOWN = "flowguard does not know where its parameters come from: certify the flow that made it"
 
 
 def _refused(reason: str) -> Iterator[Step]:
@@ -195,7 +196,10 @@ def _owner(meta: Any, cls: Any) -> Any:
     method = meta.func if type(meta) is partial else None
     if not ismethod(method) or method.__func__ is not cls.meta:
         return None
-    return method.__self__
+    # A transform does not show in which dtype its parameters come; the default one is allowed for.
+    eps = torch.finfo(torch.get_default_dtype()).eps
+    coarse = any(torch.finfo(p.dtype).eps > eps for p in method.__self__.parameters())
+    return None if coarse else method.__self__
 
 
 @rule(T.ComposedTransform)

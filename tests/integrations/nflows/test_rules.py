@@ -3,6 +3,7 @@ r"""Certificates and attacks know nflows' layers, and those of its fork in glasf
 import importlib
 import importlib.util
 import math
+from itertools import islice
 
 import pytest
 import torch
@@ -586,3 +587,69 @@ def test_conditional_splines_of_the_host_leave_their_box(host):
                 continue
             largest = max(largest, x[x.isfinite()].abs().max().item())
     assert largest > 1.01
+
+
+def test_layers_that_are_there_twice_count_twice(host):
+    layer = host.T.PointwiseAffineTransform(scale=0.1)
+    for twice in (
+        host.T.CompositeTransform([layer, layer]),
+        host.T.CompositeCDFTransform(layer, host.T.InverseTransform(layer)),
+    ):
+        reached, bound, _ = exceeded(twice, host=host)
+        assert 0.9 * bound < reached <= bound
+    flow = host.T.MultiscaleCompositeTransform(2)
+    for shape in ((8,), (4,)):
+        flow.add_transform(host.T.PointwiseAffineTransform(scale=0.1), shape)
+    flow._transforms[1] = flow._transforms[0]
+    reached, bound, _ = exceeded(flow, features=8, host=host)
+    assert 0.9 * bound < reached <= bound
+
+
+def loud(module, name):
+    r"""Puts a method of its own into a module."""
+    own = getattr(module, name)
+
+    def louder(*args, **kwargs):
+        out = own(*args, **kwargs)
+        return (1e9 * out[0], *out[1:]) if isinstance(out, tuple) else 1e9 * out
+
+    setattr(module, name, louder)
+
+
+def test_parts_that_depart_from_their_class_are_named(host):
+    normal = importlib.import_module(f"{host.distributions.__name__}.normal")
+    identity = host.T.IdentityTransform()
+    rows = [
+        (host.flow(identity), "_distribution", "_sample"),
+        (host.flow(identity), "_distribution", "sample"),
+        (host.Flow(identity, normal.DiagonalNormal([D])), "_distribution", "sample"),
+        (host.T.OneByOneConvolution(D), "permutation", "inverse"),
+        (host.T.QRLinear(D, 3), "orthogonal", "inverse"),
+        (host.T.SVDLinear(D, 2), "orthogonal_1", "inverse"),
+        (ours.RobustSplineCouplingTransform(MASK, host.net), "head", "forward"),
+        (next(islice(robust(host), 1, None)), "unconditional_transform", "inverse"),
+        (ours.MaskedRobustSplineAutoregressiveTransform(D, 16), "head", "spline"),
+    ]
+    for model, place, name in rows:
+        assert flowguard.certify(model).certified, place
+        loud(model.get_submodule(place), name)
+        assert flowguard.certify(model).refused, (place, name)
+
+
+def test_a_base_that_overrides_its_class_is_named(host):
+    class Louder(ours.MultiscaleNormal):
+        def _sample(self, num_samples, context):
+            return 1e9 * super()._sample(num_samples, context)
+
+    transform = image_transform(host, ours.ConditionalMultiscaleTransform)
+    assert flowguard.certify(host.Flow(transform, ours.MultiscaleNormal(transform))).certified
+    assert flowguard.certify(host.Flow(transform, Louder(transform))).refused
+
+
+def test_weights_that_are_made_at_each_look_are_named(host):
+    layer = host.T.QRLinear(D, 3)
+    torch.nn.utils.parametrize.register_parametrization(
+        layer.orthogonal, "q_vectors", nn.Dropout()
+    )
+    (refused,) = flowguard.certify(layer).refused
+    assert "parametrization" in refused.reason

@@ -514,3 +514,94 @@ def test_nearly_singular_matrices_keep_their_bound(kind, scale, dtype):
     z = torch.cat((z, RADIUS * z.sign(), 1e-3 * z))
     reached, bound = reached_and_bound(layer, lambda: layer(z)[0])
     assert reached <= bound
+
+
+def test_layers_that_are_there_twice_count_twice():
+    layer = scaled((3,))
+    nn.init.constant_(layer.s, 2.0)
+    base = nf.distributions.DiagGaussian(3)
+    once, twice = (
+        [
+            flowguard.certify(model).bound(1.0)
+            for model in (
+                nf.NormalizingFlow(base, layers),
+                nf.MultiscaleFlow([base], [layers], [], None, False),
+                nf.flows.Composite(layers),
+            )
+        ]
+        for layers in ([layer], [layer, layer])
+    )
+    for a, b in zip(once, twice, strict=True):
+        assert b > 7 * a
+
+
+def blown(module, name="forward"):
+    r"""A module with a method of its own, whose outputs are larger."""
+    own = getattr(module, name)
+
+    def louder(*args, **kwargs):
+        out = own(*args, **kwargs)
+        return (1e9 * out[0], *out[1:]) if isinstance(out, tuple) else 1e9 * out
+
+    setattr(module, name, louder)
+
+
+PARTS = {
+    "base": (lambda: nf.NormalizingFlow(nf.distributions.DiagGaussian(4), []), "q0"),
+    "noise": (lambda: nf.NormalizingFlow(nf.distributions.GaussianMixture(2, 4), []), "q0"),
+    "prior": (lambda: ConditionalMultiscaleFlow([GaussianPrior(4)], [[]], []), "q0.0"),
+    "merge": (
+        lambda: ConditionalMultiscaleFlow(
+            [GaussianPrior(4), GaussianPrior(4)], [[], []], [nf.flows.Merge()]
+        ),
+        "merges.0",
+    ),
+    "coupling": (lambda: RobustGlowBlock(4, 8).eval(), "coupling"),
+    "mix": (lambda: RobustGlowBlock(4, 8).eval(), "mix"),
+    "actnorm": (lambda: RobustGlowBlock(4, 8).eval(), "actnorm"),
+    "linear": (lambda: nf.flows.LULinearPermute(4), "linear"),
+    "permutation": (lambda: nf.flows.LULinearPermute(4), "permutation"),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_that_depart_from_their_class_are_named(name):
+    make, place = PARTS[name]
+    for spoil in (
+        lambda part: blown(part),
+        lambda part: blown(part, "inverse") if hasattr(part, "inverse") else blown(part),
+        lambda part: part.register_forward_hook(lambda m, args, out: (1e9 * out[0], out[1])),
+    ):
+        model = make()
+        assert flowguard.certify(model).certified, place
+        spoil(model.get_submodule(place))
+        certificate = flowguard.certify(model)
+        assert any(s.name.startswith(place) for s in certificate.refused), str(certificate)
+
+
+def test_parts_whose_weights_are_made_at_each_look_are_named():
+    for make, place, weight in (
+        (lambda: nf.flows.LULinearPermute(4), "linear", "bias"),
+        (lambda: nf.NormalizingFlow(nf.distributions.DiagGaussian(4), []), "q0", "loc"),
+        (lambda: RobustGlowBlock(4, 8).eval(), "mix", "upper"),
+        (lambda: nf.flows.InvertibleAffine(4, use_lu=False), "", "W"),
+    ):
+        model = make()
+        torch.nn.utils.parametrize.register_parametrization(
+            model.get_submodule(place), weight, nn.Dropout()
+        )
+        (refused,) = flowguard.certify(model).refused
+        assert "parametriz" in refused.reason.lower()
+
+
+def test_a_block_whose_merge_is_not_that_of_its_split_is_named():
+    flow = nf.NormalizingFlow(
+        nf.distributions.DiagGaussian(4), [nf.flows.AffineCouplingBlock(nf.nets.MLP([2, 8, 4]))]
+    )
+    new, _ = flowguard.migrate(flow.eval(), torch.randn(64, 4))
+    assert flowguard.certify(new).certified
+    new.flows[0].flows[2].mode = "channel_inv"
+    assert "split" in flowguard.certify(new).refused[0].reason
+    new.flows[0].flows[2].mode = "channel"
+    blown(new.flows[0].flows[1])
+    assert flowguard.certify(new).refused

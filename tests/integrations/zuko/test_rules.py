@@ -512,6 +512,9 @@ def test_a_flow_given_its_context_is_refused_where_its_maps_differ_from_row_to_r
         T.AutoregressiveTransform(lambda x: T.IdentityTransform(), 3), flow(y).base
     )
     assert "flowguard does not know" in certify(other).refused[0].reason
+    coarse = RobustNSF(3, 2).bfloat16()
+    given_y = coarse(torch.randn(4, 2).bfloat16()).transform
+    assert "certify the flow that made it" in certify(given_y).refused[0].reason
 
 
 @pytest.mark.parametrize("slope", [0.1, 1.0, 3.0, 100.0])
@@ -532,3 +535,22 @@ def test_conditional_splines_of_the_host_leave_their_box():
     f = T.MonotonicRQSTransform(*(1e4 * torch.randn(200_000, n) for n in (2, 2, 1)))
     y = 5 * (1 - 1e-6 * torch.rand(200_000))
     assert f.inv(y).abs().max() > 5.001  # a thousand times the rounding
+
+
+def test_layers_that_are_there_twice_count_twice():
+    layer = Constant(torch.distributions.AffineTransform, 0.0, 0.1)
+    flow = flow_of(layer, layer, Constant(T.RotationTransform, torch.zeros(3, 3)))
+    reached, bound = reached_and_bound(flow)
+    assert 399 < reached <= bound < 401
+
+
+def test_parts_that_depart_from_their_class_are_named():
+    for spoil in (
+        lambda flow: setattr(flow.base, "forward", lambda c=None: None),
+        lambda flow: flow.base.register_forward_hook(lambda m, args, out: out),
+        lambda flow: setattr(flow.transform.transforms[0], "meta", lambda c, x: None),
+        lambda flow: setattr(flow.transform, "forward", lambda c=None: None),
+    ):
+        flow = RobustNSF(3, 2)
+        spoil(flow)
+        assert certify(flow).refused
