@@ -196,10 +196,11 @@ def _owner(meta: Any, cls: Any) -> Any:
     method = meta.func if type(meta) is partial else None
     if not ismethod(method) or method.__func__ is not cls.meta:
         return None
+    layer: Any = method.__self__
     # A transform does not show in which dtype its parameters come; the default one is allowed for.
     eps = torch.finfo(torch.get_default_dtype()).eps
-    coarse = any(torch.finfo(p.dtype).eps > eps for p in method.__self__.parameters())
-    return None if coarse else method.__self__
+    coarse = any(torch.finfo(p.dtype).eps > eps for p in layer.parameters())
+    return None if coarse else layer
 
 
 @rule(T.ComposedTransform)
