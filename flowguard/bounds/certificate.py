@@ -4,7 +4,7 @@ __all__ = ["Certificate", "Row", "Table", "certify"]
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch.distributions import Distribution, Transform
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from flowguard.bounds.regions import Region
+from flowguard.bounds.relaxation import Chain
 from flowguard.bounds.rules import steps
 from flowguard.bounds.steps import Linear, Noise, Refused, Step
 
@@ -79,12 +80,17 @@ class Certificate:
         steps: What the layers do, in sampling order.
         roundoff: The relative error of one operation of the model.
         largest: The largest number that the model can hold.
+        effort: How many steps of a search tighten the bounds, if any; see :meth:`tighten`.
     """
 
     model: str
     steps: tuple[Step, ...]
     roundoff: float
     largest: float = math.inf
+    effort: int | None = None
+    _tables: dict[float, "Table"] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def certified(self) -> bool:
@@ -107,7 +113,7 @@ class Certificate:
 
         Far out, this is the only factor by which noise can be amplified.
         """
-        rows = replace(self, largest=math.inf)._table(FAR)
+        rows = replace(self, largest=math.inf, effort=None)._table(FAR)
         return rows[-1].bound_out / FAR if rows else 1.0
 
     def bound(
@@ -140,6 +146,31 @@ class Certificate:
             radius = self._radius(confidence, temperature, event_size)
         rows = self._table(float(radius))  # type: ignore[arg-type]
         return rows[-1].bound_out if rows else float(radius)  # type: ignore[arg-type]
+
+    def tighten(self, steps: int = 50) -> "Certificate":
+        r"""Returns a certificate of the same model whose bounds are smaller, and take longer.
+
+        For each radius that it is asked for, it follows every output back to the noise; see "A
+        bound read backwards" in the documentation. Its bounds are never larger than those of this
+        certificate. They are computed once for each radius, in seconds for a small image model
+        and in minutes for one of a hundred layers.
+
+        Arguments:
+            steps: The number of steps of the search that makes the bounds smaller. The bounds
+                hold for any number of them, also for none.
+
+        Raises:
+            ValueError: If the number of steps is negative.
+
+        Example:
+            >>> flow = flowguard.image.ConditionalMultiscaleFlow(3, 8, levels=2, steps=1, hidden=16)
+            >>> certificate = flowguard.certify(flow)
+            >>> certificate.tighten(steps=5).bound(4.0) < certificate.bound(4.0)
+            True
+        """
+        if steps < 0:
+            raise ValueError(f"steps must not be negative; got {steps}")
+        return replace(self, effort=steps)
 
     def table(self, radius: float = 4.0) -> Table:
         r"""Returns a row for each layer, in sampling order. It prints as a table.
@@ -178,12 +209,17 @@ class Certificate:
     def _table(self, radius: float) -> Table:
         if not 0 <= radius < math.inf:
             raise ValueError(f"radius must be finite and not negative; got {radius}")
+        if radius not in self._tables:
+            self._tables[radius] = Table(self._rows(radius))
+        return Table(self._tables[radius])
+
+    def _rows(self, radius: float) -> Iterator[Row]:
         features = next((s.features for s in self.steps if s.features is not None), 1)
         box = torch.full((1, features), radius, dtype=torch.float64)
         region: Region | None = Region.cube(box)
+        chain = None if self.effort is None else Chain(region, self.effort)
         before = radius
-        rows = Table()
-        for step in self.steps:
+        for i, step in enumerate(self.steps):
             reason, gain = "", None
             if isinstance(step, Refused):
                 region, reason, gain = None, step.reason, step.gain
@@ -191,14 +227,19 @@ class Certificate:
                 if step.features not in (None, region.box.shape[1]):
                     box = region.box.new_full((1, step.features), region.largest)
                     region = Region.cube(box)
+                    if chain is not None:
+                        chain.add(None, region)
                 if isinstance(step, Noise):
                     radius = region.largest
-                region = step.through(region, radius, self.roundoff)
-                region = region if region.largest <= self.largest else None
-            after = math.inf if region is None else region.largest
-            rows.append(Row(step.name, step.kind, before, after, step.depends, reason, gain))
-            before = after
-        return rows
+                after = step.through(region, radius, self.roundoff)
+                if chain is not None:
+                    chain.add(step.link(region, radius, self.roundoff), after)
+                    if isinstance(step, Linear) or i == len(self.steps) - 1:
+                        after = chain.tighten(after)
+                region = after if after.largest <= self.largest else None
+            largest = math.inf if region is None else region.largest
+            yield Row(step.name, step.kind, before, largest, step.depends, reason, gain)
+            before = largest
 
     def _radius(self, confidence: float, temperature: float, event_size: int | None) -> float:
         if not 0 < confidence < 1:

@@ -42,6 +42,9 @@ class Envelope(NamedTuple):
         offset: What may be added, :math:`\infty` if there is no bound.
         floor: What :math:`|g(z)| - \mathrm{offset}` may be for small :math:`|z|`.
         displacement: The largest distance from the identity, :math:`\infty` if there is none.
+        inside: The largest :math:`|g(z)|` where :math:`|g(z) - z|` exceeds `offset`, as it may
+            within the box of a spline; :math:`\infty` if there is none.
+        edge: The largest :math:`|z|` there.
         depends: How the map depends on its parameters, in words.
         reason: Why there is no bound, in words. Not empty means that the map is *not certified*.
         roundings: The number of operations whose rounding the bound has to allow for.
@@ -53,6 +56,8 @@ class Envelope(NamedTuple):
     offset: float = math.inf
     floor: float = 0.0
     displacement: float = math.inf
+    inside: float = math.inf
+    edge: float = math.inf
     depends: str = ""
     reason: str = ""
     roundings: int = 2
@@ -98,6 +103,21 @@ class Region:
         r"""The largest absolute value, :math:`\infty` rather than NaN."""
         return self.box.max().nan_to_num(math.inf, math.inf).item() if self.box.numel() else 0.0
 
+    @property
+    def limits(self) -> tuple[Tensor, Tensor]:
+        r"""The least and the largest values, with shape :math:`(P, C)` each."""
+        around = self.spread.abs().sum(-1) + self.own
+        low = torch.maximum(self.center - around, -self.box)
+        return low, torch.minimum(self.center + around, self.box)
+
+    def within(self, box: Tensor) -> "Region":
+        r"""The region of what is within a box as well.
+
+        Arguments:
+            box: The largest absolute values, with shape :math:`(P, C)`.
+        """
+        return replace(self, box=torch.minimum(self.box, box))._meet()
+
     def _meet(self) -> "Region":
         r"""Lets each description tighten the others."""
         hull = self.center.abs() + self.spread.abs().sum(-1) + self.own
@@ -118,9 +138,7 @@ class Region:
             roundoff: The relative error of one operation.
             factors: The relative error to which the factors of a product are rounded before.
         """
-        relative = _gamma(matrix.shape[1] + 3, roundoff)
-        relative += factors * (2 + factors) * (1 + relative)
-        slack = relative * (self.box @ error.T)
+        slack = self.product_slack(error, roundoff, factors)
         rows = matrix.norm(dim=1) * self.ball.unsqueeze(1)
         return Region(
             box=torch.minimum(self.box @ matrix.abs().T, rows) + slack,
@@ -129,6 +147,12 @@ class Region:
             spread=matrix @ torch.cat((self.spread, torch.diag_embed(self.own)), dim=-1),
             own=slack,
         )._meet()
+
+    def product_slack(self, error: Tensor, roundoff: float, factors: float = 0.0) -> Tensor:
+        r"""How far rounding may move each feature after :meth:`linear`, whose arguments it takes."""
+        relative = _gamma(error.shape[1] + 3, roundoff)
+        relative += factors * (2 + factors) * (1 + relative)
+        return relative * (self.box @ error.T)
 
     def scale(self, factor: Tensor, offset: Tensor, roundoff: float) -> "Region":
         r"""The region after :math:`x_i \mapsto s_i x_i + b_i`.
@@ -139,7 +163,7 @@ class Region:
             roundoff: The relative error of one operation.
         """
         box = self.box * factor.abs() + offset.abs()
-        slack = _gamma(6, roundoff) * box
+        slack = self.scale_slack(factor, offset, roundoff)
         ball = factor.abs().max() * self.ball + offset.norm()
         return Region(
             box=box + slack,
@@ -148,6 +172,10 @@ class Region:
             spread=self.spread * factor.unsqueeze(-1),
             own=self.own * factor.abs() + slack,
         )._meet()
+
+    def scale_slack(self, factor: Tensor, offset: Tensor, roundoff: float) -> Tensor:
+        r"""How far rounding may move each feature after :meth:`scale`, whose arguments it takes."""
+        return _gamma(6, roundoff) * (self.box * factor.abs() + offset.abs())
 
     def permute(self, order: Tensor) -> "Region":
         r"""The region after channel `i` is read from channel `order[i]`.
@@ -171,15 +199,10 @@ class Region:
             mask: The channels that are transformed, with shape :math:`(C)`.
             roundoff: The relative error of one operation.
         """
-        inflation = _gamma(g.roundings, roundoff)
-        if g.limit is not None:
-            limits = [g.reach(r) for r in self.box.flatten().tolist()]
-            grown = self.box.new_tensor(limits).reshape(self.box.shape)
-            box = torch.where(mask, grown * (1 + inflation), self.box)
-            return Region.cube(box)
-        grown = g.offset + (g.gain * self.box).clamp(min=g.floor)
-        slack = mask * inflation * grown
+        grown, slack = self.growth(g, mask, roundoff)
         box = torch.where(mask, grown, self.box) + slack
+        if not math.isfinite(g.gain + g.offset + g.floor):
+            return Region.cube(box)
         # As vectors, |x| <= offset + max(floor, gain |z|); the second is at most the root of the
         # sum of both squares.
         n = mask.sum().to(self.box)  # not an integer, whose root were of float32
@@ -189,6 +212,16 @@ class Region:
             return replace(Region.cube(box), ball=ball)._meet()
         own = self.own + mask * g.displacement + slack
         return replace(self, box=box, ball=ball, own=own)._meet()
+
+    def growth(self, g: Envelope, mask: Tensor, roundoff: float) -> tuple[Tensor, Tensor]:
+        r"""The largest absolute values after :meth:`elementwise`, whose arguments it takes, in
+        exact arithmetic, and how far rounding may move them; with shape :math:`(P, C)` each."""
+        if g.limit is None:
+            grown = g.offset + (g.gain * self.box).clamp(min=g.floor)
+        else:
+            limits = [g.reach(r) for r in self.box.flatten().tolist()]
+            grown = self.box.new_tensor(limits).reshape(self.box.shape)
+        return grown, torch.where(mask, _gamma(g.roundings, roundoff) * grown, 0.0)
 
     def join(self, features: int, radius: float) -> "Region":
         r"""The region with further channels of at most `radius`, that depend on anything.

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from flowguard.bounds.regions import Envelope, Region
+from flowguard.bounds.relaxation import Course, Joined, Link, Product, Rearranged, Unfolded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,23 @@ class Step:
         """
         raise NotImplementedError
 
+    def link(self, region: Region, radius: float, roundoff: float) -> Link | None:
+        r"""Returns the step as :meth:`Certificate.tighten` reads it, backwards; :py:`None` if it
+        tells no more than :meth:`through` does.
+
+        Arguments:
+            region: The region that holds all inputs.
+            radius: The largest absolute value of the noise.
+            roundoff: The relative error of one operation.
+        """
+        return None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # Whoever says anew what a step does has not said yet what it does backwards.
+        if "through" in vars(cls) and "link" not in vars(cls):
+            cls.link = Step.link  # type: ignore[method-assign]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Noise(Step):
@@ -87,6 +105,10 @@ class Noise(Step):
     def through(self, region: Region, radius: float, roundoff: float) -> Region:
         r"""Returns the region as it is: the noise is where it starts from."""
         return region
+
+    def link(self, region: Region, radius: float, roundoff: float) -> Link:
+        r"""Returns what leaves all as it is."""
+        return Rearranged(torch.arange(region.box.shape[1]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,9 +143,17 @@ class Linear(Step):
 
     def through(self, region: Region, radius: float, roundoff: float) -> Region:
         r"""Returns the region of :math:`W x`, with the rounding error of the product."""
-        matrix = constant(self.matrix)
-        error = matrix.abs() if self.error is None else constant(self.error)
+        matrix, error = self._constants()
         return region.linear(matrix, error, roundoff, self.factors)
+
+    def link(self, region: Region, radius: float, roundoff: float) -> Link:
+        r"""Returns the product, with its rounding error."""
+        matrix, error = self._constants()
+        return Product(matrix, region.product_slack(error, roundoff, self.factors))
+
+    def _constants(self) -> tuple[Tensor, Tensor]:
+        matrix = constant(self.matrix)
+        return matrix, matrix.abs() if self.error is None else constant(self.error)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,9 +171,17 @@ class Scale(Step):
 
     def through(self, region: Region, radius: float, roundoff: float) -> Region:
         r"""Returns the region of :math:`s_i x_i + b_i`, with the rounding error."""
+        return region.scale(*self._constants(region), roundoff)
+
+    def link(self, region: Region, radius: float, roundoff: float) -> Link:
+        r"""Returns the line, with the rounding error."""
+        factor, offset = self._constants(region)
+        return Course.line(factor, offset, region.scale_slack(factor, offset, roundoff))
+
+    def _constants(self, region: Region) -> tuple[Tensor, Tensor]:
         shape = region.box.shape[1]
         factor, offset = (constant(t).flatten().expand(shape) for t in (self.factor, self.offset))
-        return region.scale(factor, offset, roundoff)
+        return factor, offset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +198,10 @@ class Permute(Step):
     def through(self, region: Region, radius: float, roundoff: float) -> Region:
         r"""Returns the region with its features rearranged, without any error."""
         return region.permute(self.order.detach().cpu())
+
+    def link(self, region: Region, radius: float, roundoff: float) -> Link:
+        r"""Returns the permutation."""
+        return Rearranged(self.order.detach().cpu())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,9 +228,17 @@ class Pointwise(Step):
 
     def through(self, region: Region, radius: float, roundoff: float) -> Region:
         r"""Returns the region after the map, by its envelope, on the features of the mask."""
+        return region.elementwise(self.envelope, self._mask(region), roundoff)
+
+    def link(self, region: Region, radius: float, roundoff: float) -> Link:
+        r"""Returns the course of the map, by its envelope."""
+        mask = self._mask(region)
+        grown, slack = region.growth(self.envelope, mask, roundoff)
+        return Course.map(self.envelope, mask, region.box, grown, slack)
+
+    def _mask(self, region: Region) -> Tensor:
         everywhere = torch.ones(region.box.shape[1], dtype=torch.bool)
-        mask = everywhere if self.mask is None else self.mask.detach().cpu()
-        return region.elementwise(self.envelope, mask, roundoff)
+        return everywhere if self.mask is None else self.mask.detach().cpu()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,10 +258,17 @@ class Join(Step):
     def through(self, region: Region, radius: float, roundoff: float) -> Region:
         r"""Returns the region with the further features, as large as mean, scale and noise let
         them be."""
+        return region.join(self.joined, self._reach(radius, roundoff))
+
+    def link(self, region: Region, radius: float, roundoff: float) -> Link:
+        r"""Returns the further features."""
+        return Joined(self._reach(radius, roundoff))
+
+    def _reach(self, radius: float, roundoff: float) -> float:
         largest = torch.tensor(self.scale_bound, dtype=torch.float64).exp().item()
         largest = self.mean_bound + largest * radius
         # The exponential of a rounded s, two units of its own, a product and a sum.
-        return region.join(self.joined, largest * (1 + (8 + self.scale_bound) * roundoff))
+        return largest * (1 + (8 + self.scale_bound) * roundoff)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +280,10 @@ class Unsqueeze(Step):
     def through(self, region: Region, radius: float, roundoff: float) -> Region:
         r"""Returns the region of the positions that each cell becomes."""
         return region.unsqueeze(self.factor)
+
+    def link(self, region: Region, radius: float, roundoff: float) -> Link | None:
+        r"""Returns the positions, if all features are told apart."""
+        return None if region.box.shape[1] % self.factor**2 else Unfolded(self.factor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +302,10 @@ class Remark(Step):
     def through(self, region: Region, radius: float, roundoff: float) -> Region:
         r"""Returns the region as it is: nothing is bounded here."""
         return region
+
+    def link(self, region: Region, radius: float, roundoff: float) -> Link:
+        r"""Returns what leaves all as it is."""
+        return Rearranged(torch.arange(region.box.shape[1]))
 
 
 @dataclass(frozen=True, kw_only=True)

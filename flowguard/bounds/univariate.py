@@ -78,6 +78,8 @@ def _spline(
         offset=shift,
         floor=max(f.bound - shift, 0.0) if sampling else f.bound,
         displacement=2 * f.bound + shift,
+        inside=f.bound if sampling else f.bound + shift,
+        edge=f.bound + shift if sampling else f.bound,
         depends=f"within a box of {f.bound:g} and a shift of {shift:g}",
     )
 
@@ -87,7 +89,14 @@ def _additive(f: transforms.AdditiveTransform, sampling: bool) -> Envelope:
     if f.shift_bound is None:
         return Envelope(1.0, math.inf, reason=FREE)
     shift = f.shift_bound
-    return Envelope(1.0, shift, displacement=shift, depends=f"within a shift of {shift:g}")
+    return Envelope(
+        1.0,
+        shift,
+        displacement=shift,
+        inside=0.0,
+        edge=0.0,
+        depends=f"within a shift of {shift:g}",
+    )
 
 
 @envelope_rule(transforms.AffineTransform)
