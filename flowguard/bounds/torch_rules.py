@@ -3,6 +3,7 @@ modules that hold one other and do nothing but call it."""
 
 __all__ = ["affine", "after", "squashed"]
 
+import math
 from collections.abc import Iterator
 from functools import partial, reduce
 from typing import Any
@@ -112,11 +113,15 @@ def after(first: Envelope, second: Envelope) -> Envelope:
     if first.limit is not None or second.limit is not None:
         limit = partial(_reach, first, second)
         return Envelope(limit=limit, depends=depends, roundings=roundings)
+    keeps = second.gain >= 1  # so that the offset is no less than that of both
     return Envelope(
         gain=second.gain * first.gain,
         offset=second.offset + second.gain * first.offset,
         floor=max(second.floor - second.gain * first.offset, second.gain * first.floor),
         displacement=first.displacement + second.displacement,
+        # What one of the two takes off the line stays within its box, but for the other's shift.
+        inside=max(first.inside + second.offset, second.inside) if keeps else math.inf,
+        edge=max(first.edge, second.edge + first.offset) if keeps else math.inf,
         depends=depends,
         roundings=roundings,
     )

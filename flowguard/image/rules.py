@@ -7,6 +7,7 @@ from typing import cast
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 
 from flowguard.bounds import (
     Envelope,
@@ -47,6 +48,8 @@ from flowguard.image.maps import (
 from flowguard.image.migration import InscribedCoupling
 from flowguard.image.steps import FlowStep, Split, TransitionStep
 from flowguard.migration.inscribe import InscribedAffine
+from flowguard.migration.rules import BoundOfMap
+from flowguard.transforms import Univariate
 
 #: From this condition number on, a matrix counts as singular: its inverse in float64 has no digits
 #: that can be relied on.
@@ -105,8 +108,19 @@ def _coupling(layer: ConditionalCoupling, sampling: bool) -> Iterator[Step]:
             continue
         family = layer.map_of(part)
         kind = f"{type(layer).__name__}[{type(family).__name__}]"
-        parts.append(conditional(envelope(family, sampling), part, kind, mask=mask))
-    yield from parts if sampling else reversed(parts)
+        parts.append(_map(family, sampling, mask, part, kind))
+    for steps in parts if sampling else reversed(parts):
+        yield from steps
+
+
+def _map(
+    family: Elementwise, sampling: bool, mask: Tensor, name: str, kind: str
+) -> Iterator[Step]:
+    g = envelope(family, sampling)
+    if isinstance(family, Inscribed) and not g.reason:
+        yield from BoundOfMap(_example(family), sampling).steps(mask, name, kind)
+    else:
+        yield conditional(g, name, kind, mask)
 
 
 @envelope_rule(Affine, CubicBSpline, Inscribed, ReparametrizedAffine, Robust)
@@ -115,8 +129,12 @@ def _family(family: Elementwise, sampling: bool) -> Envelope:
         strange = departure(family.units, InscribedAffine)
         if strange:
             return Envelope(reason=strange)
+    return envelope(_example(family), sampling)
+
+
+def _example(family: Elementwise) -> Univariate:
     # The boxes of these are options, the same whatever the parameters: zeros will do.
-    return envelope(family.transform(torch.zeros(1, 1, family.parameters, 1, 1)), sampling)
+    return family.transform(torch.zeros(1, 1, family.parameters, 1, 1))
 
 
 @rule(FixedConv1x1)

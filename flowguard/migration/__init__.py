@@ -48,6 +48,7 @@ __all__ = [
     "surgeon",
 ]
 
+from flowguard.migration import rules as rules
 from flowguard.migration.report import Migration, Replacement, SampleError
 from flowguard.migration.run import migrate
 from flowguard.migration.surgeon import Site, Surgeon, holder, surgeon

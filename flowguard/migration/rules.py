@@ -2,14 +2,28 @@ r"""How the maps that a migration puts into a layer are bounded, whatever the li
 
 __all__ = ["BoundOfMap"]
 
+import math
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowguard.bounds import Envelope, Scale, Step, conditional, constant, envelope
+from flowguard.bounds import (
+    Envelope,
+    Scale,
+    Step,
+    conditional,
+    constant,
+    envelope,
+    envelope_rule,
+)
 from flowguard.migration.imitate import Rescaled
-from flowguard.transforms import Univariate
+
+#: What the units add to the roundings of a map: a sum and a division before it, a product and a
+#: sum after it.
+ROUNDINGS = 4
 
 
 class BoundOfMap:
@@ -23,12 +37,12 @@ class BoundOfMap:
         sampling: Whether it is run towards data.
     """
 
-    def __init__(self, f: Univariate, sampling: bool) -> None:
+    def __init__(self, f: Any, sampling: bool) -> None:
         self.base = f.base if isinstance(f, Rescaled) else f
         self.envelope = envelope(self.base, sampling)
         self.units: tuple[Tensor, ...] = ()  # origin and unit before the map, and after it
         if isinstance(f, Rescaled):
-            units = tuple(constant(t) for t in f.units)
+            units = tuple(constant(t).flatten() for t in torch.broadcast_tensors(*f.units))
             self.units = units[2:] + units[:2] if sampling else units
 
     def steps(self, mask: Tensor, name: str = "", kind: str = "") -> Iterator[Step]:
@@ -40,7 +54,10 @@ class BoundOfMap:
             kind: What it is, in words.
         """
 
+        mask = mask.detach().cpu()
+
         def spread(t: Tensor, rest: float) -> Tensor:
+            t = t.expand(int(mask.sum()))
             return torch.full(mask.shape, rest, dtype=t.dtype).masked_scatter(mask, t)
 
         step = conditional(self.envelope, name, kind, mask)
@@ -54,11 +71,48 @@ class BoundOfMap:
 
     def anywhere(self) -> Step:
         r"""The step, where it is not known which features change, at which positions."""
+        g = self.overall()
+        if g.reason:
+            return conditional(g)
+        limit = None if g.limit is None else partial(_at_least, g)
+        return conditional(g._replace(gain=max(g.gain, 1.0), limit=limit))
+
+    def overall(self) -> Envelope:
+        r"""What is known of the map of each feature, by the worst of all units."""
         g = self.envelope
-        return conditional(g if g.reason else Envelope(limit=self._reach, depends=g.depends))
+        if g.reason or not self.units:
+            return g
+        loc, scale, loc_after, scale_after = self.units
+        ratio = scale_after / scale
+        moved = loc_after.abs() + ratio * g.gain * loc.abs()
+        alike = bool((ratio == 1).all())  # then the map is near the identity, as the base is
+        apart = (loc_after - loc).abs()
+
+        def worst(t: Tensor) -> float:
+            return t.max().item()
+
+        return g._replace(
+            gain=worst(ratio * g.gain),
+            offset=worst(moved + scale_after * g.offset),
+            floor=worst(scale_after * g.floor - ratio * g.gain * loc.abs()),
+            displacement=worst(apart + scale * g.displacement) if alike else math.inf,
+            inside=worst(loc_after.abs() + scale_after * g.inside) if alike else math.inf,
+            edge=worst(loc.abs() + scale * g.edge) if alike else math.inf,
+            roundings=g.roundings + ROUNDINGS,
+            limit=self._reach,
+        )
 
     def _reach(self, radius: float) -> float:
         loc, scale, loc_after, scale_after = self.units
         inner = ((radius + loc.abs()) / scale).tolist()
         reach = loc.new_tensor([self.envelope.reach(r) for r in inner])
-        return max(radius, (loc_after.abs() + scale_after * reach).max().item())
+        return (loc_after.abs() + scale_after * reach).max().item()
+
+
+def _at_least(g: Envelope, radius: float) -> float:
+    return max(radius, g.reach(radius))
+
+
+@envelope_rule(Rescaled)
+def _rescaled(f: Rescaled, sampling: bool) -> Envelope:
+    return BoundOfMap(f, sampling).overall()

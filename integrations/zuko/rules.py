@@ -41,6 +41,9 @@ from flowguard.bounds.rational import constant_spline
 from flowguard.bounds.solution import solution
 from flowguard.bounds.torch_rules import affine, after, squashed
 from flowguard.bounds.univariate import undetermined
+from flowguard.migration.imitate import RescaledSpline
+from flowguard.migration.inscribe import InscribedAffine
+from flowguard.migration.rules import BoundOfMap
 
 from .flows import GuardedFlow
 from .image import ConditionalMultiscaleTransform, MultiscaleFlow, MultiscaleTransform
@@ -134,37 +137,43 @@ def _constant_map(
         yield from steps(make(), sampling)
 
 
-def _conditional(layer: Any, sampling: bool, mask: Tensor | None) -> Step:
+def _conditional(layer: Any, sampling: bool, mask: Tensor) -> Iterator[Step]:
     # What the parameters are does not matter to an envelope: zeros will do.
     f = layer.univariate(*(torch.zeros(shape) for shape in layer.shapes))
-    g = envelope(f, sampling)
-    if not g.reason:
-        reason = undetermined(layer.univariate)
-        g = Envelope(reason=reason) if reason else g
-    elif isinstance(f, T.MonotonicAffineTransform):
+    kind = f"{type(layer).__name__}[{type(f).__name__}]"
+    if isinstance(f, T.MonotonicAffineTransform):
+>>>>>>> d724adc (Bound maps in units by steps in these units, and allow for all their rounding)
         # It does not keep its least slope, but shows it where the parameters are extreme.
         least = layer.univariate(*(torch.full(shape, -1e30) for shape in layer.shapes)).scale
         gain = 1 / least.min().item() if sampling else math.inf
-        g = g._replace(gain=gain, reason=f"{g.reason}, and its slope may fall to {1 / gain:.3g}")
-    return conditional(g, kind=f"{type(layer).__name__}[{type(f).__name__}]", mask=mask)
+        reason = f"{envelope(f, sampling).reason}, and its slope may fall to {1 / gain:.3g}"
+        yield Refused(kind=kind, gain=gain if math.isfinite(gain) else None, reason=reason)
+        return
+    make = layer.univariate
+    known = next((c for c in (InscribedAffine, RescaledSpline) if isinstance(make, c)), None)
+    reason = departure(make, known) if known else undetermined(make)
+    if reason and not envelope(f, sampling).reason:
+        yield Refused(kind=kind, reason=reason)
+    else:
+        yield from BoundOfMap(f, sampling).steps(mask, kind=kind)
 
 
 @rule(zuko.flows.autoregressive.MaskedAutoregressiveTransform)
 def _autoregressive(layer: Any, sampling: bool) -> Iterator[Step]:
     features = layer.hyper.out_features // layer.total
-    yield _conditional(layer, sampling, torch.ones(features, dtype=torch.bool))
+    yield from _conditional(layer, sampling, torch.ones(features, dtype=torch.bool))
 
 
 @rule(zuko.flows.coupling.GeneralCouplingTransform)
 def _coupling(layer: Any, sampling: bool) -> Iterator[Step]:
-    yield _conditional(layer, sampling, ~layer.mask)  # ones mark what stays as it is
+    yield from _conditional(layer, sampling, ~layer.mask)  # ones mark what stays as it is
 
 
 @rule(zuko.flows.gaussianization.ElementWiseTransform)
 def _elementwise(layer: Any, sampling: bool) -> Iterator[Step]:
     if hasattr(layer, "hyper"):
         features = layer.hyper.out_features // layer.total
-        yield _conditional(layer, sampling, torch.ones(features, dtype=torch.bool))
+        yield from _conditional(layer, sampling, torch.ones(features, dtype=torch.bool))
         return
     yield from _constant_map(layer.univariate, lambda: layer.univariate(*layer.phi), sampling)
 

@@ -45,7 +45,7 @@ ENVELOPES = [envelope(f, sampling) for f in MAPS for sampling in (True, False)]
 ENVELOPES += [
     Envelope(1.0, 0.3, displacement=1.5),
     Envelope(1.2, 0.3, floor=0.5),
-    Envelope(0.0, 0.0, floor=1.0, displacement=5.0),
+    Envelope(0.0, 0.0, floor=1.0),
     Envelope(limit=lambda radius: 1.0 + radius**2 / 8),
 ]
 
@@ -212,12 +212,15 @@ def test_no_robust_map_is_farther_from_a_line_and_extreme_ones_are_as_far(
     f = RobustSpline(
         *logits.unbind(1), shift, bound=bound, shift_bound=shift_bound, slope=None
     )
+    g = envelope(f, sampling)
     for radius in GRID:
-        z = radius * torch.linspace(-1, 1, 81, dtype=torch.float64)[:, None]
+        z = radius * torch.linspace(-1, 1, 81, dtype=torch.float64)
+        edge = min(0.999 * g.edge, radius)
+        z = torch.cat((z, z.new_tensor([-edge, edge])))[:, None]
         x = f.inv(z) if sampling else f(z)
         for share in (0.0, 0.3, 0.7, 1.0):
             reached = (x - share * z).abs().max().item()
-            limit = beside(envelope(f, sampling), radius, share)
+            limit = beside(g, radius, share)
             assert reached <= limit * ALMOST
             assert reached >= 0.95 * limit - 0.05 * bound
 
@@ -293,12 +296,13 @@ def test_the_search_comes_near_to_what_can_be_reached():
     steps = [Noise(size=4)]
     for _ in range(3):
         w = OrthogonalConv1x1(4).weight.detach().double()
-        steps += [Pointwise(envelope=g, mask=torch.arange(4) < 2), Linear(matrix=w)]
+        scale = Scale(factor=2 ** double(4), offset=double(4))
+        steps += [scale, Pointwise(envelope=g), Linear(matrix=w)]
     reached = worst(steps, tries=20, climbs=100).max().item()
     plain = certificate(steps).bound(RADIUS)
     tight = certificate(steps).tighten(100).bound(RADIUS)
     assert reached <= tight < 0.75 * plain
-    assert tight < 1.4 * reached
+    assert tight < 1.6 * reached
 
 
 def test_a_chain_starts_anew_after_a_step_that_tells_nothing_backwards():
@@ -380,7 +384,7 @@ def test_no_sample_of_an_image_flow_exceeds_its_tightened_bound(levels, steps, s
     flow = image_flow(levels, steps, mix=mix)
     tight = certify(flow).tighten(5)
     bound = tight.bound(RADIUS)
-    assert bound < 0.9 * certify(flow).bound(RADIUS)
+    assert bound <= certify(flow).bound(RADIUS)
     for far in (1.0, 1e5, 1e30):
         y = [far * torch.randn(2, 4, size >> i, size >> i) for i in range(1, levels + 1)]
         for corners in (False, True):
