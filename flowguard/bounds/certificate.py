@@ -216,8 +216,9 @@ class Certificate:
     def _rows(self, radius: float) -> Iterator[Row]:
         features = next((s.features for s in self.steps if s.features is not None), 1)
         box = torch.full((1, features), radius, dtype=torch.float64)
-        region: Region | None = Region.cube(box)
-        chain = None if self.effort is None else Chain(region, self.effort)
+        start = Region.cube(box)
+        chain = None if self.effort is None else Chain(start, self.effort)
+        region: Region | None = start
         before = radius
         for i, step in enumerate(self.steps):
             reason, gain = "", None

@@ -20,7 +20,7 @@ References:
     | https://arxiv.org/abs/2011.13824
 """
 
-__all__ = ["Chain", "Course", "Joined", "Link", "Product", "Rearranged", "Rows", "Unfolded"]
+__all__ = ["Chain", "Course", "Forms", "Joined", "Link", "Product", "Rearranged", "Unfolded"]
 
 import math
 from dataclasses import dataclass, replace
@@ -62,8 +62,8 @@ class Node(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Rows:
-    r"""Linear functions of the features of a position, each known up to some slack.
+class Forms:
+    r"""Linear forms in the features of a position, each known up to some slack.
 
     Arguments:
         position: The kind of position that each is of, with shape :math:`(N)`.
@@ -78,7 +78,7 @@ class Rows:
     slack: Tensor
 
     @classmethod
-    def of(cls, region: Region) -> "Rows":
+    def of(cls, region: Region) -> "Forms":
         r"""Returns the features of all positions themselves."""
         positions, features = region.box.shape
         weight = torch.eye(features, dtype=region.box.dtype).repeat(positions, 1)
@@ -86,10 +86,10 @@ class Rows:
         none = weight.new_zeros(len(weight))
         return cls(position, weight, none, none)
 
-    def split(self, size: int) -> list["Rows"]:
+    def split(self, size: int) -> list["Forms"]:
         r"""Returns parts of at most `size` rows."""
         columns = (self.position, self.weight, self.center, self.slack)
-        return [Rows(*part) for part in zip(*(t.split(size) for t in columns), strict=True)]
+        return [Forms(*part) for part in zip(*(t.split(size) for t in columns), strict=True)]
 
     def at(self, t: Tensor) -> Tensor:
         r"""Returns what belongs to the position of each row, of what belongs to all."""
@@ -108,7 +108,7 @@ class Rows:
 class Link(Protocol):
     r"""A layer, as linear functions of its output see it."""
 
-    def back(self, rows: Rows, share: Tensor | None, before: Node, after: Node) -> Rows:
+    def back(self, rows: Forms, share: Tensor | None, before: Node, after: Node) -> Forms:
         r"""Returns the same functions, of the input of the layer.
 
         Arguments:
@@ -133,7 +133,7 @@ class Product:
     matrix: Tensor
     slack: Tensor
 
-    def back(self, rows: Rows, share: Tensor | None, before: Node, after: Node) -> Rows:
+    def back(self, rows: Forms, share: Tensor | None, before: Node, after: Node) -> Forms:
         slack = rows.slack + (rows.weight.abs() * rows.at(self.slack)).sum(1)
         return replace(rows, weight=rows.weight @ self.matrix, slack=slack)
 
@@ -144,7 +144,7 @@ class Rearranged:
 
     order: Tensor
 
-    def back(self, rows: Rows, share: Tensor | None, before: Node, after: Node) -> Rows:
+    def back(self, rows: Forms, share: Tensor | None, before: Node, after: Node) -> Forms:
         return replace(rows, weight=rows.weight[:, torch.argsort(self.order)])
 
 
@@ -158,7 +158,7 @@ class Joined:
 
     reach: float
 
-    def back(self, rows: Rows, share: Tensor | None, before: Node, after: Node) -> Rows:
+    def back(self, rows: Forms, share: Tensor | None, before: Node, after: Node) -> Forms:
         kept, joined = rows.weight.tensor_split((before.low.shape[1],), dim=1)
         slack = rows.slack + self.reach * joined.abs().sum(1)
         return replace(rows, weight=kept, slack=slack)
@@ -174,7 +174,7 @@ class Unfolded:
 
     factor: int
 
-    def back(self, rows: Rows, share: Tensor | None, before: Node, after: Node) -> Rows:
+    def back(self, rows: Forms, share: Tensor | None, before: Node, after: Node) -> Forms:
         cells = self.factor**2
         where = torch.nn.functional.one_hot(rows.position % cells, cells).to(rows.weight)
         weight = (rows.weight.unsqueeze(2) * where.unsqueeze(1)).flatten(1)
@@ -294,7 +294,7 @@ class Course:
         start, end = torch.minimum(inner, outer), torch.maximum(inner, outer)
         return torch.where(flat, -math.inf, start), torch.where(flat, math.inf, end)
 
-    def back(self, rows: Rows, share: Tensor | None, before: Node, after: Node) -> Rows:
+    def back(self, rows: Forms, share: Tensor | None, before: Node, after: Node) -> Forms:
         assert share is not None  # the chain has slopes for every course
         low, high = self.beside(rows, share, before, after)
         weight = rows.weight
@@ -306,7 +306,7 @@ class Course:
         )
 
     def beside(
-        self, rows: Rows, share: Tensor, before: Node, after: Node
+        self, rows: Forms, share: Tensor, before: Node, after: Node
     ) -> tuple[Tensor, Tensor]:
         r"""Returns the least and the largest :math:`y - \lambda x`, with :math:`\lambda` that share
         of the slope, for inputs and outputs that are known to be within limits."""
@@ -390,7 +390,7 @@ class Chain:
         """
         courses = [n for link, n in zip(self.links, self.nodes[1:], strict=True) if _bends(link)]
         size = max(SLOPES // max(sum(n.low.shape[1] for n in courses), 1), 1)
-        parts = [self._search(rows) for rows in Rows.of(region).split(size)]
+        parts = [self._search(rows) for rows in Forms.of(region).split(size)]
         low, high = (torch.cat(t).view_as(region.box) for t in zip(*parts, strict=True))
         node = self.nodes[-1]
         low, high = torch.maximum(low, node.low), torch.minimum(high, node.high)
@@ -398,7 +398,7 @@ class Chain:
         self.nodes[-1] = Node(low, high, region.ball)
         return region
 
-    def read(self, rows: Rows, shares: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def read(self, rows: Forms, shares: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         r"""Returns the least and the largest value of each row, and the largest absolute value
         by what is known of the input of the first layer alone.
 
@@ -418,7 +418,7 @@ class Chain:
             low, high = torch.maximum(low, least), torch.minimum(high, most)
         return low, high, far
 
-    def _search(self, rows: Rows) -> tuple[Tensor, Tensor]:
+    def _search(self, rows: Forms) -> tuple[Tensor, Tensor]:
         r"""The least and the largest value of each row, for the best slopes that are found."""
         widths = [
             node.low.shape[1]

@@ -27,7 +27,7 @@ from flowguard.bounds import (
 )
 from flowguard.bounds.certificate import Certificate
 from flowguard.bounds.regions import Region
-from flowguard.bounds.relaxation import Chain, Course, Joined, Node, Product, Rows
+from flowguard.bounds.relaxation import Chain, Course, Forms, Joined, Node, Product
 from flowguard.image import ConditionalMultiscaleFlow, OrthogonalConv1x1
 from flowguard.transforms import AdditiveTransform, RobustSpline
 
@@ -175,7 +175,7 @@ def beside(g, radius, share):
     course = Course.map(g, mask, box, grown, slack)
     after = Node.of(region.elementwise(g, mask, 0.0))
     share = torch.full((1, 1), share, dtype=torch.float64)
-    low, high = course.beside(Rows.of(region), share, Node.of(region), after)
+    low, high = course.beside(Forms.of(region), share, Node.of(region), after)
     assert torch.equal(low, -high)
     return high.item()
 
@@ -209,9 +209,7 @@ def test_no_robust_map_is_farther_from_a_line_and_extreme_ones_are_as_far(
     # Parameters of any size, and in particular those of a step up or down at either end.
     logits = torch.cat((60 * double(4000, 3, 1), 60 * double(4000, 3, 1).sign()))
     shift = torch.cat((double(4000), 1e30 * double(4000).sign()))
-    f = RobustSpline(
-        *logits.unbind(1), shift, bound=bound, shift_bound=shift_bound, slope=None
-    )
+    f = RobustSpline(*logits.unbind(1), shift, bound=bound, shift_bound=shift_bound, slope=None)
     g = envelope(f, sampling)
     for radius in GRID:
         z = radius * torch.linspace(-1, 1, 81, dtype=torch.float64)
@@ -236,7 +234,7 @@ def test_two_maps_move_a_feature_by_less_than_twice_what_one_does():
         region = after
     assert len(chain.links) == 2  # the noise, and all that is elementwise
     one = torch.ones(1, 1, dtype=torch.float64)
-    rows = Rows.of(region)
+    rows = Forms.of(region)
     low, high = chain.links[-1].beside(rows, one, chain.nodes[1], chain.nodes[2])
     assert high.item() == -low.item() == 12.0  # 2 B + 2 β, not 4 B + 2 β
 
@@ -276,7 +274,7 @@ def test_any_slopes_give_a_bound(seed, length):
     steps = random_steps(length)
     chain, region = chained(steps)
     reached = worst(steps).flatten()
-    rows = Rows.of(region)
+    rows = Forms.of(region)
     widths = [
         node.low.shape[1]
         for link, node in zip(chain.links, chain.nodes[1:], strict=True)
@@ -328,12 +326,12 @@ def test_positions_are_told_apart_on_the_way_back():
     none = torch.zeros(4, dtype=torch.float64)
     steps = [Noise(size=4), Scale(factor=factor, offset=none), Unsqueeze(factor=2)]
     chain, region = chained(steps)
-    low, high, _ = chain.read(Rows.of(region), [torch.ones(4, 4, dtype=torch.float64)])
+    low, high, _ = chain.read(Forms.of(region), [torch.ones(4, 4, dtype=torch.float64)])
     assert high.tolist() == (-low).tolist() == [4.0, 8.0, 12.0, 16.0]
 
 
 def test_a_joined_feature_is_bounded_by_its_reach():
-    rows = Rows.of(Region.cube(torch.ones(1, 3, dtype=torch.float64)))
+    rows = Forms.of(Region.cube(torch.ones(1, 3, dtype=torch.float64)))
     before = Node.of(Region.cube(torch.ones(1, 2, dtype=torch.float64)))
     back = Joined(7.0).back(rows, None, before, before)
     assert back.slack.tolist() == [0.0, 0.0, 7.0]

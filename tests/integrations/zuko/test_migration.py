@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from flowguard.bounds import certify
+from flowguard.bounds import Pointwise, certify
 from flowguard.migration import migrate
 from flowguard.migration.imitate import Rescaled, RescaledSpline
 from flowguard.ood import OODConditioner
@@ -92,6 +92,19 @@ def test_a_trained_flow_becomes_robust_at_the_same_likelihood(trained, name):
     assert samples.isfinite().all()
     assert samples.abs().max() <= certify(robust).bound(z.abs().max().item())
     assert not flow(far).sample((16,)).abs().max() < 1e4
+
+
+def test_a_migrated_flow_is_bounded_in_the_units_of_its_features(trained):
+    flow = trained("MAF")
+    x, c = moons(1024)
+    robust, _ = migrate(flow, x, c, fit_steps=5)
+    certificate = certify(robust)
+    maps = [s for s in certificate.steps if isinstance(s, Pointwise)]
+    assert len(maps) == 3
+    assert all(s.envelope.limit is None for s in maps)
+    # What the layers move is bounded beside what their units make of the noise.
+    assert certificate.growth < 1.1 * sum(x.std(0)).item()
+    assert certificate.tighten(20).bound(4.0) <= certificate.bound(4.0)
 
 
 def test_the_swap_keeps_hidden_layers_and_imitates(trained):
