@@ -147,7 +147,7 @@ class Certificate:
         rows = self._table(float(radius))  # type: ignore[arg-type]
         return rows[-1].bound_out if rows else float(radius)  # type: ignore[arg-type]
 
-    def tighten(self, steps: int = 50) -> "Certificate":
+    def tighten(self, steps: int = 20) -> "Certificate":
         r"""Returns a certificate of the same model whose bounds are smaller, and take longer.
 
         For each radius that it is asked for, it follows every output back to the noise; see "A

@@ -38,7 +38,10 @@ SLOPES = 2**21
 #: The slopes, as shares of the steepest, that the search may start from.
 STARTS = (1.0, 0.9, 0.5, 0.0)
 #: How far the search moves a share in its first step.
-STRIDE = 0.1
+STRIDE = 0.05
+#: What the search pays for how far a form reaches by the input of the first layer alone, beside
+#: how far it reaches at all: else it would not look for slopes beyond what limits it at first.
+AHEAD = 0.1
 
 
 class Node(NamedTuple):
@@ -441,7 +444,7 @@ class Chain:
             for _ in range(self.steps):
                 least, most, far = self.read(rows, shares)
                 optimizer.zero_grad()
-                far.sum().backward()
+                ((most - least) / 2 + AHEAD * far).sum().backward()
                 optimizer.step()
                 schedule.step()
                 with torch.no_grad():
