@@ -90,12 +90,12 @@ class Forms:
         return cls(position, weight, none, none)
 
     def split(self, size: int) -> list["Forms"]:
-        r"""Returns parts of at most `size` rows."""
+        r"""Returns parts of at most `size` forms."""
         columns = (self.position, self.weight, self.center, self.slack)
         return [Forms(*part) for part in zip(*(t.split(size) for t in columns), strict=True)]
 
     def at(self, t: Tensor) -> Tensor:
-        r"""Returns what belongs to the position of each row, of what belongs to all."""
+        r"""Returns what belongs to the position of each form, of what belongs to all."""
         return t.expand(len(self.weight), *t.shape[1:]) if len(t) == 1 else t[self.position]
 
     def limits(self, node: Node) -> tuple[Tensor, Tensor]:
@@ -111,11 +111,11 @@ class Forms:
 class Link(Protocol):
     r"""A layer, as linear functions of its output see it."""
 
-    def back(self, rows: Forms, share: Tensor | None, before: Node, after: Node) -> Forms:
+    def back(self, forms: Forms, share: Tensor | None, before: Node, after: Node) -> Forms:
         r"""Returns the same functions, of the input of the layer.
 
         Arguments:
-            rows: The functions of its output.
+            forms: The functions of its output.
             share: The slopes to replace it by, as shares of the steepest one; see
                 :class:`Course`.
             before: What is known of its input.
@@ -136,9 +136,9 @@ class Product:
     matrix: Tensor
     slack: Tensor
 
-    def back(self, rows: Forms, share: Tensor | None, before: Node, after: Node) -> Forms:
-        slack = rows.slack + (rows.weight.abs() * rows.at(self.slack)).sum(1)
-        return replace(rows, weight=rows.weight @ self.matrix, slack=slack)
+    def back(self, forms: Forms, share: Tensor | None, before: Node, after: Node) -> Forms:
+        slack = forms.slack + (forms.weight.abs() * forms.at(self.slack)).sum(1)
+        return replace(forms, weight=forms.weight @ self.matrix, slack=slack)
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,8 @@ class Rearranged:
 
     order: Tensor
 
-    def back(self, rows: Forms, share: Tensor | None, before: Node, after: Node) -> Forms:
-        return replace(rows, weight=rows.weight[:, torch.argsort(self.order)])
+    def back(self, forms: Forms, share: Tensor | None, before: Node, after: Node) -> Forms:
+        return replace(forms, weight=forms.weight[:, torch.argsort(self.order)])
 
 
 @dataclass(frozen=True)
@@ -161,10 +161,10 @@ class Joined:
 
     reach: float
 
-    def back(self, rows: Forms, share: Tensor | None, before: Node, after: Node) -> Forms:
-        kept, joined = rows.weight.tensor_split((before.low.shape[1],), dim=1)
-        slack = rows.slack + self.reach * joined.abs().sum(1)
-        return replace(rows, weight=kept, slack=slack)
+    def back(self, forms: Forms, share: Tensor | None, before: Node, after: Node) -> Forms:
+        kept, joined = forms.weight.tensor_split((before.low.shape[1],), dim=1)
+        slack = forms.slack + self.reach * joined.abs().sum(1)
+        return replace(forms, weight=kept, slack=slack)
 
 
 @dataclass(frozen=True)
@@ -177,11 +177,11 @@ class Unfolded:
 
     factor: int
 
-    def back(self, rows: Forms, share: Tensor | None, before: Node, after: Node) -> Forms:
+    def back(self, forms: Forms, share: Tensor | None, before: Node, after: Node) -> Forms:
         cells = self.factor**2
-        where = torch.nn.functional.one_hot(rows.position % cells, cells).to(rows.weight)
-        weight = (rows.weight.unsqueeze(2) * where.unsqueeze(1)).flatten(1)
-        return replace(rows, position=rows.position // cells, weight=weight)
+        where = torch.nn.functional.one_hot(forms.position % cells, cells).to(forms.weight)
+        weight = (forms.weight.unsqueeze(2) * where.unsqueeze(1)).flatten(1)
+        return replace(forms, position=forms.position // cells, weight=weight)
 
 
 class Rectangle(NamedTuple):
@@ -297,23 +297,23 @@ class Course:
         start, end = torch.minimum(inner, outer), torch.maximum(inner, outer)
         return torch.where(flat, -math.inf, start), torch.where(flat, math.inf, end)
 
-    def back(self, rows: Forms, share: Tensor | None, before: Node, after: Node) -> Forms:
+    def back(self, forms: Forms, share: Tensor | None, before: Node, after: Node) -> Forms:
         assert share is not None  # the chain has slopes for every course
-        low, high = self.beside(rows, share, before, after)
-        weight = rows.weight
+        low, high = self.beside(forms, share, before, after)
+        weight = forms.weight
         return replace(
-            rows,
-            weight=weight * share * rows.at(self.slope),
-            center=rows.center + (weight * (low + high)).sum(1) / 2,
-            slack=rows.slack + (weight.abs() * (high - low)).sum(1) / 2,
+            forms,
+            weight=weight * share * forms.at(self.slope),
+            center=forms.center + (weight * (low + high)).sum(1) / 2,
+            slack=forms.slack + (weight.abs() * (high - low)).sum(1) / 2,
         )
 
     def beside(
-        self, rows: Forms, share: Tensor, before: Node, after: Node
+        self, forms: Forms, share: Tensor, before: Node, after: Node
     ) -> tuple[Tensor, Tensor]:
         r"""Returns the least and the largest :math:`y - \lambda x`, with :math:`\lambda` that share
         of the slope, for inputs and outputs that are known to be within limits."""
-        at = rows.at
+        at = forms.at
         slope, left, right = at(self.slope), at(before.low), at(before.high)
         least, most = at(after.low), at(after.high)
         rest = 1 - share
@@ -393,7 +393,7 @@ class Chain:
         """
         courses = [n for link, n in zip(self.links, self.nodes[1:], strict=True) if _bends(link)]
         size = max(SLOPES // max(sum(n.low.shape[1] for n in courses), 1), 1)
-        parts = [self._search(rows) for rows in Forms.of(region).split(size)]
+        parts = [self._search(forms) for forms in Forms.of(region).split(size)]
         low, high = (torch.cat(t).view_as(region.box) for t in zip(*parts, strict=True))
         node = self.nodes[-1]
         low, high = torch.maximum(low, node.low), torch.minimum(high, node.high)
@@ -401,40 +401,40 @@ class Chain:
         self.nodes[-1] = Node(low, high, region.ball)
         return region
 
-    def read(self, rows: Forms, shares: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        r"""Returns the least and the largest value of each row, and the largest absolute value
+    def read(self, forms: Forms, shares: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        r"""Returns the least and the largest value of each form, and the largest absolute value
         by what is known of the input of the first layer alone.
 
         Arguments:
-            rows: Linear functions of the output.
+            forms: Linear functions of the output.
             shares: The slopes of each course, from the last one on, between 0 and 1.
         """
         left = iter(shares)
-        low, high = rows.limits(self.nodes[-1])
+        low, high = forms.limits(self.nodes[-1])
         far = torch.maximum(-low, high)
         for i in reversed(range(len(self.links))):
             link, before, after = self.links[i], self.nodes[i], self.nodes[i + 1]
-            rows = link.back(rows, next(left) if _bends(link) else None, before, after)
-            least, most = rows.limits(before)
+            forms = link.back(forms, next(left) if _bends(link) else None, before, after)
+            least, most = forms.limits(before)
             far = torch.maximum(-least, most)
             # What is known in between may be more than what is left of it at the start.
             low, high = torch.maximum(low, least), torch.minimum(high, most)
         return low, high, far
 
-    def _search(self, rows: Forms) -> tuple[Tensor, Tensor]:
-        r"""The least and the largest value of each row, for the best slopes that are found."""
+    def _search(self, forms: Forms) -> tuple[Tensor, Tensor]:
+        r"""The least and the largest value of each form, for the best slopes that are found."""
         widths = [
             node.low.shape[1]
             for link, node in zip(self.links, self.nodes[1:], strict=True)
             if _bends(link)
         ]
-        blank = [rows.weight.new_ones(len(rows.weight), n) for n in reversed(widths)]
+        blank = [forms.weight.new_ones(len(forms.weight), n) for n in reversed(widths)]
         with torch.no_grad():
-            tried = [self.read(rows, [s * t for t in blank]) for s in STARTS]
+            tried = [self.read(forms, [s * t for t in blank]) for s in STARTS]
             low = torch.stack([t[0] for t in tried]).amax(0)
             high = torch.stack([t[1] for t in tried]).amin(0)
             best = torch.stack([t[2] for t in tried]).argmin(0)
-            first = rows.weight.new_tensor(STARTS)[best].unsqueeze(1)
+            first = forms.weight.new_tensor(STARTS)[best].unsqueeze(1)
         shares = [(first * t).requires_grad_() for t in blank]
         if not shares or not self.steps:
             return low, high
@@ -442,7 +442,7 @@ class Chain:
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
         with torch.enable_grad():
             for _ in range(self.steps):
-                least, most, far = self.read(rows, shares)
+                least, most, far = self.read(forms, shares)
                 optimizer.zero_grad()
                 ((most - least) / 2 + AHEAD * far).sum().backward()
                 optimizer.step()
@@ -452,7 +452,7 @@ class Chain:
                     for share in shares:
                         share.clamp_(0.0, 1.0)
         with torch.no_grad():
-            least, most, _ = self.read(rows, shares)
+            least, most, _ = self.read(forms, shares)
         return torch.maximum(low, least), torch.minimum(high, most)
 
 

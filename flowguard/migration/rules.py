@@ -16,6 +16,7 @@ from flowguard.bounds import (
     Step,
     conditional,
     constant,
+    departure,
     envelope,
     envelope_rule,
 )
@@ -42,6 +43,8 @@ class BoundOfMap:
         self.envelope = envelope(self.base, sampling)
         self.units: tuple[Tensor, ...] = ()  # origin and unit before the map, and after it
         if isinstance(f, Rescaled):
+            if strange := departure(f, Rescaled):
+                self.envelope = Envelope(reason=strange)
             units = tuple(constant(t).flatten() for t in torch.broadcast_tensors(*f.units))
             self.units = units[2:] + units[:2] if sampling else units
 

@@ -137,6 +137,21 @@ def test_maps_without_units_are_what_they_are():
     assert isinstance(free.anywhere(), Refused)
 
 
+class Doubled(Rescaled):
+    def _backward(self, y):
+        x, ladj = super()._backward(y)
+        return 2 * x, ladj + math.log(2)
+
+
+def test_maps_in_units_that_do_something_else_are_refused():
+    f = Doubled(spline(0.0), *torch.ones(4, 2))
+    bound = BoundOfMap(f, True)
+    steps = list(bound.steps(torch.ones(2, dtype=torch.bool)))
+    for step in (steps[1], bound.anywhere()):
+        assert isinstance(step, Refused)
+        assert "overrides _backward of Rescaled" in step.reason
+
+
 def test_a_migrated_image_flow_is_bounded_in_the_units_of_its_channels():
     flow = ConditionalMultiscaleFlow(3, 4, levels=2, steps=2, hidden=8, coupling="affine")
     with torch.no_grad():
