@@ -5,13 +5,19 @@ __all__ = [
     "cut",
     "evaluating",
     "evaluation_mode",
+    "inv",
+    "inv_and_logabsdet",
+    "inv_ex",
+    "logabsdet",
+    "lu",
     "normal_log_prob",
     "repeat_rows",
+    "solve",
     "sum_rows",
 ]
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -139,3 +145,125 @@ def evaluating(module: Any) -> Iterator[None]:
     """
     with evaluation_mode(module), torch.no_grad():
         yield
+
+
+# Factorisations by LU go matrix by matrix: with two threads, those of a batch of large matrices (two
+# of 192 columns suffice) never return on some processors. No other file of the package has any.
+
+
+def inv(matrices: Tensor) -> Tensor:
+    r"""Returns the inverses of matrices, one by one.
+
+    Arguments:
+        matrices: The matrices, with shape :math:`(*, N, N)`.
+
+    Raises:
+        RuntimeError: If one is singular.
+
+    Example:
+        >>> inv(2 * torch.eye(2))
+        tensor([[0.5000, 0.0000],
+                [0.0000, 0.5000]])
+    """
+    return _one_by_one(torch.linalg.inv, matrices)
+
+
+def inv_and_logabsdet(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Returns the inverses of matrices and :math:`\log |\det A|`, one by one.
+
+    Each is factorised once for both.
+
+    Arguments:
+        matrices: The matrices :math:`A`, with shape :math:`(*, N, N)`.
+
+    Raises:
+        RuntimeError: If one is singular.
+
+    Example:
+        >>> inverse, ladj = inv_and_logabsdet(torch.eye(2).expand(3, 2, 2))
+        >>> inverse.shape, ladj
+        (torch.Size([3, 2, 2]), tensor([0., 0., 0.]))
+    """
+    return _one_by_one(_inv_and_logabsdet, matrices)
+
+
+def _inv_and_logabsdet(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    factors, pivots = torch.linalg.lu_factor(matrix)
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    inverse = torch.linalg.lu_solve(factors, pivots, eye)
+    return inverse, factors.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1)
+
+
+def inv_ex(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Returns the inverses of matrices, one by one, and which of them are singular.
+
+    Arguments:
+        matrices: The matrices, with shape :math:`(*, N, N)`.
+
+    Returns:
+        The inverses, and integers of shape :math:`(*)` that are zero for matrices that have one.
+
+    Example:
+        >>> inv_ex(torch.zeros(2, 2))[1].item() > 0
+        True
+    """
+    return _one_by_one(torch.linalg.inv_ex, matrices)
+
+
+def logabsdet(matrices: Tensor) -> Tensor:
+    r"""Returns :math:`\log |\det A|` of matrices, one by one.
+
+    Arguments:
+        matrices: The matrices :math:`A`, with shape :math:`(*, N, N)`.
+
+    Example:
+        >>> logabsdet(torch.eye(2).expand(3, 2, 2))
+        tensor([0., 0., 0.])
+    """
+    return _one_by_one(lambda matrix: torch.linalg.slogdet(matrix).logabsdet, matrices)
+
+
+def lu(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Returns the factors of matrices by LU with pivots, one by one.
+
+    Arguments:
+        matrices: The matrices, with shape :math:`(*, N, N)`.
+
+    Returns:
+        Permutations, lower and upper triangular matrices, each with shape :math:`(*, N, N)`.
+
+    Example:
+        >>> p, lower, upper = lu(torch.tensor([[0.0, 2.0], [1.0, 3.0]]))
+        >>> p @ lower @ upper
+        tensor([[0., 2.],
+                [1., 3.]])
+    """
+    return _one_by_one(torch.linalg.lu, matrices)
+
+
+def solve(matrices: Tensor, sides: Tensor) -> Tensor:
+    r"""Returns the solutions :math:`X` of :math:`A X = B`, one by one.
+
+    Arguments:
+        matrices: The matrices :math:`A`, with shape :math:`(*, N, N)`.
+        sides: The right sides :math:`B`, with shape :math:`(*, N, M)`.
+
+    Raises:
+        RuntimeError: If a matrix is singular.
+
+    Example:
+        >>> solve(2 * torch.eye(2), torch.ones(2, 1))
+        tensor([[0.5000],
+                [0.5000]])
+    """
+    return _one_by_one(torch.linalg.solve, matrices, sides)
+
+
+def _one_by_one(f: Callable[..., Any], *stacks: Tensor) -> Any:
+    batch = stacks[0].shape[:-2]
+    if not batch or 0 in batch:  # one, or none
+        return f(*stacks)
+    found = [f(*row) for row in zip(*(t.flatten(0, -3) for t in stacks), strict=True)]
+    if isinstance(found[0], Tensor):
+        return torch.stack(found).unflatten(0, batch)
+    return tuple(torch.stack(t).unflatten(0, batch) for t in zip(*found, strict=True))

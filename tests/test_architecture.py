@@ -59,6 +59,15 @@ THEIRS |= {"_elementwise_forward", "_transform_dim_multiplier", "_output_dim_mul
 #: What imports a module whose name it is given.
 IMPORTERS = r"(^|\.)(import_module|__import__)$"
 
+#: What factorises matrices by LU. A batch of large ones never ends with two threads on some
+#: processors, while single ones do: `numerics` goes matrix by matrix, and nothing else may.
+BY_LU = {"inv", "inv_ex", "inverse", "lu", "lu_factor", "lu_factor_ex", "lu_solve"}
+BY_LU |= {"solve", "solve_ex", "tensorinv", "tensorsolve", "matrix_power", "det", "logdet"}
+BY_LU |= {"slogdet"}
+
+#: Those among them whose name says it even as a method of a tensor.
+TELLING = {"det", "logdet", "slogdet", "lu_solve", "matrix_power"}
+
 Modules = dict[str, ast.Module]
 
 
@@ -297,6 +306,30 @@ def twins(modules: Modules) -> list[str]:
     ]
 
 
+def factorises(modules: Modules) -> list[str]:
+    r"""Rule 7: factorisations by LU, as functions and as methods, outside of `numerics`."""
+    broken = []
+    for who, what, name, _ in imports(modules):
+        if what.partition(".")[0] == "torch" and name in BY_LU and who != "flowguard.numerics":
+            broken.append(f"{who} takes {what}.{name}")
+    for who, tree in modules.items():
+        for node in ast.walk(tree) if who != "flowguard.numerics" else ():
+            if _factorises(node):
+                broken.append(f"{who} takes {ast.unparse(node)}")
+    return broken
+
+
+def _factorises(node: ast.AST) -> bool:
+    if isinstance(node, ast.Call):  # our own layers have an `inverse` too, of something
+        method = isinstance(node.func, ast.Attribute) and node.func.attr == "inverse"
+        return method and not node.args and not node.keywords
+    name = _taken(node)
+    if isinstance(node, ast.Attribute):
+        of_torch = re.search(r"(^|\.)(torch|linalg)$", ast.unparse(node.value))
+        return name in (BY_LU if of_torch else TELLING)
+    return name in TELLING
+
+
 def _top(tree: ast.AST) -> Iterator[ast.stmt]:
     r"""The statements of a file, those under a condition or a handler too."""
     for node in ast.iter_child_nodes(tree):
@@ -306,7 +339,9 @@ def _top(tree: ast.AST) -> Iterator[ast.stmt]:
             yield from _top(node)
 
 
-@pytest.mark.parametrize("rule", [climbs, touches_kernels, leaks, strays, circles, twins])
+@pytest.mark.parametrize(
+    "rule", [climbs, touches_kernels, leaks, strays, circles, twins, factorises]
+)
 def test_the_house_keeps_its_rules(rule, modules):
     assert rule(modules) == []
 
@@ -437,6 +472,23 @@ PLANTED = {
         "flowguard.image.planted",
         "class ConditionalMultiscaleFlow:\n    pass",
     ),
+    "a batch of inverses": (
+        factorises,
+        "flowguard.image.planted",
+        "import torch\nback = torch.linalg.inv(torch.stack([m.weight for m in layers]))",
+    ),
+    "a factorisation by another name": (
+        factorises,
+        "flowguard.integrations.zuko.planted",
+        "from torch.linalg import lu_factor as f",
+    ),
+    "a factorisation handed on": (
+        factorises,
+        "flowguard.bounds.planted",
+        "import torch.linalg as linalg\nfound = map(linalg.solve, a, b)",
+    ),
+    "a determinant as a method": (factorises, "flowguard.models.planted", "ladj = w.slogdet()[1]"),
+    "an inverse as a method": (factorises, "flowguard.ood.planted", "back = w.mT.inverse()"),
 }
 
 

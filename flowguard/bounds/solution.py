@@ -23,6 +23,7 @@ from torch import Tensor
 
 from flowguard.bounds.regions import Region
 from flowguard.bounds.steps import Linear, Refused, constant
+from flowguard.numerics import inv_ex, lu
 
 #: The rounding of float64, which the certificate is computed in.
 FINE = 2.0**-53
@@ -156,12 +157,12 @@ def _inverted(matrix: Tensor) -> _Inverted | None:
         inverse = torch.linalg.solve_triangular(matrix, eye, upper=upper)
         spread = matrix.abs()
     else:
-        inverse, info = torch.linalg.inv_ex(matrix)
+        inverse, info = inv_ex(matrix)
         if info.item() or not bool(inverse.isfinite().all()):
             return None
         # The layer may choose other pivots where two are equal up to rounding, and gets other
         # factors, of the same size: so no element counts for less than what it may grow to.
-        p, left, right = torch.linalg.lu(matrix)
+        p, left, right = lu(matrix)
         spread = p @ (left.abs() @ right.abs()) + right.abs().max()
     size = inverse.abs()
     residual = (eye - matrix @ inverse).abs()

@@ -36,6 +36,7 @@ from flowguard.image.layers import (
 )
 from flowguard.image.maps import work_out
 from flowguard.image.steps import FlowStep, TransitionStep
+from flowguard.numerics import inv_and_logabsdet
 
 #: The most numbers of hidden channels that are held at a time.
 BUDGET = 2**25
@@ -194,8 +195,8 @@ def _fold_mixes(steps: Sequence[FlowStep] | Sequence[TransitionStep]) -> list[Fo
     matrix = torch.stack([m.weight for m in layers]).double()
     ladj = logs.sum(1)
     if isinstance(layers[0], InvertibleConv1x1):
-        back = torch.linalg.inv(matrix)
-        ladj = ladj + torch.linalg.slogdet(matrix).logabsdet
+        back, of_mix = inv_and_logabsdet(matrix)
+        ladj = ladj + of_mix
     elif isinstance(layers[0], FixedConv1x1):
         back = torch.stack([m.get_buffer("transpose") for m in layers]).double()
     else:

@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from flowguard.numerics import inv, logabsdet, solve
+
 
 class ZeroConv2d(nn.Conv2d):
     r"""Creates a 3×3 convolution that starts at zero, with a learned gain for each channel.
@@ -341,7 +343,7 @@ class InvertibleConv1x1(nn.Module):
         return f"channels={self.weight.shape[0]}"
 
     def _ladj(self, x: Tensor) -> Tensor:
-        ladj = torch.linalg.slogdet(self.weight.double()).logabsdet
+        ladj = logabsdet(self.weight.double())
         return (ladj * (x.shape[-2] * x.shape[-1])).to(x.dtype).expand(x.shape[0])
 
     def forward(self, x: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
@@ -352,7 +354,7 @@ class InvertibleConv1x1(nn.Module):
     def inverse(self, z: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
         r"""Takes noise to data; returns the output and the log-determinant, with shape
         :math:`(B)`."""
-        return _mix(z, torch.linalg.inv(self.weight.double())), -self._ladj(z)
+        return _mix(z, inv(self.weight.double())), -self._ladj(z)
 
 
 class OrthogonalConv1x1(nn.Module):
@@ -397,7 +399,7 @@ class OrthogonalConv1x1(nn.Module):
         skew = (raw - raw.T) / 2
         eye = torch.eye(len(raw), dtype=raw.dtype, device=raw.device)
         # I + S is never singular, for the eigenvalues of S are imaginary.
-        cayley = torch.linalg.solve(eye + skew, eye - skew)
+        cayley = solve(eye + skew, eye - skew)
         # What is stored in float32 is orthogonal to 1e-7 only: a step of Newton's iteration for
         # the polar decomposition squares that, for models that are made float64 afterwards.
         q = self.rotation.double()

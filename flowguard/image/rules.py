@@ -28,6 +28,7 @@ from flowguard.bounds import (
     within,
 )
 from flowguard.bounds.attack import Sampler, Tensors
+from flowguard.bounds.solution import FINE, solution
 from flowguard.image.coupling import ConditionalCoupling
 from flowguard.image.flow import ConditionalMultiscaleFlow
 from flowguard.image.layers import (
@@ -51,11 +52,6 @@ from flowguard.migration.inscribe import InscribedAffine
 from flowguard.migration.rules import BoundOfMap
 from flowguard.transforms import Univariate
 
-#: From this condition number on, a matrix counts as singular: its inverse in float64 has no digits
-#: that can be relied on.
-SINGULAR = 1e12
-
-
 @rule(Squeeze)
 def _squeeze(layer: Squeeze, sampling: bool) -> Iterator[Step]:
     if sampling:
@@ -77,18 +73,8 @@ def _actnorm(layer: ActNorm, sampling: bool) -> Iterator[Step]:
 
 @rule(InvertibleConv1x1)
 def _conv1x1(layer: InvertibleConv1x1, sampling: bool) -> Iterator[Step]:
-    matrix = constant(layer.weight)
-    if not sampling:
-        yield Linear(matrix=matrix)
-        return
-    inverse, info = torch.linalg.inv_ex(matrix)
-    # Layer and rule invert in float64, each with an error of this size (Higham, 2002, chapter 14).
-    error = inverse.abs() @ matrix.abs() @ inverse.abs()
-    if info.item() or not float((inverse.abs() @ matrix.abs()).amax()) < SINGULAR:
-        yield Refused(reason="its matrix is singular", depends="not at all")
-        return
-    double = layer.weight.dtype == torch.float64
-    yield Linear(matrix=inverse, error=inverse.abs() + error * (4.0 if double else 2.0**-26))
+    # The layer inverts in float64, whatever its own dtype.
+    yield solution(layer.weight, work=FINE) if sampling else Linear(matrix=layer.weight)
 
 
 @rule(OrthogonalConv1x1)

@@ -15,6 +15,7 @@ from normflows.flows import Flow
 from torch import Tensor
 
 from flowguard.image import ActNorm, InvertibleConv1x1, OrthogonalConv1x1
+from flowguard.numerics import lu
 from flowguard.transforms import Univariate
 
 from .context import (
@@ -184,7 +185,7 @@ class LUConv1x1(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         q, _ = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))
-        p, lower, upper = torch.linalg.lu(q)
+        p, lower, upper = lu(q)
         diagonal = upper.diagonal()
         dtype = torch.get_default_dtype()
         self.register_buffer("permutation", p.to(dtype))

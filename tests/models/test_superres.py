@@ -1,6 +1,9 @@
 r"""The super-resolution flow, its data and its training."""
 
 import math
+import os
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -55,6 +58,45 @@ def test_samples_belong_to_their_images():
     with torch.no_grad():
         one = model.decode([z[3 * 2 + 1 : 3 * 2 + 2] for z in latents], lr[1:2])
     assert torch.allclose(together[2, 1], one[0], atol=1e-5)
+
+
+ON_THREADS = """
+import sys, torch
+from flowguard.models import SuperResolutionFlow
+
+torch.set_num_threads(int(sys.argv[1]))
+torch.manual_seed(0)
+model = SuperResolutionFlow.published(scale=8, steps=2, blocks=1, stacked=(0,)).double().eval()
+with torch.no_grad():
+    for p in model.flow.parameters():
+        p.add_(0.01 * torch.randn_like(p))
+    condition = model.condition(torch.rand(1, 3, 4, 6, dtype=torch.float64))
+    samples = model.sample(condition, 2, 0.9, torch.Generator().manual_seed(0))
+assert model.flow.steps[-1][0].mix.weight.shape == (192, 192)
+assert torch.get_num_threads() == int(sys.argv[1])
+torch.save(samples, sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_the_widest_published_model_does_not_depend_on_threads(tmp_path):
+    # Batches of its matrices of 192 columns would never return with two threads, on some machines.
+    found = []
+    for threads in ("1", "2", "4"):
+        file = tmp_path / threads
+        command = [sys.executable, "-c", ON_THREADS, threads, str(file)]
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": threads},
+        )
+        assert done.returncode == 0, done.stderr
+        found.append(torch.load(file))
+    assert found[0].shape == (2, 1, 3, 32, 48)
+    assert found[0].isfinite().all()
+    for other in found[1:]:
+        assert torch.allclose(other, found[0], rtol=1e-12, atol=1e-12)
 
 
 def test_an_empty_batch_has_empty_samples():
