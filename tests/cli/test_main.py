@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import flowguard
 from flowguard.cli import COMMANDS
@@ -585,25 +584,28 @@ def test_convert_an_encoder(tmp_path, capsys):
     assert run(capsys, *arguments, "--overwrite", "--scale", 4)[0] == 2
 
 
-@pytest.mark.parametrize("kind", ["srflow", "robustnf"])
-def test_convert_a_flow(kind, tmp_path, capsys):
-    name = {"srflow": "srflow_x4_tiny", "robustnf": "robustnf_x4_rqs_tiny"}[kind]
-    folders = [Path(__file__).parents[1] / "golden", Path(os.environ.get("FLOWGUARD_GOLDEN", "."))]
-    file = next((f for d in folders if (f := d / f"{name}.safetensors").is_file()), None)
-    if file is None:
-        pytest.skip("the golden file is not here; FLOWGUARD_GOLDEN may name its folder")
-    golden = load_file(file)
-    state = {
-        k[3:]: v.float() * golden.get(f"sdscale.{k[3:]}", torch.tensor(1.0)).float()
-        for k, v in golden.items()
-        if k.startswith("sd.")
-    }
+CONVERTED = {
+    "srflow": (SuperResolutionFlow, {}),
+    "robustnf": (
+        SuperResolutionFlow,
+        {"noise_steps": (0, 1, 1), "coupling": "rqspline", "fixed": True},
+    ),
+    "llflow": (LowLightFlow, {"lowlight": True, "splits": 0}),
+}
+
+
+@pytest.mark.parametrize("kind", CONVERTED)
+def test_convert_a_flow(published, kind, tmp_path, capsys):
+    cls, special = CONVERTED[kind]
+    options = {"features": 4, "growth": 2, "hidden": 6, "steps": 1, "blocks": 2, "stacked": (0, 1)}
+    net = published.Net(**options | special)
+    state = {k: v.float() for k, v in published.random_state(net).items()}
     torch.save(state, tmp_path / "x.pth")
-    options = ("--stacked", 0, 0, 1, 1)
+    options = ("--stacked", 0, 1)
     code, _, errors = run(capsys, "convert", kind, tmp_path / "x.pth", tmp_path / "m", *options)
     assert code == 0, errors
-    wanted = getattr(SuperResolutionFlow, f"from_{kind}")(state, stacked=(0, 0, 1, 1))
-    found = SuperResolutionFlow.from_pretrained(tmp_path / "m")
+    wanted = getattr(cls, f"from_{kind}")(state, stacked=(0, 1))
+    found = cls.from_pretrained(tmp_path / "m")
     before, after = wanted.state_dict(), found.state_dict()
     assert list(before) == list(after)
     assert all(torch.equal(before[k], after[k]) for k in before)

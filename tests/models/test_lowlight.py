@@ -3,7 +3,6 @@ r"""The low-light flow: published numbers and weights, sizes, likelihood, guards
 import copy
 import math
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,30 +14,34 @@ from flowguard.models.checkpoints import CheckpointError
 from flowguard.models.encoders.lowlight import color_map, low_light_input
 from flowguard.models.lowlight import rescale_brightness
 
-SHARED = Path(__file__).parents[3] / "shared" / "golden"
 
-
-def shared(name):
-    file = SHARED / name
-    if not file.is_file():
-        pytest.skip(f"the large golden file {name} is not beside this checkout")
-    return file
+@pytest.fixture(scope="module")
+def large(golden):
+    r"""The numbers that the published code computed."""
+    return load_file(golden("llflow_tiny.safetensors"))
 
 
 @pytest.fixture(scope="module")
-def golden():
-    return load_file(shared("llflow_tiny.safetensors"))
-
-
-@pytest.fixture(scope="module")
-def state(golden):
+def large_state(large):
     r"""The published state dict; int8 entries have a scale."""
     one = torch.tensor(1.0)
     return {
-        k[3:]: v.double() * golden.get(f"sdscale.{k[3:]}", one).double()
-        for k, v in golden.items()
+        k[3:]: v.double() * large.get(f"sdscale.{k[3:]}", one).double()
+        for k, v in large.items()
         if k.startswith("sd.")
     }
+
+
+@pytest.fixture(scope="module")
+def net(published):
+    r"""A small network of the published kind."""
+    options = {"features": 8, "growth": 4, "hidden": 6, "steps": 2, "blocks": 2, "stacked": (1,)}
+    return published.Net(lowlight=True, splits=0, **options)
+
+
+@pytest.fixture(scope="module")
+def state(published, net):
+    return published.random_state(net)
 
 
 def small(coupling="robust", *, levels=2, seed=0, **options):
@@ -69,13 +72,59 @@ DTYPES = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_published_numbers(golden, state, dtype):
+@torch.no_grad()
+def test_imported_models_follow_the_published_formulas(published, net, state, dtype):
     model = LowLightFlow.from_llflow(state).to(dtype)
-    high, low = golden["gt"].to(dtype), golden["lr"].to(dtype)
+    low = torch.randint(256, (2, 3, 16, 24), dtype=torch.uint8)
+    lr = published.lowlight_input(low)
+    high = torch.rand(2, 3, 16, 24, dtype=torch.float64)
+    maps, colors = published.lowlight_maps(state, net, lr)
+    (z,), logdet = published.flow(state, net, high, maps)
+    mean, own = (torch.nn.functional.pixel_unshuffle(t, 8) for t in (colors, color_map(high)))
+    near = {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 0, "atol": 1e-4}
+
+    condition = model.condition(lr.to(dtype))
+    (ours,), ladj = model.encode(high.to(dtype), condition)
+    torch.testing.assert_close(ours + condition.mean, z.to(dtype), **near)
+    torch.testing.assert_close(condition.mean, mean.to(dtype), **near)
+    torch.testing.assert_close(ladj, logdet.to(dtype), rtol=near["atol"], atol=near["atol"])
+    back = model.decode([(z - mean).to(dtype)], condition)
+    torch.testing.assert_close(back, high.to(dtype), rtol=0, atol=10 * near["atol"])
+    for ratio, center in ((0.0, mean), (1.0, own)):
+        model.train()
+        model.target_ratio = ratio
+        made = model.nll(high.to(dtype), lr.to(dtype), dequantize=False, bits_per="pixel")
+        expected = published.bits(logdet, z, high, center).to(dtype)
+        torch.testing.assert_close(made, expected, rtol=near["atol"], atol=near["atol"])
+
+
+@torch.no_grad()
+def test_the_formulas_give_the_published_numbers(published, large, large_state):
+    options = {"features": 32, "steps": 2, "blocks": 2, "stacked": (1,), "dead": (384, 128)}
+    net = published.Net(lowlight=True, splits=0, **options)
+    assert {k: tuple(v.shape) for k, v in large_state.items()} == published.shapes(net)
+    maps, colors = published.lowlight_maps(large_state, net, large["lr"].double())
+    torch.testing.assert_close(colors.float(), large["f64.color_map"], rtol=0, atol=1e-7)
+    for name, made in zip(("fea_up2", "fea_up1", "fea_up0"), maps, strict=True):
+        expected = large[f"f64.feat.{name}.sub"]
+        torch.testing.assert_close(made[:, ::4, ::5, ::5], expected, rtol=0, atol=1e-12)
+    high = large["gt"].double()
+    (z,), logdet = published.flow(large_state, net, high, maps)
+    torch.testing.assert_close(z, large["f64.fwd.z"], rtol=0, atol=1e-12)
+    torch.testing.assert_close(logdet, large["f64.logdet"], rtol=0, atol=1e-8)
+    for name, shares in (("colormap", colors), ("gt", published.color_share(high))):
+        bits = published.bits(logdet, z, high, torch.nn.functional.pixel_unshuffle(shares, 8))
+        torch.testing.assert_close(bits, large[f"f64.mean_{name}.nll"], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_published_numbers(large, large_state, dtype):
+    model = LowLightFlow.from_llflow(large_state).to(dtype)
+    high, low = large["gt"].to(dtype), large["lr"].to(dtype)
     near = DTYPES[dtype]
 
     def check(made, name, what):
-        expected = golden[f"f64.{name}"].double()
+        expected = large[f"f64.{name}"].double()
         torch.testing.assert_close(made.double(), expected, rtol=near[what], atol=near[what])
 
     with torch.no_grad():
@@ -96,30 +145,30 @@ def test_published_numbers(golden, state, dtype):
     assert torch.equal(model.sample(low)[0], decoded)
 
 
-def test_published_dequantisation(golden, state):
+def test_published_dequantisation(large, large_state):
     """Published noise and constant: a step of 1/32, counted once for each pixel."""
-    model = LowLightFlow.from_llflow(state)
-    noise = (golden["f64.dequant.u"].double() - 0.5) / 32
-    condition = model.condition(golden["lr"].double())
+    model = LowLightFlow.from_llflow(large_state)
+    noise = (large["f64.dequant.u"].double() - 0.5) / 32
+    condition = model.condition(large["lr"].double())
     with torch.no_grad():
-        (z,), ladj = model.encode(golden["gt"].double() + noise, condition)
+        (z,), ladj = model.encode(large["gt"].double() + noise, condition)
     z = z + condition.mean
     torch.testing.assert_close(
-        ladj - math.log(32) * 160 * 160, golden["f64.dequant.logdet"], rtol=0, atol=1e-3
+        ladj - math.log(32) * 160 * 160, large["f64.dequant.logdet"], rtol=0, atol=1e-3
     )
     # The golden's draw is stored in single precision.
-    torch.testing.assert_close(z.sum(), golden["f64.dequant.z_sum"], rtol=0, atol=1e-3)
-    torch.testing.assert_close(z.square().sum(), golden["f64.dequant.z_sqsum"], rtol=0, atol=1e-3)
+    torch.testing.assert_close(z.sum(), large["f64.dequant.z_sum"], rtol=0, atol=1e-3)
+    torch.testing.assert_close(z.square().sum(), large["f64.dequant.z_sqsum"], rtol=0, atol=1e-3)
 
 
-def test_training_mixes_the_means_as_published(golden, state):
-    model = LowLightFlow.from_llflow(state)
-    high, low = golden["gt"].double(), golden["lr"].double()
+def test_training_mixes_the_means_as_published(large, large_state):
+    model = LowLightFlow.from_llflow(large_state)
+    high, low = large["gt"].double(), large["lr"].double()
     model.train()
     for ratio, name in ((0.0, "colormap"), (1.0, "gt")):
         model.target_ratio = ratio
         nll = model.nll(high, low, dequantize=False, bits_per="pixel")
-        torch.testing.assert_close(nll, golden[f"f64.mean_{name}.nll"], rtol=1e-11, atol=0)
+        torch.testing.assert_close(nll, large[f"f64.mean_{name}.nll"], rtol=1e-11, atol=0)
 
 
 def test_training_draws_for_each_image_and_evaluation_never():
@@ -131,26 +180,35 @@ def test_training_draws_for_each_image_and_evaluation_never():
     assert len(drawn) == 2
 
 
-KEYS = {"LLFlow_LOL-pc": (24, 64, (1, 3, 5, 7), 12), "LLFlow_LOL_smallNet": (4, 32, (1,), 4)}
+#: The published configurations, and how many parameters their checkpoints hold.
+FULL_SIZE = {
+    "LLFlow_LOL-pc": (
+        {"blocks": 24, "stacked": (1, 3, 5, 7), "steps": 12, "dead": (384, 320)},
+        38_859_481,
+    ),
+    "LLFlow_LOL_smallNet": (
+        {"blocks": 4, "stacked": (1,), "steps": 4, "features": 32, "dead": (384, 128)},
+        5_429_849,
+    ),
+}
 
 
-def published_state(name):
-    r"""A state dict of a full-size model, of which only names and shapes are known."""
-    entries, found = shared(f"keys/{name}.txt").read_text().splitlines(), {}
-    for line in entries:
-        match = re.fullmatch(r"(\S+) \[([\d, ]*)\] float32", line)
-        if match:
-            found[match[1]] = torch.zeros([int(n) for n in match[2].split(", ")])
-    count = int(re.search(r"(\d+) parameters", entries[0])[1])
-    return found, count
+def test_the_shapes_are_those_of_the_published_checkpoints(golden, published):
+    for name, (options, count) in FULL_SIZE.items():
+        text = golden(f"keys/{name}.txt").read_text()
+        lines = re.findall(r"^(\S+) \[(.*)\] float32$", text, re.MULTILINE)
+        listed = {key: tuple(int(n) for n in shape.split(", ")) for key, shape in lines}
+        assert published.shapes(published.Net(lowlight=True, splits=0, **options)) == listed, name
+        assert int(re.search(r"(\d+) parameters", text)[1]) == count
 
 
-@pytest.mark.parametrize("name", KEYS)
-def test_every_published_key_is_imported(name):
-    published, count = published_state(name)
-    model = LowLightFlow.from_llflow(published)
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_every_published_key_is_imported(published, name):
+    options, count = FULL_SIZE[name]
+    net = published.Net(lowlight=True, splits=0, **options)
+    model = LowLightFlow.from_llflow({k: torch.zeros(s) for k, s in published.shapes(net).items()})
     report = model.import_report
-    assert set(report.keys) == set(published)
+    assert set(report.keys) == set(published.shapes(net))
     assert report.elements == count
     assert sum(p.numel() for p in model.parameters()) == count - report.unread
     # The keys without a target are those that the published code never reads.
@@ -160,20 +218,19 @@ def test_every_published_key_is_imported(name):
     targets = [n for names in report.keys.values() for n in names]
     assert set(targets) == {n for n, _ in model.named_parameters()}
     assert len(targets) == len(set(targets))
-    blocks, features, stacked, steps = KEYS[name]
-    assert model.encoder.features == features
-    assert len(model.encoder.RRDB_trunk) == blocks
-    assert model.encoder.RRDB_trunk.stacked == stacked
-    assert [len(level) for level in model.flow.steps] == [steps] * 3
+    assert model.encoder.features == net.features
+    assert len(model.encoder.RRDB_trunk) == net.blocks
+    assert model.encoder.RRDB_trunk.stacked == net.stacked
+    assert [len(level) for level in model.flow.steps] == [net.steps] * 3
     assert "never read by the published code" in str(report)
 
 
-def test_files_and_wrappers(state, tmp_path, golden):
-    low = golden["lr"][..., :16, :24]
-    expected = LowLightFlow.from_llflow(state).sample(low.double())
+def test_files_and_wrappers(state, tmp_path):
+    low = low_light_input(torch.rand(1, 3, 16, 24)).double()
+    expected = LowLightFlow.from_llflow(state).sample(low)
     torch.save({"params": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "net.pth")
     made = LowLightFlow.from_llflow(tmp_path / "net.pth")
-    assert torch.equal(made.sample(low.double()), expected)
+    assert torch.equal(made.sample(low), expected)
 
 
 def without(key):
@@ -190,7 +247,7 @@ FOREIGN = {
     "an unexpected key": (lambda s: s | {"RRDB.more": torch.zeros(2)}, "unexpected: RRDB.more"),
     "another shape": (
         lambda s: s | {"RRDB.trunk_conv.bias": torch.zeros(7)},
-        r"RRDB.trunk_conv.bias \(7,\) instead of \(32,\)",
+        r"RRDB.trunk_conv.bias \(7,\) instead of \(8,\)",
     ),
     "no encoder": (
         lambda s: {k: v for k, v in s.items() if not k.startswith("RRDB")},
@@ -207,9 +264,9 @@ def test_foreign_checkpoints_are_refused(state, change, message):
         LowLightFlow.from_llflow(change(state))
 
 
-def test_a_super_resolution_checkpoint_is_refused():
-    foreign = load_file(shared("srflow_x4_tiny.safetensors"))
-    foreign = {k[3:]: v.float() for k, v in foreign.items() if k.startswith("sd.")}
+def test_a_super_resolution_checkpoint_is_refused(published):
+    options = {"features": 8, "growth": 4, "hidden": 6, "steps": 1, "blocks": 2, "stacked": (1,)}
+    foreign = published.random_state(published.Net(**options))
     with pytest.raises(CheckpointError, match="from_srflow"):
         LowLightFlow.from_llflow(foreign)
 

@@ -1,12 +1,12 @@
 r"""The published super-resolution models, against numbers that the published code computed."""
 
 import copy
+import itertools
 import math
 import os
 import pickle
 import re
 from collections import OrderedDict
-from pathlib import Path
 
 import pytest
 import torch
@@ -28,21 +28,8 @@ from flowguard.image.conditioning import convolve
 from flowguard.models import CheckpointError, RRDBEncoder, SuperResolutionFlow
 from flowguard.models.checkpoints import FLOW, FlowLayout, plan_flow, read_state
 
-HERE = Path(__file__).parents[1]
-FOLDERS = (
-    HERE / "golden",
-    Path(os.environ.get("FLOWGUARD_GOLDEN", "")) if "FLOWGUARD_GOLDEN" in os.environ else None,
-    HERE.parents[1] / "shared" / "golden",
-)
 PUBLISHED = Robust(bound=0.5, shift_bound=None, slope=None)
 KEYS = {torch.float64: "f64", torch.float32: "f32"}
-
-
-def golden(name):
-    for folder in FOLDERS:
-        if folder is not None and (folder / name).is_file():
-            return folder / name
-    pytest.skip(f"the golden file {name} is not here; FLOWGUARD_GOLDEN may name its folder")
 
 
 def weights(g, dtype):
@@ -69,8 +56,8 @@ MAPS = {
 }
 
 
-def coupling(name, dtype):
-    g = load_file(golden(f"coupling_Cond{name}SeparatedAndCond.safetensors"))
+def coupling(file, name, dtype):
+    g = load_file(file)
     published, family = MAPS[name]
     flow = published_flow(
         3, 320, levels=1, steps=1, coupling=family, transition_steps=0, noise_channels=3
@@ -93,8 +80,9 @@ def coupling(name, dtype):
 @pytest.mark.parametrize("dtype", KEYS, ids=str)
 @pytest.mark.parametrize("name", MAPS)
 @torch.no_grad()
-def test_couplings_compute_what_the_published_ones_do(name, dtype):
-    g, layer = coupling(name, dtype)
+def test_couplings_compute_what_the_published_ones_do(golden, name, dtype):
+    file = golden(f"coupling_Cond{name}SeparatedAndCond.safetensors")
+    g, layer = coupling(file, name, dtype)
     key = KEYS[dtype]
     tolerance = 1e-10 if dtype == torch.float64 else 1e-5
     noises = {
@@ -128,6 +116,69 @@ def test_couplings_compute_what_the_published_ones_do(name, dtype):
 
 # -- whole models -----------------------------------------------------------------------------
 
+TINY = {"blocks": 2, "stacked": (0, 1), "features": 4, "growth": 2, "hidden": 6, "steps": 2}
+NETS = {
+    "srflow ×4": {},
+    "srflow ×8": {"scale": 8, "levels": 4, "steps": 1},
+    "srflow, two levels": {"levels": 2, "steps": 3},
+    "robustnf, affine": {"noise_steps": (0, 1, 2)},
+    "robustnf, reparametrised": {"coupling": "affinereparam", "noise_steps": (0, 2, 2)},
+    "robustnf, rational-quadratic": {"coupling": "rqspline", "noise_steps": (0, 2, 2)},
+    "robustnf, rotations that are not trained": {
+        "coupling": "rqspline",
+        "noise_steps": (1, 2, 2),
+        "fixed": True,
+    },
+    "robustnf, cubic": {"coupling": "bspline", "noise_steps": (0, 2, 2)},
+}
+
+
+def noises(net, dtype=torch.float64):
+    """None, zero and an image for nets that know of noise, as they and as our models take it."""
+    if net.noise_steps is None:
+        return {None: None}
+    image = 0.05 * torch.randn(2, 3, 16, 24, dtype=dtype)
+    return {None: None, 0.0: torch.zeros(2, 3, 1, 1, dtype=dtype), image: image}
+
+
+@pytest.mark.parametrize("dtype", KEYS, ids=str)
+@pytest.mark.parametrize("name", NETS)
+@torch.no_grad()
+def test_imported_models_follow_the_published_formulas(published, name, dtype):
+    net = published.Net(**TINY | NETS[name])
+    state = published.random_state(net)
+    options = {} if net.noise_steps is None else {"noise_steps": net.noise_steps}
+    method = "from_srflow" if net.noise_steps is None else "from_robustnf"
+    model = getattr(SuperResolutionFlow, method)(state, stacked=net.stacked, **options).to(dtype)
+    lr = torch.rand(2, 3, 4, 6, dtype=torch.float64)
+    # Some pixels within the box of the splines, and some beyond.
+    x = 0.3 * torch.randn(2, 3, 4 * net.scale, 6 * net.scale, dtype=torch.float64)
+    maps = published.encoder_maps(state, net, lr)
+    near = 1e-10 if dtype == torch.float64 else 1e-4
+    found = []
+    for noise, seen in noises(net).items():
+        latents, logdet = published.flow(state, net, x, maps, seen)
+        told = noise.to(dtype) if torch.is_tensor(noise) else noise
+        condition = model.condition(lr.to(dtype), told)
+        base = 0.0 if condition.base is None else condition.base
+        ours, ladj = model.encode(x.to(dtype) + base, condition)
+        for a, b in zip(ours, latents, strict=True):
+            torch.testing.assert_close(a, b.to(dtype), rtol=near, atol=near)
+        # The published log-determinant holds the prior of what splits off.
+        ladj = ladj + sum(map(normal, ours[:-1]))
+        torch.testing.assert_close(ladj, logdet.to(dtype), rtol=near, atol=near)
+        bits = model.nll(x.to(dtype) + base, condition, dequantize=False, bits_per="pixel")
+        expected = published.bits(logdet, latents[-1], x).to(dtype)
+        torch.testing.assert_close(bits, expected, rtol=near, atol=near)
+        back = model.decode([z.to(dtype) for z in latents], condition) - base
+        torch.testing.assert_close(back, x.to(dtype), rtol=10 * near, atol=10 * near)
+        found.append(latents[-1])
+    for a, b in itertools.combinations(found, 2):  # to know of no noise is not to know nothing
+        assert (a - b).abs().max() > 1e-3
+
+
+# -- the formulas and the models, against numbers that the published code computed --------------
+
 MODELS = {
     "srflow_x4_tiny": SuperResolutionFlow.from_srflow,
     "srflow_x8_tiny": SuperResolutionFlow.from_srflow,
@@ -136,8 +187,40 @@ MODELS = {
 }
 
 
-def model_and_golden(name, dtype):
+LARGE_NETS = {
+    "srflow_x4_tiny": {},
+    "srflow_x8_tiny": {"scale": 8, "levels": 4},
+    "robustnf_x4_affine_tiny": {"noise_steps": (0, 2, 2)},
+    "robustnf_x4_rqs_tiny": {"noise_steps": (0, 2, 2), "coupling": "rqspline", "fixed": True},
+}
+
+
+@pytest.mark.parametrize("name", LARGE_NETS)
+@torch.no_grad()
+def test_the_formulas_give_the_published_numbers(golden, published, name):
     g = load_file(golden(f"{name}.safetensors"))
+    net = published.Net(steps=2, blocks=2, stacked=(0, 0, 1, 1), **LARGE_NETS[name])
+    state = weights(g, torch.float64)
+    assert {k: tuple(v.shape) for k, v in state.items()} == published.shapes(net)
+    lr = (g["lr_uint8"].permute(0, 3, 1, 2).float() / 255).double()
+    maps = published.encoder_maps(state, net, lr)
+    image = g["std_img"].double() if "std_img" in g else None
+    seen = {"nostd": None, "stdzero": torch.zeros(1, 3, 1, 1).double(), "stdimg": image}
+    for mode, noise in seen.items():
+        if f"f64.{mode}.fwd.logdet" in g:
+            latents, logdet = published.flow(state, net, g["gt"].double(), maps, noise)
+            bits = published.bits(logdet, latents[-1], g["gt"])
+            torch.testing.assert_close(logdet, g[f"f64.{mode}.fwd.logdet"], rtol=0, atol=1e-8)
+            torch.testing.assert_close(bits, g[f"f64.{mode}.fwd.nll"], rtol=0, atol=1e-12)
+            for i, z in enumerate(latents):
+                what = "z" if i == len(latents) - 1 else f"eps{i}"
+                expected = g.get(f"f64.{mode}.fwd.{what}", z)
+                atol = 1e-12 if expected.dtype == torch.float64 else 1e-6
+                torch.testing.assert_close(z, expected.double(), rtol=0, atol=atol)
+
+
+def model_and_golden(file, name, dtype):
+    g = load_file(file)
     model = MODELS[name](weights(g, dtype), stacked=(0, 0, 1, 1))
     lr = (g["lr_uint8"].permute(0, 3, 1, 2).float() / 255).to(dtype).contiguous()
     return g, model, lr
@@ -146,8 +229,8 @@ def model_and_golden(name, dtype):
 @pytest.mark.parametrize("dtype", KEYS, ids=str)
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_imported_models_compute_what_the_published_ones_do(name, dtype):
-    g, model, lr = model_and_golden(name, dtype)
+def test_imported_models_compute_what_the_published_ones_do(golden, name, dtype):
+    g, model, lr = model_and_golden(golden(f"{name}.safetensors"), name, dtype)
     key = KEYS[dtype]
     exact = dtype == torch.float64
     tried = 0
@@ -183,8 +266,9 @@ def test_imported_models_compute_what_the_published_ones_do(name, dtype):
 
 
 @torch.no_grad()
-def test_dequantised_input_gives_the_published_latents():
-    g, model, lr = model_and_golden("srflow_x4_tiny", torch.float64)
+def test_dequantised_input_gives_the_published_latents(golden):
+    name = "srflow_x4_tiny"
+    g, model, lr = model_and_golden(golden(f"{name}.safetensors"), name, torch.float64)
     noisy = g["gt"].double() + (g["f64.dequant.u"].double() - 0.5) / 32
     latents, ladj = model.encode(noisy, lr)
     assert torch.allclose(latents[-1].square().sum(), g["f64.dequant.z_sqsum"], rtol=1e-9)
@@ -192,42 +276,47 @@ def test_dequantised_input_gives_the_published_latents():
     assert torch.allclose(published, g["f64.dequant.logdet"], rtol=0, atol=1e-6)
 
 
-@torch.no_grad()
-def test_none_and_zero_noise_differ():
-    _, model, lr = model_and_golden("robustnf_x4_affine_tiny", torch.float32)
-    latents = [torch.randn(1, *s) for s in model.latent_shapes(lr)]
-    skipped = model.decode(latents, model.condition(lr, None))
-    assert not torch.allclose(model.decode(latents, lr), skipped, atol=1e-3)
+# -- checkpoints of full size -------------------------------------------------------------------
 
+EIGHT = {"scale": 8, "levels": 4}
+NOISE = {3: {"noise_steps": (0, 16, 16)}, 4: {"noise_steps": (0, 0, 16, 16), "steps": 20}}
 
-# -- the full-size lists of keys --------------------------------------------------------------
-
-LISTS = {
-    "SRFlow_DF2K_4X": (4, 3, 16, "Affine", None),
-    "SRFlow_DF2K_8X": (8, 4, 16, "Affine", None),
-    "SRFlow_CelebA_8X": (8, 4, 16, "Affine", None),
-    "robustNF_4X_affine": (4, 3, 16, "Affine", [0, 16, 16]),
-    "robustNF_4X_RQspline": (4, 3, 16, "Robust", [0, 16, 16]),
-    "robustNF_4X_RQspline_permfixed": (4, 3, 16, "Robust", [0, 16, 16]),
-    "robustNF_8X_affine": (8, 4, 20, "Affine", [0, 0, 16, 16]),
-    "robustNF_8X_RQspline": (8, 4, 20, "Robust", [0, 0, 16, 16]),
+#: The published configurations, and how many parameters their checkpoints hold.
+FULL_SIZE = {
+    "SRFlow_DF2K_4X": ({}, 39_541_811),
+    "SRFlow_DF2K_8X": (EIGHT, 50_821_891),
+    "SRFlow_CelebA_8X": ({**EIGHT, "blocks": 8, "stacked": (1, 3, 5, 7)}, 40_030_531),
+    "robustNF_4X_affine": (NOISE[3], 41_662_643),
+    "robustNF_4X_RQspline": ({**NOISE[3], "coupling": "rqspline"}, 46_545_587),
+    "robustNF_4X_RQspline_permfixed": (
+        {**NOISE[3], "coupling": "rqspline", "fixed": True},
+        46_724_435,
+    ),
+    "robustNF_8X_affine": ({**EIGHT, **NOISE[4]}, 64_520_163),
+    "robustNF_8X_RQspline": ({**EIGHT, **NOISE[4], "coupling": "rqspline"}, 77_282_403),
 }
 
 
-@pytest.mark.parametrize("name", LISTS)
-def test_every_key_of_a_full_size_checkpoint_is_imported(name):
-    text = golden(f"keys/{name}.txt").read_text()
-    total = int(re.search(r"(\d+) parameters", text)[1])
-    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
-    state = {}
-    for number, line in enumerate(lines):
-        key, shape = re.fullmatch(r"(\S+) \[(.*)\] float32", line).groups()
-        # Each tensor has a value of its own, and next to no memory.
-        size = [int(n) for n in shape.split(",")] if shape else []
-        state[key] = torch.tensor(float(number)).expand(size)
+def test_the_shapes_are_those_of_the_published_checkpoints(golden, published):
+    for name, (options, total) in FULL_SIZE.items():
+        text = golden(f"keys/{name}.txt").read_text()
+        lines = re.findall(r"^(\S+) \[(.*)\] float32$", text, re.MULTILINE)
+        listed = {key: tuple(int(n) for n in shape.split(", ")) for key, shape in lines}
+        assert published.shapes(published.Net(**options)) == listed, name
+        assert int(re.search(r"(\d+) parameters", text)[1]) == total
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_every_key_of_a_full_size_checkpoint_is_imported(published, name):
+    options, total = FULL_SIZE[name]
+    net = published.Net(**options)
+    # Each tensor has a value of its own, and next to no memory.
+    shapes = enumerate(published.shapes(net).items())
+    state = {key: torch.tensor(float(n)).expand(shape) for n, (key, shape) in shapes}
     method = "from_srflow" if name.startswith("SRFlow") else "from_robustnf"
     model = getattr(SuperResolutionFlow, method)(state)
-    report, (scale, levels, steps, family, noise_steps) = model.import_report, LISTS[name]
+    report, noise_steps = model.import_report, net.noise_steps and list(net.noise_steps)
+    family = {"affine": "Affine", "rqspline": "Robust"}[net.coupling]
 
     assert set(report.keys) == set(state)
     assert report.elements == total
@@ -242,8 +331,8 @@ def test_every_key_of_a_full_size_checkpoint_is_imported(name):
     assert rest == set(filled)
     assert report.unread + sum(ours[n].numel() for n in filled) == total
 
-    assert (model.scale, model.flow.levels) == (scale, levels)
-    assert report.inferred["steps"] == [steps] * levels
+    assert (model.scale, model.flow.levels) == (net.scale, net.levels)
+    assert report.inferred["steps"] == [net.steps] * net.levels
     assert type(report.inferred["coupling"]).__name__ == family
     assert report.inferred["noise_steps"] == noise_steps
     assert "keys" in str(report)

@@ -1,7 +1,5 @@
 r"""The low-light encoder: its input, its numbers, its sizes, its mistakes."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -15,15 +13,12 @@ from flowguard.models.encoders.lowlight import (
     noise_map,
 )
 
-GOLDEN = Path(__file__).parents[4] / "shared" / "golden" / "llflow_tiny.safetensors"
 DEAD = ("HRconv", "awb_para", "conv_last", "downconv3")  # published, but used by nothing
 
 
 @pytest.fixture(scope="module")
-def golden():
-    if not GOLDEN.is_file():
-        pytest.skip(f"the large golden file {GOLDEN.name} is not beside this checkout")
-    return load_file(GOLDEN)
+def large(golden):
+    return load_file(golden("llflow_tiny.safetensors"))
 
 
 def images(bytes_):
@@ -36,46 +31,72 @@ def small(**options):
     return LowLightEncoder(**{"features": 8, "growth": 4, "blocks": 2, "stacked": (1,)} | options)
 
 
-def test_published_input(golden):
-    low = images(golden["val.low_uint8"])
+@pytest.mark.parametrize("size", [(1, 1), (7, 5), (24, 40)], ids=str)
+@pytest.mark.parametrize("top", [1, 5, 60, 256])
+def test_the_input_follows_the_published_formulas(published, size, top):
+    low = torch.randint(top, (2, 3, *size), dtype=torch.uint8)
+    made, expected = low_light_input(low.double() / 255), published.lowlight_input(low)
+    torch.testing.assert_close(made, expected, rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_the_maps_follow_the_published_formulas(published):
+    options = {"features": 8, "growth": 4, "blocks": 2, "stacked": (0, 1)}
+    net = published.Net(lowlight=True, splits=0, steps=1, hidden=4, **options)
+    state = published.random_state(net)
+    encoder = LowLightEncoder(**options).double()
+    own = {k[5:]: v for k, v in state.items() if k.startswith("RRDB.")}
+    encoder.load_state_dict({k: v for k, v in own.items() if k.partition(".")[0] not in DEAD})
+    y = published.lowlight_input(torch.randint(256, (2, 3, 16, 24), dtype=torch.uint8))
+    maps, colors = published.lowlight_maps(state, net, y)
+    found = encoder(y)
+    for made, expected in zip(found, maps, strict=True):
+        torch.testing.assert_close(made, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(encoder.color_map(found), colors, rtol=0, atol=1e-12)
+
+
+def test_published_input(large, published):
+    low = images(large["val.low_uint8"])
     equalized = 255 * equalize_histogram(low)
-    assert torch.equal(equalized.round(), 255 * images(golden["val.histeq_uint8"]))
-    assert torch.equal(low_light_input(low), golden["lr"])
+    assert torch.equal(equalized.round(), 255 * images(large["val.histeq_uint8"]))
+    assert torch.equal(low_light_input(low), large["lr"])
+    formula = published.lowlight_input(large["val.low_uint8"].movedim(-1, 1))
+    torch.testing.assert_close(formula.float(), large["lr"], rtol=0, atol=1e-6)
 
 
-def test_published_input_of_a_training_crop(golden):
-    full = low_light_input(images(golden["train.low_uint8"])[None])[0]
-    row, column, flip = golden["train.crop_row_col_flip"].tolist()
+def test_published_input_of_a_training_crop(large):
+    full = low_light_input(images(large["train.low_uint8"])[None])[0]
+    row, column, flip = large["train.crop_row_col_flip"].tolist()
     crop = full[:, row : row + 160, column : column + 160]
     crop = crop.flip(-1) if flip else crop
-    assert torch.equal(crop[:, ::4, ::4], golden["train.LQ"])
+    assert torch.equal(crop[:, ::4, ::4], large["train.LQ"])
 
 
-def test_published_input_of_an_image_of_any_size(golden):
+def test_published_input_of_an_image_of_any_size(large):
     """There the image is padded first, and what was added counts in the histogram."""
-    top, bottom, left, right = golden["unpaired.pad_top_bottom_left_right"].tolist()
+    top, bottom, left, right = large["unpaired.pad_top_bottom_left_right"].tolist()
     padded = np.pad(
-        golden["unpaired.low_uint8"].numpy(), ((top, bottom), (left, right), (0, 0)), "symmetric"
+        large["unpaired.low_uint8"].numpy(), ((top, bottom), (left, right), (0, 0)), "symmetric"
     )
     made = low_light_input(images(torch.from_numpy(padded))[None])
-    assert torch.equal(made, golden["unpaired.lr"])
+    assert torch.equal(made, large["unpaired.lr"])
 
 
-def test_published_numbers(golden):
+def test_published_numbers(large):
     encoder = LowLightEncoder(features=32, growth=32, blocks=2, stacked=(1,)).double()
     state = {
-        key[8:]: value.double() * golden.get(f"sdscale.{key[3:]}", torch.tensor(1.0)).double()
-        for key, value in golden.items()
+        key[8:]: value.double() * large.get(f"sdscale.{key[3:]}", torch.tensor(1.0)).double()
+        for key, value in large.items()
         if key.startswith("sd.RRDB.") and key.split(".")[2] not in DEAD
     }
     encoder.load_state_dict(state)
-    y = golden["lr"].double()
+    y = large["lr"].double()
     shares = color_map(y[:, :3].exp())
     noise = noise_map(shares)
     with torch.no_grad():
         maps = encoder(y)
     for name, made in zip(("fea_up2", "fea_up1", "fea_up0"), maps, strict=True):
-        expected = golden[f"f64.feat.{name}.sub"]
+        expected = large[f"f64.feat.{name}.sub"]
         torch.testing.assert_close(made[:, ::4, ::5, ::5], expected, rtol=0, atol=1e-12)
     for part, made in {
         "color_map_sub": shares[..., ::4, ::4],
@@ -84,9 +105,9 @@ def test_published_numbers(golden):
         "noise_map_last_row": noise[..., -1, :],
         "noise_map_last_col": noise[..., -1],
     }.items():
-        torch.testing.assert_close(made, golden[f"f64.enc_in.{part}"], rtol=0, atol=1e-14)
+        torch.testing.assert_close(made, large[f"f64.enc_in.{part}"], rtol=0, atol=1e-14)
     predicted = encoder.color_map(maps).float()  # stored in single precision
-    torch.testing.assert_close(predicted, golden["f64.color_map"], rtol=0, atol=1e-7)
+    torch.testing.assert_close(predicted, large["f64.color_map"], rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])

@@ -2,7 +2,6 @@ r"""The published encoder: its numbers, its sizes, its mistakes."""
 
 import copy
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from safetensors.torch import load_file
 from flowguard.models import RRDBEncoder
 from flowguard.models.checkpoints import CheckpointError
 
-SHARED = Path(__file__).parents[4] / "shared" / "golden"
 MAPS = {
     4: ("fea_up2", "fea_up1", "fea_up0"),
     8: ("fea_up4", "fea_up2", "fea_up1", "fea_up0"),
@@ -24,11 +22,8 @@ NETS = {
 }
 
 
-def golden(name):
-    file = SHARED / f"{name}.safetensors"
-    if not file.is_file():
-        pytest.skip(f"the large golden file {file.name} is not beside this checkout")
-    return load_file(file)
+#: How many parameters the published encoders have, by their scale.
+COUNTS = {4: 16_697_987, 8: 16_734_915}
 
 
 def weights(tensors, prefix):
@@ -46,9 +41,23 @@ def small(**options):
     return RRDBEncoder(**{"features": 8, "growth": 4, "blocks": 2, "stacked": (0, 1)} | options)
 
 
+@pytest.mark.parametrize(("scale", "levels"), [(2, 1), (2, 2), (4, 3), (8, 4), (16, 4)])
+@torch.no_grad()
+def test_the_maps_follow_the_published_formulas(published, scale, levels):
+    options = {"features": 4, "growth": 2, "blocks": 2, "stacked": (0, 1), "scale": scale}
+    net = published.Net(levels=levels, steps=1, hidden=4, **options)
+    state = published.random_state(net)
+    encoder = RRDBEncoder(levels=levels, **options).double()
+    encoder.load_state_dict({k[5:]: v for k, v in state.items() if k.startswith("RRDB.")})
+    lr = torch.rand(2, 3, 4, 6, dtype=torch.float64)
+    expected = published.encoder_maps(state, net, lr)
+    for made, wanted in zip(encoder(lr), expected, strict=True):
+        torch.testing.assert_close(made, wanted, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(("name", "scale"), NETS.items(), ids=NETS)
-def test_published_numbers(name, scale):
-    g = golden(name)
+def test_published_numbers(golden, name, scale):
+    g = load_file(golden(f"{name}.safetensors"))
     names = MAPS[scale]
     encoder = RRDBEncoder(blocks=2, stacked=(0, 0, 1, 1), scale=scale, levels=len(names)).double()
     encoder.load_state_dict(weights(g, "RRDB."))
@@ -132,19 +141,22 @@ def test_mistakes(call, message):
         call()
 
 
+@pytest.mark.parametrize("scale", COUNTS)
+def test_the_shapes_are_those_of_the_published_checkpoints(golden, published, scale):
+    text = golden(f"keys/RRDB_DF2K_{scale}X.txt").read_text()
+    lines = re.findall(r"^(\S+) \[(.*)\] float32$", text, re.MULTILINE)
+    listed = {key: tuple(int(n) for n in shape.split(", ")) for key, shape in lines}
+    assert published.encoder_shapes(published.Net(scale=scale)) == listed
+    assert int(re.search(r"(\d+) parameters", text)[1]) == COUNTS[scale]
+
+
 @pytest.mark.parametrize(("scale", "levels"), [(4, 3), (8, 4)])
-def test_every_published_key_is_imported(scale, levels):
-    file = SHARED / "keys" / f"RRDB_DF2K_{scale}X.txt"
-    if not file.is_file():
-        pytest.skip(f"the key list {file.name} is not beside this checkout")
-    lines = file.read_text().splitlines()
-    matches = [re.fullmatch(r"(\S+) \[([\d, ]*)\] float32", line) for line in lines]
-    state = {
-        m[1]: torch.zeros([int(n) for n in m[2].split(", ")]) for m in matches if m is not None
-    }
+def test_every_published_key_is_imported(published, scale, levels):
+    shapes = published.encoder_shapes(published.Net(scale=scale))
+    state = {key: torch.zeros(shape) for key, shape in shapes.items()}
     encoder = RRDBEncoder.from_esrgan(state)
     report = encoder.import_report
-    assert report.elements == int(re.search(r"(\d+) parameters", lines[0])[1])
+    assert report.elements == COUNTS[scale]
     assert report.unread == 0
     assert sum(p.numel() for p in encoder.parameters()) == report.elements
     assert report.keys == {k: (k,) for k in state}
