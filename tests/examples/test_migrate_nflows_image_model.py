@@ -21,7 +21,6 @@ def test_the_quick_run_migrates_and_certifies(tmp_path):
         [sys.executable, str(SCRIPT), "--quick", "--steps", "10", "--out", str(picture)],
         capture_output=True,
         text=True,
-        timeout=600,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=False,
     )
