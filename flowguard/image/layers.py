@@ -23,6 +23,7 @@ from einops import rearrange
 from torch import Tensor
 
 from flowguard.numerics import inv, logabsdet, solve
+from flowguard.ood.state import gather
 
 
 class ZeroConv2d(nn.Conv2d):
@@ -107,6 +108,10 @@ class ActNorm(nn.Module):
     In evaluation mode an uninitialised layer is the identity and stays so. Whether it is
     initialised is part of the state.
 
+    Where :mod:`torch.distributed` is initialised with several processes, the first batch is that of
+    all of them together, so that they stay one model: all must pass theirs, as in each step of
+    :class:`torch.nn.parallel.DistributedDataParallel`.
+
     References:
         | Glow: Generative Flow with Invertible 1x1 Convolutions (Kingma & Dhariwal, 2018)
         | https://arxiv.org/abs/1807.03039
@@ -142,12 +147,18 @@ class ActNorm(nn.Module):
     def initialize(self, x: Tensor) -> None:
         r"""Sets shift and scale such that this batch gets mean zero and variance one.
 
-        A batch that is not finite changes nothing; a channel without variance is only shifted.
+        A batch that is not finite, or empty, changes nothing; a channel without variance is only
+        shifted. Of several processes, the batch is that of all.
 
         Arguments:
             x: A batch, with shape :math:`(B, C, H, W)`.
         """
-        std, mean = torch.std_mean(x, dim=(0, 2, 3), correction=0, keepdim=True)
+        if not _several_processes():
+            if x.numel() == 0:
+                return
+            std, mean = torch.std_mean(x, dim=(0, 2, 3), correction=0, keepdim=True)
+        else:
+            std, mean = _std_mean_of_all(x)
         if not bool((torch.isfinite(std) & torch.isfinite(mean)).all()):
             return  # the next batch may be better
         self.bias.copy_(-mean)
@@ -171,7 +182,7 @@ class ActNorm(nn.Module):
     def forward(self, x: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
         r"""Takes data to noise; returns the output and the log-determinant, with shape
         :math:`(B)`."""
-        if x.numel() > 0 and self.pending:
+        if self.pending:
             self.initialize(x)
         return (x + self.bias) * torch.exp(self.logs), self._ladj(x)
 
@@ -179,6 +190,29 @@ class ActNorm(nn.Module):
         r"""Takes noise to data; returns the output and the log-determinant, with shape
         :math:`(B)`."""
         return z * torch.exp(-self.logs) - self.bias, -self._ladj(z)
+
+
+def _several_processes() -> bool:
+    distributed = torch.distributed
+    ready = distributed.is_available() and distributed.is_initialized()
+    return ready and distributed.get_world_size() > 1
+
+
+def _std_mean_of_all(x: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Standard deviation and mean of each channel over the batches of all processes."""
+    rows = x.detach().transpose(0, 1).flatten(1).double()
+    if rows.shape[1] == 0:  # which must not keep the others waiting
+        rows = rows.new_zeros(rows.shape[0], 1)
+    variance, mean = torch.var_mean(rows, dim=1, correction=0)
+    count = torch.full_like(mean, x.numel() // x.shape[1])
+    # All merge the same numbers in the same order, and find the same to the last bit.
+    everyone = gather([count, mean, variance])
+    counts, means, variances = (torch.stack(t) for t in zip(*everyone, strict=True))
+    share = counts / counts.sum(0)
+    mean = (share * means).sum(0)
+    variance = (share * (variances + (means - mean).square())).sum(0)
+    shape = (1, -1, 1, 1)
+    return variance.sqrt().reshape(shape).to(x), mean.reshape(shape).to(x)
 
 
 class NormedConv2d(nn.Conv2d):
@@ -217,7 +251,7 @@ class NormedConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         r"""Returns the convolved and normalised maps."""
-        if x.numel() > 0 and self.norm.pending:
+        if self.norm.pending:
             with torch.no_grad():
                 self.norm.initialize(self._conv_forward(x, self.weight, None))
         return self._conv_forward(x, *self.folded())

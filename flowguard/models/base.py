@@ -31,7 +31,7 @@ from flowguard.numerics import normal_log_prob, repeat_rows
 from flowguard.ood import OODConditioner
 
 BITS = ("dim", "pixel")
-METHODS = ("condition", "nll", "encode", "decode", "latent_shapes", "sample")
+METHODS = ("condition", "forward", "nll", "encode", "decode", "latent_shapes", "sample")
 
 #: The most pixels of images that are made at a time: more take more memory, and no less time each.
 TOGETHER = 2**18
@@ -277,6 +277,28 @@ class ImageModel(Pretrained, nn.Module):
         self._check_dtype("the latents", latents[0])
 
     # -- there and back --------------------------------------------------------------------------
+
+    def forward(
+        self,
+        x: Tensor,
+        y: Given,
+        levels: int | None = None,
+        *,
+        dequantize: bool = True,
+        bits_per: str = "dim",
+    ) -> Tensor:
+        r"""Returns what :meth:`nll` does, for wrappers that call the model.
+
+        Such are :class:`torch.nn.parallel.DistributedDataParallel` and :func:`torch.compile`.
+
+        Arguments:
+            x: The images, with shape :math:`(B, 3, sH, sW)`.
+            y: The conditions, with shape :math:`(B, 3, H, W)`, or what :meth:`condition` made.
+            levels: The number of grey levels of `x`. If :py:`None`, `quant`.
+            dequantize: Whether to dequantise.
+            bits_per: What the bits are divided by: ``"dim"`` or ``"pixel"``.
+        """
+        return self.nll(x, y, levels, dequantize=dequantize, bits_per=bits_per)
 
     def nll(
         self,

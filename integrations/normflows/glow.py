@@ -343,7 +343,7 @@ class RobustGlowBlock(Flow):
         if self.mix is not None:
             z, log_det = self.mix.inverse(z)  # type: ignore[operator]
             total = total + log_det
-        if z.numel() > 0 and self.actnorm.pending:
+        if self.actnorm.pending:
             _normalize_samples(self.actnorm, z)
         z, log_det = self.actnorm.inverse(z)
         return z, total + log_det

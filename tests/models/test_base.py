@@ -2,14 +2,17 @@ r"""What image models share: their conditions, their words, and what a further o
 
 import copy
 import inspect
+import math
 import pickle
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 import torch.nn as nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from flowguard.bounds import certify
-from flowguard.image import ConditionalMultiscaleFlow
+from flowguard.image import ActNorm, ConditionalMultiscaleFlow
 from flowguard.models import (
     ImageModel,
     LowLightEncoder,
@@ -18,6 +21,7 @@ from flowguard.models import (
     SuperResolutionFlow,
     base,
 )
+from flowguard.numerics import normal_log_prob
 
 
 class Denoiser(ImageModel):
@@ -37,9 +41,9 @@ def superres(**options):
     return SuperResolutionFlow(scale=2, levels=2, steps=1, hidden=6, features=6, **options)
 
 
-def low_light():
+def low_light(**options):
     encoder = LowLightEncoder(8, growth=4, blocks=1, stacked=(0,), levels=2)
-    return LowLightFlow(levels=2, steps=1, hidden=6, encoder=encoder)
+    return LowLightFlow(levels=2, steps=1, hidden=6, encoder=encoder, **options)
 
 
 MODELS = {"superres": superres, "low light": low_light, "denoiser": Denoiser}
@@ -285,3 +289,88 @@ def test_a_third_model_is_its_encoder_and_its_base(size):
 def test_a_third_model_without_a_rule_is_refused():
     certificate = certify(Denoiser().eval())
     assert not certificate.certified
+
+
+# -- wrappers --------------------------------------------------------------------------------
+
+
+def test_calling_a_model_gives_its_likelihood(model):
+    x, y = pair(model)
+    options = {"dequantize": False, "bits_per": "pixel"}
+    assert torch.equal(model(x, y, **options), model.nll(x, y, **options))
+    assert torch.equal(model(x, y, 32, dequantize=False), model.nll(x, y, dequantize=False))
+    (first, _), (second, _) = model.words
+    assert torch.equal(model(**{first: x, second: y}, **options), model.nll(x, y, **options))
+    assert torch.equal(DataParallel(model)(x, y, **options), model.nll(x, y, **options))
+    with pytest.raises(TypeError, match=rf"forward\(\): missing a required argument: '{second}'"):
+        model(x)
+
+
+class Bare(nn.Module):
+    r"""A flow by itself, which is called as it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.flow = ConditionalMultiscaleFlow(3, 3, levels=1, steps=2, hidden=6, normed=True)
+        self.scale = 2
+
+    def forward(self, x, y, dequantize=False):
+        latents, ladj = self.flow(x, [y])
+        return -(ladj + normal_log_prob(latents)) / x[0].numel()
+
+
+TRAINED = {
+    "superres": lambda: superres(architecture="published"),
+    "low light": lambda: low_light(target_ratio=0.0),  # no draws
+    "a flow": Bare,
+}
+STEPS = 3
+
+
+def _trained(name, rank=0, world=1):
+    r"""The weights after a few steps, on the share that a process has of each batch."""
+    torch.manual_seed(rank)  # weights of its own; those of rank 0 are sent to all
+    model = TRAINED[name]().double()
+    called = DistributedDataParallel(model) if world > 1 else model
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    generator = torch.Generator().manual_seed(7)
+    for _ in range(STEPS):
+        y = torch.rand(4, 3, 8, 8, dtype=torch.float64, generator=generator)
+        size = 8 * model.scale
+        x = torch.rand(4, 3, size, size, dtype=torch.float64, generator=generator)
+        x = x + torch.arange(4.0).reshape(4, 1, 1, 1)  # each process sees something else
+        optimizer.zero_grad()
+        called(x[rank::world], y[rank::world], dequantize=False).mean().backward()
+        optimizer.step()
+    return model.state_dict()
+
+
+def _rank(rank, world, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder / 'init'}", rank=rank, world_size=world
+    )
+    torch.save({name: _trained(name, rank, world) for name in TRAINED}, folder / f"{rank}.pt")
+    x = 5 + torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    layer, wanted = ActNorm(2), nn.BatchNorm2d(2, momentum=None)
+    layer(torch.full_like(x, math.nan) if rank else x)
+    assert layer.pending
+    layer(x[:0] if rank else x)  # nothing to add
+    wanted(x)
+    assert torch.allclose(layer.bias.flatten(), -wanted.running_mean, atol=1e-6)
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_train_one_model_on_the_whole_batch(tmp_path):
+    mp.spawn(_rank, (2, tmp_path), nprocs=2)  # raises what one of them raises, and ends the other
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    for name in TRAINED:
+        alone = _trained(name)
+        assert list(first[name]) == list(alone)
+        apart = {
+            k: float((v.double() - second[name][k].double()).abs().max())
+            for k, v in first[name].items()
+        }
+        assert max(apart.values()) == 0, (name, apart)
+        for key, value in first[name].items():
+            assert torch.allclose(value, alone[key], rtol=1e-6, atol=1e-6), (name, key)
