@@ -5,6 +5,7 @@ __all__ = ["ConditionalMultiscaleFlow", "Context"]
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -96,6 +97,9 @@ class ConditionalMultiscaleFlow(MultiscaleFlow):
         torch.Size([8, 3, 16, 24])
     """
 
+    #: How many times as large as a single map images were, of all that the flow was given.
+    _ratios: frozenset[tuple[Fraction, ...]] = frozenset()
+
     def __init__(
         self,
         q0: Sequence[nn.Module],
@@ -168,10 +172,13 @@ class ConditionalMultiscaleFlow(MultiscaleFlow):
             temperature: The factor of the standard deviation of all bases. At 0 there is one
                 sample for each context, and no density.
             size: The height and width of the samples, for bases of any size. If :py:`None`, what
-                the maps of the context tell: a list those of its levels, a single map its own.
+                the maps of the context tell: a list the sizes of its levels; a single map as many
+                times its own as the images were that came with such maps, in training say. A flow
+                that has seen none, as one that was just loaded, takes its own.
 
         Raises:
-            ValueError: If number, size or temperature do not fit bases and context.
+            ValueError: If number, size or temperature do not fit bases and context, or if images
+                of several sizes came with maps of one.
         """
         num_samples = self._number(num_samples, context)
         maps = self._maps(context, num_samples)
@@ -402,6 +409,8 @@ class ConditionalMultiscaleFlow(MultiscaleFlow):
             raise ValueError(
                 f"height and width must be multiples of {self.scales[0]}; got {tuple(x.shape[2:])}"
             )
+        if isinstance(maps[0], _Resized) and not torch.compiler.is_compiling():
+            self._ratios |= maps[0].ratio_to(x.shape[2:])
         total = x.new_zeros(len(x))
         if self.transform is not None and self._transform_route is not None:
             way = self._transform_route
@@ -454,7 +463,7 @@ class ConditionalMultiscaleFlow(MultiscaleFlow):
         if size is None:
             if isinstance(maps[0], Tensor) and maps[0].dim() == 4:
                 return self._listed_sizes([tuple(t.shape[2:]) for t in maps])
-            size = maps[0].size if isinstance(maps[0], _Resized) else None
+            size = self._size_of(maps[0], adapts) if isinstance(maps[0], _Resized) else None
         if size is None or len(size) != 2:
             if adapts:
                 raise ValueError(
@@ -469,6 +478,26 @@ class ConditionalMultiscaleFlow(MultiscaleFlow):
                 )
             return None
         return [tuple(n // scale for n in size) for scale in self.scales]
+
+    def _size_of(self, context: "_Resized", adapts: bool) -> tuple[Any, ...] | None:
+        r"""The size of the images that come with a single map."""
+        if context.size is None or not adapts:
+            return context.size
+        if len(self._ratios) > 1:
+            told = " and ".join(" × ".join(map(str, ratio)) for ratio in sorted(self._ratios))
+            raise ValueError(
+                "a single map tells the size of samples if all images were as many times as large"
+                f" as theirs; got images {told} times as large: give size=(height, width)"
+            )
+        ratio = next(iter(self._ratios), (Fraction(1), Fraction(1)))
+        size = tuple(n * times for n, times in zip(context.size, ratio, strict=True))
+        if set(ratio) != {1} and any(n % self.scales[0] for n in size):
+            raise ValueError(
+                f"height and width must be multiples of {self.scales[0]}; got {context.size} times"
+                f" {' × '.join(map(str, ratio))}, as with the images before:"
+                " give size=(height, width)"
+            )
+        return tuple(map(int, size))
 
     def _listed_sizes(self, sizes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
         ratios = [self.scales[0] // scale for scale in self.scales]
@@ -510,6 +539,12 @@ class _Resized:
         r"""The height and width, :py:`None` where one position stands for all."""
         size = tuple(self.context.shape[2:])
         return size if len(size) == 2 and size != (1, 1) else None
+
+    def ratio_to(self, size: Sequence[int]) -> frozenset[tuple[Fraction, ...]]:
+        r"""How many times as large an image is; nothing where one position stands for all."""
+        if self.size is None or 0 in self.size:
+            return frozenset()
+        return frozenset([tuple(map(Fraction, size, self.size))])
 
     def fit(self, size: Sequence[int] | None) -> Tensor:
         r"""Returns the context with this height and width."""

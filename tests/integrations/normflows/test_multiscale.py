@@ -375,6 +375,37 @@ def test_bases_of_a_fixed_shape_take_no_size():
         flow.sample(2, size=(8, 8))
 
 
+@pytest.mark.parametrize("density", ["log_prob", "inverse_and_log_det", "forward_kld", "forward"])
+def test_samples_have_the_size_of_the_images_that_came_with_such_maps(density):
+    flow = make()
+    small = torch.randn(4, CONTEXT, 4, 6)
+    getattr(flow, density)(torch.randn(4, 3, 16, 24), small)
+    for one in (flow, copy.deepcopy(flow), pickle.loads(pickle.dumps(flow))):
+        assert one.sample(4, small)[0].shape == (4, 3, 16, 24)
+        assert one.sample(2, small[:2, :, :2, :2])[0].shape == (2, 3, 8, 8)
+        assert one.sample(4, small, size=(8, 8))[0].shape == (4, 3, 8, 8)
+        assert [s[1:] for s in one.noise_shapes(small)] == [(4, 6), (8, 12)]
+    lists = contexts((8, 8))["list"]  # whose sizes tell all
+    assert flow.sample(4, lists)[0].shape == (4, 3, 8, 8)
+
+
+def test_maps_that_came_with_images_of_several_sizes_do_not_tell_that_of_samples():
+    flow, y = make(), torch.randn(4, CONTEXT, 8, 8)
+    flow.log_prob(torch.randn(4, 3, 16, 16), y)
+    flow.log_prob(torch.randn(4, 3, 8, 8), y)
+    with pytest.raises(ValueError, match=r"1 × 1 and 2 × 2 times as large.*give size="):
+        flow.sample(4, y)
+    assert flow.sample(4, y, size=(8, 8))[0].shape == (4, 3, 8, 8)
+
+
+def test_a_size_that_does_not_fit_is_told_with_the_map_that_it_comes_from():
+    flow, y = make(), torch.randn(4, CONTEXT, 5, 5)
+    flow.log_prob(torch.randn(4, 3, 16, 16), y)
+    assert flow.sample(4, y)[0].shape == (4, 3, 16, 16)
+    with pytest.raises(ValueError, match=r"multiples of 4; got .*give size="):
+        flow.sample(4, y[..., :3, :3])
+
+
 def test_compiles():
     flow, x, y = make(), torch.randn(2, 3, 8, 8), torch.randn(2, CONTEXT, 8, 8)
     compiled = torch.compile(flow, fullgraph=True, backend="eager")
