@@ -52,6 +52,7 @@ from flowguard.migration.inscribe import InscribedAffine
 from flowguard.migration.rules import BoundOfMap
 from flowguard.transforms import Univariate
 
+
 @rule(Squeeze)
 def _squeeze(layer: Squeeze, sampling: bool) -> Iterator[Step]:
     if sampling:

@@ -142,7 +142,6 @@ def _conditional(layer: Any, sampling: bool, mask: Tensor) -> Iterator[Step]:
     f = layer.univariate(*(torch.zeros(shape) for shape in layer.shapes))
     kind = f"{type(layer).__name__}[{type(f).__name__}]"
     if isinstance(f, T.MonotonicAffineTransform):
->>>>>>> d724adc (Bound maps in units by steps in these units, and allow for all their rounding)
         # It does not keep its least slope, but shows it where the parameters are extreme.
         least = layer.univariate(*(torch.full(shape, -1e30) for shape in layer.shapes)).scale
         gain = 1 / least.min().item() if sampling else math.inf
