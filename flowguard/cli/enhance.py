@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flowguard.cli.jobs import Job, jobs
+from flowguard.cli.jobs import Job, Work, fingerprint, jobs, made_of, origin
 from flowguard.cli.parsing import (
     Parser,
     UserError,
@@ -123,7 +123,10 @@ def add_arguments(parser: Parser, *, temperature: float) -> None:
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="write pictures that exist already again; by default they are skipped",
+        help=(
+            "write pictures again; by default those that were made before are skipped, and no"
+            " other file is replaced"
+        ),
     )
     parser.add_argument(
         "--report",
@@ -172,7 +175,7 @@ def enhance(
     work = prepared(args)
     outcomes = []
     with threads(args.threads):
-        for job in _bar(work):
+        for job in _bar(work.jobs):
             outcomes.append(_one(job, args, model, finish, grow))
     if args.report is not None:
         from flowguard.cli.page import write_page
@@ -181,11 +184,11 @@ def enhance(
             write_page(args.report, outcomes, args)
         except OSError as error:
             raise UserError(f"--report: cannot write {args.report}: {error.strerror}") from None
-    return tell(outcomes, args)
+    return tell(outcomes, args, work.left_out)
 
 
-def prepared(args: Any) -> list[Job]:
-    r"""Returns the jobs, once all arguments are known to be usable.
+def prepared(args: Any) -> Work:
+    r"""Returns the work, once all arguments are known to be usable.
 
     Arguments:
         args: The arguments.
@@ -197,11 +200,11 @@ def prepared(args: Any) -> list[Job]:
     work = jobs(args.input, args.output, args.samples, suffix)
     if args.format == "tiff":
         need(("tifffile", "tifffile"))
-    writable(work[0].targets[0].parent, "OUTPUT")
+    writable(work.jobs[0].targets[0].parent, "OUTPUT")
     if args.report is not None:
         if args.report.is_dir():
             raise UserError(f"--report must name a file; {args.report} is a folder")
-        own = args.report.resolve() in {job.source.resolve() for job in work}
+        own = args.report.resolve() in {job.source.resolve() for job in work.jobs}
         if own or args.report.suffix.lower() not in (".html", ".htm"):
             raise UserError(f"--report must name a page of its own, .html; got {args.report}")
         writable(args.report.resolve().parent, "the folder of --report")
@@ -221,12 +224,12 @@ def _one(
     job: Job, args: Any, model: Any, finish: Callable[[Any], Any], grow: Callable[[Any], Any]
 ) -> Outcome:
     outcome = Outcome(job.source, job.targets)
-    missing = [i for i, t in enumerate(job.targets) if args.overwrite or not t.exists()]
-    if not missing:
-        outcome.status, outcome.reason = "skipped", "it exists already"
-        return outcome
     start = time.perf_counter()
     try:
+        missing = _missing(job, args.overwrite)
+        if not missing:
+            outcome.status, outcome.reason = "skipped", "it was made before"
+            return outcome
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a guard's warning is told of at the end
             _write(outcome, missing, args, model, finish, grow)
@@ -236,6 +239,20 @@ def _one(
         outcome.reason = lines[0] if lines else type(error).__name__
     outcome.seconds = time.perf_counter() - start
     return outcome
+
+
+def _missing(job: Job, overwrite: bool) -> list[int]:
+    r"""The numbers of the samples that are still to be made."""
+    exist = [t for t in job.targets if t.exists()]
+    if exist and not overwrite:
+        made = fingerprint(job.source)
+        foreign = [t for t in exist if origin(t) != made]
+        if foreign:
+            raise UserError(
+                f"{foreign[0]} exists, and is not known to be made of this picture as it is;"
+                " --overwrite replaces it"
+            )
+    return [i for i, t in enumerate(job.targets) if overwrite or t not in exist]
 
 
 def _write(
@@ -256,6 +273,7 @@ def _write(
     alpha = None if picture.alpha is None else grow(picture.alpha[None])[0].clamp(0, 1)
     thumbnails = args.report is not None
     tile = None if args.tile == "none" else args.tile
+    note = made_of(outcome.source)
     if thumbnails:
         outcome.pictures.append(("input", thumbnail(picture.colour)))
     for i in missing:
@@ -268,7 +286,7 @@ def _write(
         x = finish(x)[0].float().cpu()
         outcome.size = (x.shape[-2], x.shape[-1])
         made = pictures.Picture(x, alpha, picture.grey, picture.bits, picture.icc)
-        pictures.write(outcome.targets[i], made)
+        pictures.write(outcome.targets[i], made, note=note)
         if thumbnails and len(outcome.pictures) < 4:
             outcome.pictures.append((outcome.targets[i].name, thumbnail(x)))
             if len(reports) == 1:
@@ -334,12 +352,13 @@ def maps(report: Any) -> list[tuple[str, bytes]]:
     return []
 
 
-def tell(outcomes: list[Outcome], args: Any) -> int:
+def tell(outcomes: list[Outcome], args: Any, left_out: list[Path]) -> int:
     r"""Prints what was done and what was not; returns the exit code.
 
     Arguments:
         outcomes: What became of each picture.
         args: The arguments.
+        left_out: The pictures that were not looked at.
     """
     by_status = {
         s: [o for o in outcomes if o.status == s] for s in ("written", "skipped", "failed")
@@ -347,7 +366,12 @@ def tell(outcomes: list[Outcome], args: Any) -> int:
     counts = ", ".join(f"{len(found)} {status}" for status, found in by_status.items())
     print(f"{len(outcomes)} picture(s): {counts}. Output: {args.output}")
     if by_status["skipped"]:
-        print("Skipped pictures exist already; --overwrite writes them again.")
+        print("Skipped pictures were made before; --overwrite writes them again.")
+    if left_out:
+        print(
+            f"Left out: {len(left_out)} picture(s) in OUTPUT that flowguard wrote itself, such as"
+            f" {left_out[0]}."
+        )
     for o in outcomes:
         if o.flagged:
             print(f"unlike the training set: {o.source} (p = {o.p_value:.2g})")

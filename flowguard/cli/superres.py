@@ -14,9 +14,10 @@ def parser() -> Parser:
     r"""Returns the parser."""
     superres = Parser(
         description=(
-            "Enlarge pictures by a super-resolution flow. Pictures that exist already are skipped,"
-            " so that an interrupted run is resumed by the same command; what cannot be read is"
-            " told of at the end, and the exit code is then 1."
+            "Enlarge pictures by a super-resolution flow. Pictures that were made before are"
+            " skipped, so that an interrupted run is resumed by the same command; what cannot be"
+            " read, or would replace another file, is told of at the end, and the exit code is"
+            " then 1."
         )
     )
     add_arguments(superres, temperature=0.9)

@@ -5,6 +5,7 @@ __all__ = [
     "SUFFIXES",
     "ImageError",
     "Picture",
+    "note_of",
     "png16",
     "read",
     "read_image",
@@ -38,6 +39,8 @@ SHALLOW = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbC
 MPO = "MPO"  # JPEG with a second view behind the first, as some phones write it
 DEEP_PNG = ("RGB;16B", "RGBA;16B", "LA;16B")
 ORIENTATION = 0x0112  # the tag of EXIF and TIFF
+SOFTWARE = "Software"  # the text of a PNG that says what made it; TIFF has a tag of that name
+TIFFS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how they begin
 
 
 class ImageError(ValueError):
@@ -185,11 +188,15 @@ def _deep_png(image: Any) -> Array | None:
     return np.asarray(image).astype(np.uint16) * 256 + lower
 
 
+def _is_tiff(path: str | os.PathLike[str]) -> bool:
+    with Path(path).open("rb") as stream:
+        return stream.read(4) in TIFFS
+
+
 def _is_deep_tiff(path: Path) -> bool:
     r"""Whether it is a TIFF of more than 8 bits: Pillow keeps 8 of them, or knows it not at all."""
-    with path.open("rb") as stream:
-        if stream.read(4) not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-            return False
+    if not _is_tiff(path):
+        return False
     try:
         import tifffile
     except ImportError as error:
@@ -315,12 +322,13 @@ def _levels(picture: Picture) -> Array:
     return whole
 
 
-def write(path: str | os.PathLike[str], picture: Picture) -> None:
+def write(path: str | os.PathLike[str], picture: Picture, *, note: str = "") -> None:
     r"""Writes a picture, whole or not at all. Values beyond [0, 1] are cut, NaN is black.
 
     Arguments:
         path: The file, whose name ends in ``.png``, ``.tif`` or ``.tiff``.
         picture: The picture.
+        note: A line of ASCII that the file keeps of what made it; see :func:`note_of`.
 
     Raises:
         ImportError: If Pillow, or for a TIFF tifffile, is not installed.
@@ -333,16 +341,46 @@ def write(path: str | os.PathLike[str], picture: Picture) -> None:
     pixels = _levels(picture)
     with atomic(path) as temporary:
         if suffix != ".png":
-            _write_tiff(temporary, pixels, picture)
+            _write_tiff(temporary, pixels, picture, note)
         elif picture.bits == 16:
-            temporary.write_bytes(png16(pixels, picture.icc))
+            temporary.write_bytes(png16(pixels, picture.icc, note))
         else:
-            plain = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
-            options = {"icc_profile": picture.icc} if picture.icc else {}
-            _pillow().fromarray(plain).save(temporary, format="PNG", **options)
+            _write_png(temporary, pixels, picture, note)
 
 
-def _write_tiff(path: Path, pixels: Array, picture: Picture) -> None:
+def note_of(path: str | os.PathLike[str]) -> str:
+    r"""Returns the note that :func:`write` left in a picture, or what else it calls its software;
+    nothing if there is none, or no picture.
+
+    Arguments:
+        path: The file. Of its pixels nothing is read.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if _is_tiff(path):
+                import tifffile
+
+                with tifffile.TiffFile(path) as file:
+                    return str(file.pages[0].software)  # type: ignore[union-attr]
+            with _pillow().open(path) as image:
+                return str(image.info.get(SOFTWARE, ""))
+    except Exception:  # a broken file makes Pillow raise nearly anything
+        return ""
+
+
+def _write_png(path: Path, pixels: Array, picture: Picture, note: str) -> None:
+    from PIL.PngImagePlugin import PngInfo
+
+    plain = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+    options: dict[str, Any] = {"icc_profile": picture.icc} if picture.icc else {}
+    if note:
+        options["pnginfo"] = PngInfo()
+        options["pnginfo"].add_text(SOFTWARE, note)
+    _pillow().fromarray(plain).save(path, format="PNG", **options)
+
+
+def _write_tiff(path: Path, pixels: Array, picture: Picture, note: str) -> None:
     try:
         import tifffile
     except ImportError as error:
@@ -358,16 +396,18 @@ def _write_tiff(path: Path, pixels: Array, picture: Picture) -> None:
         extrasamples=None if picture.alpha is None else ["unassalpha"],
         compression="zlib",
         iccprofile=picture.icc,
+        software=note or None,
         metadata=None,
     )
 
 
-def png16(pixels: Array, icc: bytes | None = None) -> bytes:
+def png16(pixels: Array, icc: bytes | None = None, note: str = "") -> bytes:
     r"""Returns a PNG of 16 bits, which Pillow cannot write in colour.
 
     Arguments:
         pixels: The pixels, ``uint16`` with shape :math:`(H, W, C)`, C from 1 to 4.
         icc: The colour profile.
+        note: A line of ASCII; see :func:`write`.
     """
     height, width, channels = pixels.shape
     rows = pixels.astype(">u2").reshape(height, -1).view(np.uint8)
@@ -380,6 +420,8 @@ def png16(pixels: Array, icc: bytes | None = None) -> bytes:
     parts = [_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0))]
     if icc:
         parts.append(_chunk(b"iCCP", b"icc\0\0" + zlib.compress(icc)))
+    if note:
+        parts.append(_chunk(b"tEXt", f"{SOFTWARE}\0{note}".encode("ascii")))
     parts += [_chunk(b"IDAT", zlib.compress(filtered.tobytes(), 6)), _chunk(b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 

@@ -146,9 +146,10 @@ def test_a_second_run_skips_what_exists(superres, pictures, tmp_path, capsys):
     (out / "odd-2.png").unlink()
     (out / "grey-1.png").write_text("mine")
     stamps = {p: p.stat().st_mtime_ns for p in out.iterdir()}
-    code, told, _ = run(capsys, *arguments)
+    code, told, errors = run(capsys, *arguments)
     assert code == 1  # the corrupt ones are still corrupt
-    assert "1 written, 6 skipped, 2 failed" in told
+    assert "1 written, 5 skipped, 3 failed" in told
+    assert "grey-1.png exists, and is not known to be made of this picture" in errors
     assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
     assert (out / "odd-2.png").read_bytes() == first["odd-2.png"]  # whatever was there before
     assert (out / "grey-1.png").read_text() == "mine"
@@ -196,6 +197,42 @@ def test_output_within_input_is_not_enlarged_again(superres, pictures, tmp_path,
     assert "3 written" in told
     code, told, _ = run(capsys, "superres", *arguments)
     assert (code, "3 picture(s): 0 written, 3 skipped" in told) == (0, True)
+    assert "Left out: 3 picture(s) in OUTPUT that flowguard wrote itself" in told
+
+
+def test_pictures_below_the_current_folder(superres, pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = ("superres", "in/o*.png", "in/turned.jpg", ".", "--model", superres)
+    code, told, _ = run(capsys, *arguments)
+    assert (code, "4 picture(s): 4 written" in told) == (0, True)
+    assert files.read(tmp_path / "turned.png").colour.shape == (3, 48, 32)
+    code, told, _ = run(capsys, *arguments)
+    assert (code, "0 written, 4 skipped" in told) == (0, True)
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff"])
+def test_another_picture_of_that_name_does_not_count_as_done(
+    kind, superres, pictures, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    options = (out, "--model", superres, "--format", kind)
+    other = pictures / "within" / "odd.png"
+    other.write_bytes((pictures / "opaque.png").read_bytes())
+    jpeg = pictures / "odd.jpg"
+    jpeg.write_bytes((pictures / "turned.jpg").read_bytes())
+    assert run(capsys, "superres", pictures / "odd.png", *options)[0] == 0
+    before = contents(out)
+    for source in (jpeg, other):
+        code, told, errors = run(capsys, "superres", source, *options)
+        assert (code, "0 written, 0 skipped, 1 failed" in told) == (1, True)
+        assert f"failed: {source}: " in errors
+        assert "--overwrite replaces it" in errors
+        assert contents(out) == before
+    code, told, _ = run(capsys, "superres", pictures / "odd.png", *options)
+    assert (code, "1 skipped" in told) == (0, True)
+    code, told, _ = run(capsys, "superres", jpeg, *options, "--overwrite")
+    assert (code, "1 written" in told) == (0, True)
+    assert contents(out) != before
 
 
 @pytest.mark.parametrize("features", [0, sampling.FEATURES], ids=["condition cut", "flow cut"])
@@ -317,8 +354,8 @@ MISTAKES = {
         "OUTPUT must be a folder",
     ),
     "output is a file": (["in", "in/notes.txt", "--model", "m"], "OUTPUT must be a folder"),
-    "output is input": (["in", "in", "--model", "m"], "all pictures lie in OUTPUT"),
-    "output is the picture": (["in/odd.png", "in", "--model", "m"], "would replace its own"),
+    "output is input": (["in", "in", "--model", "m"], "is a picture of INPUT"),
+    "output is the picture": (["in/odd.png", "in", "--model", "m"], "is a picture of INPUT"),
     "report is a folder": (["in", "out", "--model", "m", "--report", "in"], "is a folder"),
     "mistyped option": (["in", "out", "--model", "m", "--sampels", "2"], "--sampels"),
     "short option": (["in", "out", "--model", "m", "--sam", "2"], "--sam"),
