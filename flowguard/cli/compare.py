@@ -8,6 +8,7 @@ from typing import Any
 from flowguard.cli.parsing import (
     Parser,
     UserError,
+    add_limit,
     add_machine,
     check_device,
     folder,
@@ -93,6 +94,7 @@ def parser() -> Parser:
         metavar="DIR",
         help="folder to write (default: flowguard-compare)",
     )
+    add_limit(compare)
     add_machine(compare)
     compare.add_argument(
         "--quick", action="store_true", help="tiny models and 30 steps, to see that all works"
@@ -157,13 +159,15 @@ def run(args: Any) -> int:
         ("skimage", "scikit-image"), ("matplotlib", "matplotlib"), ("torchmetrics", "torchmetrics")
     )
     from flowguard.demo import compare, compare_report
+    from flowguard.io import pictures
     from flowguard.models.store import PretrainedError
 
     paths(args, "out", "models", "images")
     if not args.couplings and not args.models:
         raise UserError("--couplings: there is nothing to compare; name one, or --models")
     check_device(args.device)
-    images, left = _images(args.images)
+    with pictures.at_most(args.max_pixels):
+        images, left = _images(args.images)
     loaded = _loaded(args)
     out = writable(args.out, "--out")
     for name in ("report.html", "metrics.json"):

@@ -15,6 +15,7 @@ from flowguard.cli.jobs import Job, Work, fingerprint, jobs, made_of, origin
 from flowguard.cli.parsing import (
     Parser,
     UserError,
+    add_limit,
     add_machine,
     file,
     folder,
@@ -134,6 +135,7 @@ def add_arguments(parser: Parser, *, temperature: float) -> None:
         metavar="FILE",
         help="write an account of all pictures, as a page, whose name ends in .html",
     )
+    add_limit(parser)
     add_machine(parser)
     parser.add_config()
 
@@ -172,9 +174,11 @@ def enhance(
         grow: What is done to the opacity.
     """
     need(("PIL", "Pillow"))
+    from flowguard.io.pictures import at_most
+
     work = prepared(args)
     outcomes = []
-    with threads(args.threads):
+    with threads(args.threads), at_most(args.max_pixels):
         for job in _bar(work.jobs):
             outcomes.append(_one(job, args, model, finish, grow))
     if args.report is not None:

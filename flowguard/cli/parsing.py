@@ -200,6 +200,16 @@ def add_machine(parser: Parser) -> None:
     )
 
 
+def add_limit(parser: Parser) -> None:
+    r"""Adds the option of how large the pictures may be that are read."""
+    parser.add_argument(
+        "--max-pixels",
+        type=whole(1, 10**12),
+        metavar="N",
+        help="largest number of pixels of a picture that is read (default: 178956970)",
+    )
+
+
 def need(*packages: tuple[str, str]) -> None:
     r"""Refuses to go on without some packages, given as module and distribution.
 

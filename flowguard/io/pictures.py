@@ -5,6 +5,7 @@ __all__ = [
     "SUFFIXES",
     "ImageError",
     "Picture",
+    "at_most",
     "note_of",
     "png16",
     "read",
@@ -15,10 +16,13 @@ __all__ = [
     "write",
 ]
 
+import contextlib
 import os
+import re
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -73,11 +77,11 @@ def read(path: str | os.PathLike[str]) -> Picture:
         path: The file, of any kind that Pillow reads; 16 bits are kept for PNG and TIFF.
 
     Raises:
-        ImageError: If it is truncated, holds no picture or several, or is of a kind (float, 32
-            bits) that has no range.
+        ImageError: If it is truncated, holds no picture or several, is of a kind (float, 32 bits)
+            that has no range, or has more than twice ``PIL.Image.MAX_IMAGE_PIXELS`` pixels,
+            whatever kind it is: then nothing is decoded.
         ImportError: If Pillow, or for a deep TIFF tifffile, is not installed.
     """
-    Image = _pillow()
     path = Path(path)
     if path.is_dir():
         raise ImageError("it is a folder")
@@ -86,7 +90,7 @@ def read(path: str | os.PathLike[str]) -> Picture:
             warnings.simplefilter("ignore")  # of many pixels, odd EXIF: they are read all the same
             if _is_deep_tiff(path):
                 return _deep_tiff(path)
-            with Image.open(path) as image:
+            with _opened(path) as image:
                 if getattr(image, "n_frames", 1) > 1 and image.format != MPO:
                     raise ImageError(f"it holds {image.n_frames} pictures, not one")
                 return _read(image)
@@ -110,10 +114,11 @@ def read_image(file: str | os.PathLike[str] | IO[bytes]) -> Tensor:
         The image in :math:`[0, 1]`, with shape :math:`(3, H, W)`, float32.
 
     Raises:
-        ImageError: If the image has more than 8 bits per channel; see :func:`read` for these.
+        ImageError: If the image has more than 8 bits per channel, see :func:`read` for these; or
+            more pixels than are read.
         ImportError: If Pillow is not installed.
     """
-    with _pillow().open(file) as image:
+    with _opened(file) as image:
         if image.mode not in SHALLOW:
             raise ImageError(
                 f"images must have 8 bits per channel; got one of mode {image.mode!r}"
@@ -130,6 +135,45 @@ def _pillow() -> Any:
             'reading and writing images needs Pillow: pip install "flowguard-nf[demo]"'
         ) from error
     return Image
+
+
+@contextlib.contextmanager
+def at_most(pixels: int | None) -> Iterator[None]:
+    r"""Sets how many pixels the pictures may have that are read: Pillow's limit, which holds for
+    the process.
+
+    Arguments:
+        pixels: The number, rounded up to an even one; :py:`None` leaves the limit as it is.
+
+    Raises:
+        ImportError: If Pillow is not installed.
+    """
+    Image = _pillow()
+    before = Image.MAX_IMAGE_PIXELS
+    try:
+        if pixels is not None:
+            Image.MAX_IMAGE_PIXELS = -(-pixels // 2)  # twice as many are read
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def _opened(file: Any) -> Any:
+    r"""A picture that Pillow opened, which decodes nothing yet."""
+    Image = _pillow()
+    try:
+        return Image.open(file)
+    except Image.DecompressionBombError as error:
+        count = re.search(r"\d+", str(error))
+        raise _too_large(int(count[0]) if count else 0) from None
+
+
+def _too_large(count: int) -> ImageError:
+    return ImageError(
+        f"it has {count} pixels, and at most {2 * _pillow().MAX_IMAGE_PIXELS} are read; if you"
+        " trust it, raise the limit by --max-pixels, or in Python PIL.Image.MAX_IMAGE_PIXELS,"
+        " which is half of it"
+    )
 
 
 def _read(image: Any) -> Picture:
@@ -149,8 +193,9 @@ def _read(image: Any) -> Picture:
 
 def _picture(pixels: Array, grey: bool, bits: int, orientation: int, icc: bytes | None) -> Picture:
     r"""A picture of whole numbers with shape (H, W, channels)."""
-    exact = torch.from_numpy(pixels.astype(np.float32) / (2**bits - 1)).movedim(-1, 0)
-    exact = _upright(exact, orientation).contiguous()
+    peak, planes = 2**bits - 1, np.empty((pixels.shape[-1], *pixels.shape[:-1]), np.float32)
+    np.divide(np.moveaxis(pixels, -1, 0), peak, out=planes, dtype=np.float32)
+    exact = _upright(torch.from_numpy(planes), orientation).contiguous()
     count = 1 if grey else 3
     alpha = exact[count:] if len(exact) > count else None
     return Picture(exact[:count].expand(3, -1, -1).contiguous(), alpha, grey, bits, icc)
@@ -213,19 +258,25 @@ def _deep_tiff(path: Path) -> Picture:
         if len(file.pages) > 1:
             raise ImageError(f"it holds {len(file.pages)} pictures, not one")
         page: Any = file.pages[0]
-        pixels, axes, kind = page.asarray(), page.axes, page.photometric.name
+        axes, kind = page.axes, page.photometric.name
         extra = [int(e) for e in page.extrasamples]
+        channels = {"MINISWHITE": 1, "MINISBLACK": 1, "RGB": 3}.get(kind, 0)
+        # All of this is known before anything is decoded.
+        if page.dtype != np.uint16:
+            raise ImageError(f"pictures must have 8 or 16 bits per channel; got {page.dtype}")
+        count = {"YX": 1, "YXS": page.shape[-1], "SYX": page.shape[0]}.get(axes)
+        if not channels or count not in (channels, channels + 1):
+            raise ImageError(f"a TIFF of 16 bits must be grey or RGB; got {kind} {axes}")
+        most = _pillow().MAX_IMAGE_PIXELS
+        if most is not None and page.imagewidth * page.imagelength > 2 * most:
+            raise _too_large(page.imagewidth * page.imagelength)
+        pixels = page.asarray()
         orientation = int(page.tags.valueof(ORIENTATION, default=1))
         profile = page.iccprofile
-    if pixels.dtype != np.uint16:
-        raise ImageError(f"pictures must have 8 or 16 bits per channel; got {pixels.dtype}")
     if axes == "SYX":
         pixels = np.moveaxis(pixels, 0, -1)
     elif axes == "YX":
         pixels = pixels[..., None]
-    channels = {"MINISWHITE": 1, "MINISBLACK": 1, "RGB": 3}.get(kind, 0)
-    if not channels or pixels.shape[-1] not in (channels, channels + 1):
-        raise ImageError(f"a TIFF of 16 bits must be grey or RGB; got {kind} {axes}")
     if kind == "MINISWHITE":
         pixels = np.concatenate((65535 - pixels[..., :1], pixels[..., 1:]), -1)
     if extra == [1] and pixels.shape[-1] > channels:  # colours were multiplied by the opacity
@@ -396,7 +447,7 @@ def _write_tiff(path: Path, pixels: Array, picture: Picture, note: str) -> None:
         extrasamples=None if picture.alpha is None else ["unassalpha"],
         compression="zlib",
         iccprofile=picture.icc,
-        software=note or None,
+        software=note,
         metadata=None,
     )
 

@@ -210,6 +210,20 @@ def test_pictures_below_the_current_folder(superres, pictures, tmp_path, monkeyp
     assert (code, "0 written, 4 skipped" in told) == (0, True)
 
 
+def test_the_limit_of_pixels_is_told_and_set(superres, pictures, tmp_path, capsys):
+    out = tmp_path / "out"
+    names = [pictures / name for name in ("odd.png", "deep.png", "deep.tif")]
+    options = (*names, out, "--model", superres, "--max-pixels")
+    code, _, errors = run(capsys, "superres", *options, 30)
+    assert (code, out.is_dir(), contents(out)) == (1, True, {})
+    for name, (height, width) in SIZES.items():
+        told = f"{name}: it has {height * width} pixels, and at most 30 are read"
+        assert (told in errors) == (pictures / name in names), name
+    assert "--max-pixels" in errors
+    assert run(capsys, "superres", *options, 2000)[0] == 0
+    assert run(capsys, "superres", *options, 0)[0] == 2
+
+
 @pytest.mark.parametrize("kind", ["png", "tiff"])
 def test_another_picture_of_that_name_does_not_count_as_done(
     kind, superres, pictures, tmp_path, capsys

@@ -41,6 +41,22 @@ def test_what_is_written_is_read(suffix, bits, alpha, grey, size, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == [f"x{suffix}"]
 
 
+@pytest.mark.parametrize("name", ["x.png", "x.tif", "deep.png", "deep.tif"])
+def test_a_note_comes_back(name, tmp_path):
+    picture = Picture(torch.rand(3, 4, 5), bits=16 if "deep" in name else 8)
+    pictures.write(tmp_path / name, picture, note="made by a test")
+    assert pictures.note_of(tmp_path / name) == "made by a test"
+    assert (levels(pictures.read(tmp_path / name)) == levels(picture)).all()
+    pictures.write(tmp_path / name, picture)
+    assert pictures.note_of(tmp_path / name) == ""
+
+
+def test_what_is_no_picture_has_no_note(tmp_path):
+    (tmp_path / "x.png").write_text("no picture")
+    (tmp_path / "x.tif").write_bytes(b"II*\0")
+    assert [pictures.note_of(tmp_path / n) for n in ("x.png", "x.tif", "absent")] == [""] * 3
+
+
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_deep_png_is_what_others_read(channels, tmp_path):
     """Pillow keeps the upper byte of each channel."""
@@ -180,6 +196,39 @@ def test_what_cannot_be_read(tmp_path):
         pictures.read(tmp_path)
     with pytest.raises(ImageError):
         pictures.read(tmp_path / "absent.png")
+
+
+@pytest.mark.parametrize("name", ["x.png", "deep.png", "x.tif", "deep.tif", "grey.tif", "x.bmp"])
+def test_pictures_beyond_the_limit_are_not_decoded(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)  # twice as many are read
+    monkeypatch.setattr(tifffile.TiffPage, "asarray", None)
+    pixels = rng.integers(0, 65536, (10, 11, 3), dtype=np.uint16)
+    if name == "deep.png":
+        (tmp_path / name).write_bytes(pictures.png16(pixels))
+    elif name in ("deep.tif", "grey.tif"):
+        alone = name == "grey.tif"
+        tifffile.imwrite(tmp_path / name, pixels[..., 0] if alone else pixels)
+    else:
+        Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / name)
+    with pytest.raises(ImageError, match=r"110 .*at most 100 .*MAX_IMAGE_PIXELS") as told:
+        pictures.read(tmp_path / name)
+    assert "--max-pixels" in str(told.value)
+    monkeypatch.undo()
+    assert pictures.read(tmp_path / name).colour.shape == (3, 10, 11)
+
+
+def test_a_tiff_of_many_channels_is_not_decoded(tmp_path, monkeypatch):
+    pixels = np.zeros((4, 6, 500), np.uint16)
+    tifffile.imwrite(tmp_path / "x.tif", pixels, photometric="minisblack", planarconfig="contig")
+    monkeypatch.setattr(tifffile.TiffPage, "asarray", None)
+    with pytest.raises(ImageError, match="must be grey or RGB"):
+        pictures.read(tmp_path / "x.tif")
+
+
+def test_without_a_limit_all_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    tifffile.imwrite(tmp_path / "x.tif", np.zeros((4, 6), np.uint16))
+    assert pictures.read(tmp_path / "x.tif").colour.shape == (3, 4, 6)
 
 
 def test_values_beyond_are_cut(tmp_path):
