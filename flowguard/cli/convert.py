@@ -89,7 +89,8 @@ def run(args: Any) -> int:
     paths(args, "file", "folder")
     if not args.file.is_file():
         raise UserError(f"FILE: there is no file {args.file}")
-    if (args.folder / store.CONFIG).exists() and not args.overwrite:
+    held = any((args.folder / name).exists() for name in (store.CONFIG, store.WEIGHTS))
+    if held and not args.overwrite:
         raise UserError(f"DIR: {args.folder} holds a model already; --overwrite replaces it")
     new = not args.folder.exists()
     writable(args.folder, "DIR")

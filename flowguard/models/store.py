@@ -7,14 +7,16 @@ migration puts in the place of others (:data:`REPLACED`).
 
 __all__ = ["Pretrained", "PretrainedError", "Recorded", "load"]
 
+import contextlib
 import copy
 import dataclasses
 import functools
+import hashlib
 import inspect
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -29,6 +31,7 @@ from flowguard.image.maps import Affine, CubicBSpline, ReparametrizedAffine, Rob
 from flowguard.image.migration import BoundedSplit, InscribedCoupling
 from flowguard.io.atomic import atomic, save_tensors
 from flowguard.migration.exchange import exchange
+from flowguard.models.strict import check_counts, check_dtypes, check_kinds, within
 from flowguard.ood import OODConditioner
 
 try:
@@ -148,9 +151,11 @@ class Pretrained(
     ) -> str | None:
         r"""Saves the model in a folder: ``config.json`` and ``model.safetensors``.
 
-        Both files are written whole or not at all, the state of the guard (fit, calibration,
-        policy) and the layers that a migration replaced included. What could not be restored is
-        refused.
+        The state of the guard (fit, calibration, policy) and the layers that a migration replaced
+        are included. What could not be restored is refused. Whenever the process may end, the
+        folder holds the earlier model or this one: the weights, which know how their model is
+        built, take the place of the earlier ones at once, and ``config.json``, which says the
+        same, follows.
 
         Arguments:
             save_directory: The folder; it is made if it is missing.
@@ -318,7 +323,17 @@ def decode(value: Any, where: str, foreign: Mapping[str, Any]) -> Any:
             f"`{where}` is a {name}, which this flowguard ({__version__}) does not know; import"
             " the module that defines it, or upgrade flowguard"
         )
-    return kind(**decode(fields, where, foreign))
+    return kind(**_checked(kind, fields, where, foreign))
+
+
+def _checked(
+    kind: type[Any], fields: dict[str, Any], where: str, foreign: Mapping[str, Any]
+) -> dict[str, Any]:
+    r"""The arguments of a constructor, of the kinds that it tells where it is one of ours."""
+    made: dict[str, Any] = decode(fields, where, foreign)
+    if known_as(kind) == kind.__name__:
+        check_kinds(kind, made)
+    return made
 
 
 def _conditioners(model: nn.Module) -> dict[str, OODConditioner]:
@@ -390,18 +405,61 @@ def _eager(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
-def _build(config: Mapping[str, Any], foreign: Mapping[str, Any]) -> nn.Module:
+def _build(
+    config: Mapping[str, Any], foreign: Mapping[str, Any], state: Mapping[str, Tensor]
+) -> nn.Module:
     kind = REGISTRY[config["class"]]
-    with torch.random.fork_rng(devices=[]):  # the weights that are drawn here are replaced
-        model: nn.Module = kind(**decode(config["arguments"], "arguments", foreign))
-    conditioners = _conditioners(model)
-    for name, options in config["conditioners"].items():
-        _set_options(conditioners[name], decode(options, name, {}))
+    for fields in _records(config["arguments"]):
+        check_counts(fields, state)
+    # The weights that are drawn here are replaced.
+    with torch.random.fork_rng(devices=[]), within(state):
+        fields = _checked(kind, config["arguments"], "arguments", foreign)
+        model: nn.Module = kind(**fields)
+    _set_conditioners(model, config["conditioners"])
     for name, told in config.get("replaced", {}).items():
-        changes = decode({k: v for k, v in told.items() if k != TYPE}, name, {})
-        old = model.get_submodule(name)
-        exchange(model, old, REPLACED[told[TYPE]].restore(old, **changes))
+        _replace_layer(model, name, told)
     return model
+
+
+def _records(value: Any) -> Iterator[dict[str, Any]]:
+    r"""The dictionaries within a value, itself included."""
+    if isinstance(value, dict):
+        yield value
+    if isinstance(value, list | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _records(part)
+
+
+def _set_conditioners(model: nn.Module, told: Mapping[str, Any]) -> None:
+    conditioners = _conditioners(model)
+    _check_names("conditioners", told, conditioners)
+    for name, conditioner in conditioners.items():
+        _check_names(name, told[name], _options(conditioner))
+        _set_options(conditioner, _checked(OODConditioner, told[name], name, {}))
+
+
+def _replace_layer(model: nn.Module, name: str, told: Mapping[str, Any]) -> None:
+    changes = decode({k: v for k, v in told.items() if k != TYPE}, name, {})
+    for option, value in (pair for r in _records(changes) for pair in r.items()):
+        if isinstance(value, bool):
+            raise TypeError(f"{option} of {name} must be a number; got {value}")
+    old = model.get_submodule(name)
+    new = REPLACED[told[TYPE]].restore(old, **changes)
+    for mine, its in zip(_records(new.changes()), _records(changes), strict=True):
+        _check_names(name, its, mine)  # what is left out would be some default
+    exchange(model, old, new)
+
+
+def _check_names(where: str, told: Any, wanted: Mapping[str, Any]) -> None:
+    r"""Refuses a record that lacks anything, or has anything else."""
+    if not isinstance(told, dict):
+        raise TypeError(f"{where} must be a record; got {told!r:.60}")
+    lacking = [repr(name) for name in wanted if name not in told]
+    if lacking:
+        raise ValueError(f"{where} lacks {', '.join(lacking)}")
+    unknown = [repr(name) for name in told if name not in wanted]
+    if unknown:
+        raise ValueError(f"{where} has {', '.join(unknown)}, which there is not")
 
 
 def _check_twin(model: nn.Module, config: dict[str, Any], state: dict[str, Tensor]) -> None:
@@ -415,7 +473,7 @@ def _check_twin(model: nn.Module, config: dict[str, Any], state: dict[str, Tenso
     if "encoder" in foreign:  # a copy: the twin's encoder is loaded into
         foreign["encoder"] = copy.deepcopy(model.conditioner.encoder)  # type: ignore[union-attr]
     try:
-        twin = _build(config, foreign)
+        twin = _build(config, foreign, state)
         _fill(twin, state)
         for mine, its in zip_longest(_parts(model), _parts(twin), fillvalue="nothing"):
             if mine != its:
@@ -438,11 +496,15 @@ def _parts(model: nn.Module) -> list[str]:
 
 def _fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     r"""Loads a state bit for bit: first each tensor takes the dtype of what it will hold."""
+    check_dtypes(model, state)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         saved = state.get(name)
         if saved is not None and saved.dtype != tensor.dtype:
             tensor.data = tensor.data.to(saved.dtype)
     model.load_state_dict(dict(state), strict=True)
+    for name, value in model.state_dict().items():  # a guard makes its levels as it loads them
+        if value.dtype != state[name].dtype:
+            raise TypeError(f"{name} has the dtype {state[name].dtype}, and not {value.dtype}")
 
 
 def _first_line(error: BaseException) -> str:
@@ -463,11 +525,29 @@ def write(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) 
         if (folder / name).is_dir():
             raise PretrainedError(f"{folder / name} is a folder, and shall become a file")
     text = json.dumps(config, indent=2, allow_nan=False) + "\n"
-    # The weights know their configuration, so that a pair of two saves is told apart.
-    metadata = {"format": "pt", "flowguard": json.dumps(config, allow_nan=False)}
-    with atomic(folder / WEIGHTS) as weights, atomic(folder / CONFIG) as configuration:
+    # The weights know their configuration, so that a pair of two saves is told apart; and they
+    # know the file that lies beside them until the new one follows, should the process end there.
+    metadata = {
+        "format": "pt",
+        "flowguard": json.dumps(config, allow_nan=False),
+        "replaces": _digest(_bytes_of(folder / CONFIG)),
+    }
+    with atomic(folder / CONFIG) as configuration, atomic(folder / WEIGHTS) as weights:
         configuration.write_text(text, encoding="utf-8")
         save_tensors(weights, state, metadata)
+
+
+def _bytes_of(file: Path) -> bytes | None:
+    try:
+        return file.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise PretrainedError(f"{file} cannot be read: {error.strerror}") from None
+
+
+def _digest(data: bytes | None) -> str:
+    return "" if data is None else hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def _downloaded(name: str, options: dict[str, Any]) -> Path:
@@ -501,17 +581,52 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         PretrainedError: If it is missing, truncated, foreign or newer.
     """
-    file = folder / CONFIG
+    with _opened(folder) as opened:
+        return _agreed(folder, opened.metadata() or {})
+
+
+def _agreed(folder: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    r"""The configuration that the weights know, once ``config.json`` says the same; or is missing,
+    or is the one of the earlier model, as a save that was ended between the two leaves it."""
+    file, weights = folder / CONFIG, folder / WEIGHTS
+    data = _bytes_of(file)
+    config = None
+    if data is not None and _digest(data) != metadata.get("replaces"):
+        try:
+            config = json.loads(data.decode("utf-8"))
+        except (ValueError, RecursionError) as error:  # ValueErrors of JSON and of UTF-8
+            raise PretrainedError(f"{file} is truncated or no JSON: {error}") from None
+        _check_config(config, file)
+    if "flowguard" not in metadata:
+        raise PretrainedError(
+            f"{weights} is a safetensors file of something else: flowguard's save_pretrained did"
+            " not write it"
+        )
+    written = json.loads(metadata["flowguard"])
+    _check_config(written, weights)
+    if config is not None and _exact(written) != _exact(config):
+        raise PretrainedError(
+            f"{weights} was not saved together with {file}: they describe different models; save"
+            " the model again"
+        )
+    return dict(written)
+
+
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[Any]:
+    r"""The file of the weights, of which nothing is read yet."""
+    file = folder / WEIGHTS
+    if not file.is_file():
+        raise PretrainedError(_absent(folder, WEIGHTS if (folder / CONFIG).exists() else CONFIG))
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PretrainedError(_absent(folder, CONFIG)) from None
-    except OSError as error:
-        raise PretrainedError(f"{file} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # ValueErrors of JSON and of UTF-8
-        raise PretrainedError(f"{file} is truncated or no JSON: {error}") from None
-    _check_config(config, file)
-    return dict(config)
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except PretrainedError:
+        raise
+    except (SafetensorError, ValueError, RecursionError, OSError) as error:
+        raise PretrainedError(
+            f"{file} is truncated, or no safetensors file: {_first_line(error)}"
+        ) from error
 
 
 def _check_config(config: Any, file: Path) -> None:
@@ -537,6 +652,19 @@ def _check_config(config: Any, file: Path) -> None:
             raise PretrainedError(f"{file} lacks {key!r}; it was changed, or written in part")
     if not migrated and "replaced" in config:
         raise PretrainedError(f"{file} has layers that format {PLAIN} does not; it was changed")
+    unknown = config.keys() - {
+        "format",
+        "flowguard",
+        "class",
+        "arguments",
+        "conditioners",
+        "replaced",
+    }
+    if unknown:
+        raise PretrainedError(
+            f"{file} has {sorted(unknown)[0]!r}, which this flowguard ({__version__}) does not"
+            " know; it was changed, or upgrade flowguard"
+        )
     for name, told in config.get("replaced", {}).items():
         kind = told.get(TYPE) if isinstance(told, dict) else None
         if not isinstance(kind, str) or kind not in REPLACED:
@@ -557,41 +685,15 @@ def _absent(folder: Path, name: str) -> str:
     return f"{folder} holds no {name}, which save_pretrained writes{rest}"
 
 
-def _read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
-    file = folder / WEIGHTS
-    if not file.is_file():
-        raise PretrainedError(_absent(folder, WEIGHTS))
-    try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            if "flowguard" not in metadata:
-                raise PretrainedError(
-                    f"{file} is a safetensors file of something else: flowguard's"
-                    " save_pretrained did not write it"
-                )
-            written = json.loads(metadata["flowguard"])
-            _check_config(written, file)
-            if _exact(written) != _exact(config):
-                raise PretrainedError(
-                    f"{file} was not saved together with {folder / CONFIG}: they describe"
-                    " different models; save the model again"
-                )
-            return {name: opened.get_tensor(name) for name in opened.keys()}
-    except PretrainedError:
-        raise
-    except (SafetensorError, ValueError, RecursionError, OSError) as error:
-        raise PretrainedError(
-            f"{file} is truncated, or no safetensors file: {_first_line(error)}"
-        ) from error
-
-
 def _exact(config: dict[str, Any]) -> str:
     r"""A text that tells 1, 1.0 and true apart."""
     return json.dumps(config, sort_keys=True)
 
 
 def _loaded(cls: type[P], folder: Path, device: torch.device, foreign: dict[str, Any]) -> P:
-    config = read_config(folder)
+    with _opened(folder) as opened:
+        config = _agreed(folder, opened.metadata() or {})
+        state = {name: opened.get_tensor(name) for name in opened.keys()}
     kind = REGISTRY.get(config["class"])
     if kind is None or not issubclass(kind, Pretrained):
         raise PretrainedError(
@@ -608,9 +710,8 @@ def _loaded(cls: type[P], folder: Path, device: torch.device, foreign: dict[str,
             f"{unknown[0]!r} is not taken: the folder says how the model is built, and only what"
             " it could not hold is given"
         )
-    state = _read_weights(folder, config)
     try:
-        model = _build(config, foreign)
+        model = _build(config, foreign, state)
         _fill(model, state)
     except PretrainedError:
         raise

@@ -635,6 +635,8 @@ def test_convert_an_encoder(tmp_path, capsys):
     code, _, errors = run(capsys, *arguments)
     assert code == 2
     assert "--overwrite replaces it" in errors
+    (tmp_path / "m" / "config.json").unlink()  # the weights alone are a model too
+    assert run(capsys, *arguments)[0] == 2
     assert run(capsys, *arguments, "--overwrite")[0] == 0
     assert run(capsys, *arguments, "--overwrite", "--scale", 4)[0] == 2
 

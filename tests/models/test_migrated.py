@@ -252,8 +252,23 @@ SPOILED = {
         lambda c: c["replaced"].update(
             {"flow.splits.0": {"type": "BoundedSplit", "mean_bound": True, "scale_bound": 1.0}}
         ),
+        "do not fit.*mean_bound of flow.splits.0 must be a number; got True",
+    ),
+    "a prior that is bounded already": (
+        lambda c: c["replaced"].update(
+            {"flow.splits.0": {"type": "BoundedSplit", "mean_bound": 1.0, "scale_bound": 1.0}}
+        ),
         "do not fit.*free prior",
     ),
+    "no bound": (
+        lambda c: c["replaced"][COUPLING]["units"]["rest"].pop("bound"),
+        f"do not fit.*{COUPLING} lacks 'bound'",
+    ),
+    "no bound of the shift": (
+        lambda c: c["replaced"][COUPLING]["units"]["injector"].pop("shift_bound"),
+        "lacks 'shift_bound'",
+    ),
+    "no units": (lambda c: c["replaced"][COUPLING].pop("units"), "do not fit.*units"),
     "another map": (
         lambda c: c["arguments"].update(coupling={"type": "Robust"}),
         "do not fit.*affine maps alone",

@@ -340,6 +340,143 @@ def test_what_this_version_does_not_know(files):
     refused(files, "holds a Transformer")
 
 
+WRONG = {
+    "steps": (True, "steps of SuperResolutionFlow must be int"),
+    "quant": (256.5, r"quant of SuperResolutionFlow must be int; got 256\.5"),
+    "residual": (1, "residual of SuperResolutionFlow must be bool; got 1"),
+    "mix": (None, "mix of SuperResolutionFlow must be str; got None"),
+    "noise_steps": ("12", "noise_steps of SuperResolutionFlow must be"),
+    "encoder": (3, "encoder of SuperResolutionFlow must be"),
+    "coupling": ({"type": "Robust", "bins": True}, "bins of Robust must be int; got True"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_arguments_of_another_kind(name, files):
+    arguments = json.loads((files / "config.json").read_text())["arguments"]
+    value, match = WRONG[name]
+    change(files, arguments={**arguments, name: value})
+    refused(files, f"do not fit.*{match}")
+
+
+SIZES = {
+    "levels": (10**6, "levels is 1000000, but the weights are"),
+    "steps": (100_000, "steps is 100000, but the weights are"),
+    "steps of a level": ([1, 10**5], "steps is 100000, but the weights are"),
+    "hidden": (20_000, "a larger model than the weights"),
+    "features": (20_000, "a larger model than the weights"),
+    "coupling": ({"type": "Robust", "bins": 10**6}, "a larger model than the weights"),
+    "encoder": (
+        {"type": "PyramidEncoder", "channels": 4, "scale": 2, "levels": 2, "blocks": 10**6},
+        "blocks is 1000000, but the weights are",
+    ),
+    "transition_steps": (10**6, "transition_steps is 1000000, but the weights are"),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_model_that_is_larger_than_its_weights_is_not_built(name, files, monkeypatch):
+    arguments = json.loads((files / "config.json").read_text())["arguments"]
+    value, match = SIZES[name]
+    change(files, arguments={**arguments, name.split()[0]: value})
+    made = []
+    drawn = torch.nn.init.kaiming_uniform_
+    monkeypatch.setattr(
+        torch.nn.init,
+        "kaiming_uniform_",
+        lambda tensor, *a, **k: made.append(tensor.numel()) or drawn(tensor, *a, **k),
+    )
+    refused(files, f"do not fit.*{match}")
+    assert max(made, default=0) < 10**6  # before they were drawn
+    assert len(made) < 200
+
+
+def test_keys_that_there_are_not(files):
+    change(files, auto_map={"AutoModel": "code.Model"})
+    refused(files, "has 'auto_map', which this flowguard")
+
+
+def test_a_guard_that_lacks_anything(files):
+    conditioners = json.loads((files / "config.json").read_text())["conditioners"]
+    options = conditioners["conditioner"]
+    less = {k: v for k, v in options.items() if k != "alpha"}
+    change(files, conditioners={})
+    refused(files, "do not fit.*conditioners lacks 'conditioner'")
+    change(files, conditioners={**conditioners, "other": options})
+    refused(files, "do not fit.*conditioners has 'other'")
+    change(files, conditioners={"conditioner": less})
+    refused(files, "do not fit.*conditioner lacks 'alpha'")
+    change(files, conditioners={"conditioner": {**options, "alpha": True}})
+    refused(files, "do not fit.*alpha of OODConditioner must be float; got True")
+    change(files, conditioners={"conditioner": 3})
+    refused(files, "do not fit.*conditioner must be a record; got 3")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn, torch.complex64])
+@pytest.mark.parametrize("name", ["flow.steps.0.0.mix", "conditioner.guard"])
+def test_a_single_tensor_of_another_dtype(name, dtype, files):
+    weights = load_file(files / "model.safetensors")
+    key = next(k for k in weights if name in k and not weights[k].isnan().any())
+    weights[key] = weights[key].to(dtype)
+    config = (files / "config.json").read_text()
+    save_file(weights, files / "model.safetensors", metadata={"flowguard": config})
+    refused(files, f"do not fit.*{key} has the dtype {dtype}, (the model|and not) torch.float")
+
+
+def test_weights_of_a_dtype_that_no_model_has(files):
+    weights = load_file(files / "model.safetensors")
+    weights = {
+        k: v.to(torch.float8_e5m2) if v.dtype.is_floating_point else v for k, v in weights.items()
+    }
+    config = (files / "config.json").read_text()
+    save_file(weights, files / "model.safetensors", metadata={"flowguard": config})
+    refused(files, "do not fit.*floating-point numbers of 16 bits or more; got torch.float8_e5m2")
+
+
+KILLED = """
+import os, signal, sys
+from flowguard.models import load
+import torch
+made = load(sys.argv[1])
+replace, left = os.replace, [int(sys.argv[3])]
+def dying(*arguments):
+    if left[0] == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left[0] -= 1
+    replace(*arguments)
+    if left[0] == 0 and sys.argv[4] == "after":
+        os.kill(os.getpid(), signal.SIGKILL)
+os.replace = dying
+made.save_pretrained(sys.argv[2])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize("earlier", [True, False], ids=["another model", "nothing"])
+@pytest.mark.parametrize(
+    ("renames", "when"), [(0, "before"), (1, "after"), (2, "after")], ids=["none", "one", "two"]
+)
+def test_a_save_that_is_killed_leaves_one_model(renames, when, earlier, folder, tmp_path):
+    target = tmp_path / "m"
+    if earlier:
+        other = guarded(build(maps.Robust(bound=4.0)))  # of the same shapes
+        other.save_pretrained(target)
+        other.save_pretrained(tmp_path / "before")
+    command = [sys.executable, "-c", KILLED, folder, target, str(renames), when]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    if renames == 0 and not earlier:
+        with pytest.raises(PretrainedError, match=r"holds no config\.json"):
+            store.load(target)
+    else:
+        wanted = store.load(folder if renames else tmp_path / "before")
+        assert_same(wanted, store.load(target))
+        assert store.read_config(target) == store.describe(wanted)
+    # and it can be saved again, over what is there
+    build("affine").save_pretrained(target)
+    assert store.load(target).flow.steps[0][0].coupling.map == maps.Affine()
+
+
 def test_files_of_two_saves(files, tmp_path_factory):
     other = tmp_path_factory.mktemp("other")
     build(maps.Robust(bound=4.0)).save_pretrained(other)  # of the same shapes
