@@ -5,6 +5,7 @@ __all__ = ["MEMORY", "ImageCondition", "ImageModel", "TileSize", "pad_to", "pad_
 import functools
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, ClassVar, NamedTuple, Self, SupportsFloat
@@ -26,6 +27,7 @@ from flowguard.models.checkpoints import (
     plan_flow,
     plan_module,
 )
+from flowguard.models.ranges import advice, mistaken
 from flowguard.models.store import Pretrained
 from flowguard.numerics import normal_log_prob, repeat_rows
 from flowguard.ood import OODConditioner
@@ -74,7 +76,8 @@ class ImageModel(Pretrained, nn.Module):
 
     Images are RGB, with values in :math:`[0, 1]` and shape :math:`(B, 3, sH, sW)`, conditions
     have shape :math:`(B, 3, H, W)`, of any size: internally they are padded to what the flow
-    needs, and the images are cropped.
+    needs, and the images are cropped. Images of other values, such as 0 to 255, have no likelihood:
+    :meth:`nll` refuses them. Conditions of such values are warned of once, as they may be meant.
 
     Example:
         >>> class Denoiser(ImageModel):
@@ -91,6 +94,7 @@ class ImageModel(Pretrained, nn.Module):
 
     scale: int = 1
     words: ClassVar[Sequence[tuple[str, str]]] = (("x", "images"), ("y", "conditions"))
+    warned: bool = False  # of conditions that look as if they were not divided by 255
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -103,6 +107,8 @@ class ImageModel(Pretrained, nn.Module):
         self, encoder: nn.Module, flow: ConditionalMultiscaleFlow, quant: int = 256
     ) -> None:
         super().__init__()
+        if isinstance(quant, bool) or not isinstance(quant, Integral):
+            raise TypeError(f"quant must be a whole number of grey levels; got {quant!r}")
         if quant < 2:
             raise ValueError(f"there must be at least 2 grey levels; got quant={quant}")
         self.quant = quant
@@ -180,6 +186,7 @@ class ImageModel(Pretrained, nn.Module):
         Arguments:
             y: The conditions, with shape :math:`(B, 3, H, W)`.
         """
+        self.watch(y)
         return self.sign(self.look(y))
 
     def sign(self, condition: ImageCondition) -> ImageCondition:
@@ -227,6 +234,12 @@ class ImageModel(Pretrained, nn.Module):
             y: The conditions, or what :meth:`condition` made of them.
             flow: What the condition is for, if not the model's flow as it is.
         """
+        self.watch(y)
+        return self._known(y, flow)
+
+    def _known(
+        self, y: Given, flow: ConditionalMultiscaleFlow | TiledFlow | None = None
+    ) -> ImageCondition:
         if not isinstance(y, ImageCondition):
             return self.look(y, flow=flow)
         if isinstance(flow, TiledFlow):
@@ -240,6 +253,32 @@ class ImageModel(Pretrained, nn.Module):
 
     # -- checks ----------------------------------------------------------------------------------
 
+    def watch(self, y: Given, x: Tensor | None = None) -> None:
+        r"""Warns, once for each model, of conditions that look as if they were not divided by
+        255, and refuses such images.
+
+        Arguments:
+            y: The conditions; those that :meth:`condition` made were looked at then.
+            x: The images, if there are any.
+
+        Raises:
+            ValueError: If it is the images that look so.
+        """
+        (image, _), (condition, _) = self.words
+        seen = {} if x is None else {image: x}
+        if isinstance(y, Tensor) and y.is_floating_point() and not self.warned:
+            seen[condition] = y[:, :3] if y.dim() == 4 else y  # what else there is has its own
+        found = dict(zip(seen, mistaken(list(seen.values())), strict=True))
+        if found.get(image):
+            raise ValueError(advice(image, found[image]))
+        if found.get(condition):
+            self.warned = True
+            warnings.warn(
+                f"{advice(condition, found[condition])}. If they are meant, as conditions out of"
+                " distribution are, all is well; it is said once",
+                stacklevel=3,
+            )
+
     def _check(self, y: Tensor) -> None:
         name, what = self.words[1]
         if not isinstance(y, Tensor):
@@ -252,10 +291,12 @@ class ImageModel(Pretrained, nn.Module):
 
     def _check_dtype(self, name: str, images: Tensor) -> None:
         dtype = next(self.parameters()).dtype
-        if images.dtype != dtype and not torch.is_autocast_enabled(images.device.type):
+        cast = images.is_floating_point() and torch.is_autocast_enabled(images.device.type)
+        if images.dtype != dtype and not cast:
+            rest = "" if images.is_floating_point() else ": divide those of 0 to 255 by 255"
             raise TypeError(
                 f"{name} must have the dtype {dtype} of the model; got {images.dtype}."
-                " Images have values in [0, 1]"
+                f" Images have values in [0, 1]{rest}"
             )
 
     def _check_pair(self, x: Tensor, y: Tensor) -> None:
@@ -328,6 +369,9 @@ class ImageModel(Pretrained, nn.Module):
 
         Returns:
             The bits per dimension, or per pixel, of each image, with shape :math:`(B)`.
+
+        Raises:
+            ValueError: If the images have values such as 0 to 255.
         """
         levels = self.quant if levels is None else levels
         if levels < 2:
@@ -337,9 +381,10 @@ class ImageModel(Pretrained, nn.Module):
         if not isinstance(y, ImageCondition):
             self._check(y)
         self._check_pair(x, y.images if isinstance(y, ImageCondition) else y)
+        self.watch(y, x)
         noisy = x + (torch.rand_like(x) - 0.5) / (levels - 1) if dequantize else x
         noisy, y = self.perturbed(noisy, y)
-        condition = self.known(y)
+        condition = self._known(y)
         latents, ladj = self._encoded(noisy, condition, self.flow)
         latents = self.scored(latents, condition, x)
         log_prob = ladj + normal_log_prob(latents)

@@ -164,6 +164,7 @@ class SuperResolutionFlow(ImageModel):
             >>> condition = model.condition(torch.rand(1, 3, 5, 6))
             >>> a, b = model.sample(condition), model.sample(condition, num_samples=4)
         """
+        self.watch(lr)
         return self.sign(self.look(lr, noise))
 
     def base_of(self, padded: Tensor) -> Tensor | None:

@@ -4,6 +4,7 @@ import copy
 import inspect
 import math
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -374,3 +375,68 @@ def test_processes_train_one_model_on_the_whole_batch(tmp_path):
         assert max(apart.values()) == 0, (name, apart)
         for key, value in first[name].items():
             assert torch.allclose(value, alone[key], rtol=1e-6, atol=1e-6), (name, key)
+CALLS = {
+    "condition": lambda m, x, y: m.condition(y),
+    "sample": lambda m, x, y: m.sample(y),
+    "nll": lambda m, x, y: m.nll(x, y),
+    "encode": lambda m, x, y: m.encode(x, y),
+    "decode": lambda m, x, y: m.decode([torch.zeros(2, *s) for s in m.latent_shapes(y)], y),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_conditions_of_0_to_255_are_warned_of_once(model, call):
+    x, y = pair(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(model, x, y)
+    name = model.words[1][0]
+    y = (255 * y).round()
+    with pytest.warns(
+        UserWarning, match=rf"{name} must have values in \[0, 1\]; got a max"
+    ) as told:
+        call(model, x, y)
+    assert len(told) == 1
+    assert "divide by 255" in str(told[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(model, x, y)
+
+
+@pytest.mark.parametrize("peak", [255, 65535])
+def test_images_of_0_to_255_have_no_likelihood(model, peak):
+    x, y = pair(model)
+    name = model.words[0][0]
+    for images in ((peak * x).round(), peak * x):
+        with pytest.raises(ValueError, match=rf"{name} must have .*\[0, 1\].*divide by {peak}"):
+            model.nll(images, y)
+        with pytest.raises(ValueError, match=f"divide by {peak}"):
+            model.nll(images, model.condition(y))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_whole_numbers_are_refused(model, autocast):
+    x, y = pair(model)
+    whole = (255 * y).to(torch.uint8)
+    with torch.autocast("cpu", enabled=autocast):
+        for call in (model.condition, model.sample, lambda y: model.nll(x, y)):
+            with pytest.raises(TypeError, match="divide those of 0 to 255 by 255"):
+                call(whole)
+
+
+@pytest.mark.parametrize("quant", [256.5, True, "256"])
+def test_grey_levels_are_whole_numbers(quant):
+    with pytest.raises(TypeError, match="quant must be a whole number"):
+        superres(quant=quant)
+
+
+def test_compiled_code_does_not_look_at_values():
+    model = superres().eval()
+    sample = torch.compile(
+        lambda y: model.look(y).base + 0 * model.known(y).base, backend="eager", fullgraph=True
+    )
+    model.conditioner = nn.Sequential(model.conditioner.encoder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sample(torch.full((1, 3, 4, 4), 255.0))
+    assert not model.warned
