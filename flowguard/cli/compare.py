@@ -5,16 +5,14 @@ __all__ = ["HELP", "parser", "run"]
 from pathlib import Path
 from typing import Any
 
+from flowguard.cli.machine import add_machine, check_device, threads
 from flowguard.cli.parsing import (
     Parser,
     UserError,
     add_limit,
-    add_machine,
-    check_device,
     folder,
     need,
     paths,
-    threads,
     whole,
     writable,
 )

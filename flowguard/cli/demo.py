@@ -4,18 +4,8 @@ __all__ = ["HELP", "parser", "run"]
 
 from typing import Any
 
-from flowguard.cli.parsing import (
-    Parser,
-    UserError,
-    add_machine,
-    check_device,
-    folder,
-    need,
-    paths,
-    threads,
-    whole,
-    writable,
-)
+from flowguard.cli.machine import add_machine, check_device, threads
+from flowguard.cli.parsing import Parser, UserError, folder, need, paths, whole, writable
 
 HELP = "train an affine and a robust image flow and compare them"
 #: What ``--task`` takes: the keys of ``flowguard.demo.run.TASKS``, which need not be imported for it.

@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from flowguard.cli.jobs import Job, Work, fingerprint, jobs, made_of, origin
+from flowguard.cli.machine import add_machine, threads
 from flowguard.cli.parsing import (
     Parser,
     UserError,
     add_limit,
-    add_machine,
     file,
     folder,
     need,
     number,
-    threads,
     whole,
     writable,
 )

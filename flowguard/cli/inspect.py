@@ -7,6 +7,7 @@ from typing import Any
 
 import torch.nn as nn
 
+from flowguard.cli.machine import threads
 from flowguard.cli.parsing import Parser, UserError, folder, number, paths
 
 HELP = "tell of a model: architecture, certificate, calibration"
@@ -51,7 +52,9 @@ def run(args: Any) -> int:
     for name, value in config["arguments"].items():
         print(f"  {name} = {_short(value)}")
     print("\n" + columns(list(architecture(model))))
-    print("\n" + certificate(model, args.radius))
+    with threads(None):
+        told = certificate(model, args.radius)
+    print("\n" + told)
     print("\n" + "\n\n".join(calibration(n, c) for n, c in conditioners(model)))
     return 0
 

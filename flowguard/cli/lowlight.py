@@ -5,7 +5,8 @@ __all__ = ["HELP", "parser", "run"]
 from typing import Any
 
 from flowguard.cli.enhance import add_arguments, enhance, load_model
-from flowguard.cli.parsing import Parser, check_device, number, paths
+from flowguard.cli.machine import check_device
+from flowguard.cli.parsing import Parser, number, paths
 
 HELP = "brighten dark pictures"
 

@@ -1,13 +1,12 @@
 r"""How the command line is read: mistakes get one line, and exit code 2."""
 
-__all__ = ["Parser", "UserError", "check_device", "folder", "number", "threads", "whole"]
+__all__ = ["Parser", "UserError", "add_limit", "folder", "number", "whole"]
 
 import argparse
-import contextlib
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -153,51 +152,6 @@ def paths(args: Any, *names: str) -> None:
             setattr(args, name, [Path(v) for v in value])
         elif value is not None:
             setattr(args, name, Path(value))
-
-
-def check_device(name: str) -> None:
-    r"""Refuses a device that cannot be used.
-
-    Arguments:
-        name: The name of the device.
-
-    Raises:
-        UserError: If it cannot be used.
-    """
-    import torch
-
-    try:
-        torch.ones(1, device=name).item()
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        reason = str(error).splitlines()[0].split(". ")[0]
-        raise UserError(f"--device: {name!r} cannot be used here: {reason}") from None
-
-
-@contextlib.contextmanager
-def threads(count: int | None) -> Iterator[None]:
-    r"""Computes with that many threads.
-
-    Arguments:
-        count: The number; :py:`None` leaves it as it is.
-    """
-    import torch
-
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(count or before)
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def add_machine(parser: Parser) -> None:
-    r"""Adds the options of the machine."""
-    parser.add_argument(
-        "--device", default="cpu", metavar="NAME", help="cpu (default), cuda, cuda:1, mps, …"
-    )
-    parser.add_argument(
-        "--threads", type=whole(1, 1024), metavar="N", help="CPU threads (default: all cores)"
-    )
 
 
 def add_limit(parser: Parser) -> None:

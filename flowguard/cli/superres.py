@@ -5,7 +5,8 @@ __all__ = ["HELP", "parser", "run"]
 from typing import Any
 
 from flowguard.cli.enhance import add_arguments, enhance, load_model
-from flowguard.cli.parsing import Parser, UserError, check_device, paths, whole
+from flowguard.cli.machine import check_device
+from flowguard.cli.parsing import Parser, UserError, paths, whole
 
 HELP = "enlarge pictures"
 

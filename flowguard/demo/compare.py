@@ -108,6 +108,7 @@ class Comparison:
     models: dict[str, Compared]
     conditions: list[Question]
     sampled: list[dict[str, Sampled]]  # the first sample of each condition, by model
+    threads: int = field(default_factory=torch.get_num_threads)  # those that it was made with
 
     @property
     def task(self) -> Task:
@@ -121,7 +122,7 @@ class Comparison:
         numbers = {
             "options": {k: getattr(o, k) for k in kept} | {"images": len(o.images)},
             "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
+            "threads": self.threads,
             "models": {
                 name: {
                     "parameters": sum(p.numel() for p in c.model.parameters()),

@@ -101,7 +101,7 @@ def page(result: Comparison, panels: list[bytes]) -> str:
         f"<style>{STYLE}</style><h1>flowguard compare</h1>"
         f"<p>{html.escape(result.task.title)} on {learned}, {o.steps} steps for each coupling that"
         f" was trained, seed {o.seed}. flowguard {__version__}, torch {torch.__version__},"
-        f" {torch.get_num_threads()} thread(s), {html.escape(o.device)}.</p>"
+        f" {result.threads} thread(s), {html.escape(o.device)}.</p>"
         f"{html_table(rows(result))}<p>{html.escape(legend(result))}</p>{pictures}</html>\n"
     )
 

@@ -16,7 +16,7 @@ __all__ = [
 import dataclasses
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,7 @@ class Result:
     models: dict[str, Trained]
     conditions: list[Question]
     sampled: list[dict[str, Sampled]]  # for each condition, by model
+    threads: int = field(default_factory=torch.get_num_threads)  # those that it was made with
 
     @property
     def task(self) -> Task:
@@ -107,7 +108,8 @@ class Result:
         return TASKS[self.options.task]
 
     def to_dict(self) -> dict[str, Any]:
-        r"""Returns plain numbers. All but those under ``"timing"`` repeat with the seed."""
+        r"""Returns plain numbers. All but those under ``"timing"`` repeat with the seed and the
+        number of threads."""
         guarded = list(self.models)[-1]
         numbers = {
             "options": {
@@ -116,7 +118,7 @@ class Result:
                 if k not in ("out", "progress")
             },
             "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
+            "threads": self.threads,
             "temperature": self.task.temperature,
             "ood_model": guarded,
             **{f"{self.task.baseline.replace(' ', '_')}_{k}": v for k, v in self.baseline.items()},

@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any, ClassVar, NamedTuple, Self, SupportsFloat
+from typing import Any, ClassVar, NamedTuple, Self, SupportsFloat, SupportsIndex
 
 import torch
 import torch.nn as nn
@@ -107,7 +107,7 @@ class ImageModel(Pretrained, nn.Module):
         self, encoder: nn.Module, flow: ConditionalMultiscaleFlow, quant: int = 256
     ) -> None:
         super().__init__()
-        if isinstance(quant, bool) or not isinstance(quant, Integral):
+        if isinstance(quant, bool) or not isinstance(quant, SupportsIndex):
             raise TypeError(f"quant must be a whole number of grey levels; got {quant!r}")
         if quant < 2:
             raise ValueError(f"there must be at least 2 grey levels; got quant={quant}")

@@ -45,7 +45,7 @@ def mistaken(images: Sequence[Tensor]) -> list[float]:
 
 
 def _can_be_read(image: Tensor) -> bool:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling():
         return False
     recording = image.is_cuda and torch.cuda.is_current_stream_capturing()
     return image.numel() > 0 and not image.is_meta and not recording

@@ -51,7 +51,12 @@ def done(pictures, tmp_path_factory):
     mine.save_pretrained(out / "mine")
     arguments = ["compare", "--quick", "--couplings", "affine", "robust8", "--models"]
     arguments += [out / "mine", "--images", pictures, "--steps", 3, "--samples", 2, "--out", out]
-    assert cli.main([str(a) for a in arguments]) == 0
+    arguments += ["--threads", 1]
+    torch.set_num_threads(2)  # before and after
+    try:
+        assert cli.main([str(a) for a in arguments]) == 0
+    finally:
+        torch.set_num_threads(1)
     return out, mine
 
 
@@ -84,6 +89,12 @@ def test_it_writes_what_it_says(done):
         "s/sample",
     ):
         assert f"<th>{title}</th>" in page
+
+
+def test_the_threads_are_those_of_the_run(done):
+    out, _ = done
+    assert json.loads((out / "metrics.json").read_text())["threads"] == 1
+    assert " 1 thread(s), " in (out / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_models_can_be_used(done):

@@ -27,6 +27,7 @@ def flowguard(*arguments, cwd):
         capture_output=True,
         text=True,
         cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "2"},  # what --threads wins against
     )
 
 
@@ -36,7 +37,8 @@ def quick(tmp_path_factory):
     runs = []
     for name in ("first", "second"):
         out = folder / name
-        runs.append((flowguard("demo", "--quick", "--steps", 12, "--out", out, cwd=folder), out))
+        arguments = ("demo", "--quick", "--steps", 12, "--threads", 1, "--out", out)
+        runs.append((flowguard(*arguments, cwd=folder), out))
     return runs
 
 
@@ -60,6 +62,11 @@ def test_the_quick_demo_writes_what_it_says(quick):
     for name in ("affine", "robust"):
         assert 0 < numbers["models"][name]["bits_per_dim"] < 8
         assert numbers["models"][name]["psnr_temperature_0"] > 25
+
+
+def test_the_threads_are_those_of_the_run(quick):
+    _, out = quick[0]
+    assert json.loads((out / "metrics.json").read_text())["threads"] == 1
 
 
 def test_the_report_is_one_self_contained_page(quick):
