@@ -5,6 +5,7 @@ __all__ = [
     "cut",
     "evaluating",
     "evaluation_mode",
+    "full_precision",
     "inv",
     "inv_and_logabsdet",
     "inv_ex",
@@ -17,9 +18,10 @@ __all__ = [
 ]
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -267,3 +269,130 @@ def _one_by_one(f: Callable[..., Any], *stacks: Tensor) -> Any:
     if isinstance(found[0], Tensor):
         return torch.stack(found).unflatten(0, batch)
     return tuple(torch.stack(t).unflatten(0, batch) for t in zip(*found, strict=True))
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[Any]:
+    r"""Products of float32 matrices in float32 within, whatever the user's settings let them be.
+
+    Under autocast, ``torch.set_float32_matmul_precision("medium")`` or TensorFloat-32 matrices are
+    rounded to 7 or 10 bits before they are multiplied: good enough to train a network, and too
+    coarse to whiten by, or to undo one matrix by another. Here autocast is off on the device of
+    `x`, and torch is asked for full precision. Of convolutions this holds on the CPU alone.
+
+    The settings belong to the process, not to the thread: what other threads multiply meanwhile
+    is precise too, and the last that leaves brings the settings back, but for what was set
+    meanwhile. Gradients are computed later, as the user has it. In compiled code autocast alone is
+    off, for there the settings hold for whole graphs.
+
+    Arguments:
+        x: A tensor on the device in question.
+
+    Example:
+        >>> with torch.autocast("cpu"), full_precision(x := torch.eye(2)):
+        ...     (x @ x).dtype
+        torch.float32
+    """
+    device = x.device.type
+    if torch.compiler.is_compiling():
+        return torch.autocast(device, enabled=False)
+    return _Exact(device)
+
+
+class _ForAll:
+    r"""torch's setting of what float32 matrices are rounded to before they are multiplied."""
+
+    full = inherit = "highest"
+
+    def read(self) -> str | None:
+        try:
+            return torch.get_float32_matmul_precision()
+        except RuntimeError:  # single operations are set otherwise, and they are all that counts
+            return None
+
+    def turn(self, value: str) -> None:
+        torch.set_float32_matmul_precision(value)
+
+
+class _ForOne(NamedTuple):
+    r"""The same for one operation of one backend, since torch 2.9."""
+
+    backend: Any
+    operation: str
+    full: str = "ieee"
+    inherit: str = "none"  # lets more general settings hold
+
+    def read(self) -> str | None:
+        return getattr(getattr(self.backend, self.operation, None), "fp32_precision", None)
+
+    def turn(self, value: str) -> None:
+        getattr(self.backend, self.operation).fp32_precision = value
+
+
+# The one for all comes first, as it changes the others. cuDNN's convolutions are left out: torch
+# refuses to tell of any user's setting while they are exact and its recurrent networks are not.
+_ALL, _CONVOLUTIONS = _ForAll(), _ForOne(torch.backends.mkldnn, "conv")
+_SETTINGS = (
+    _ALL,
+    _ForOne(torch.backends.mkldnn, "matmul"),
+    _CONVOLUTIONS,
+    _ForOne(torch.backends.cuda, "matmul"),
+)
+_COARSE = ("bf16", "tf32", "medium", "high")
+
+# They are read and changed by one thread at a time. Else one could note what another has changed
+# for its own products, and put that "back" for good.
+_lock = threading.Lock()
+_within = 0
+_held: list[tuple[_ForAll | _ForOne, str, str | None]] = []  # with the values before and within
+
+
+class _Exact:
+    r"""The context of :func:`full_precision`, for one use."""
+
+    def __init__(self, device: str) -> None:
+        # To ask is cheaper than to enter, and most often autocast is off.
+        on = torch.is_autocast_enabled(device)
+        self.autocast = torch.autocast(device, enabled=False) if on else None
+        self.counted = False
+
+    def __enter__(self) -> None:
+        self.counted = _enter()
+        if self.autocast is not None:
+            self.autocast.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        if self.autocast is not None:
+            self.autocast.__exit__(*error)
+        if self.counted:
+            _leave()
+
+
+def _enter() -> bool:
+    r"""Asks for full precision; returns whether there was anything to ask for."""
+    global _within
+    with _lock:
+        if not _within:
+            # The quick answer: the setting for all says nothing while a product differs from it.
+            if _ALL.read() == _ALL.full and _CONVOLUTIONS.read() not in _COARSE:
+                return False
+            before = [(s, value) for s in _SETTINGS if (value := s.read()) is not None]
+            coarse = [setting for setting, value in before if value in _COARSE]
+            for setting in coarse:
+                setting.turn(setting.full)
+            _held[:] = [(s, value, s.read()) for s, value in before] if coarse else []
+        _within += bool(_held)
+        return bool(_held)
+
+
+def _leave() -> None:
+    global _within
+    with _lock:
+        _within -= 1
+        if _within:
+            return
+        # What has another value by now was set by the user meanwhile.
+        for setting, before in [(s, before) for s, before, held in _held if s.read() == held]:
+            for value in (setting.inherit, before):
+                if setting.read() != before:
+                    setting.turn(value)
+        _held.clear()

@@ -1,5 +1,6 @@
 r"""What all tests share: a seed for each, and nothing of torch's global state left changed."""
 
+import contextlib
 import importlib.util
 import os
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 HERE = Path(__file__).parent
 LARGE = "FLOWGUARD_GOLDEN"
@@ -53,7 +56,53 @@ def golden():
 
 @pytest.fixture(autouse=True)
 def _global_state_is_left_alone():
-    before = (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads())
+    before = _global_state()
     yield
-    after = (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads())
-    assert before == after, "a test left torch's global state changed"
+    assert before == _global_state(), "a test left torch's global state changed"
+
+
+def _global_state():
+    precision = torch.get_float32_matmul_precision()
+    return torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads(), precision
+
+
+PRODUCTS = {f"aten.{name}" for name in ("mm", "bmm", "addmm", "baddbmm", "mv", "convolution")}
+
+
+class MatrixUnits(TorchDispatchMode):
+    r"""Rounds float32 matrices to bfloat16 before they are multiplied, where torch's settings allow it.
+
+    So do the matrix units of newer processors, which not every machine has.
+    """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if str(func.overloadpacket) in PRODUCTS and self.allowed():
+            args = pytree.tree_map_only(torch.Tensor, self.rounded, args)
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def allowed():
+        products = getattr(torch.backends.mkldnn, "matmul", None)
+        if products is None:  # torch before 2.9
+            return torch.get_float32_matmul_precision() == "medium"
+        return products.fp32_precision in ("bf16", "tf32")
+
+    @staticmethod
+    def rounded(t):
+        return t.bfloat16().float() if t.dtype == torch.float32 else t
+
+
+@pytest.fixture
+def medium():
+    r"""A context in which a user has asked for products of medium precision, and gets them."""
+
+    @contextlib.contextmanager
+    def medium():
+        torch.set_float32_matmul_precision("medium")
+        try:
+            with MatrixUnits():
+                yield
+        finally:
+            torch.set_float32_matmul_precision("highest")
+
+    return medium

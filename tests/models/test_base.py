@@ -375,6 +375,8 @@ def test_processes_train_one_model_on_the_whole_batch(tmp_path):
         assert max(apart.values()) == 0, (name, apart)
         for key, value in first[name].items():
             assert torch.allclose(value, alone[key], rtol=1e-6, atol=1e-6), (name, key)
+
+
 CALLS = {
     "condition": lambda m, x, y: m.condition(y),
     "sample": lambda m, x, y: m.sample(y),
