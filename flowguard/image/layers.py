@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from flowguard.numerics import inv, logabsdet, solve
+from flowguard.numerics import full_precision, inv, logabsdet, solve
 from flowguard.ood.state import gather
 
 
@@ -310,7 +310,7 @@ class FoldedMix(NamedTuple):
 
 
 def _exactly(x: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
-    with torch.autocast(x.device.type, enabled=False):
+    with full_precision(x):
         return pixelwise(x, matrix.to(x.dtype), bias.to(x.dtype))
 
 
@@ -338,11 +338,11 @@ def pixelwise(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
 def _mix(x: Tensor, weight: Tensor) -> Tensor:
     r"""Multiplies every pixel by a matrix, never in a lower precision than that of `x`.
 
-    Autocast would round the matrix to half precision here and its inverse there, and the two
-    would no longer undo each other; so would the convolutions of a GPU, which by default keep ten
-    bits. Its matrix products keep all.
+    Autocast, or `torch.set_float32_matmul_precision`, would round the matrix here and its inverse
+    there, and the two would no longer undo each other; so would the convolutions of a GPU, which
+    by default keep ten bits. Its matrix products keep all.
     """
-    with torch.autocast(x.device.type, enabled=False):
+    with full_precision(x):
         weight = weight.to(x.dtype)
         return F.conv2d(x, weight[:, :, None, None]) if x.is_cpu else pixelwise(x, weight)
 

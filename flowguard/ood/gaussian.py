@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from flowguard.numerics import full_precision
 from flowguard.ood.errors import NotFittedError
 from flowguard.ood.moments import Moments, ledoit_wolf, merge, moments, oas
-from flowguard.ood.state import PinnedState, gather, supports_float64, without_autocast
+from flowguard.ood.state import PinnedState, gather, supports_float64
 
 Shrinkage = float | Literal["oas", "ledoit_wolf"]
 
@@ -150,7 +151,7 @@ class StreamingGaussian(PinnedState):
                     "the features of the fit must be finite; got NaN or inf: find the contexts "
                     "that cause them (`torch.isfinite`) and leave them out"
                 )
-            with without_autocast(columns):
+            with full_precision(columns):
                 more = moments(_unit(columns, 0) if self.normalize else columns)
             total = merge(total, Moments(*(value.to(total.mean) for value in more)))
         self._set(total)
@@ -269,8 +270,9 @@ class StreamingGaussian(PinnedState):
             columns = features[part].movedim(1, 0).flatten(1).to(mean)
             if self.normalize:
                 columns = _unit(columns, 0)
-            # W (f - μ), and not W f - W μ: the difference is exact where the mean is large.
-            with without_autocast(columns):
+            # W (f - μ), and not W f - W μ: the difference is exact where the mean is large. Fewer
+            # bits than those of float32 would drown the directions of least variance.
+            with full_precision(columns):
                 score = (whitening @ (columns - mean[:, None])).square().sum(dim=0)
             target = out[part[:1] + part[2:]]
             target.copy_(score.reshape(target.shape))
@@ -296,9 +298,7 @@ class StreamingGaussian(PinnedState):
             NotFittedError: If it is not fitted.
         """
         self._require_fit()
-        # TensorFloat-32 keeps 10 bits, too few for features with a mean far from zero.
-        coarse = device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
-        key = (device, torch.float64 if coarse else dtype)
+        key = (device, dtype)
         if key in self._kernels:
             return self._kernels[key]
         # Made outside inference mode: autograd may need the constants later.
@@ -307,7 +307,7 @@ class StreamingGaussian(PinnedState):
             inverse = torch.linalg.solve_triangular(self.cholesky, eye, upper=False)
             # Rounding in float32 moves a whitened feature by about this much.
             blur = EPS * (self.mean.abs().amax() + self.cholesky.norm()) * inverse.norm()
-            if coarse or (blur > 1e-2 and supports_float64(device)):
+            if blur > 1e-2 and supports_float64(device):
                 dtype = torch.float64
             self._kernels[key] = (self.mean.to(device, dtype), inverse.to(device, dtype))
             return self._kernels[key]
@@ -372,7 +372,7 @@ def _onto(vectors: Tensor, gaussian: StreamingGaussian, boundary: float) -> Tens
     unit = torch.maximum(vectors.detach().abs().amax(dim=1, keepdim=True), mean.abs().amax())
     unit = unit.clamp_min(torch.finfo(mean.dtype).tiny)
     delta = vectors / unit - mean / unit
-    with without_autocast(delta):
+    with full_precision(delta):
         radius = (delta @ whitening.T).norm(dim=1, keepdim=True)
     moved = mean + delta * (boundary**0.5 / radius)
     return torch.where(finite, moved, mean)

@@ -1,6 +1,6 @@
 r"""Buffers that hold statistics: float64 wherever possible, shaped by what they load."""
 
-__all__ = ["PinnedState", "gather", "supports_float64", "without_autocast"]
+__all__ = ["PinnedState", "gather", "supports_float64"]
 
 from collections.abc import Callable, Sequence
 from typing import Any, Self
@@ -17,16 +17,6 @@ def supports_float64(device: torch.device) -> bool:
         device: The device.
     """
     return device.type != "mps"
-
-
-def without_autocast(tensor: Tensor) -> torch.autocast:
-    r"""Returns a context in which whitening is not done in half precision, which would drown the
-    directions of least variance.
-
-    Arguments:
-        tensor: A tensor on the device in question.
-    """
-    return torch.autocast(tensor.device.type, enabled=False)
 
 
 class PinnedState(nn.Module):

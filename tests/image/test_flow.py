@@ -90,6 +90,36 @@ def layer_and_input(name, dtype, batch=3):
     return shaken(layer, x, context), x, context
 
 
+@pytest.mark.parametrize("make", [InvertibleConv1x1, OrthogonalConv1x1, FixedConv1x1])
+def test_mixing_is_exact_where_products_are_of_medium_precision(make, medium):
+    layer, x = make(12), torch.randn(3, 12, 4, 6)
+    expected, _ = layer(x)
+    with medium():
+        z, _ = layer(x)
+        back, _ = layer.inverse(z)
+    assert torch.equal(z, expected)
+    assert torch.equal(back, layer.inverse(z)[0])
+
+
+@torch.no_grad()
+def test_the_round_trip_of_a_flow_at_medium_precision_is_that_of_float32(medium):
+    flow = ConditionalMultiscaleFlow(3, 4, levels=2, steps=3, hidden=16)
+    x = torch.rand(4, 3, 16, 16)
+    context = [torch.randn(4, 4, 8, 8), torch.randn(4, 4, 4, 4)]
+    flow(x, context)  # initialises
+    for p in flow.parameters():
+        p.add_(0.02 * torch.randn_like(p))
+    flow.eval()
+
+    def lost():
+        back, _ = flow.inverse(flow(x, context)[0], context)
+        return float((back - x).square().mean().sqrt())
+
+    exact = lost()
+    with medium():
+        assert lost() < 10 * exact
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers_invert_and_their_ladj_cancel(name, dtype):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from sklearn.covariance import OAS, EmpiricalCovariance, LedoitWolf
 
 from flowguard.ood import NotFittedError, OODConditioner, StreamingGaussian
+from flowguard.ood.gaussian import pull
 from flowguard.ood.moments import ledoit_wolf
 
 
@@ -242,6 +243,33 @@ def test_half_precision_models_and_autocast_do_not_round_the_statistics():
         assert torch.equal(gaussian.mahalanobis(rows), expected)
         again = fitted(rows)
     assert torch.equal(again.cholesky, gaussian.cholesky)
+
+
+def test_scores_and_fits_are_exact_where_products_are_of_medium_precision(medium):
+    """Rounded to 7 bits, whitening is off by tens of per cent."""
+    rows = correlated(1000, 64, dtype=torch.float32)
+    gaussian = fitted(rows)
+    expected = gaussian.mahalanobis(rows)
+    moved = pull(rows * 100, gaussian.mahalanobis(rows * 100), gaussian, 9.0)
+    with medium():
+        scores, again = gaussian.mahalanobis(rows), fitted(rows)
+        same = pull(rows * 100, gaussian.mahalanobis(rows * 100), gaussian, 9.0)
+    assert torch.equal(scores, expected)
+    assert torch.equal(again.cholesky, gaussian.cholesky)
+    assert torch.equal(same, moved)
+
+
+def test_scores_of_this_machine_are_the_same_at_medium_precision():
+    """From 256 channels on the setting chooses another product, also without matrix units."""
+    rows = torch.randn(2000, 256)
+    gaussian = fitted(rows)
+    expected = gaussian.mahalanobis(rows)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        scores = gaussian.mahalanobis(rows)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(scores, expected)
 
 
 def test_l2_normalisation_ignores_length():
