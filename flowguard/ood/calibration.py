@@ -13,8 +13,11 @@ STATISTICS = ("mean", "max", "share")
 
 # Pixel scores, relative to the number of features, are counted in logarithmic bins. An exact
 # count needs no subsample and no cap, does not depend on the order of the images, and adds up
-# across ranks; a bin is 0.27 % wide, far below the noise of any calibration set.
-OCTAVES, PER_OCTAVE, COARSE = 40, 256, 32
+# across ranks; a bin is 0.27 % wide, far below the noise of any calibration set. Without shrinkage
+# a direction that the fit has not seen makes scores 10¹⁰ times as large and more: the bins go up
+# to where float32 ends, and the last one has no upper end.
+LEAST_OCTAVE, LAST_OCTAVE, PER_OCTAVE = -20, 108, 256
+BINS = (LAST_OCTAVE - LEAST_OCTAVE) * PER_OCTAVE
 
 
 def _quantile_levels() -> Tensor:
@@ -29,7 +32,7 @@ def image_statistics(scores: Tensor, edge: float) -> Tensor:
 
     Arguments:
         scores: The scores, with shape :math:`(N)` or :math:`(N, H, W)`.
-        edge: The score above which a pixel counts for ``"share"``.
+        edge: The score above which a pixel counts for ``"share"``; none does for NaN.
 
     Returns:
         Mean, maximum and share above the edge, with shape :math:`(N, 3)`.
@@ -49,7 +52,9 @@ class Calibration(PinnedState):
     If the image is exchangeable with the calibration images, then :math:`P(p \le \alpha) \le
     \alpha`, whatever the distribution of the scores; nothing is promised for images from
     elsewhere, which is what p is meant to find out. The least possible value is
-    :math:`1/(n + 1)`.
+    :math:`1/(n + 1)`. Whatever a score depends on besides its image, such as the edge of
+    ``"share"``, comes from the fit: chosen on the calibration images it would treat these
+    otherwise than the image that is judged.
 
     References:
         | Testing for Outliers with Conformal p-values (Bates et al., 2023)
@@ -68,7 +73,8 @@ class Calibration(PinnedState):
         self.register_buffer("grid", empty.clone())
         r"""The quantiles of the pixel scores at the levels of the grid; empty for vectors."""
         self.register_buffer("edge", torch.full((), torch.nan, dtype=torch.float64))
-        r"""The score above which a pixel counts for ``"share"``, near the 0.99 quantile."""
+        r"""The score above which a pixel counts for ``"share"``, the 0.99 quantile of the fit's
+        pixels; NaN for vectors."""
 
     @property
     def calibrated(self) -> bool:
@@ -142,14 +148,14 @@ class Calibrator:
 
     Arguments:
         features: The number of features of the level, the scale of its scores.
+        edge: The score above which a pixel counts for ``"share"``.
     """
 
-    def __init__(self, features: int) -> None:
-        octaves = torch.arange(OCTAVES * PER_OCTAVE + 1, dtype=torch.float64) / PER_OCTAVE
-        self.edges = features * 2 ** (octaves - OCTAVES / 2)
-        self.pixels = torch.zeros(OCTAVES * PER_OCTAVE, dtype=torch.int64)
+    def __init__(self, features: int, edge: float = math.nan) -> None:
+        self.features = features
+        self.edge = edge
+        self.pixels = torch.zeros(BINS, dtype=torch.int64)
         self.statistics: list[Tensor] = []
-        self.shares: list[Tensor] = []
 
     def add(self, scores: Tensor) -> None:
         r"""Adds the scores of a batch, with shape :math:`(N)` or :math:`(N, H, W)`.
@@ -168,58 +174,44 @@ class Calibrator:
                 "contexts that cause them (`torch.isfinite`) and leave them out"
             )
         for images in scores.split(32) if scores.ndim == 3 else ():
-            position = torch.bucketize(images.flatten(1).cpu().double(), self.edges[1:-1])
-            row = torch.arange(len(images))[:, None] * len(self.pixels)
-            size = len(images) * len(self.pixels)
-            counts = torch.bincount((position + row).flatten(), minlength=size)
-            counts = counts.reshape(len(images), -1)
-            self.pixels = self.pixels + counts.sum(dim=0)
-            # Shares above the coarse edges: which of them is wanted is known at the end only.
-            coarse = counts.reshape(len(images), -1, COARSE).sum(dim=2)
-            above = coarse.flip(1).cumsum(1).flip(1)
-            self.shares.append(above.double() / position.shape[1])
-        self.statistics.append(image_statistics(scores, torch.inf).cpu().double())
+            octaves = (images.flatten().cpu().double() / self.features).log2() - LEAST_OCTAVE
+            place = (octaves * PER_OCTAVE).clamp(0, BINS - 1).long()
+            self.pixels = self.pixels + torch.bincount(place, minlength=BINS)
+        self.statistics.append(image_statistics(scores, self.edge).cpu().double())
 
-    def state(self) -> tuple[Tensor, Tensor, Tensor]:
-        r"""Returns pixel counts, statistics and shares, to be gathered across ranks."""
-        columns = OCTAVES * PER_OCTAVE // COARSE
-        shares = torch.cat([torch.empty(0, columns).double(), *self.shares])
+    def state(self) -> tuple[Tensor, Tensor]:
+        r"""Returns pixel counts and statistics, to be gathered across ranks."""
         statistics = [torch.empty(0, len(STATISTICS)).double(), *self.statistics]
-        return self.pixels, torch.cat(statistics), shares
+        return self.pixels, torch.cat(statistics)
 
-    def extend(self, pixels: Tensor, statistics: Tensor, shares: Tensor) -> None:
+    def extend(self, pixels: Tensor, statistics: Tensor) -> None:
         r"""Adds what another calibrator has seen.
 
         Arguments:
             pixels: Its counts of pixels.
-            statistics: Its statistics, with shape :math:`(N, 3)`.
-            shares: Its shares; see :meth:`state` for all three.
+            statistics: Its statistics, with shape :math:`(N, 3)`; see :meth:`state` for both.
         """
         self.pixels = self.pixels + pixels
         self.statistics.append(statistics)
-        self.shares.append(shares)
 
     def build(self) -> Calibration:
         r"""Returns the calibration."""
-        pixels, statistics, shares = self.state()
+        pixels, statistics = self.state()
         calibration = Calibration()
-        if len(shares):
+        if pixels.any():
             calibration.grid = self._grid(pixels, float(statistics[:, 1].max()))
-            coarse = self.edges[:-1:COARSE]
-            above = shares.mean(dim=0)
-            chosen = int((above > 0.01).sum().clamp_max(len(coarse) - 1))
-            calibration.edge = coarse[chosen].clone()
-            statistics[:, 2] = shares[:, chosen]
+        calibration.edge = torch.tensor(self.edge, dtype=torch.float64)
         calibration.scores = statistics.sort(dim=0).values.contiguous()
         return calibration
 
     def _grid(self, pixels: Tensor, largest: float) -> Tensor:
-        r"""Quantiles by linear interpolation within the bins; the last one is the maximum."""
+        r"""Quantiles by interpolation within the bins; the last one is the maximum."""
         cumulative = pixels.cumsum(0).double()
         wanted = _quantile_levels() * cumulative[-1]
         place = torch.searchsorted(cumulative, wanted).clamp_max(len(pixels) - 1)
         before = cumulative[place] - pixels[place]
         weight = ((wanted - before) / pixels[place].clamp_min(1)).clamp(0, 1)
-        grid = torch.lerp(self.edges[place], self.edges[place + 1], weight)
+        grid = self.features * 2 ** (LEAST_OCTAVE + (place + weight) / PER_OCTAVE)
+        grid[place == BINS - 1] = largest
         grid[-1] = largest
         return grid.clamp_max(largest)

@@ -23,7 +23,7 @@ from flowguard.ood.embeddings import (
 )
 from flowguard.ood.errors import OODContextError, OODContextWarning
 from flowguard.ood.fingerprint import Seal, fingerprint
-from flowguard.ood.gaussian import Shrinkage, pull
+from flowguard.ood.gaussian import Shrinkage
 from flowguard.ood.levels import LevelSet, Statistic
 from flowguard.ood.report import OODReport
 
@@ -96,8 +96,8 @@ class OODConditioner(nn.Module):
         shrinkage: How the covariance is shrunk, ``"oas"``, ``"ledoit_wolf"`` or a number.
         normalize: Whether embeddings are scaled to unit length first (``"l2"``) or not.
         statistic: What an image is judged by: the ``"mean"`` of its pixel scores, their
-            ``"max"``, or the ``"share"`` of pixels above about the 0.99 quantile. The maximum
-            grows with the number of pixels: it suits images of the size of the calibration's.
+            ``"max"``, or the ``"share"`` of pixels above the 0.99 quantile of training pixels.
+            The maximum grows with the number of pixels: it suits images of the size of the calibration's.
 
     Raises:
         TypeError: If the encoder is no module.
@@ -338,7 +338,7 @@ class OODConditioner(nn.Module):
         for name, level in self.guard.items():
             told, features = report.levels[name], levels[name]
             scores = told.score if told.map is None else told.map
-            moved[name] = pull(features, scores, level.gaussian, told.boundary)
+            moved[name] = level.pull(features, scores, told.boundary)
         unchanged = all(moved[name] is levels[name] for name in moved)
         return output if unchanged else with_levels(output, moved)
 

@@ -332,7 +332,13 @@ class StreamingGaussian(PinnedState):
             )
 
 
-def pull(features: Tensor, scores: Tensor, gaussian: StreamingGaussian, boundary: float) -> Tensor:
+def pull(
+    features: Tensor,
+    scores: Tensor,
+    gaussian: StreamingGaussian,
+    boundary: float,
+    ratios: Tensor | None = None,
+) -> Tensor:
     r"""Moves what lies beyond a boundary along its Mahalanobis radius onto it.
 
     .. math:: f \mapsto \mu + \frac{\sqrt{b}}{\| L^{-1} (f - \mu) \|} (f - \mu)
@@ -347,6 +353,7 @@ def pull(features: Tensor, scores: Tensor, gaussian: StreamingGaussian, boundary
         scores: Its squared distances, with shape :math:`(N)` or :math:`(N, H, W)`.
         gaussian: The Gaussian that gave them.
         boundary: The squared radius :math:`b`.
+        ratios: What the squared distances were divided by, with shape :math:`(H, W)`.
     """
     outside = scores > boundary
     where = outside.nonzero()
@@ -358,11 +365,12 @@ def pull(features: Tensor, scores: Tensor, gaussian: StreamingGaussian, boundary
     for part in where.split(step):
         place, *position = part.unbind(dim=1)
         index = (place, slice(None), *position)
-        out[index] = _onto(features[index], gaussian, boundary).to(out.dtype)
+        limit = boundary if ratios is None else boundary * ratios[tuple(position)][:, None]
+        out[index] = _onto(features[index], gaussian, limit).to(out.dtype)
     return out
 
 
-def _onto(vectors: Tensor, gaussian: StreamingGaussian, boundary: float) -> Tensor:
+def _onto(vectors: Tensor, gaussian: StreamingGaussian, boundary: float | Tensor) -> Tensor:
     dtype = torch.promote_types(vectors.dtype, torch.float32)
     mean, whitening = gaussian.kernel(vectors.device, dtype)
     vectors = vectors.to(mean.dtype)

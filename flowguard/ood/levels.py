@@ -14,15 +14,19 @@ from torch import Tensor, nn
 from flowguard._version import __version__
 from flowguard.ood.calibration import STATISTICS, Calibration, Calibrator, image_statistics
 from flowguard.ood.errors import NotFittedError
-from flowguard.ood.gaussian import Shrinkage, StreamingGaussian
+from flowguard.ood.frame import Depths, Frame
+from flowguard.ood.gaussian import Shrinkage, StreamingGaussian, pull
 from flowguard.ood.report import LevelReport, OODReport
+from flowguard.ood.sample import Sample, SampledScores
 from flowguard.ood.state import gather
 
 Statistic = Literal["mean", "max", "share"]
 
+MAPS = "maps (N, C, H, W)"
+
 
 class Level(nn.Module):
-    r"""Creates one level, a Gaussian and its calibration, both empty.
+    r"""Creates one level, a Gaussian, its frame and its calibration, all empty.
 
     Arguments:
         normalize: See :class:`StreamingGaussian`.
@@ -31,7 +35,53 @@ class Level(nn.Module):
     def __init__(self, normalize: Literal["l2"] | None) -> None:
         super().__init__()
         self.gaussian = StreamingGaussian(normalize=normalize)
+        self.frame = Frame()
         self.calibration = Calibration()
+        self.sample: Sample | None = None  # of maps, during the fit
+
+    def finalize(self, shrinkage: Shrinkage, distributed: bool) -> None:
+        r"""Ends the fit.
+
+        Arguments:
+            shrinkage: See :meth:`StreamingGaussian.finalize`.
+            distributed: Whether the ranks are merged first.
+        """
+        if distributed:
+            self.gaussian.merge_ranks()
+        self.gaussian.finalize(shrinkage)
+        if self.sample is None:
+            return
+        sampled, self.sample = self.sample.scores(self.gaussian), None
+        if distributed:
+            sampled = SampledScores.union(SampledScores(*part) for part in gather(sampled))
+        places = Depths(sampled.depth, sampled.inside)
+        device = self.gaussian.mean.device
+        self.frame.fit(sampled.scores, places)
+        ratios = torch.cat([self.frame.ratios, torch.ones(1, dtype=torch.float64)])
+        even = sampled.scores / ratios[places.depth.clamp_max(len(ratios) - 1)]
+        self.calibration.edge = even.quantile(0.99)
+        self.frame.to(device)
+        self.calibration.to(device)
+
+    def scores(self, features: Tensor) -> Tensor:
+        r"""Returns the squared distance of each vector; of pixels, with the frame evened out.
+
+        Arguments:
+            features: The features, with shape :math:`(N, C)` or :math:`(N, C, H, W)`.
+        """
+        scores = self.gaussian.mahalanobis(features)
+        ratios = self.frame.of(scores)
+        return scores if ratios is None else scores.div_(ratios)
+
+    def pull(self, features: Tensor, scores: Tensor, boundary: float) -> Tensor:
+        r"""Moves what lies beyond a boundary of the scores onto it; see :func:`pull`.
+
+        Arguments:
+            features: The features.
+            scores: What :meth:`scores` made of them.
+            boundary: The boundary.
+        """
+        return pull(features, scores, self.gaussian, boundary, self.frame.of(scores))
 
 
 class LevelSet(nn.Module):
@@ -75,6 +125,7 @@ class LevelSet(nn.Module):
         self.names: list[str] = []
         self.kinds: list[str] = []
         self.fingerprint = ""
+        self.edges_of_fit = True
 
     def fresh(self) -> "LevelSet":
         r"""Returns an empty set with the same options."""
@@ -139,10 +190,14 @@ class LevelSet(nn.Module):
             self.names = list(embeddings)
             self.kinds = [_kind(value) for value in embeddings.values()]
             self.levels.extend(Level(self.normalize) for _ in self.names)
+            for level, kind in zip(self._levels(), self.kinds, strict=True):
+                level.sample = Sample() if kind == MAPS else None
         self._check(embeddings)
         for name, level in self.items():
             try:
                 level.gaussian.update(embeddings[name])
+                if level.sample is not None:
+                    level.sample.add(embeddings[name])
             except (TypeError, ValueError) as error:
                 raise type(error)(f"level {name!r}: {error}") from error
 
@@ -154,16 +209,27 @@ class LevelSet(nn.Module):
             distributed: Whether the ranks are merged first.
         """
         for _, level in self.items():
-            if distributed:
-                level.gaussian.merge_ranks()
-            level.gaussian.finalize(self.shrinkage)
+            level.finalize(self.shrinkage, distributed)
         self.fingerprint = fingerprint
 
     # -- calibrate ---------------------------------------------------------------------------
 
     def calibrators(self) -> dict[str, Calibrator]:
-        r"""Returns one empty calibrator per level."""
-        return {name: Calibrator(level.gaussian.features or 1) for name, level in self.items()}
+        r"""Returns one empty calibrator per level.
+
+        Raises:
+            RuntimeError: If images are judged by ``"share"``, and the fit did not say above what.
+        """
+        if self.statistic == "share" and not self.edges_of_fit:
+            raise RuntimeError(
+                "statistic='share' needs the score that a fit sets for it; got a state of format "
+                "1, whose fit set none: call `fit(batches)` first, or choose another statistic"
+            )
+        return {name: self._calibrator(level) for name, level in self.items()}
+
+    def _calibrator(self, level: Level) -> Calibrator:
+        edge = float(level.calibration.edge) if self.edges_of_fit else math.nan
+        return Calibrator(level.gaussian.features or 1, edge)
 
     def add(self, calibrators: Mapping[str, Calibrator], embeddings: Mapping[str, Tensor]) -> None:
         r"""Adds a batch of embeddings to the calibrators.
@@ -178,7 +244,7 @@ class LevelSet(nn.Module):
         self._check(embeddings)
         for name, level in self.items():
             try:
-                calibrators[name].add(level.gaussian.mahalanobis(embeddings[name]))
+                calibrators[name].add(level.scores(embeddings[name]))
             except ValueError as error:
                 raise ValueError(f"level {name!r}: {error}") from error
 
@@ -199,7 +265,7 @@ class LevelSet(nn.Module):
         for name, level in self.items():
             calibrator = calibrators[name]
             if distributed:
-                merged = Calibrator(level.gaussian.features or 1)
+                merged = self._calibrator(level)
                 for state in gather(calibrator.state()):
                     merged.extend(*state)
                 calibrator = merged
@@ -248,7 +314,7 @@ class LevelSet(nn.Module):
         """
         self._check(embeddings, partial)
         fitted = [(name, level) for name, level in self.items() if name in embeddings]
-        scores = {n: level.gaussian.mahalanobis(embeddings[n]) for n, level in fitted}
+        scores = {n: level.scores(embeddings[n]) for n, level in fitted}
         peaks = [s.flatten(1).amax(dim=1) if s.ndim > 1 else s for s in scores.values()]
         non_finite = torch.stack([peak.isinf() for peak in peaks]).any(dim=0)
         if wrong is not None:
@@ -317,12 +383,13 @@ class LevelSet(nn.Module):
         r"""Returns names, kinds and fingerprint of the levels as JSON, in bytes with shape
         :math:`(n)`."""
         state = {
-            "format": 1,
+            "format": 2,
             "flowguard": __version__,
             "names": self.names,
             "kinds": self.kinds,
             "normalize": self.normalize,
             "fingerprint": self.fingerprint,
+            "edges_of_fit": self.edges_of_fit,
         }
         return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
 
@@ -342,9 +409,9 @@ class LevelSet(nn.Module):
         extra = state_dict.get(f"{prefix}_extra_state")
         if extra is not None:
             state = json.loads(bytes(extra.cpu().tolist()))
-            if state["format"] != 1:
+            if state["format"] not in (1, 2):
                 error_msgs.append(
-                    f"the OOD state must have format 1; got format {state['format']}, written by "
+                    f"the OOD state must have format 1 or 2; got format {state['format']}, written by "
                     f"flowguard {state['flowguard']}, where this is flowguard {__version__}"
                 )
                 return
@@ -356,6 +423,16 @@ class LevelSet(nn.Module):
                 return
             self.names, self.kinds = state["names"], state["kinds"]
             self.fingerprint = state["fingerprint"]
+            # Format 1 had no frames, and chose the edges of "share" on the calibration images.
+            self.edges_of_fit = state.get("edges_of_fit", False)
+            if self.statistic == "share" and MAPS in self.kinds and not self.edges_of_fit:
+                warnings.warn(
+                    "This OOD state is of format 1: what counts for statistic='share' was chosen "
+                    "on the calibration images themselves, so that more than a share alpha of "
+                    "images like these can be flagged. Call `fit(batches)` and "
+                    "`calibrate(batches)` again for p-values that hold.",
+                    stacklevel=2,
+                )
             # The parent loads its children after itself: those made here are loaded too.
             self.levels = nn.ModuleList(Level(self.normalize) for _ in self.names)
         super()._load_from_state_dict(
@@ -368,4 +445,4 @@ def _kind(value: Tensor) -> str:
         raise ValueError(
             f"an embedding must have shape (N, C) or (N, C, H, W); got {tuple(value.shape)}"
         )
-    return "vectors (N, C)" if value.ndim == 2 else "maps (N, C, H, W)"
+    return "vectors (N, C)" if value.ndim == 2 else MAPS

@@ -1,5 +1,7 @@
 """Calibration: what the p-values, thresholds and quantiles promise, on data nobody fitted."""
 
+import warnings
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,14 +9,14 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 from torch import nn
 
-from flowguard.ood import OODConditioner
+from flowguard.ood import OODConditioner, OODContextWarning
 from flowguard.ood.calibration import Calibrator, image_statistics
 
 ALPHAS = (0.001, 0.01, 0.05)
 
 
-def calibrated(scores, features=4):
-    calibrator = Calibrator(features)
+def calibrated(scores, features=4, edge=torch.nan):
+    calibrator = Calibrator(features, edge)
     for batch in scores.split(7):
         calibrator.add(batch)
     return calibrator.build()
@@ -39,13 +41,59 @@ def test_p_values_and_thresholds_count(reference, scores, alpha):
         assert flagged.tolist() == [s > max(reference) for s in scores]
 
 
+def strange_images(n, chance, generator):
+    """A few pixels that are very bright, with some chance, or many that are less so. All brightness
+    is whole, so that scores tie."""
+    rank = torch.rand(n, 1, 1, 1, generator=generator)
+    share = torch.where(rank > 1 - chance, 2 / 64, 0.5)
+    bright = torch.rand(n, 64, generator=generator).argsort(dim=1).reshape(n, 1, 8, 8) < 64 * share
+    sign = torch.randn(n, 1, 8, 8, generator=generator).sign()
+    return sign * torch.where(bright, (2 ** (10 * rank)).round(), 1.0)
+
+
+def promised(n):
+    """Shares of false alarms to ask for: those that n images can give exactly, and others."""
+    exact = {k / (n + 1) for k in (1, 2, (n + 1) // 2, n)}
+    return torch.tensor(sorted(exact | {0.03, 0.1, 0.25, 0.6}))
+
+
+def false_alarms(statistic, n, calibrations, images=64):
+    """How often p is at most each share, and the standard error: of images exchangeable with those
+    of the calibration, each calibration being one draw."""
+    generator = torch.Generator().manual_seed(n)
+    conditioner = OODConditioner(policy="report", alpha=0.5, statistic=statistic)
+    chance = 1 / (n + 1)
+    conditioner.fit(strange_images(256, chance, generator), progress=False)
+    alphas = promised(n)
+    rates = torch.empty(calibrations, len(alphas), dtype=torch.float64)
+    for rate in rates:
+        conditioner.calibrate([strange_images(n, chance, generator)], progress=False)
+        p = conditioner.score(strange_images(images, chance, generator)).p_value
+        rate.copy_((p[:, None] <= alphas * (1 + 1e-6)).double().mean(dim=0))
+    return alphas, rates.mean(dim=0), rates.std(dim=0) / calibrations**0.5
+
+
+@pytest.mark.parametrize("n", [4, 9, 19])
+@pytest.mark.parametrize("statistic", ["mean", "max", "share"])
+def test_p_values_of_exchangeable_images_are_valid(statistic, n):
+    alphas, rate, error = false_alarms(statistic, n, calibrations=400)
+    assert (rate <= alphas + 3 * error).all(), list(zip(alphas, rate, error, strict=True))
+    assert rate.max() > 0.05  # and say something
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [4, 9, 19, 99, 400])
+@pytest.mark.parametrize("statistic", ["mean", "max", "share"])
+def test_p_values_are_valid_over_10000_calibrations(statistic, n):
+    alphas, rate, error = false_alarms(statistic, n, calibrations=10_000, images=16)
+    assert (rate <= alphas + 3 * error).all(), list(zip(alphas, rate, error, strict=True))
+
+
 def test_statistics_of_the_calibration_are_those_of_the_score():
     maps = torch.randn(30, 9, 8).square() * 9
-    calibration = calibrated(maps)
-    again = image_statistics(maps, float(calibration.edge)).double().sort(dim=0).values
+    calibration = calibrated(maps, edge=50.0)
+    again = image_statistics(maps, 50.0).double().sort(dim=0).values
     torch.testing.assert_close(calibration.scores, again)
-    share = float((maps > float(calibration.edge)).float().mean())
-    assert 0.005 < share <= 0.01
     flat = maps.flatten(1)
     torch.testing.assert_close(again[:, 0], flat.mean(dim=1).double().sort().values)
     torch.testing.assert_close(again[:, 1], flat.amax(dim=1).double().sort().values)
@@ -67,9 +115,32 @@ def test_pixel_quantiles_are_exact_to_the_width_of_a_bin():
     assert 0.0009 < float(above) <= 0.00101
 
 
+def test_one_in_a_hundred_pixels_of_new_images_lies_above_the_edge_of_the_fit():
+    conditioner = OODConditioner(policy="report", statistic="share", alpha=0.1)
+    conditioner.fit(torch.randn(200, 3, 16, 16), progress=False)
+    conditioner.calibrate(torch.randn(20, 3, 16, 16), progress=False)
+    share = conditioner.score(torch.randn(200, 3, 16, 16)).levels["level1"].score
+    assert 0.008 < float(share.mean()) < 0.012
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_shrink_moves_as_many_pixels_as_asked_for_where_the_fit_has_seen_few_directions(dtype):
+    """Three images of one colour each: all other colours are 10¹⁰ times as strange."""
+    conditioner = OODConditioner(policy="shrink", shrinkage=0.0, boundary=0.99, alpha=0.1)
+    colours = torch.randn(3, 8, 1, 1, dtype=dtype).expand(3, 8, 16, 16)
+    conditioner.fit(colours, progress=False)
+    conditioner.calibrate(torch.randn(50, 8, 16, 16, dtype=dtype), progress=False)
+    y = torch.randn(50, 8, 16, 16, dtype=dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", OODContextWarning)
+        moved = (conditioner(y) != y).any(dim=1).double().mean()
+    assert conditioner.report.levels["level1"].boundary > 1e8
+    assert 0.005 < float(moved) < 0.02
+
+
 def test_order_and_batches_of_calibration_images_do_not_matter():
     maps = torch.rand(20, 6, 6)
-    a, b = calibrated(maps), calibrated(maps.flip(0))
+    a, b = calibrated(maps, edge=0.9), calibrated(maps.flip(0), edge=0.9)
     for name, value in a.state_dict().items():
         torch.testing.assert_close(value, b.state_dict()[name])
 

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import pickle
 import warnings
 from collections import OrderedDict, namedtuple
@@ -620,10 +621,44 @@ def test_a_state_fitted_in_another_way_is_refused():
     state = guarded(data=vectors).state_dict()
     with pytest.raises(RuntimeError, match=r"normalize=None, .*; got normalize='l2'"):
         OODConditioner(normalize="l2").load_state_dict(state)
-    newer = bytes(state["guard._extra_state"].tolist()).replace(b'"format": 1', b'"format": 9')
+    newer = bytes(state["guard._extra_state"].tolist()).replace(b'"format": 2', b'"format": 9')
     state["guard._extra_state"] = torch.tensor(list(newer), dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="got format 9, written by flowguard"):
         OODConditioner().load_state_dict(state)
+
+
+def of_format_1(state):
+    """As it was saved when there were no frames, and no edges of the fit."""
+    told = json.loads(bytes(state.pop("guard._extra_state").tolist()))
+    del told["edges_of_fit"]
+    told["format"] = 1
+    state["guard._extra_state"] = torch.tensor(list(json.dumps(told).encode()), dtype=torch.uint8)
+    return {key: value for key, value in state.items() if not key.endswith("frame.ratios")}
+
+
+def test_a_state_without_frames_loads_and_scores_as_it_was_calibrated():
+    source, target = guarded(Pyramid()), OODConditioner(Pyramid())
+    target.load_state_dict(of_format_1(source.state_dict()))
+    gaussian = target.guard.items()[0][1].gaussian
+    level = target.score(images(seed=50)).levels["level1"]
+    assert torch.equal(level.map, gaussian.mahalanobis(target.encoder(images(seed=50))[0]))
+    again = OODConditioner(Pyramid())
+    again.load_state_dict(target.state_dict())
+    assert not again.guard.edges_of_fit
+    target.calibrate([images(seed=i) for i in range(20, 40)], progress=False)
+
+
+def test_a_state_whose_share_is_not_of_the_fit_says_so_and_asks_for_a_fit():
+    source = guarded(Pyramid(), statistic="share")
+    target = OODConditioner(Pyramid(), statistic="share")
+    with pytest.warns(UserWarning, match="format 1: .*more than a share alpha.*Call `fit"):
+        target.load_state_dict(of_format_1(source.state_dict()))
+    assert target.score(images()).p_value.shape == (8,)
+    with pytest.raises(RuntimeError, match=r"needs the score that a fit sets.*format 1"):
+        target.calibrate(images(), progress=False)
+    target.fit(images(), progress=False)
+    target.alpha = 0.5
+    target.calibrate(images(seed=1), progress=False)
 
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])
