@@ -22,6 +22,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -106,9 +107,19 @@ def normal_log_prob(latents: Tensor | Sequence[Tensor]) -> Tensor:
     return total
 
 
+# What is changed for a while is changed and brought back by one thread at a time. Else one could
+# note what another has changed for itself, and put that "back" for good.
+_lock = threading.Lock()
+
+#: Modules that are in training mode but for callers who want them evaluated, and how many these are.
+_evaluating: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+
 @contextmanager
 def evaluation_mode(module: Any) -> Iterator[None]:
     r"""Evaluation mode within, every module's own mode back afterwards.
+
+    Where several threads are within, a module gets its mode back when the last one leaves.
 
     Arguments:
         module: The module. Nothing is done for what is none.
@@ -121,15 +132,21 @@ def evaluation_mode(module: Any) -> Iterator[None]:
         >>> layer.training
         True
     """
-    modules = module.modules() if isinstance(module, nn.Module) else ()
-    training = [m for m in modules if m.training]
-    try:
-        for m in training:
+    with _lock:
+        modules = module.modules() if isinstance(module, nn.Module) else ()
+        held = [m for m in modules if m.training or (_evaluating and m in _evaluating)]
+        for m in held:
+            _evaluating[m] = _evaluating.get(m, 0) + 1
             m.training = False
+    try:
         yield
     finally:
-        for m in training:
-            m.training = True
+        with _lock:
+            for m in held:
+                _evaluating[m] -= 1
+                if not _evaluating[m]:
+                    del _evaluating[m]
+                    m.training = True
 
 
 @contextmanager
@@ -339,9 +356,6 @@ _SETTINGS = (
 )
 _COARSE = ("bf16", "tf32", "medium", "high")
 
-# They are read and changed by one thread at a time. Else one could note what another has changed
-# for its own products, and put that "back" for good.
-_lock = threading.Lock()
 _within = 0
 _held: list[tuple[_ForAll | _ForOne, str, str | None]] = []  # with the values before and within
 

@@ -1,4 +1,5 @@
-r"""What several wings compute: factorisations matrix by matrix, and full precision."""
+r"""What several wings compute: factorisations matrix by matrix, full precision, and
+evaluation mode."""
 
 import threading
 
@@ -7,7 +8,7 @@ import torch
 from torch import backends
 
 from flowguard import numerics
-from flowguard.numerics import full_precision
+from flowguard.numerics import evaluation_mode, full_precision
 
 CASES = {
     "inv": (numerics.inv, torch.linalg.inv, 1),
@@ -242,3 +243,38 @@ def test_it_compiles_to_one_graph():
     assert torch.equal(compiled(a, b), product(a, b))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert compiled(a, b).dtype == torch.float32
+
+
+def test_modes_come_back_with_the_last_of_several_threads():
+    """The first leaves while the second is still within."""
+    layers = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.BatchNorm1d(2), torch.nn.ReLU())
+    layers[2].eval()
+    first_left, second_entered = threading.Event(), threading.Event()
+    seen = []
+
+    def modes():
+        return [module.training for module in layers.modules()]
+
+    def second():
+        with evaluation_mode(layers):
+            second_entered.set()
+            first_left.wait()
+            seen.extend(modes())
+
+    thread = threading.Thread(target=second)
+    with evaluation_mode(layers):
+        thread.start()
+        second_entered.wait()
+    first_left.set()
+    thread.join()
+    assert seen == [False] * 4
+    assert modes() == [True, True, True, False]
+
+
+def test_evaluation_mode_within_evaluation_mode_ends_with_the_outer_one():
+    layer = torch.nn.Dropout()
+    with evaluation_mode(layer):
+        with evaluation_mode(layer):
+            assert not layer.training
+        assert not layer.training
+    assert layer.training

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from flowguard.numerics import evaluating
+from flowguard.numerics import evaluating, evaluation_mode
 from flowguard.ood import recording
 from flowguard.ood.embeddings import (
     Selector,
@@ -64,7 +64,8 @@ class OODConditioner(nn.Module):
        ``conditioner.policy = "report"``, under which the call passes through and :attr:`report`
        refuses.
     3. :meth:`fit` on training contexts, :meth:`calibrate` on contexts that were held out. From
-       then on every call is scored, whether or not :meth:`eval` was called.
+       then on every call is scored, whether or not :meth:`eval` was called, and the encoder runs
+       in evaluation mode in it, as it did in these two, and gets its modes back.
     4. :meth:`train` (also of a model around it) switches scoring and policy off, so that training
        goes on undisturbed, :meth:`eval` switches them on. If the encoder's weights have changed
        since the fit, scoring raises a :class:`RuntimeError`; fit and calibrate again.
@@ -293,14 +294,25 @@ class OODConditioner(nn.Module):
     def forward(self, y: Any) -> Any:
         r"""Returns what the encoder makes of contexts; scores it and acts by the policy, in
         evaluation mode."""
-        output = y if self.encoder is None else self.encoder(y)
         if self._off:
-            return self._overheard(y, output) if recording.listening() else output
+            if recording.listening():
+                self._overheard(y)
+            return self._encode(y)
         if not self.calibrated:
             if self.training or self.policy == "report":
-                return output
+                return self._encode(y)
             self.guard.require(calibrated=True, owner="conditioner")
-        return self._guarded(y, output)
+        # Dropout and batch normalisation in training mode are not what was calibrated.
+        trains = self.encoder is not None and any(m.training for m in self.encoder.modules())
+        return self._guarded(y, self._evaluated(y) if trains else self._encode(y))
+
+    def _encode(self, y: Any) -> Any:
+        return y if self.encoder is None else self.encoder(y)
+
+    @_eager
+    def _evaluated(self, y: Any) -> Any:
+        with evaluation_mode(self.encoder):
+            return self._encode(y)
 
     @_eager
     def _guarded(self, y: Any, output: Any) -> Any:
@@ -312,13 +324,12 @@ class OODConditioner(nn.Module):
         return self._act(output, levels, report)
 
     @_eager
-    def _overheard(self, y: Any, output: Any) -> Any:
+    def _overheard(self, y: Any) -> None:
         r"""In training mode a monitor may still ask; the policy stays off."""
         if recording.active() and self.calibrated:
-            report = self._score(y, to_levels(output, self.level_names))
+            report = self.score(y)
             for recorder in recording.active():
                 recorder.record(self, report)
-        return output
 
     def _act(self, output: Any, levels: dict[str, Tensor], report: OODReport) -> Any:
         if self.policy == "report":
@@ -343,7 +354,7 @@ class OODConditioner(nn.Module):
         return output if unchanged else with_levels(output, moved)
 
     def _embed(self, y: Any) -> tuple[Any, dict[str, Tensor]]:
-        output = y if self.encoder is None else self.encoder(y)
+        output = self._encode(y)
         return output, to_levels(output, self.level_names)
 
     @torch.no_grad()

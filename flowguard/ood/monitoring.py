@@ -12,6 +12,8 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.hooks import RemovableHandle
 
 from flowguard.numerics import evaluating
@@ -58,7 +60,8 @@ class Monitor(nn.Module):
 
     - Without ``levels`` (or with names of conditioner levels), it records what the
       :class:`OODConditioner`\ s in the model report. They keep their own policy and alpha. In
-      training mode, when they are silent, they score for the monitor.
+      training mode, when they are silent, they score for the monitor, for which the encoder runs
+      once more, in evaluation mode.
     - With ``levels``, names of submodules as :meth:`~torch.nn.Module.named_modules` gives them,
       it hooks these while it is entered, and scores what they return. Such a monitor is fitted
       and calibrated once; ``watch.state_dict()`` keeps the result. The model does not become a
@@ -69,8 +72,9 @@ class Monitor(nn.Module):
     each record for themselves, and hooks are gone after the ``with`` block, also after an
     exception.
 
-    Hooks cannot see into a compiled module, and entering one raises a :class:`RuntimeError`;
-    conditioners in a compiled model are recorded.
+    Hooks cannot see into a compiled module, nor what dropout and batch normalisation in training
+    mode would have computed in evaluation mode; entering either raises a :class:`RuntimeError`.
+    Conditioners in a compiled model are recorded.
 
     Arguments:
         model: The model.
@@ -230,6 +234,7 @@ class Monitor(nn.Module):
         if self._hooked:
             self.guard.require(calibrated=True, owner="monitor")
             _refuse_compiled(model, self._hooked)
+            _refuse_moody(model)
         for path, source in () if self._hooked else self._sources.items():
             source.guard.require(
                 calibrated=True, owner=f"conditioner {path!r}" if path else "model"
@@ -350,6 +355,18 @@ def _refuse_compiled(model: nn.Module, hooked: Iterable[str]) -> None:
                     "the monitor the module from before torch.compile (`compiled._orig_mod`) and "
                     "call that, or wrap the encoder in an OODConditioner, which can be compiled"
                 )
+
+
+def _refuse_moody(model: nn.Module) -> None:
+    r"""What hooks hear cannot be computed again in the mode of the fit."""
+    for path, module in model.named_modules():
+        dropout = isinstance(module, _DropoutNd) and module.p > 0
+        if module.training and (dropout or isinstance(module, _BatchNorm)):
+            raise RuntimeError(
+                "a model must be watched in evaluation mode, in which it was fitted and "
+                f"calibrated; got {path!r}, a {type(module).__name__}, in training mode, where "
+                "its outputs are others: call `model.eval()` first"
+            )
 
 
 def _hook(path: str, hear: Callable[[str, Any], None]) -> Callable[[nn.Module, Any, Any], None]:

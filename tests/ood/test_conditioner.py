@@ -383,6 +383,61 @@ def test_fit_uses_evaluation_mode_and_gives_modes_back():
     assert torch.equal(a.cholesky, b.cholesky)
 
 
+def moody():
+    """An encoder that computes something else in training mode, and remembers what it saw there."""
+    encoder = nn.Sequential(nn.Linear(3, 16), nn.BatchNorm1d(16), nn.Dropout(0.5))
+    for seed in range(50):
+        encoder(vectors(seed=seed))
+    return encoder
+
+
+def _never_in_evaluation_mode(conditioner):
+    assert conditioner.training
+
+
+def _encoder_in_training_mode(conditioner):
+    conditioner.eval()
+    conditioner.encoder.train()
+
+
+def _dropout_in_training_mode(conditioner):
+    conditioner.eval()
+    conditioner.encoder[2].train()
+
+
+@pytest.mark.parametrize(
+    "mode", [_never_in_evaluation_mode, _encoder_in_training_mode, _dropout_in_training_mode]
+)
+def test_an_encoder_in_training_mode_is_scored_as_it_was_calibrated(mode):
+    conditioner = guarded(moody(), data=vectors)
+    mode(conditioner)
+    modes = [m.training for m in conditioner.modules()]
+    before = copy.deepcopy(conditioner.encoder.state_dict())
+    calls = []
+    conditioner.encoder[1].register_forward_hook(lambda m, x, y: calls.append(m.training))
+    y = vectors(1000, seed=77).requires_grad_()
+    output = conditioner(y)
+    assert calls == [False]
+    assert [m.training for m in conditioner.modules()] == modes
+    assert float(conditioner.report.flagged.double().mean()) < 0.05
+    for key, value in conditioner.encoder.state_dict().items():
+        assert torch.equal(value, before[key])
+    output.sum().backward()
+    assert y.grad.abs().sum() > 0
+    report = conditioner.report
+    assert torch.equal(conditioner.eval().score(y).p_value, report.p_value)
+    assert torch.equal(conditioner(y), output)
+
+
+def test_compiled_an_encoder_in_training_mode_is_scored_as_it_was_calibrated():
+    conditioner = guarded(moody(), data=vectors)
+    model = torch.compile(nn.Sequential(conditioner, nn.Linear(16, 2)), backend="eager")
+    y = vectors(1000, seed=77)
+    model(y)
+    assert float(conditioner.report.flagged.double().mean()) < 0.05
+    assert torch.equal(conditioner.score(y).p_value, conditioner.report.p_value)
+
+
 def test_a_failed_fit_leaves_the_old_one():
     conditioner = guarded(data=vectors)
     expected = conditioner.score(vectors()).p_value

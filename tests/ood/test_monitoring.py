@@ -85,6 +85,32 @@ def test_in_training_it_scores_for_the_monitor_alone():
     assert watch.report.flagged.tolist() == [True]
 
 
+def test_in_training_it_scores_what_was_calibrated():
+    encoder = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5))
+    conditioner = OODConditioner(encoder, "raise", alpha=0.01)
+    conditioner.fit(vectors(), progress=False).calibrate(vectors(500, 1), progress=False)
+    model = nn.Sequential(conditioner).train()
+    with monitor(model) as watch:
+        output = model(vectors(seed=2))
+    assert torch.equal(watch.report.p_value, conditioner.score(vectors(seed=2)).p_value)
+    assert (output == 0).any()  # what is trained has its dropout
+    assert encoder[1].training
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Dropout(0.5), nn.BatchNorm1d(4)], ids=["dropout", "batch normalisation"]
+)
+def test_hooks_refuse_what_depends_on_the_mode_in_training_mode(layer):
+    model = Flow(nn.Sequential(nn.Linear(3, 4), layer, nn.Linear(4, 2)))
+    watch = hooked(model)
+    with pytest.raises(RuntimeError, match=r"evaluation mode.*'encoder\.1', a .*in training mode"):
+        watch.__enter__()
+    model.eval()
+    with watch:
+        model(vectors(seed=2))
+    assert watch.report.flagged.double().mean() < 0.05
+
+
 def test_several_conditioners_go_by_their_names():
     model = nn.ModuleDict({"left": guarded(), "right": guarded()})
     with monitor(model) as watch:
