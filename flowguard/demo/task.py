@@ -67,6 +67,7 @@ class Task(abc.ABC):
         model = self.model(coupling, quick)
         model.conditioner.alpha = (1 - QUANTILE) * model.flow.levels  # shared among the levels
         model.conditioner.boundary = QUANTILE
+        model.conditioner.policy = "report"  # tables and figures tell what is flagged
         return model
 
     @abc.abstractmethod

@@ -69,7 +69,9 @@ class ImageModel(Pretrained, nn.Module):
         quant: The number of grey levels of the images.
 
     Attributes:
-        conditioner: The encoder, inside of a :class:`flowguard.OODConditioner`.
+        conditioner: The encoder, inside of a :class:`flowguard.OODConditioner`. Once it is fitted
+            and calibrated, every call warns of conditions out of distribution, unless its policy
+            is another one; before that, a model that was loaded says once that it does not.
         scale: How many times larger an image is than its condition, in each direction.
         words: What a model calls an image and its condition: the name of the argument and what it
             is, for each. Signatures, help and messages say so.
@@ -113,7 +115,7 @@ class ImageModel(Pretrained, nn.Module):
             raise ValueError(f"there must be at least 2 grey levels; got quant={quant}")
         self.quant = quant
         self.import_report: ImportReport | None = None
-        self.conditioner = OODConditioner(encoder, policy="report")
+        self.conditioner = OODConditioner(encoder, required=False)
         self.flow = flow
 
     # -- what a model may say of itself ----------------------------------------------------------

@@ -98,7 +98,11 @@ class OODConditioner(nn.Module):
         normalize: Whether embeddings are scaled to unit length first (``"l2"``) or not.
         statistic: What an image is judged by: the ``"mean"`` of its pixel scores, their
             ``"max"``, or the ``"share"`` of pixels above the 0.99 quantile of training pixels.
-            The maximum grows with the number of pixels: it suits images of the size of the calibration's.
+            The maximum grows with the number of pixels: it suits images of the size of the
+            calibration's.
+        required: Whether a call in evaluation mode is refused before the calibration. If not, the
+            policy ``"warn"`` lets it pass too, and warns once where a fit or a loaded state shows
+            that the conditioner was meant to guard.
 
     Raises:
         TypeError: If the encoder is no module.
@@ -127,6 +131,7 @@ class OODConditioner(nn.Module):
         shrinkage: Shrinkage = "oas",
         normalize: Literal["l2"] | None = None,
         statistic: Statistic = "mean",
+        required: bool = True,
     ) -> None:
         super().__init__()
         if encoder is not None and not isinstance(encoder, nn.Module):
@@ -145,7 +150,9 @@ class OODConditioner(nn.Module):
         self.level_names = None if levels is None else list(levels)
         self.alpha = alpha
         self.boundary = boundary
+        self.required = required
         self.policy = policy
+        self._told = False
         self._off = False
         self._last = recording.PerThread()
         self._seal = Seal("encoder")
@@ -301,13 +308,28 @@ class OODConditioner(nn.Module):
         if not self.calibrated:
             if self.training or self.policy == "report":
                 return self._encode(y)
-            self.guard.require(calibrated=True, owner="conditioner")
+            if self.required or self.policy != "warn":
+                self.guard.require(calibrated=True, owner="conditioner")
+            if not self._told and (self.guard.fitted or self.guard.loaded):
+                self._tell()
+            return self._encode(y)
         # Dropout and batch normalisation in training mode are not what was calibrated.
         trains = self.encoder is not None and any(m.training for m in self.encoder.modules())
         return self._guarded(y, self._evaluated(y) if trains else self._encode(y))
 
     def _encode(self, y: Any) -> Any:
         return y if self.encoder is None else self.encoder(y)
+
+    @_eager
+    def _tell(self) -> None:
+        self._told = True
+        lack = "fitted but not calibrated" if self.fitted else "not fitted"
+        warnings.warn(
+            f"The guard is {lack}, so that no condition is checked; this is said once. Call "
+            "`fit(batches)` on training conditions and `calibrate(batches)` on held-out ones, or "
+            "set its policy to 'report'.",
+            stacklevel=_caller(),
+        )
 
     @_eager
     def _evaluated(self, y: Any) -> Any:
@@ -338,7 +360,10 @@ class OODConditioner(nn.Module):
         if flagged and self.policy == "raise":
             raise OODContextError(f"{report.summary()} Nothing was computed.", report)
         if flagged:
-            end = "Nothing was dropped or changed."
+            end = (
+                "Nothing was dropped or changed: look at the report, or set the policy to "
+                "'shrink', 'raise' or 'report'."
+            )
             if self.policy == "shrink":
                 end = "Embeddings beyond the calibrated boundary were moved onto it."
             warnings.warn(f"{report.summary()} {end}", OODContextWarning, stacklevel=_caller())
@@ -377,7 +402,8 @@ def _not_finite(y: Any, levels: dict[str, Tensor]) -> Tensor | None:
 
 def _caller() -> int:
     r"""The `stacklevel` of the first frame outside torch and this package."""
-    inside = tuple(os.path.dirname(path) + os.sep for path in (torch.__file__, __file__))
+    package = os.path.dirname(os.path.dirname(__file__))
+    inside = (os.path.dirname(torch.__file__) + os.sep, package + os.sep)
     frame: FrameType | None = sys._getframe(1)
     level = 1
     while frame is not None and frame.f_code.co_filename.startswith(inside):

@@ -126,6 +126,7 @@ class LevelSet(nn.Module):
         self.kinds: list[str] = []
         self.fingerprint = ""
         self.edges_of_fit = True
+        self.loaded = False
 
     def fresh(self) -> "LevelSet":
         r"""Returns an empty set with the same options."""
@@ -421,6 +422,7 @@ class LevelSet(nn.Module):
                     f"loaded with the same; got normalize={self.normalize!r}"
                 )
                 return
+            self.loaded = True
             self.names, self.kinds = state["names"], state["kinds"]
             self.fingerprint = state["fingerprint"]
             # Format 1 had no frames, and chose the edges of "share" on the calibration images.

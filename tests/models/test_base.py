@@ -4,6 +4,7 @@ import copy
 import inspect
 import math
 import pickle
+import re
 import warnings
 
 import pytest
@@ -23,6 +24,7 @@ from flowguard.models import (
     base,
 )
 from flowguard.numerics import normal_log_prob
+from flowguard.ood import NotFittedError, OODContextWarning
 
 
 class Denoiser(ImageModel):
@@ -442,3 +444,75 @@ def test_compiled_code_does_not_look_at_values():
         warnings.simplefilter("error")
         sample(torch.full((1, 3, 4, 4), 255.0))
     assert not model.warned
+
+
+# -- what the guard says -----------------------------------------------------------------------
+
+
+def guarded(model):
+    model.conditioner.alpha = 0.1
+    model.conditioner.fit(torch.rand(20, 3, 8, 8), progress=False)
+    return model.conditioner.calibrate(torch.rand(60, 3, 8, 8), progress=False)
+
+
+@pytest.mark.parametrize("tile", [None, 8])
+def test_sampling_a_flagged_condition_warns_once_and_says_what_to_do(tile):
+    model = superres().eval()
+    guarded(model)
+    strange = 50 * torch.rand(1, 3, 8, 8)
+    with pytest.warns(OODContextWarning) as caught:
+        model.sample(strange, 2, tile=tile)
+    (warning,) = caught
+    assert re.search(r"1 of 1 contexts is .*p = 0\.\d+", str(warning.message))
+    assert "policy to 'shrink', 'raise' or 'report'" in str(warning.message)
+    assert warning.filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.conditioner.policy = "report"
+        model.sample(strange)
+
+
+def test_a_model_whose_guard_was_never_fitted_says_nothing(model):
+    x, y = pair(model)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        model.sample(y)
+        model.nll(x, y)
+        model.train()
+        model.nll(x, y)
+
+
+def _fitted(model, folder):
+    model.conditioner.fit(torch.rand(20, 3, 8, 8), progress=False)
+    return model
+
+
+def _loaded(model, folder):
+    model.save_pretrained(folder)
+    return type(model).from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("make", "lack"), [(_fitted, "fitted but not calibrated"), (_loaded, "not fitted")]
+)
+def test_a_model_that_was_meant_to_guard_says_once_that_it_does_not(make, lack, tmp_path):
+    model = make(superres().eval(), tmp_path)
+    y = torch.rand(1, 3, 8, 8)
+    with pytest.warns(UserWarning, match=f"{lack}.*no condition is checked.*`fit"):
+        model.sample(y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.sample(y)
+    again = make(superres().eval(), tmp_path)
+    again.conditioner.policy = "report"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again.sample(y)
+
+
+@pytest.mark.parametrize("policy", ["raise", "shrink"])
+def test_a_model_that_is_asked_to_act_refuses_without_calibration(policy):
+    model = superres().eval()
+    model.conditioner.policy = policy
+    with pytest.raises(NotFittedError, match="call `fit"):
+        model.sample(torch.rand(1, 3, 8, 8))
