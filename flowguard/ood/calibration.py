@@ -11,6 +11,10 @@ from flowguard.ood.state import PinnedState
 
 STATISTICS = ("mean", "max", "share")
 
+#: Scores that differ by less than this share are ties. An image is rounded otherwise alone than in
+#: a batch, and copies of a calibration image must not be stranger than all of these.
+TIE = 1e-5
+
 # Pixel scores, relative to the number of features, are counted in logarithmic bins. An exact
 # count needs no subsample and no cap, does not depend on the order of the images, and adds up
 # across ranks; a bin is 0.27 % wide, far below the noise of any calibration set. Without shrinkage
@@ -84,10 +88,12 @@ class Calibration(PinnedState):
     def p_values(self, statistics: Tensor) -> Tensor:
         r"""Returns the conformal p-values, with shape :math:`(N, 3)`, of such statistics.
 
+        Ties, also those up to rounding, count as calibration scores that are as large.
+
         Arguments:
             statistics: The statistics of :func:`image_statistics`, with shape :math:`(N, 3)`.
         """
-        reference = self.scores.to(statistics)
+        reference, statistics = self.scores.to(statistics), statistics * (1 - TIE)
         above = torch.stack(
             [
                 len(reference) - torch.searchsorted(column.contiguous(), value.contiguous())
@@ -110,7 +116,7 @@ class Calibration(PinnedState):
         """
         column = self.scores[:, STATISTICS.index(statistic)]
         rank = max(1, math.floor(alpha * (len(column) + 1) + 1e-9))
-        return float(column[max(0, len(column) - rank)])
+        return float(column[max(0, len(column) - rank)]) / (1 - TIE)
 
     def boundary(self, quantile: float) -> float:
         r"""Returns the score that all but a share ``1 - quantile`` of calibration pixels keep to.
