@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flowguard import transforms
 from flowguard.bounds.regions import Envelope
-from flowguard.bounds.rules import envelope, envelope_rule, rule
+from flowguard.bounds.rules import departure, envelope, envelope_rule, rule
 from flowguard.bounds.steps import Pointwise, Refused, Step
 
 FREE = "its shift is free; give a shift_bound"
@@ -37,15 +37,13 @@ MAPS = (
 )
 
 
-def undetermined(
-    constructor: Callable[..., Any], known: tuple[Callable[..., Any], ...] = ()
-) -> str:
+def undetermined(constructor: Callable[..., Any], known: tuple[type, ...] = ()) -> str:
     r"""Returns why one map of a constructor does not tell what bounds all of them, in words; empty
     if it does: if it is a known class, with plain options, or one that states its own bound.
 
     Arguments:
         constructor: From parameters to a map, as a layer calls it.
-        known: Other constructors whose maps are bounded by their options.
+        known: Classes of modules that construct maps which are bounded by their options.
 
     Example:
         >>> from functools import partial
@@ -59,8 +57,11 @@ def undetermined(
             break
         constructor = constructor.func
     states = isinstance(constructor, type) and "inverse_bound" in vars(constructor)
-    if states or constructor in (*MAPS, *known):
+    if states or constructor in MAPS:
         return ""
+    for cls in known:
+        if isinstance(constructor, cls):
+            return departure(constructor, cls)
     name = getattr(constructor, "__name__", type(constructor).__name__)
     return f"the bound of {name} may depend on its parameters; give a class, or a partial of one"
 

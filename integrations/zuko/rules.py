@@ -42,13 +42,17 @@ from flowguard.bounds.solution import solution
 from flowguard.bounds.torch_rules import affine, after, squashed
 from flowguard.bounds.univariate import undetermined
 from flowguard.migration.imitate import RescaledSpline
-from flowguard.migration.inscribe import InscribedAffine
+from flowguard.migration.inscribe import InscribedAffine, InscribedShift
 from flowguard.migration.rules import BoundOfMap
 
 from .flows import GuardedFlow
 from .image import ConditionalMultiscaleTransform, MultiscaleFlow, MultiscaleTransform
+from .migration import CarriedSpline
 
 T = zuko.transforms
+#: What constructs the maps of layers after a migration.
+MIGRATED = (CarriedSpline, InscribedAffine, InscribedShift, RescaledSpline)
+
 # zuko has its additive transform from 1.5 on; before, there is nothing to bound.
 ADDITIVE: tuple[type, ...] = tuple(
     getattr(T, name) for name in ("AdditiveTransform",) if hasattr(T, name)
@@ -128,7 +132,8 @@ def _constant_map(
     r"""The steps of a transform that a layer makes anew at each call, of constants."""
     while type(constructor) is partial:
         constructor = constructor.func
-    if not isinstance(constructor, type):
+    migrated = isinstance(constructor, MIGRATED) and not undetermined(constructor, MIGRATED)
+    if not isinstance(constructor, type) and not migrated:
         name = getattr(constructor, "__name__", type(constructor).__name__)
         reason = f"{name} is no class, and may make another one at each call"
         yield Refused(reason=reason, depends="not at all")
@@ -148,9 +153,7 @@ def _conditional(layer: Any, sampling: bool, mask: Tensor) -> Iterator[Step]:
         reason = f"{envelope(f, sampling).reason}, and its slope may fall to {1 / gain:.3g}"
         yield Refused(kind=kind, gain=gain if math.isfinite(gain) else None, reason=reason)
         return
-    make = layer.univariate
-    known = next((c for c in (InscribedAffine, RescaledSpline) if isinstance(make, c)), None)
-    reason = departure(make, known) if known else undetermined(make)
+    reason = undetermined(layer.univariate, MIGRATED)
     if reason and not envelope(f, sampling).reason:
         yield Refused(kind=kind, reason=reason)
     else:
