@@ -653,3 +653,18 @@ def test_weights_that_are_made_at_each_look_are_named(host):
     )
     (refused,) = flowguard.certify(layer).refused
     assert "parametrization" in refused.reason
+
+
+def test_the_unconditional_part_of_a_migrated_coupling_is_bounded_by_its_knots(host):
+    layer = host.T.PiecewiseRationalQuadraticCouplingTransform(
+        MASK, host.net, tails="linear", tail_bound=3.0, apply_unconditional_transform=True
+    )
+    flow = host.flow(layer)
+    new, _ = flowguard.migrate(flow, torch.randn(64, D), torch.randn(64, CONTEXT))
+    assert flowguard.certify(new).certified
+    with torch.no_grad():
+        (part,) = (m for n, m in new.named_modules() if n.endswith("unconditional_transform"))
+        part.unnormalized_derivatives.fill_(1e10)
+    (refused,) = flowguard.certify(new).refused
+    assert refused.name.endswith("unconditional_transform")
+    assert "may leave its box" in refused.reason
