@@ -118,8 +118,8 @@ def test_couplings_compute_what_the_published_ones_do(golden, name, dtype):
 
 TINY = {"blocks": 2, "stacked": (0, 1), "features": 4, "growth": 2, "hidden": 6, "steps": 2}
 NETS = {
-    "srflow ×4": {},
-    "srflow ×8": {"scale": 8, "levels": 4, "steps": 1},
+    "srflow, scale 4": {},
+    "srflow, scale 8": {"scale": 8, "levels": 4, "steps": 1},
     "srflow, two levels": {"levels": 2, "steps": 3},
     "robustnf, affine": {"noise_steps": (0, 1, 2)},
     "robustnf, reparametrised": {"coupling": "affinereparam", "noise_steps": (0, 2, 2)},
