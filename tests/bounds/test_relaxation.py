@@ -213,7 +213,7 @@ def test_no_robust_map_is_farther_from_a_line_and_extreme_ones_are_as_far(
     g = envelope(f, sampling)
     for radius in GRID:
         z = radius * torch.linspace(-1, 1, 81, dtype=torch.float64)
-        edge = min(0.999 * g.edge, radius)
+        edge = min(0.99 * g.edge, radius)  # beside the narrowest bin
         z = torch.cat((z, z.new_tensor([-edge, edge])))[:, None]
         x = f.inv(z) if sampling else f(z)
         for share in (0.0, 0.3, 0.7, 1.0):
@@ -237,6 +237,31 @@ def test_two_maps_move_a_feature_by_less_than_twice_what_one_does():
     rows = Forms.of(region)
     low, high = chain.links[-1].beside(rows, one, chain.nodes[1], chain.nodes[2])
     assert high.item() == -low.item() == 12.0  # 2 B + 2 β, not 4 B + 2 β
+
+
+@pytest.mark.parametrize("factor", [1.0, -0.5, 2.0, 0.0])
+@pytest.mark.parametrize("first", ENVELOPES)
+def test_no_two_maps_are_farther_from_a_line_than_their_course(first, factor):
+    radius, grid = 3.0, torch.linspace(-1, 1, 41, dtype=torch.float64)
+    z = torch.cat((radius * grid, torch.tensor([-2.5, 2.5]).double().clamp(-radius, radius)))
+    scale = Scale(factor=torch.tensor([factor]), offset=torch.tensor([0.25]))
+    for second in ENVELOPES:
+        steps = [Noise(size=1), Pointwise(envelope=first), scale, Pointwise(envelope=second)]
+        chain, region = chained(steps, radius=radius)
+        low, high = choices(first, z)
+        middle = torch.lerp(low[:, None], high[:, None], (1 + grid) / 2)
+        down, up = choices(second, factor * middle + 0.25)
+        tightest = math.inf
+        for share in (0.0, 0.3, 0.7, 1.0):
+            shares = torch.full((1, 1), share, dtype=torch.float64)
+            limits = chain.links[-1].beside(Forms.of(region), shares, *chain.nodes[1:])
+            line = share * factor * z[:, None]
+            reached = torch.maximum(-(down - line).amin(), (up - line).amax())
+            limit = max(-limits[0].item(), limits[1].item())
+            assert reached <= limit * ALMOST
+            tightest = min(tightest, limit - reached.item())
+        if math.isfinite(first.edge) and math.isfinite(second.edge):
+            assert tightest < 0.1  # of the grid
 
 
 # Chains of layers
