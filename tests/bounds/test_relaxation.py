@@ -60,7 +60,7 @@ def double(*shape):
 def choices(g, z):
     r"""The least and the largest value that a map within an envelope may give, for each z."""
     if g.limit is not None:
-        reach = torch.tensor([g.limit(r) for r in z.abs().flatten().tolist()]).view_as(z).to(z)
+        reach = z.new_tensor([g.limit(r) for r in z.abs().flatten().tolist()]).view_as(z)
         return -reach, reach
     reach = g.offset + (g.gain * z.abs()).clamp(min=g.floor)
     low, high = torch.maximum(-reach, z - g.displacement), torch.minimum(reach, z + g.displacement)
