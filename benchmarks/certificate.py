@@ -4,6 +4,7 @@ r"""Certificates beside what attacks reach, and what being certified costs in li
     python benchmarks/certificate.py toy          # trained flows: attack, tightness, likelihood
     python benchmarks/certificate.py float32      # what rounding adds to the bounds
     python benchmarks/certificate.py photographs --variant free   # one model for super-resolution
+    python benchmarks/certificate.py tighten      # attack, adversary and certificates, model by model
 
 Each part takes a few minutes on one core. The toy is that of ``benchmarks/zuko_toy.py``.
 """
@@ -15,17 +16,24 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import normflows_migration
 import torch
 import zuko
+from adversary import reached
 from common import moons
+from common import train as train_toy
+from nflows_migration import build as build_nflows
+from nflows_migration import loss_of
 from torch import Tensor
 from zuko_toy import train
 
 from flowguard import data
 from flowguard.bounds import certify
 from flowguard.bounds.attack import attack, sampler
+from flowguard.demo.superres import SuperResolutionTask
 from flowguard.image import ConditionalMultiscaleFlow, Robust
 from flowguard.integrations.zuko import RobustCouplingFlow, RobustNSF
+from flowguard.migration import migrate
 from flowguard.models import SuperResolutionFlow
 from flowguard.training.loop import train as train_images
 
@@ -265,13 +273,117 @@ def _bits(model: SuperResolutionFlow, crops: Any) -> float:
     )
 
 
+#: A model to be attacked, and conditions to start from.
+Target = tuple[Any, Any]
+
+
+def _trained(model: SuperResolutionFlow, steps: int) -> Target:
+    torch.manual_seed(1)
+    images = [data.photograph(name) for name in data.TRAINING_PHOTOGRAPHS]
+    crops = data.PairedCrops(images, scale=4, size=32, batch=16, seed=1)
+    train_images(model, crops, steps=steps, progress=False)
+    return model.eval().flow, [m.detach() for m in model.conditioner(torch.rand(4, 3, 8, 8))]
+
+
+def _small(steps: int, **options: Any) -> Target:
+    torch.manual_seed(1)
+    model = SuperResolutionFlow(scale=4, levels=2, steps=3, hidden=32, features=24, **options)
+    return _trained(model, steps)
+
+
+def _demo(steps: int) -> Target:
+    torch.manual_seed(1)
+    return _trained(SuperResolutionTask().model("robust", quick=False), steps)
+
+
+def _published(steps: int) -> Target:
+    r"""The published architecture with bounded priors, shaken in place of training."""
+    torch.manual_seed(0)
+    model = SuperResolutionFlow.published(scale=4, blocks=1, stacked=(0,))
+    with torch.no_grad():
+        for name, p in model.flow.named_parameters():
+            p.add_((0.02 if "coupling" in name else 0.003) * torch.randn_like(p))
+    for split in model.flow.splits:
+        split.tame(3.0, 2.0)
+    return model.eval().flow, [m.detach() for m in model.conditioner(torch.rand(1, 3, 8, 8))]
+
+
+def _toy(steps: int) -> Target:
+    flow = RobustCouplingFlow(2, 2, transforms=8)
+    train(flow, steps)
+    return flow.eval(), torch.zeros(32, 2)
+
+
+def _migrated_zuko(steps: int) -> Target:
+    flow = zuko.flows.MAF(2, 2, transforms=3)
+    train(flow, steps)
+    return migrate(flow, *moons(4096), fit_steps=100)[0].eval(), torch.zeros(32, 2)
+
+
+def _migrated_nflows(steps: int) -> Target:
+    flow: Any = build_nflows("nflows", "MAF")
+    train_toy(flow, loss_of(flow), steps)
+    return migrate(flow, *moons(4096))[0].eval(), torch.zeros(32, 2)
+
+
+def _migrated_normflows(steps: int) -> Target:
+    flow: Any = normflows_migration.nf.ConditionalNormalizingFlow(
+        normflows_migration.nf.distributions.DiagGaussian(2), normflows_migration.autoregressive()
+    )
+    draw = partial(normflows_migration.pairs, context=True)
+    train_toy(flow, flow.forward_kld, steps, draw=draw, batch=256, lr=3e-3, clip=10.0)
+    return migrate(flow, *draw(4096))[0].eval(), torch.zeros(32, 2)
+
+
+def _migrated_image(steps: int) -> Target:
+    flow, maps = _small(steps, coupling="affine")
+    x = 0.3 * torch.randn(len(maps[0]), 3, 32, 32)
+    return migrate(flow, x, maps)[0].eval(), maps
+
+
+TARGETS: dict[str, tuple[Callable[[int], Target], int]] = {
+    "toy, coupling": (_toy, 300),
+    "super-resolution, 2x3": (_small, 300),
+    "the demo's, 2x4": (_demo, 150),
+    "published x4, shaken": (_published, 0),
+    "migrated, image": (_migrated_image, 200),
+    "migrated, zuko MAF": (_migrated_zuko, 300),
+    "migrated, nflows MAF": (_migrated_nflows, 300),
+    "migrated, normflows MAF": (_migrated_normflows, 300),
+}
+
+
+def tighten(steps: int, only: str | None) -> None:
+    r"""What an attack reaches, what an adversary reaches who chooses all maps, and what is
+    certified, plainly and with more effort."""
+    for name, (build, training) in TARGETS.items():
+        if only not in (None, name):
+            continue
+        torch.manual_seed(0)
+        flow, y = build(training)
+        attacked = attack(flow, y, noise=RADIUS, steps=50, restarts=2).value
+        certificate = certify(flow)
+        free = reached(certify(flow, roundoff=0.0), RADIUS)
+        cells = []
+        for certified in (certificate, certificate.tighten(0), certificate.tighten(steps)):
+            start = time.process_time()
+            cells.append(f"{certified.bound(RADIUS):.4g} ({time.process_time() - start:.2g} s)")
+        print(
+            f"{name:24} reached {attacked:.4g} with its networks, {free:.4g} over all maps;"
+            f" certified {cells[0]}, tightened {cells[1]}, {steps} steps {cells[2]};"
+            f" growth {certificate.growth:.3g}",
+            flush=True,
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=("violations", "toy", "float32", "photographs"))
+    parts = ("violations", "toy", "float32", "photographs", "tighten")
+    parser.add_argument("part", choices=parts)
     parser.add_argument("--flows", type=int, default=160)
     parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--variant", choices=tuple(VARIANTS), default="free")
-    parser.add_argument("--only", help="one of the flows of the toy")
+    parser.add_argument("--only", help="one of the flows of the toy, or of the models to tighten")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
@@ -281,6 +393,8 @@ def main() -> None:
         toy(args.steps or 1500, args.only)
     elif args.part == "float32":
         float32(args.flows)
+    elif args.part == "tighten":
+        tighten(args.steps or 20, args.only)
     else:
         photographs(args.variant, args.steps or 300, args.seed)
 
