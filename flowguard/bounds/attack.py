@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 
 from flowguard.hosts import load
 from flowguard.numerics import evaluation_mode
+from flowguard.ood import unguarded
 
 #: A tensor, or a list of tensors of one batch, as the latents of a multiscale flow.
 Tensors = Any
@@ -89,6 +90,8 @@ def attack(
     is attacked by itself. Gradients pass through what lies between the given condition and the
     sample: for an attack on feature maps give the flow and the maps, for one on images the model
     and the images. No gradient is left on the model, whose mode is set to evaluation meanwhile.
+    Guards in it, such as :class:`flowguard.OODConditioner`, score and refuse nothing meanwhile; with
+    the policy ``"shrink"`` they move embeddings as ever.
 
     What the attack reaches is a lower bound of the largest sample, as
     :func:`flowguard.certify` gives an upper bound.
@@ -123,11 +126,12 @@ def attack(
         torch.Size([1, 6])
     """
     _check(radius, norm, noise, steps, restarts)
-    draw, latents = sampler(model, context) if latents is None else (model, latents)
+    with unguarded(model):
+        draw, latents = sampler(model, context) if latents is None else (model, latents)
     ball = Ball([t.detach() for t in _listed(context)], radius, norm)
     best = Attack(-math.inf, context, latents, torch.empty(0), torch.empty(0))
     traces = []
-    with evaluation_mode(model):
+    with unguarded(model), evaluation_mode(model):
         for restart in range(restarts):
             y = ball.random(generator) if restart else ball.center
             z = [noise * _uniform(t, generator) for t in _listed(latents)]

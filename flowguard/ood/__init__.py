@@ -10,9 +10,10 @@ __all__ = [
     "OODReport",
     "StreamingGaussian",
     "monitor",
+    "unguarded",
 ]
 
-from flowguard.ood.conditioner import OODConditioner
+from flowguard.ood.conditioner import OODConditioner, unguarded
 from flowguard.ood.errors import NotFittedError, OODContextError, OODContextWarning
 from flowguard.ood.gaussian import StreamingGaussian
 from flowguard.ood.monitoring import Monitor, monitor

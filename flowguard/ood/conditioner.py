@@ -1,11 +1,13 @@
 r"""The OOD-aware conditioner: an encoder that knows what it was trained on."""
 
-__all__ = ["OODConditioner", "Policy"]
+__all__ = ["OODConditioner", "Policy", "unguarded"]
 
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, get_args
 
@@ -37,6 +39,34 @@ else:
     _eager = torch.compiler.disable
 
 Policy = Literal["warn", "report", "raise", "shrink"]
+
+# A context variable: in other threads, the guards of the same model go on.
+_past: ContextVar[tuple[nn.Module, ...]] = ContextVar("flowguard_unguarded", default=())
+
+
+@contextmanager
+def unguarded(model: Any) -> Iterator[None]:
+    r"""Looks past the guards of a model, within and in this thread: they score nothing, tell nothing
+    and refuse nothing, calibrated or not. Only ``"shrink"`` goes on to move embeddings, in silence,
+    as it is a part of what the model computes.
+
+    Arguments:
+        model: The model. Nothing is done for what is no module.
+
+    Example:
+        >>> import torch
+        >>> conditioner = OODConditioner(policy="raise").eval()
+        >>> with unguarded(conditioner):
+        ...     conditioner(torch.zeros(1, 2))
+        tensor([[0., 0.]])
+    """
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    found = tuple(m for m in modules if isinstance(m, OODConditioner))
+    token = _past.set((*_past.get(), *found))
+    try:
+        yield
+    finally:
+        _past.reset(token)
 
 
 class OODConditioner(nn.Module):
@@ -306,12 +336,10 @@ class OODConditioner(nn.Module):
                 self._overheard(y)
             return self._encode(y)
         if not self.calibrated:
-            if self.training or self.policy == "report":
-                return self._encode(y)
-            if self.required or self.policy != "warn":
-                self.guard.require(calibrated=True, owner="conditioner")
-            if not self._told and (self.guard.fitted or self.guard.loaded):
-                self._tell()
+            untold = not self._told and (self.guard.fitted or self.guard.loaded)
+            if self.policy != "report" and not self.training:
+                if self.required or self.policy != "warn" or untold:
+                    self._unready()
             return self._encode(y)
         # Dropout and batch normalisation in training mode are not what was calibrated.
         trains = self.encoder is not None and any(m.training for m in self.encoder.modules())
@@ -321,7 +349,12 @@ class OODConditioner(nn.Module):
         return y if self.encoder is None else self.encoder(y)
 
     @_eager
-    def _tell(self) -> None:
+    def _unready(self) -> None:
+        r"""Refuses, or says once, that nothing is checked yet."""
+        if self._is_past:
+            return
+        if self.required or self.policy != "warn":
+            self.guard.require(calibrated=True, owner="conditioner")
         self._told = True
         lack = "fitted but not calibrated" if self.fitted else "not fitted"
         warnings.warn(
@@ -338,6 +371,11 @@ class OODConditioner(nn.Module):
 
     @_eager
     def _guarded(self, y: Any, output: Any) -> Any:
+        if self._is_past:
+            if self.policy != "shrink":
+                return output
+            levels = to_levels(output, self.level_names)
+            return self._shrink(output, levels, self._score(y, levels))
         levels = to_levels(output, self.level_names)
         report = self._score(y, levels)
         self._last.value = report
@@ -345,10 +383,14 @@ class OODConditioner(nn.Module):
             recorder.record(self, report)
         return self._act(output, levels, report)
 
+    @property
+    def _is_past(self) -> bool:
+        return any(m is self for m in _past.get())
+
     @_eager
     def _overheard(self, y: Any) -> None:
         r"""In training mode a monitor may still ask; the policy stays off."""
-        if recording.active() and self.calibrated:
+        if recording.active() and self.calibrated and not self._is_past:
             report = self.score(y)
             for recorder in recording.active():
                 recorder.record(self, report)

@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import pickle
+import threading
 import warnings
 from collections import OrderedDict, namedtuple
 
@@ -21,6 +22,8 @@ from flowguard.ood import (
     OODConditioner,
     OODContextError,
     OODContextWarning,
+    monitor,
+    unguarded,
 )
 
 Pair = namedtuple("Pair", ["fine", "coarse"])
@@ -767,3 +770,49 @@ def test_what_was_fitted_in_inference_mode_serves_autograd():
     assert y.grad.isfinite().all()
     conditioner.load_state_dict(copy.deepcopy(conditioner.state_dict()))
     assert conditioner.score(vectors() * 100).flagged.all()
+
+
+@pytest.mark.parametrize("policy", ["warn", "report", "raise"])
+def test_unguarded_nothing_is_scored(policy, recwarn):
+    conditioner = OODConditioner(policy=policy, alpha=0.1)
+    y = torch.randn(512, 3)
+    conditioner.fit(y[:256], progress=False).calibrate(y[256:], progress=False)
+    far = 1e3 * y[:4]
+    with monitor(conditioner) as heard, unguarded(conditioner):
+        assert conditioner(far) is far
+    assert conditioner.report is None
+    assert not heard.reports
+    assert not recwarn.list
+    if policy == "raise":
+        with pytest.raises(OODContextError):
+            conditioner(far)
+
+
+def test_unguarded_embeddings_shrink_in_silence(recwarn):
+    conditioner = OODConditioner(policy="shrink", alpha=0.1)
+    y = torch.randn(512, 3)
+    conditioner.fit(y[:256], progress=False).calibrate(y[256:], progress=False)
+    far = 1e3 * y[:4]
+    with unguarded(conditioner):
+        near = conditioner(far)
+    assert near.abs().max() < 10
+    assert conditioner.report is None
+    assert not recwarn.list
+
+
+def test_unguarded_is_of_one_thread():
+    conditioner = OODConditioner(policy="raise").eval()
+    raised = []
+
+    def call():
+        try:
+            conditioner(torch.zeros(1, 2))
+        except NotFittedError:
+            raised.append(True)
+
+    with unguarded(conditioner):
+        assert conditioner(torch.zeros(1, 2)).shape == (1, 2)
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+    assert raised == [True]
