@@ -308,6 +308,9 @@ def apply(
     raw = raw.to(torch.promote_types(raw.dtype, x.dtype))
     f = family.transform(raw.unflatten(1, (x.shape[1], family.parameters)))
     if not ladj:
-        return (f.inv(x) if inverse else f(x)), x.new_full((), math.nan)
+        y = f.inv(x) if inverse else f(x)
+        return y.to(x.dtype), x.new_full(
+            (), math.nan
+        )  # some maps compute half precision in single
     y, each = f.inverse_and_ladj(x) if inverse else f.call_and_ladj(x)
-    return y, sum_rows(each)
+    return y.to(x.dtype), sum_rows(each)

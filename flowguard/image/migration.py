@@ -321,10 +321,9 @@ class ImageSurgeon(Surgeon):
     def kept(self) -> dict[str, str]:
         r"""Names the couplings that are not affine, and the splits whose prior is bounded."""
         return {
-            f"{name} ({type(module).__name__})": ""
+            f"{name} ({type(module).__name__})": why
             for name, module in self.model.named_modules()
-            if (isinstance(module, ConditionalCoupling) and not _is_affine(module))
-            or (isinstance(module, Split) and not _is_free(module))
+            if (why := _why_not(module))
         }
 
     def encode(self, x: Tensor, context: Any) -> Tensor | None:
@@ -342,6 +341,16 @@ class ImageSurgeon(Surgeon):
             return self.flow.inverse(latents, context, ladj=False)[0]
         image: Tensor = model.decode(latents, context)
         return image
+
+
+def _why_not(module: nn.Module) -> str:
+    r"""Says why a coupling or a split is kept; empty if it is one to replace, or none of these."""
+    if isinstance(module, ConditionalCoupling) and not _is_affine(module):
+        affine = isinstance(module.map, Affine | ReparametrizedAffine)
+        return "robust already" if affine else f"its map is not affine, but {module.map}"
+    if isinstance(module, Split) and not _is_free(module):
+        return "its prior is bounded already"
+    return ""
 
 
 def _is_affine(coupling: ConditionalCoupling) -> bool:

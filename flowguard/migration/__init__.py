@@ -24,13 +24,20 @@ units, rescaled
     their own. Each is brought to its units, an origin and a scale of input and output, constant
     whatever the condition is; a map in such units is a
     :class:`flowguard.migration.imitate.Rescaled` one.
-imitate
-    To *fit* a spline to the old map: where the parameters of the spline are computed by a layer that
-    is new, so that no closed form tells them (zuko; :mod:`flowguard.migration.imitate`).
 inscribe
     To *compute* the spline that follows an affine map within its box, of the slope and intercept
-    that the old network asks for: nothing is fitted, the network is kept as a whole (nflows,
-    normflows, image flows; :mod:`flowguard.migration.inscribe`).
+    that the old network asks for: nothing is fitted, the network is kept as a whole
+    (:mod:`flowguard.migration.inscribe`).
+imitate
+    To *fit* a spline to the old map: where the caller asks for so many bins, whose parameters are
+    computed by a layer that is new, so that no closed form tells them (zuko;
+    :mod:`flowguard.migration.imitate`).
+cut
+    What the new map does not follow of the old one. Its box and its slopes are chosen for the rows
+    of the calibration data, but for *outliers*, which the old flow itself finds absurd.
+moments
+    The mean and log-scale of a normal base that depend on the condition. They are *bounded* by an
+    interval around what they were in calibration (:mod:`flowguard.migration.moments`).
 knots, carry
     The points that a rational-quadratic spline goes through. A spline of a host is *carried over* as
     the robust spline through the same knots: exactly, unless that is steeper or flatter than the

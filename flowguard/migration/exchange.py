@@ -3,7 +3,7 @@ r"""Modules that take the place of others: made of them, put where they were, he
 Nothing here knows a library, or what is exchanged.
 """
 
-__all__ = ["exchange", "overhear", "successor"]
+__all__ = ["exchange", "instead", "overhear", "successor"]
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, MutableSequence
@@ -92,6 +92,7 @@ def overhear(layer: nn.Module, net: nn.Module | None, tell: Tell) -> Iterator[No
             output of the network.
     """
     said: list[Tensor | None] = [None]
+    directions: tuple[Direction, ...] = ("forward", "inverse")
 
     def hear(module: nn.Module, inputs: Any, output: Tensor) -> None:
         # One after another, an autoregressive network gets its inputs: the last pass has them
@@ -108,14 +109,28 @@ def overhear(layer: nn.Module, net: nn.Module | None, tell: Tell) -> Iterator[No
 
         return call
 
-    own = vars(layer)  # not by `setattr`, of which a module makes more
     with ExitStack() as stack:
         if net is not None:
             stack.callback(net.register_forward_hook(hear).remove)
-        directions: tuple[Direction, ...] = ("forward", "inverse")
         for direction in directions:
-            before: dict[str, Any] = {direction: own[direction]} if direction in own else {}
-            own[direction] = spy(direction)
-            stack.callback(own.update, before)
-            stack.callback(own.pop, direction)
+            stack.enter_context(instead(layer, direction, spy(direction)))
         yield
+
+
+@contextmanager
+def instead(layer: nn.Module, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    r"""Puts a function in place of a method of a module, within the context.
+
+    Arguments:
+        layer: The module.
+        name: The name of the method.
+        function: The function, which is called without the module.
+    """
+    own = vars(layer)  # not by `setattr`, of which a module makes more
+    before = {name: own[name]} if name in own else {}
+    own[name] = function
+    try:
+        yield
+    finally:
+        del own[name]
+        own.update(before)

@@ -1,6 +1,7 @@
 r"""Robust splines that imitate other univariate maps."""
 
 __all__ = [
+    "SAME",
     "AffineMap",
     "InUnits",
     "Rescaled",
@@ -24,6 +25,7 @@ AnyTransform = Any  # hosts give their transforms `call_and_ladj`, torch does no
 
 SMALLEST = 1e-6  # the least scale of a feature; a feature that never varies has none of its own
 ROWS = 512  # rows that a step of the fit looks at
+SAME = 1e-2  # by how many nats a density may move until a row counts as cut
 
 
 class AffineMap(Univariate):
@@ -219,10 +221,13 @@ class Taught(NamedTuple):
     Arguments:
         error: The root mean square error, in standard deviations of the output.
         ladj_error: The mean absolute error of the logarithm of the slope.
+        cut: The share of the rows at which it does not follow: where the logarithm of the slope of
+            any feature is off by more than a hundredth.
     """
 
     error: float
     ladj_error: float
+    cut: float
 
 
 def units(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -288,9 +293,11 @@ def compare(old: AnyTransform, new: AnyTransform, x: Tensor) -> Taught:
     """
     (goal, goal_ladj), (y, ladj) = old.call_and_ladj(x), new.call_and_ladj(x)
     _, scale = units(goal)
+    off = (ladj - goal_ladj).abs()
     return Taught(
         ((y - goal) / scale).square().mean().sqrt().item(),
-        (ladj - goal_ladj).abs().mean().item(),
+        off.mean().item(),
+        (off > SAME).any(-1).double().mean().item(),
     )
 
 

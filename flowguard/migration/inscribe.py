@@ -4,7 +4,7 @@ Where :mod:`flowguard.migration.imitate` fits a network to an affine map, this c
 the old network asks for, in closed form, so that the network is kept as a whole.
 """
 
-__all__ = ["InscribedAffine", "InscribedShift", "inscribe"]
+__all__ = ["Additional", "InscribedAffine", "InscribedShift", "inscribe", "middle", "single"]
 
 import math
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from flowguard.functional import saturate
+from flowguard.functional import FAITHFUL, saturate
 from flowguard.migration.imitate import SMALLEST, InUnits, Rescaled, RescaledSpline
 from flowguard.spline.invert import unconstrain
 from flowguard.spline.options import Options
@@ -22,7 +22,9 @@ from flowguard.transforms import AdditiveTransform, RobustSpline
 
 STRAIGHT = 0.9  # the share of the box in which the map is straight, for slopes up to one
 STRAIGHT_STEEP = 0.75  # and for the steepest ones, which need some room to bend
-INNER = 0.75  # the share of the box that all values which were met shall lie in
+INNER = (
+    0.5  # the share of the box that all values which were met shall lie in: rarer ones shall, too
+)
 WIDEST = 4.0  # by how much it may be widened for that
 FAR = 1e6  # what an intercept is cut at first: far beyond any box, and its square is finite
 
@@ -52,8 +54,7 @@ def inscribe(
     Returns:
         Widths, heights and derivatives, with shape :math:`(*, 2)`, and shifts.
     """
-    # A secant of a bin is at least that share: twice as much leaves room for the bends.
-    least = max(2 * Options(gain.dtype, bound, slope).share, 1e-3)
+    least = _flattest(gain.dtype, bound, slope)
     a = gain.clamp(least, 1 / least)
     b = intercept.clamp(-FAR, FAR)
     steep = a.clamp_min(1.0)
@@ -76,18 +77,34 @@ def inscribe(
     return *raw, shift
 
 
-class _Units(nn.Module):
-    r"""What is in the units of each feature, which older weights know nothing of."""
+def _flattest(dtype: torch.dtype, bound: float, slope: float | None) -> float:
+    r"""The least slope that is followed, whose inverse is the greatest."""
+    # A secant of a bin is at least that share: twice as much leaves room for the bends.
+    return max(2 * Options(dtype, bound, slope).share, 1e-3)
+
+
+def single(t: Tensor) -> Tensor:
+    r"""Returns a tensor in single precision, if it was in half: that has too few digits for knots,
+    and no room for what is far.
+
+    Arguments:
+        t: The tensor.
+    """
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+class Additional(nn.Module):
+    r"""A module with buffers of its own, which older weights know nothing of."""
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        # The weights of the flow before its migration fit as they are: the units stay.
+        # The weights of the flow before its migration fit as they are: the buffers stay.
         if any(prefix + name in state_dict for name in self._buffers):
             super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-class InscribedAffine(_Units, InUnits):
+class InscribedAffine(Additional, InUnits):
     r"""Creates a constructor of robust splines that follow affine maps, in the units of each
     feature; :meth:`around` finds these.
 
@@ -103,10 +120,10 @@ class InscribedAffine(_Units, InUnits):
     def around(cls, spline: RescaledSpline, x: Tensor, scale: Tensor, shift: Tensor) -> Self:
         r"""Returns a constructor in units that suit what was met.
 
-        The units of a feature are such that a slope in the middle of those that are met is one;
-        of input and output, the one that needs the larger box decides its size. Where values were
-        met far out in the box, or beyond it, the units are up to four times as large, so that it
-        is as rare as can be that the spline cannot follow.
+        The units of a feature are such that a slope in the middle of most that are met is one; see
+        :func:`middle`. Of input and output, the one that needs the larger box decides its size.
+        Where values were met far out in the box, or beyond it, the units are up to four times as
+        large, so that it is as rare as can be that the spline cannot follow.
 
         Arguments:
             spline: Origins and units of input and output, and the options.
@@ -114,21 +131,21 @@ class InscribedAffine(_Units, InUnits):
             scale: The slopes that were met.
             shift: The shifts that were met.
         """
-        # The middle of the range on a logarithmic scale, as slopes may be either way of it.
+        x, scale, shift = single(x), single(scale), single(shift)
         log = scale.detach().flatten(0, -2).clamp(SMALLEST, 1 / SMALLEST).log()
-        middle = ((log.amax(0) + log.amin(0)) / 2).exp()
+        one = middle(log, -math.log(_flattest(log.dtype, spline.bound, spline.slope))).exp()
         room = INNER * spline.bound
         unit = torch.maximum(
             spline.scale_in * _widening(x, spline.loc_in, spline.scale_in, room),
             spline.scale_out
-            / middle
+            / one
             * _widening(x * scale + shift, spline.loc_out, spline.scale_out, room),
         )
         return cls(
             spline.loc_in,
             unit,
             spline.loc_out,
-            unit * middle,
+            unit * one,
             **spline.options,
         )
 
@@ -139,10 +156,41 @@ class InscribedAffine(_Units, InUnits):
             scale: The slope :math:`s`, with shape :math:`(*, D)`.
             shift: The value :math:`t` at zero, with shape :math:`(*, D)`.
         """
-        gain = scale * (self.scale_in / self.scale_out)
-        intercept = (scale * self.loc_in + shift - self.loc_out) / self.scale_out
+        scale, shift = single(scale), single(shift)
+        loc_in, scale_in, loc_out, scale_out = units = tuple(map(single, self.units))
+        gain = scale * (scale_in / scale_out)
+        intercept = (scale * loc_in + shift - loc_out) / scale_out
         base = RobustSpline(*inscribe(gain, intercept, **self.options), **self.options)
-        return Rescaled(base, *self.units)
+        return Rescaled(base, *units)
+
+
+def middle(logs: Tensor, reach: float) -> Tensor:
+    r"""Returns the middle of the interval that costs the least likelihood.
+
+    A row whose log-slope lies outside of the interval is cut to its end, and loses as many nats as
+    it is outside. Their sum is least where as many rows are cut at one end as at the other. Where
+    several intervals do the same, that nearest to the middle of 98 % of the rows is taken, so that
+    a few outliers do not move it for their own sake.
+
+    Arguments:
+        logs: The log-slopes that were met, with shape :math:`(N, D)`.
+        reach: How far the interval goes to either side.
+
+    Returns:
+        The middle for each feature, with shape :math:`(D)`.
+
+    Example:
+        >>> logs = torch.cat((torch.linspace(-1.0, 1.0, 999), torch.tensor([-30.0])))
+        >>> middle(logs[:, None], 2.0).abs() < 0.03
+        tensor([True])
+    """
+    low = logs.sort(dim=0).values
+    high = low.flip(0)
+    fits = high - low <= 2 * reach  # after so many rows are cut at each end
+    cut = fits.to(torch.uint8).argmax(dim=0, keepdim=True)
+    least, most = (t.gather(0, cut)[0] for t in (low, high))
+    few = len(logs) // 100
+    return ((low[few] + high[few]) / 2).clamp(most - reach, least + reach)
 
 
 def _widening(x: Tensor, loc: Tensor, scale: Tensor, room: float) -> Tensor:
@@ -151,12 +199,13 @@ def _widening(x: Tensor, loc: Tensor, scale: Tensor, room: float) -> Tensor:
     return (farthest / room).clamp(1.0, WIDEST)
 
 
-class InscribedShift(_Units):
+class InscribedShift(Additional):
     r"""Creates a constructor of bounded shifts that follow free ones.
 
     Arguments:
         spline: The units of the input, and the bound in these units.
-        shift: The shifts that were met, with shape :math:`(N, *, D)`.
+        shift: The shifts that were met, with shape :math:`(N, *, D)`. Where they were met beyond
+            the bound, the units are up to four times as large.
 
     Example:
         >>> units = torch.tensor([[0.0], [1.0], [0.0], [1.0]])
@@ -170,9 +219,13 @@ class InscribedShift(_Units):
 
     def __init__(self, spline: RescaledSpline, shift: Tensor) -> None:
         super().__init__()
-        self.register_buffer("loc", shift.detach().flatten(0, -2).mean(0))
-        self.register_buffer("scale", spline.scale_in)
         self.shift_bound = spline.shift_bound
+        shift = single(shift)
+        loc, scale = shift.detach().flatten(0, -2).mean(0), spline.scale_in
+        if self.shift_bound is not None:
+            scale = scale * _widening(shift, loc, scale, FAITHFUL * self.shift_bound)
+        self.register_buffer("loc", loc)
+        self.register_buffer("scale", scale)
 
     def extra_repr(self) -> str:
         r"""Returns the bound of the shift, for the printed module."""

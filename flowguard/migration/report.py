@@ -2,6 +2,7 @@ r"""What a migration tells."""
 
 __all__ = ["Migration", "Replacement", "SampleError"]
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -20,6 +21,8 @@ class Replacement:
         error: The root mean square error of the imitation on the calibration batch, in standard
             deviations of the layer's output; NaN without one.
         ladj_error: The mean absolute error of the logarithm of its slope; NaN without one.
+        cut: The share of the rows at which it does not follow, outliers apart; NaN without
+            calibration data.
     """
 
     name: str
@@ -27,6 +30,13 @@ class Replacement:
     after: str
     error: float
     ladj_error: float
+    cut: float = math.nan
+
+    def __str__(self) -> str:
+        told = f"{self.name}: {self.before} -> {self.after}"
+        if self.error == self.error:
+            told += f", error {self.error:.3g} (log-slope {self.ladj_error:.3g})"
+        return f"{told}, {self.cut:.2%} of the rows cut" if self.cut > 0 else told
 
 
 class SampleError(NamedTuple):
@@ -54,7 +64,8 @@ class Migration:
     Arguments:
         replaced: The layers that were replaced.
         kept: The names of the layers that were not.
-        nll_before: The negative log-likelihood of the given pairs before, in nats.
+        nll_before: The negative log-likelihood of the given pairs before, in nats; outliers do not
+            count.
         nll_swapped: The same after the layers were replaced.
         nll_after: The same after fine-tuning; :py:`None` without.
         certificate_before: The certificate before; see :func:`flowguard.certify`.
@@ -63,6 +74,11 @@ class Migration:
         sample_error: How far samples moved when the layers were replaced, before fine-tuning;
             :py:`None` where the adapter cannot tell.
         dry_run: Whether nothing of this was done to the model.
+        outliers: The share of the given pairs that the old flow finds absurd, which were left out
+            of everything; see :func:`flowguard.migrate`.
+        cut: The share of the given pairs that the new flow does not follow: the outliers, and those
+            whose log-density moved by more than a hundredth when the layers were replaced.
+        hooked: The names of the modules with hooks of torch's, which went over to the new model.
     """
 
     replaced: tuple[Replacement, ...]
@@ -75,23 +91,36 @@ class Migration:
     reasons: Mapping[str, str] = field(default_factory=dict)
     sample_error: SampleError | None = None
     dry_run: bool = False
+    outliers: float = 0.0
+    cut: float = 0.0
+    hooked: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = ["dry run: the model was left as it is"] if self.dry_run else []
         if not self.replaced:
             lines.append("nothing to replace: no layer of this model can be made robust")
-        for r in self.replaced:
-            error = f", error {r.error:.3g} (log-slope {r.ladj_error:.3g})"
-            lines.append(f"{r.name}: {r.before} -> {r.after}{error if r.error == r.error else ''}")
+        lines += map(str, self.replaced)
         for name in self.kept:
             why = self.reasons.get(name)
             lines.append(f"{name}: kept" + (f", {why}" if why else ""))
+        if self.hooked:
+            lines.append(
+                f"hooks are kept on {', '.join(self.hooked)}: what they change is not bounded, and"
+                " no certificate covers it"
+            )
         if self.sample_error is not None and self.replaced:
             median, q99, exploded = self.sample_error
             moved = f"samples moved by {median:.2g} in the median, 1 in 100 by more than {q99:.2g}"
             if exploded > 0:
                 moved += f", but for {exploded:.2%} that exploded before"
             lines.append(moved)
+        if self.outliers > 0:
+            lines.append(
+                f"{self.outliers:.2%} of the rows are outliers, far less likely than all others to"
+                " the flow: they are left out of the calibration, and of the figures"
+            )
+        if self.cut > 0:
+            lines.append(f"{self.cut:.2%} of the rows are cut: the new flow does not follow there")
         if self.nll_before is not None:
             nll = f"NLL {self.nll_before:.4f} nats before"
             if self.replaced:

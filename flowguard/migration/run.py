@@ -1,23 +1,25 @@
 r"""The course of a migration: listen, replace layer by layer, compare, fine-tune, report."""
 
-__all__ = ["migrate"]
+__all__ = ["Plan", "hooked", "migrate", "typical"]
 
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from flowguard.bounds.certificate import certify
-from flowguard.migration.imitate import SMALLEST, RescaledSpline, compare, imitate, units
+from flowguard.migration.imitate import SAME, SMALLEST, RescaledSpline, compare, imitate, units
+from flowguard.migration.inscribe import single
 from flowguard.migration.report import Migration, Replacement, SampleError
 from flowguard.migration.surgeon import Site, Surgeon, surgeon
 from flowguard.numerics import evaluating
+from flowguard.ood import unguarded
 from flowguard.transforms import SHIFT_BOUND
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -29,6 +31,10 @@ AS_ASKED = "additive, and left as asked"
 PLANNED = "a robust map"
 TRIED = 512  # samples that are made before and after
 FARTHEST = 10.0  # standard deviations from the data within which samples are compared
+ABSURD = 20.0  # by how many spreads an outlier is less likely than the median row
+FEWEST = 20  # rows of which one may be an outlier
+OUTLIERS = 0.01  # the share of rows up to which they are outliers, and not a part of the data
+ROUNDINGS = 16  # units of rounding that a log-density may move by without a reason
 
 Density = Callable[[Tensor, Any], Tensor]
 
@@ -46,7 +52,7 @@ def migrate(
     steps: int = 0,
     lr: float = 1e-3,
     batch_size: int = 256,
-    bins: int = 8,
+    bins: int | None = None,
     bound: float = 5.0,
     shift_bound: float | None = SHIFT_BOUND,
     slope: float | None = 1e-3,
@@ -57,16 +63,26 @@ def migrate(
     Every conditional affine map becomes a :class:`flowguard.RobustSpline`. The hidden layers of
     the networks that compute its parameters are kept, and the new flow *imitates* the old one:
     each feature is brought to the units that the calibration pairs have there, a constant affine
-    map, and the spline follows what the old map did beyond that, on the pairs and on samples.
-    Where the old map leaves the box of the spline, it cannot follow, which is the point.
+    map, and the spline follows what the old map did beyond that. Where the old map leaves the box
+    of the spline, it cannot follow, which is the point.
 
-    How the spline comes to follow depends on the library. With zuko the last layer of each network
-    is rebuilt for `bins` bins and fitted in `fit_steps` steps. With nflows and normflows the old
-    network is kept as a whole, and the affine map that it asks for is inscribed into the box of a
-    spline of three bins, exactly: `bins` and `fit_steps` have no say there.
+    The old network is kept as a whole, and the affine map that it asks for is inscribed into the
+    box of a spline of three bins: exactly, where slope and value at zero are within the range that
+    the box has room for, which is chosen such that the calibration pairs lose as little likelihood
+    as can be. With `bins`, the last layer of each of zuko's networks is rebuilt instead, for as
+    many bins, and fitted in `fit_steps` steps: that can learn more, but loses some likelihood first.
 
     Every rational-quadratic spline of the host becomes one too, without a shift and with the same
-    knots, as far as `slope` allows: exactly, up to rounding, in the ordinary case.
+    knots, as far as `slope` allows: exactly, up to rounding, in the ordinary case. A normal base
+    whose mean and scale depend on the context is bounded such that nothing changes in the range
+    that they have on the calibration pairs.
+
+    Rows that the old flow finds absurd are *outliers*: at most one in a hundred, each of them less
+    likely than the median row by twenty times what the least likely tenth of all rows is. They are
+    left out of the calibration, of fine-tuning and of the figures, and the report tells their
+    share, and the share of the rows that the new flow does not follow.
+
+    Guards in the model, such as :class:`flowguard.OODConditioner`, score nothing meanwhile.
 
     The model itself is not changed. Its mode (training or evaluation) is that of the copy.
 
@@ -88,7 +104,8 @@ def migrate(
         steps: The number of fine-tuning steps, with Adam on the calibration pairs.
         lr: The learning rate of these steps; it falls to zero.
         batch_size: The number of pairs for each of these steps.
-        bins: The number of bins :math:`K` of the splines that are fitted to affine maps.
+        bins: The number of bins :math:`K` of splines that are fitted to zuko's affine maps. If
+            :py:`None`, they are inscribed, as those of other libraries.
         bound: The bound :math:`B` of their box, in standard deviations of the features.
         shift_bound: The bound of their shift, in standard deviations of the features.
         slope: The least slope of all splines.
@@ -98,9 +115,10 @@ def migrate(
         The robust copy and the report.
 
     Raises:
-        TypeError: If no adapter knows the model, or how to get its log-density.
-        ValueError: If there are no calibration pairs, not as many contexts as data, or if they, or
-            what the model makes of them, are not finite.
+        TypeError: If no adapter knows the model, or how to get its log-density, or if the model
+            cannot go from data to noise.
+        ValueError: If there are fewer than two calibration pairs, not as many contexts as data, or
+            if they, or what the model makes of them, are not finite.
         RuntimeError: If `state_dict` does not fit the model.
 
     Example:
@@ -116,21 +134,46 @@ def migrate(
     if x is not None or not dry_run:
         x = _check(x, context)
     _check_options(steps, batch_size, additive)
-    result = copy.deepcopy(model)
-    if state_dict is not None:
-        result.load_state_dict(state_dict)
     with ExitStack() as stack:
+        # Some callers switch autograd off for good, but a copy made in inference mode could never
+        # be trained, and fits need gradients.
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        x, context = _ordinary(x), _ordinary(context)
+        result = copy.deepcopy(model)
+        if state_dict is not None:
+            result.load_state_dict(state_dict)
         if dry_run:  # what is tried out shall not move the caller's random numbers
             stack.enter_context(torch.random.fork_rng())
+        stack.enter_context(unguarded(result))
         operation = surgeon(result)
         density: Density = operation.log_prob
         if log_prob is not None:
             told = log_prob
             density = lambda x, context: told(operation.model, x, context)  # noqa: E731
-        options = {"bins": bins, "bound": bound, "shift_bound": shift_bound, "slope": slope}
-        report = _operate(
-            operation, density, x, context, options, fit_steps, additive == "keep", dry_run
+        plan = Plan(
+            {"bound": bound, "shift_bound": shift_bound, "slope": slope},
+            bins,
+            fit_steps,
+            additive == "keep",
         )
+        if x is None:
+            return model, _announce(operation, plan)
+        try:
+            before = _log_densities(operation.model, density, x, context)
+        except NotImplementedError as error:
+            raise _without_density(model, error) from error
+        rows = typical(before).nonzero()[:, 0]
+        outliers = 1 - len(rows) / len(x)
+        if outliers > 0:
+            x, context, before = x[rows], _rows(context, rows), before[rows]
+        report = replace(
+            _operate(operation, density, x, context, before, plan),
+            outliers=outliers,
+            dry_run=dry_run,
+        )
+        if report.replaced:
+            report = replace(report, cut=outliers + (1 - outliers) * report.cut)
         if steps > 0 and report.replaced and not dry_run:
             with operation.tuning():
                 _finetune(operation.model, density, x, context, steps, lr, batch_size)
@@ -142,45 +185,88 @@ def migrate(
     return (model if dry_run else operation.model), report  # type: ignore[return-value]
 
 
-def _operate(
-    operation: Surgeon,
-    density: Density,
-    x: Tensor | None,
-    context: Any,
-    options: dict[str, Any],
-    fit_steps: int,
-    keep_additive: bool,
-    dry_run: bool,
-) -> Migration:
-    r"""Replaces the layers; without calibration pairs it only tells which."""
-    certificate = certify(operation.model)
-    told = operation.kept()
-    kept, reasons = list(told), {name: why for name, why in told.items() if why}
-    sites = []
+class Plan(NamedTuple):
+    r"""What the caller asked for.
 
-    def keep(site: Site, why: str) -> None:
-        kept.append(f"{site.name} ({site.kind})")
-        reasons[kept[-1]] = why
+    Arguments:
+        options: The options of all splines.
+        bins: The number of bins of those that are fitted; :py:`None` if they are inscribed.
+        fit_steps: The number of steps of a fit.
+        keep_additive: Whether layers that only shift are left.
+    """
 
+    options: dict[str, Any]
+    bins: int | None
+    fit_steps: int
+    keep_additive: bool
+
+
+def typical(log_density: Tensor) -> Tensor:
+    r"""Tells which rows are no outliers, by their log-density under a trained flow.
+
+    An outlier is less likely than the median row by at least twenty times what the least likely
+    tenth is, and by at least twenty nats. If there are more of them than one in a hundred, they are a
+    part of the data, and none is an outlier; nor is any of fewer than twenty rows.
+
+    Arguments:
+        log_density: The log-density of each row, with shape :math:`(N)`; where it is NaN, it counts
+            as the least.
+
+    Example:
+        >>> typical(torch.cat((torch.randn(199), torch.tensor([-450.0])))).sum()
+        tensor(199)
+    """
+    nll = -log_density.double().nan_to_num(-math.inf, math.inf, -math.inf)
+    order = nll.sort().values
+    median, tenth = order[(len(nll) - 1) // 2], order[9 * (len(nll) - 1) // 10]
+    far = nll > median + ABSURD * (tenth - median).clamp_min(1.0)
+    most = max(1, int(OUTLIERS * len(nll))) if len(nll) >= FEWEST else 0
+    return ~far if int(far.sum()) <= most else torch.ones_like(far)
+
+
+def _sites(operation: Surgeon, plan: Plan) -> tuple[list[Site], dict[str, str]]:
+    r"""The sites to operate on, and the names of all other layers with why they are kept."""
+    kept, sites = dict(operation.kept()), []
     for site in operation.sites():
-        if keep_additive and site.additive:
-            keep(site, AS_ASKED)
+        if plan.keep_additive and site.additive:
+            kept[_name(site)] = AS_ASKED
         else:
             sites.append(site)
-    if x is None:
-        planned = [Replacement(s.name, s.kind, PLANNED, math.nan, math.nan) for s in sites]
-        return Migration(
-            tuple(planned),
-            tuple(kept),
-            None,
-            None,
-            None,
-            certificate,
-            None,
-            reasons,
-            dry_run=dry_run,
-        )
-    before = _nll(operation.model, density, x, context)
+    return sites, kept
+
+
+def _name(site: Site) -> str:
+    return f"{site.name} ({site.kind})"
+
+
+def _announce(operation: Surgeon, plan: Plan) -> Migration:
+    r"""Tells which layers would be replaced, without calibration pairs."""
+    sites, kept = _sites(operation, plan)
+    planned = [Replacement(s.name, s.kind, PLANNED, math.nan, math.nan) for s in sites]
+    return Migration(
+        tuple(planned),
+        tuple(kept),
+        None,
+        None,
+        None,
+        certify(operation.model),
+        None,
+        _told(kept),
+        dry_run=True,
+        hooked=hooked(operation.model),
+    )
+
+
+def _told(kept: Mapping[str, str]) -> dict[str, str]:
+    return {name: why for name, why in kept.items() if why}
+
+
+def _operate(
+    operation: Surgeon, density: Density, x: Tensor, context: Any, before: Tensor, plan: Plan
+) -> Migration:
+    r"""Replaces the layers of a model that gives the data these log-densities before."""
+    certificate = certify(operation.model)
+    sites, kept = _sites(operation, plan)
     trial = _Trial(operation, x, context)
     rows = torch.randperm(len(x), device=x.device)[: _at_once(x)]
     with ExitStack() as stack, evaluating(operation.model):
@@ -189,21 +275,53 @@ def _operate(
         density(x[rows], _rows(context, rows))
     replaced = []
     for site in sites:
-        if site.heard:
-            replaced.append(_replace(site, options, fit_steps))
+        if not site.heard:
+            kept[_name(site)] = NEVER_ASKED
+        elif why := site.refusal():
+            kept[_name(site)] = why
         else:
-            keep(site, NEVER_ASKED)
+            replaced.append(_replace(site, plan))
+    after = _log_densities(operation.model, density, x, context) if replaced else before
+    rounding = ROUNDINGS * torch.finfo(x.dtype).eps * before.abs()
+    # What was not finite has not moved, as long as it is not.
+    moved = ~((after - before).abs() <= SAME + rounding) & before.isfinite()
     return Migration(
         tuple(replaced),
         tuple(kept),
-        before,
-        _nll(operation.model, density, x, context) if replaced else before,
+        -before.mean().item(),
+        -after.mean().item(),
         None,
         certificate,
         certify(operation.model) if replaced else certificate,
-        reasons,
+        _told(kept),
         trial.error(),
-        dry_run,
+        cut=moved.double().mean().item(),
+        hooked=hooked(operation.model),
+    )
+
+
+def hooked(model: nn.Module) -> tuple[str, ...]:
+    r"""Names the modules with hooks before or after them, apart from those of torch's own, such as of a
+    weight normalisation, and from those that record scores.
+
+    Arguments:
+        model: The model.
+    """
+    return tuple(
+        f"{name} ({type(module).__name__})" if name else type(module).__name__
+        for name, module in model.named_modules()
+        if any(
+            not str(getattr(hook, "__module__", "")).startswith(("torch.", "flowguard.ood."))
+            for hooks in (module._forward_hooks, module._forward_pre_hooks)
+            for hook in hooks.values()
+        )
+    )
+
+
+def _without_density(model: nn.Module, error: NotImplementedError) -> TypeError:
+    return TypeError(
+        "a flow is migrated by the log-density of calibration data, but"
+        f" {type(model).__name__} does not go from data to noise: {error or 'a layer has no inverse'}"
     )
 
 
@@ -250,26 +368,29 @@ class _Trial:
         return SampleError(median, q99, exploded)
 
 
-def _replace(site: Site, options: dict[str, Any], fit_steps: int) -> Replacement:
-    x, everything = site.inputs, slice(None)
+def _replace(site: Site, plan: Plan) -> Replacement:
+    x, everything, options = site.inputs, slice(None), plan.options
     carried = site.carry(options["slope"])
     if carried is not None:
         site.put(carried)
     else:
         with torch.no_grad():
             y = site.old(everything)(x)
-        boxes = (*units(x), *units(y))
+        boxes = (*units(single(x)), *units(single(y)))
         if not all(unit.isfinite().all() for unit in boxes):
             raise ValueError(
                 f"the model takes calibration data to NaN or infinity, at {site.name} ({site.kind}):"
                 " give data that the flow was trained on, and leave out what it cannot take"
             )
-        site.put(site.build(RescaledSpline(*boxes, **options)))
+        rebuilt = None
+        if plan.bins is not None:
+            rebuilt = site.rebuild(RescaledSpline(*boxes, bins=plan.bins, **options))
+        site.put(rebuilt or site.build(RescaledSpline(*boxes, **options)))
         if parameters := site.learned():
-            imitate(site.old, site.new, parameters, x, steps=fit_steps)
+            imitate(site.old, site.new, parameters, x, steps=plan.fit_steps)
     new = site.new(everything)
     taught = compare(site.old(everything), new, x)
-    return Replacement(site.name, site.kind, repr(new), *taught)
+    return Replacement(site.name, site.kind, site.becomes, *taught)
 
 
 def _finetune(
@@ -309,14 +430,15 @@ def _batches(n: int, size: int, steps: int, device: torch.device) -> Iterator[Te
         order = order[size:]
 
 
-@torch.no_grad()
-def _nll(model: nn.Module, density: Density, x: Any, context: Any) -> float:
+def _log_densities(model: nn.Module, density: Density, x: Any, context: Any) -> Tensor:
+    r"""Returns the log-density of each row, in double precision."""
     with evaluating(model):
-        total = sum(
-            density(x[rows], _rows(context, rows)).double().sum().item()
-            for rows in torch.arange(len(x), device=x.device).split(_at_once(x))
-        )
-    return -total / len(x)
+        rows = torch.arange(len(x), device=x.device).split(_at_once(x))
+        return torch.cat([density(x[some], _rows(context, some)).double() for some in rows])
+
+
+def _nll(model: nn.Module, density: Density, x: Any, context: Any) -> float:
+    return -_log_densities(model, density, x, context).mean().item()
 
 
 def _at_once(x: Tensor) -> int:
@@ -363,10 +485,23 @@ def _cat(contexts: Any) -> Any:
     return torch.cat(contexts)
 
 
+def _ordinary(data: Any) -> Any:
+    r"""Returns data that autograd may see, though they were made in inference mode."""
+    if isinstance(data, list | tuple):
+        return type(data)(map(_ordinary, data))
+    return data.clone() if isinstance(data, Tensor) and data.is_inference() else data
+
+
 def _check(x: Any, context: Any) -> Tensor:
-    if not isinstance(x, Tensor) or x.dim() < 2 or len(x) < 2:
+    if not isinstance(x, Tensor) or x.dim() < 2:
         given = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"x must be a tensor of calibration data, one row for each; got {given}")
+    if len(x) < 2:
+        raise ValueError(
+            "the calibration data must have at least two rows, as the units of each layer are"
+            " standard deviations over the rows, and best some thousand, as what is rare has to be"
+            f" among them; got {tuple(x.shape)}"
+        )
     for c in context if isinstance(context, list | tuple) else (context,):
         if c is not None and len(c) != len(x):
             raise ValueError(

@@ -97,6 +97,10 @@ class Site(abc.ABC):
         r"""Whether the layer was asked anything. One that was not is kept."""
         return True
 
+    def refusal(self) -> str:
+        r"""Says why nothing can be put here after what was heard, if so: the layer is kept."""
+        return ""
+
     @property
     @abc.abstractmethod
     def inputs(self) -> Tensor:
@@ -116,11 +120,20 @@ class Site(abc.ABC):
 
     @abc.abstractmethod
     def build(self, spline: RescaledSpline) -> nn.Module:
-        r"""Returns the layer with a robust map that follows the old one, or can learn to.
+        r"""Returns the layer with a robust map that follows the old one.
 
         Arguments:
             spline: The units of the inputs and outputs that were heard, and the options.
         """
+
+    def rebuild(self, spline: RescaledSpline) -> nn.Module | None:
+        r"""Returns the layer with robust splines that can learn to follow the old map, where there
+        is such a thing.
+
+        Arguments:
+            spline: What makes the splines, with as many bins as the caller asked for.
+        """
+        return None
 
     def put(self, new: nn.Module) -> None:
         r"""Puts a new layer in the place of the old one.
@@ -135,6 +148,11 @@ class Site(abc.ABC):
         r"""Returns what computes the parameters of the new map, to be fitted to the old one; the
         hidden layers are kept. Nothing is fitted where nothing is returned."""
         return []
+
+    @property
+    def becomes(self) -> str:
+        r"""What the layer is now, in words."""
+        return repr(self.new(slice(None)))
 
     @abc.abstractmethod
     def new(self, rows: Tensor | slice) -> AnyTransform:
