@@ -22,6 +22,7 @@ from flowguard.migration.knots import HostSpline, Knots, width_of
 from flowguard.migration.surgeon import no_density
 from flowguard.numerics import normal_log_prob
 
+from .bases import base_sites, why_kept
 from .host import CANDIDATES, HOST, part
 from .migrated import (
     AffineHead,
@@ -205,11 +206,12 @@ class _NFlows(Surgeon):
         return ladj + normal_log_prob(z)
 
     def sites(self) -> list[Site]:
-        return [
+        layers = [
             _Layer(self, name, module)
             for name, module in self.model.named_modules()
             if _kind(module) is not None and not _why_not(module)
         ]
+        return [*layers, *base_sites(self)]
 
     def kept(self) -> dict[str, str]:
         kept: dict[str, str] = {}
@@ -222,6 +224,11 @@ class _NFlows(Surgeon):
             within.append(f"{name}." if name else "")
             if why := _why_not(module):
                 kept[f"{name} ({type(module).__name__})"] = why
+        for name, module in self.model.named_modules():
+            base = vars(module).get("_modules", {}).get("_distribution")
+            if base is not None and (why := why_kept(base)):
+                inner = f"{name}._distribution" if name else "_distribution"
+                kept[f"{inner} ({type(base).__name__})"] = why
         return kept
 
     def encode(self, x: Tensor, context: Any) -> Tensor | None:

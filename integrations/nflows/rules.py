@@ -43,6 +43,7 @@ from flowguard.image import Robust
 from . import rules_linear as linear
 from .autoregressive import MaskedRobustSplineAutoregressiveTransform
 from .base import MultiscaleNormal
+from .bases import BoundedDiagonalNormal, BoundedMADEMoG, bounded_base
 from .coupling import RobustSplineCDF, RobustSplineCouplingTransform
 from .host import CANDIDATES, HOST, part
 from .image import ConditionalMultiscaleTransform, RobustFlowStep
@@ -68,9 +69,12 @@ def flow_steps(flow: Any, sampling: bool) -> Iterator[Step]:
         return
     parts = within("_transform", flow._transform)
     base = flow._distribution
-    shape = getattr(base, "_shape", None) or (1,)
-    size = next((s.features for s in parts if s.features is not None), shape[0])
-    yield from _base(base, size)
+    if isinstance(base, BoundedDiagonalNormal | BoundedMADEMoG):
+        yield from bounded_base("_distribution", base)
+    else:
+        shape = getattr(base, "_shape", None) or (1,)
+        size = next((s.features for s in parts if s.features is not None), shape[0])
+        yield from _base(base, size)
     yield from parts
 
 
@@ -372,6 +376,7 @@ TRANSFORMS: dict[str, Rule] = {
 def _sample(model: Any, context: Tensors) -> tuple[Sampler, Tensors]:
     base = model._distribution
     given, sized = is_base(base, "ConditionalDiagonalNormal"), isinstance(base, MultiscaleNormal)
+    given = given or type(base) is BoundedDiagonalNormal
     if not (given or sized or is_base(base, "StandardNormal")):
         raise unknown_noise(base)
     with torch.no_grad():

@@ -1,10 +1,12 @@
-r"""A base distribution for images of any size, which may look at what is known already."""
+r"""A base distribution for images of any size, which may look at what is known already; and what
+normflows' conditional base becomes when a flow is made robust.
+"""
 
-__all__ = ["GaussianPrior", "from_noise"]
+__all__ = ["BoundedDiagGaussian", "GaussianPrior", "from_noise", "moments_of"]
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn as nn
@@ -17,6 +19,8 @@ from torch import Tensor
 
 from flowguard.functional import bounded
 from flowguard.image import ZeroConv2d
+from flowguard.migration.exchange import successor
+from flowguard.migration.moments import BoundedMoments
 from flowguard.numerics import normal_log_prob, repeat_rows
 
 from .context import check_sizes, context_like
@@ -166,6 +170,60 @@ class GaussianPrior(BaseDistribution):
         return normal_log_prob(eps) - logs.expand_as(eps).flatten(1).sum(1)
 
 
+class BoundedDiagGaussian(ConditionalDiagGaussian):
+    r"""Creates the Gaussian base with bounded mean and scale that takes the place of one of
+    normflows'; see :meth:`in_place_of`."""
+
+    moments: BoundedMoments
+
+    @classmethod
+    def in_place_of(cls, old: ConditionalDiagGaussian, moments: BoundedMoments) -> Self:
+        r"""Returns a base with the encoder of another.
+
+        Arguments:
+            old: The host's ``ConditionalDiagGaussian``.
+            moments: The bounds.
+        """
+        return successor(old, cls, moments=moments)
+
+    def forward(
+        self, num_samples: int = 1, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        r"""Draws samples, and returns them with their log-density.
+
+        Arguments:
+            num_samples: The number of samples.
+            context: The context, with as many rows, or one.
+        """
+        mean, logs = self.moments(*moments_of(self, context))
+        eps = torch.randn(num_samples, *self.shape, dtype=mean.dtype, device=mean.device)
+        return mean + torch.exp(logs) * eps, self._log_density(eps, logs)
+
+    def log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        r"""Returns the log-density of noise.
+
+        Arguments:
+            z: The noise.
+            context: The context.
+        """
+        mean, logs = self.moments(*moments_of(self, context))
+        return self._log_density((z - mean) * torch.exp(-logs), logs)
+
+    def _log_density(self, eps: Tensor, logs: Tensor) -> Tensor:
+        return normal_log_prob(eps) - logs.expand_as(eps).flatten(1).sum(1)
+
+
+def moments_of(base: ConditionalDiagGaussian, context: Any) -> tuple[Tensor, Tensor]:
+    r"""Returns the mean and log-scale that the encoder of a base asks for.
+
+    Arguments:
+        base: The base.
+        context: The context.
+    """
+    mean, logs = base.context_encoder(context).tensor_split(2, dim=-1)
+    return mean, logs
+
+
 def from_noise(base: Any, noise: Tensor, told: Mapping[str, Any]) -> Tensor:
     r"""Takes standard normal noise to samples of a Gaussian base; of another, its own samples
     count as the noise.
@@ -181,6 +239,8 @@ def from_noise(base: Any, noise: Tensor, told: Mapping[str, Any]) -> Tensor:
     if isinstance(base, DiagGaussian):
         return base.loc + torch.exp(base.log_scale) * noise
     if isinstance(base, ConditionalDiagGaussian):
-        mean, logs = base.context_encoder(told.get("context")).chunk(2, dim=-1)
+        mean, logs = moments_of(base, told.get("context"))
+        if isinstance(base, BoundedDiagGaussian):
+            mean, logs = base.moments(mean, logs)
         return mean + torch.exp(logs) * noise
     return noise

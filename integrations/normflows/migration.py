@@ -22,6 +22,7 @@ from normflows.flows import (
     MaskedAffineFlow,
     Merge,
     Permute,
+    Planar,
     Split,
     Squeeze,
 )
@@ -82,10 +83,18 @@ def _is_ours(layer: Any) -> bool:
     return ours and not isinstance(layer, ContextAdapter)
 
 
+def _goes_one_way(layer: Any) -> bool:
+    r"""Whether a layer has no inverse, or one that is not implemented for its options."""
+    inverse = getattr(type(layer), "inverse", None)
+    return inverse is Flow.inverse or (isinstance(layer, Planar) and layer.act != "leaky_relu")
+
+
 def _why_not(layer: Any) -> str:
     r"""Says why a layer is kept; empty if it is one to replace."""
     if isinstance(layer, ROBUST) or _is_ours(layer):
         return "robust already"
+    if _goes_one_way(layer):
+        return "it goes one way only: if that is from noise to data, the flow has no log-density"
     if type(layer) not in SITES:
         if isinstance(layer, CONSTANT):
             return "no condition reaches it"
@@ -112,6 +121,18 @@ class _Normflows(Surgeon):
     r"""What it takes to operate on anything that holds layers of normflows."""
 
     def log_prob(self, x: Tensor, context: Any) -> Tensor:
+        try:
+            return self._log_prob(x, context)
+        except NotImplementedError as error:
+            modules = self.model.named_modules()
+            names = [
+                f"{name or 'it'} ({type(m).__name__})"
+                for name, m in modules
+                if isinstance(m, Flow) and _goes_one_way(m)
+            ]
+            raise NotImplementedError(f"{error} Leave out {', '.join(names)}") from error
+
+    def _log_prob(self, x: Tensor, context: Any) -> Tensor:
         model: Any = self.model
         if isinstance(model, NormalizingFlow) and not _is_conditional(model):
             if context is not None:
@@ -158,6 +179,9 @@ class _Normflows(Surgeon):
                 within.append(f"{name}." if name else "")
                 if why := _why_not(m):
                     kept[f"{name} ({type(m).__name__})"] = why
+        base = getattr(self.model, "q0", None)
+        if _is_conditional(self.model) and _is_foreign(base):
+            kept[f"q0 ({type(base).__name__})"] = UNKNOWN_BASE
         return kept
 
     def encode(self, x: Tensor, context: Any) -> Tensor | None:
@@ -205,6 +229,14 @@ class _Normflows(Surgeon):
         levels = z.split([math.prod(shape) for shape in self.shapes], dim=1)
         noise = [t.unflatten(1, shape) for t, shape in zip(levels, self.shapes, strict=True)]
         return model.forward_and_log_det(noise, **_context(model, context))[0]
+
+
+UNKNOWN_BASE = "flowguard does not know how the condition reaches its noise"
+
+
+def _is_foreign(base: Any) -> bool:
+    r"""Whether a base is neither normflows' nor flowguard's own."""
+    return type(base).__module__.partition(".")[0] not in ("normflows", "flowguard")
 
 
 def _is_conditional(model: Any) -> bool:

@@ -50,7 +50,7 @@ from flowguard.bounds.torch_rules import affine
 from flowguard.bounds.univariate import undetermined
 
 from .adapter import ContextAdapter
-from .bases import GaussianPrior, from_noise
+from .bases import BoundedDiagGaussian, GaussianPrior, from_noise
 from .glow import LUConv1x1, RobustCouplingBlock, RobustGlowBlock
 from .guard import GuardedConditionalFlow
 from .layers import RobustSplineAutoregressive, RobustSplineCoupling
@@ -173,7 +173,19 @@ def _moments(base: Any) -> tuple[Tensor, Tensor, str] | None:
     return None
 
 
+def _bounded_base(name: str, base: BoundedDiagGaussian) -> Iterator[Step]:
+    kind, size = type(base).__name__, int(math.prod(base.shape))
+    if why := departure(base, BoundedDiagGaussian):
+        yield Refused(name=name, kind=kind, reason=why)
+        return
+    yield Noise(name=name, kind=kind, size=size, event=size)
+    yield from base.moments.steps(name, kind)
+
+
 def _base(name: str, base: Any, told: bool) -> Iterator[Step]:
+    if isinstance(base, BoundedDiagGaussian):
+        yield from _bounded_base(name, base)
+        return
     kind = type(base).__name__
     if type(base) in PLAIN and not departure(base, type(base)):
         size = getattr(base, "d", None) or getattr(base, "dim", None) or base.ndim

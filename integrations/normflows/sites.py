@@ -6,12 +6,13 @@ the `forward` of those that are reversed. Their networks are kept as they are.
 
 __all__ = ["SITES"]
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 import torch.nn as nn
+from normflows.distributions.base import ConditionalDiagGaussian
 from normflows.flows import AffineCoupling, MaskedAffineAutoregressive, MaskedAffineFlow
 from normflows.flows.neural_spline.autoregressive import (
     MaskedPiecewiseRationalQuadraticAutoregressive,
@@ -21,11 +22,13 @@ from normflows.utils import splines
 from torch import Tensor
 
 from flowguard.migration import Site, Surgeon
-from flowguard.migration.exchange import overhear, successor
+from flowguard.migration.exchange import instead, overhear, successor
 from flowguard.migration.imitate import AffineMap, AnyTransform, RescaledSpline
 from flowguard.migration.inscribe import InscribedAffine, InscribedShift
 from flowguard.migration.knots import HostSpline, Knots
+from flowguard.migration.moments import BoundedMoments, MomentsSite
 
+from .bases import BoundedDiagGaussian, moments_of
 from .migrated import (
     CarriedCDF,
     CarriedCoupling,
@@ -213,10 +216,30 @@ class _Spline(_Layer):
         return f if self.forward else f.inv
 
 
+class _Base(MomentsSite):
+    r"""The conditional Gaussian base."""
+
+    @contextmanager
+    def listen(self) -> Iterator[None]:
+        density = self.layer.log_prob
+
+        def hear(z: Tensor, context: Any = None) -> Tensor:
+            self.tell(*(t.expand_as(z) for t in moments_of(self.layer, context)))
+            result: Tensor = density(z, context)
+            return result
+
+        with instead(self.layer, "log_prob", hear):
+            yield
+
+    def bounded(self, bounds: BoundedMoments) -> nn.Module:
+        return BoundedDiagGaussian.in_place_of(self.layer, bounds)
+
+
 SITES: dict[type, Callable[[Surgeon, str, Any], Site]] = {
     AffineCoupling: _Coupling,
     MaskedAffineFlow: _Masked,
     MaskedAffineAutoregressive: _Autoregressive,
+    ConditionalDiagGaussian: _Base,
     PiecewiseRationalQuadraticCoupling: _Spline,
     MaskedPiecewiseRationalQuadraticAutoregressive: _Spline,
 }

@@ -45,6 +45,7 @@ from flowguard.migration.imitate import RescaledSpline
 from flowguard.migration.inscribe import InscribedAffine, InscribedShift
 from flowguard.migration.rules import BoundOfMap
 
+from .bases import BoundedNormal, depends
 from .flows import GuardedFlow
 from .image import ConditionalMultiscaleTransform, MultiscaleFlow, MultiscaleTransform
 from .migration import CarriedSpline
@@ -68,6 +69,10 @@ def _flow(flow: Any, sampling: bool) -> Iterator[Step]:
         yield Refused(reason=SAMPLING_ONLY)
         return
     parts, base = within("transform", flow.transform), flow.base
+    if isinstance(base, BoundedNormal | zuko.lazy.Flow):
+        yield from _bounded_base(base, parts)
+        yield from parts
+        return
     reason = "its noise depends on the context, and flowguard knows no bound of it"
     for cls in (zuko.lazy.UnconditionalDistribution, zuko.mixtures.GMM):
         if isinstance(base, cls) and not hasattr(base, "hyper"):
@@ -77,6 +82,20 @@ def _flow(flow: Any, sampling: bool) -> Iterator[Step]:
         yield from parts
     else:
         yield from _from_noise(base(), parts)
+
+
+def _bounded_base(base: Any, parts: list[Step]) -> Iterator[Step]:
+    r"""The steps of a base that knows how far its noise reaches, whatever the context is."""
+    name, kind = "base", type(base).__name__
+    why = departure(base, BoundedNormal) if isinstance(base, BoundedNormal) else ""
+    if why:
+        yield Refused(name=name, kind=kind, reason=why)
+    elif isinstance(base, BoundedNormal):
+        size = next(s.features for s in parts if s.features is not None)
+        yield Noise(name=name, kind=kind, size=size, event=size)
+        yield from base.moments.steps(name, kind)
+    else:
+        yield from within(name, base)
 
 
 @rule(zuko.distributions.NormalizingFlow)
@@ -383,16 +402,24 @@ def _guarded(flow: Any, sampling: bool) -> Iterator[Step]:
     yield from within("flow", flow.flow, sampling)
 
 
-def _sampler(model: Any, y: Tensors, size: int) -> tuple[Sampler, Tensors]:
+def _sampler(model: Any, y: Tensors, size: int, base: Any = None) -> tuple[Sampler, Tensors]:
     like = y[0] if not isinstance(y, Tensor) else y
-    z = like.new_zeros(like.shape[0], size)
-    return lambda z, y: model(y).transform.inv(z), z
+
+    def draw(z: Tensor, y: Tensors) -> Tensor:
+        distribution = model(y)
+        if isinstance(base, BoundedNormal):  # of others, samples count as the noise
+            normal = distribution.base.base_dist
+            z = normal.loc + normal.scale * z
+        x: Tensor = distribution.transform.inv(z)
+        return x
+
+    return draw, like.new_zeros(like.shape[0], size)
 
 
 @sampler.register
 def _sample_flow(model: zuko.lazy.Flow, context: Tensors) -> tuple[Sampler, Tensors]:
     size = model(context).base.event_shape.numel()
-    return _sampler(model, context, size)
+    return _sampler(model, context, size, model.base)
 
 
 @sampler.register
@@ -402,4 +429,5 @@ def _sample_multiscale(model: MultiscaleFlow, context: Tensors) -> tuple[Sampler
 
 @sampler.register
 def _sample_guarded(model: GuardedFlow, context: Tensors) -> tuple[Sampler, Tensors]:
-    return _sampler(model, context, model(context).event_shape.numel())
+    base = getattr(model.flow, "base", None)
+    return _sampler(model, context, model(context).event_shape.numel(), base)

@@ -11,9 +11,10 @@ import pytest
 import torch
 import torch.nn as nn
 
+from flowguard.bounds import attack
 from flowguard.migration import migrate
 from flowguard.migration.inscribe import inscribe
-from flowguard.ood import OODConditioner
+from flowguard.ood import OODConditioner, OODContextError
 from flowguard.transforms import RobustSpline
 
 HOSTS = [
@@ -148,6 +149,99 @@ def test_a_trained_flow_becomes_robust_and_stays_the_same_flow(host, kind):
     # Nothing happened to the flow that was given.
     for key, value in flow.state_dict().items():
         assert torch.equal(value, state[key])
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_an_outlier_among_the_rows_spoils_nothing(host, kind):
+    flow = trained(host.name, kind)
+    x, c = moons(2000)
+    x[0] = x.mean(0) + 30 * x.std(0)
+    robust, report = migrate(flow, x, c)
+    unseen = moons(4096)
+    with torch.no_grad():
+        gap = (flow.log_prob(*unseen) - robust.log_prob(*unseen)).mean()
+    assert gap.abs() < 1e-3
+    assert report.outliers == pytest.approx(1 / 2000)
+    assert report.cut == pytest.approx(1 / 2000, abs=1e-3)
+    assert report.nll_swapped == pytest.approx(report.nll_before, abs=1e-3)
+    assert "0.05% of the rows are outliers" in str(report)
+    # Nor does it make the bound a larger one.
+    x[0], c[0] = x[1], c[1]
+    clean = migrate(flow, x, c)[1].certificate_after.bound(5.0)
+    assert report.certificate_after.bound(5.0) == pytest.approx(clean, rel=0.05)
+
+
+def test_conditional_bases_are_bounded(host):
+    distributions = importlib.import_module(f"{host.name}.distributions")
+    bases = {
+        "BoundedDiagonalNormal": distributions.ConditionalDiagonalNormal([2], nn.Linear(2, 4)),
+        "BoundedMADEMoG": distributions.MADEMoG(2, 16, 2, num_mixture_components=3),
+    }
+    for name, base in bases.items():
+        flow, c = host.Flow(host.coupling(), base), torch.randn(512, 2)
+        x = flow.sample(1, c)[:, 0].detach()
+        robust, report = migrate(flow, x, c)
+        assert report.replaced[-1].after == name
+        assert "_distribution" in {step.name for step in report.certificate_before.refused}
+        assert report.certificate_after.certified
+        with torch.no_grad():
+            assert torch.allclose(flow.log_prob(x, c), robust.log_prob(x, c), atol=1e-3)
+            # Of ten thousand normal numbers hardly one is beyond six.
+            samples = robust.sample(10, 1e10 * c)
+        assert samples.abs().max() <= report.certificate_after.bound(6.0)
+        assert not flow.sample(10, 1e10 * c).abs().max() < 1e6
+        robust.load_state_dict(flow.state_dict())  # weights from before fit
+        with torch.no_grad():
+            assert torch.allclose(flow.log_prob(x, c), robust.log_prob(x, c), atol=1e-3)
+        loaded = pickle.loads(pickle.dumps(robust._distribution))
+        assert torch.equal(loaded.log_prob(x, c), robust._distribution.log_prob(x, c))
+        _, again = migrate(robust, x, c)
+        assert again.replaced == ()
+        assert again.reasons[f"_distribution ({name})"] == "bounded already"
+
+
+def test_the_bound_of_a_bounded_base_is_attacked_in_vain(host):
+    normal = importlib.import_module(f"{host.name}.distributions").ConditionalDiagonalNormal
+    flow, c = host.Flow(host.coupling(), normal([2], nn.Linear(2, 4))), torch.randn(512, 2)
+    x = flow.sample(1, c)[:, 0].detach()
+    robust, report = migrate(flow, x, c)
+    result = attack(robust, c[:16], steps=30, restarts=2)
+    bound = report.certificate_after.bound(4.0)
+    assert 0.2 * bound < result.value <= bound
+
+
+class OwnBase(nn.Module):
+    def log_prob(self, inputs, context=None):
+        return -(inputs - context).square().sum(1) / 2
+
+
+def test_a_base_of_the_users_own_is_kept_with_a_reason(host):
+    flow = host.flow([host.coupling()])
+    flow._distribution = OwnBase()
+    _, report = migrate(flow, torch.randn(256, 2), torch.randn(256, 2))
+    assert "does not know" in report.reasons["_distribution (OwnBase)"]
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_autograd_switched_off_is_no_obstacle(host, off):
+    with off():
+        flow, (x, c) = host.flow([host.coupling()]), moons(256)
+        robust, report = migrate(flow, x, c, steps=2)
+    assert report.nll_after is not None
+    (-robust.log_prob(*moons(8)).mean()).backward()  # it can be trained on
+
+
+def test_a_guard_that_raises_lets_all_pass_meanwhile(host):
+    guard = OODConditioner(policy="raise", alpha=0.5)
+    x, c = moons(512)
+    guard.fit(c[:256], progress=False).calibrate(c[256:], progress=False)
+    flow = host.flow([host.coupling()], embedding_net=guard).eval()
+    robust, report = migrate(flow, x, c)
+    result = attack(robust, c[:8], steps=2, restarts=2)
+    assert result.value <= report.certificate_after.bound(4.0)
+    assert robust._embedding_net.report is None
+    with pytest.raises(OODContextError):
+        robust.log_prob(x, c)
 
 
 @pytest.mark.parametrize("kind", ["RealNVP", "MAF"])
@@ -583,7 +677,9 @@ def test_hooks_and_other_references_go_along(host):
     layer.register_forward_hook(lambda module, inputs, output: calls.append(type(module)))
     flow.mine = [layer]  # a list of the user's own
     x, c = moons(128)
-    robust, _ = migrate(flow, x, c)
+    robust, report = migrate(flow, x, c)
+    assert report.hooked == ("_transform._transforms.0 (MigratedCouplingTransform)",)
+    assert "hooks are kept on _transform._transforms.0" in str(report)
     calls.clear()
     robust.log_prob(x, c)
     (found,) = calls

@@ -11,7 +11,7 @@ import torch.nn as nn
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowguard.bounds import certify
+from flowguard.bounds import attack, certify
 from flowguard.migration import migrate
 
 nf = pytest.importorskip("normflows")
@@ -205,6 +205,63 @@ def test_a_trained_flow_becomes_robust_at_the_same_likelihood(name):
         radius = (z - flow.q0.loc).abs() / flow.q0.log_scale.exp()
         assert x.abs().max() <= report.certificate_after.bound(radius.max().item())
         assert not flow.forward(z, **far).abs().max() < 1e4
+
+
+@pytest.mark.parametrize("name", ["blocks", "masked", "MAF", "IAF"])
+def test_an_outlier_among_the_rows_spoils_nothing(name):
+    flow = trained(name)
+    conditional = isinstance(flow, nf.ConditionalNormalizingFlow)
+
+    def draw(n):
+        return turned_moons(n) if conditional else (moons(n),)
+
+    x, *c = draw(2000)
+    x[0] = x.mean(0) + 30 * x.std(0)
+    robust, report = migrate(flow, x, *c)
+    unseen = draw(4096)
+    with torch.no_grad():
+        gap = (flow.log_prob(*unseen) - robust.log_prob(*unseen)).mean()
+    assert gap.abs() < 1e-3
+    assert report.outliers == pytest.approx(1 / 2000)
+    assert report.cut == pytest.approx(1 / 2000, abs=1e-3)
+    assert report.nll_swapped == pytest.approx(report.nll_before, abs=1e-3)
+
+
+def test_a_conditional_base_is_bounded():
+    base = nf.distributions.base.ConditionalDiagGaussian(2, mlp(2, 4))
+    layer = stirred(F.MaskedAffineAutoregressive(2, 8, context_features=2))
+    flow = nf.ConditionalNormalizingFlow(base, [layer])
+    c = torch.randn(512, 2)
+    x = flow.sample(512, c)[0].detach()
+    robust, report = migrate(flow, x, c)
+    assert report.replaced[0].after == "BoundedDiagGaussian"
+    assert report.certificate_after.certified
+    with torch.no_grad():
+        assert torch.allclose(flow.log_prob(x, c), robust.log_prob(x, c), atol=1e-3)
+        samples, density = robust.sample(512, 1e10 * c)
+        assert not flow.sample(512, 1e10 * c)[0].abs().max() < 1e6
+        assert torch.allclose(robust.log_prob(samples, 1e10 * c), density, atol=1e-2)
+    bound = report.certificate_after.bound(6.0)
+    assert samples.abs().max() <= bound
+    result = attack(robust, c[:8], noise=6.0, steps=20, restarts=2)
+    assert 0.2 * bound < result.value <= bound
+    robust.load_state_dict(flow.state_dict())  # weights from before fit
+    with torch.no_grad():
+        assert torch.allclose(flow.log_prob(x, c), robust.log_prob(x, c), atol=1e-3)
+    _, again = migrate(robust, x, c)
+    assert again.replaced == ()
+
+
+@pytest.mark.parametrize("layer", [lambda: Planar((2,)), lambda: F.BatchNorm()])
+def test_layers_that_go_one_way_are_named(layer):
+    flow = nf.NormalizingFlow(
+        _base(), [F.MaskedAffineFlow(torch.tensor([0, 1]), mlp(2, 2)), layer()]
+    )
+    kind = type(flow.flows[1]).__name__
+    _, plan = migrate(flow, dry_run=True)
+    assert "one way only" in plan.reasons[f"flows.1 ({kind})"]
+    with pytest.raises(TypeError, match=rf"from data to noise.*Leave out flows.1 \({kind}\)"):
+        migrate(flow, torch.randn(64, 2))
 
 
 @pytest.mark.parametrize("reverse", [False, True])

@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn as nn
 
-from flowguard.bounds import Pointwise, certify
+from flowguard.bounds import Pointwise, attack, certify
 from flowguard.migration import migrate
 from flowguard.migration.imitate import Rescaled, RescaledSpline
-from flowguard.ood import OODConditioner
+from flowguard.ood import OODConditioner, OODContextError
 from flowguard.spline.invert import unconstrain
 from flowguard.transforms import RobustSpline
 
@@ -107,10 +107,56 @@ def test_a_migrated_flow_is_bounded_in_the_units_of_its_features(trained):
     assert certificate.tighten(20).bound(4.0) <= certificate.bound(4.0)
 
 
-def test_the_swap_keeps_hidden_layers_and_imitates(trained):
+@pytest.mark.parametrize("name", ["RealNVP", "MAF"])
+def test_affine_maps_are_inscribed_and_lose_nothing(trained, name):
+    flow = trained(name)
+    robust, report = migrate(flow, *moons(4096))
+    x, c = moons(4096)  # pairs that the migration has not seen
+    with torch.no_grad():
+        gap = (flow(c).log_prob(x) - robust(c).log_prob(x)).mean()
+        z = torch.randn(4096, 2)
+        moved = (flow(c).transform.inv(z) - robust(c).transform.inv(z)).abs()
+    assert gap.abs() < 1e-3
+    assert moved.median() < 1e-4 * x.std()
+    assert report.cut < 0.001
+    assert report.outliers == 0
+    assert report.certificate_after.certified
+    # The networks stay as they are, and weights from before fit.
+    for old, new in zip(flow.transform.transforms, robust.transform.transforms, strict=True):
+        assert type(new) is type(old)
+        assert new.hyper is not old.hyper  # of a copy
+        assert all(map(torch.equal, old.hyper.parameters(), new.hyper.parameters()))
+    before = robust(c).log_prob(x)
+    robust.load_state_dict(flow.state_dict())
+    assert torch.equal(robust(c).log_prob(x), before)
+
+
+@pytest.mark.parametrize("name", ["RealNVP", "MAF"])
+def test_an_outlier_among_the_rows_spoils_nothing(trained, name):
+    flow = trained(name)
+    x, c = moons(2000)
+    x[0] = x.mean(0) + 30 * x.std(0)
+    robust, report = migrate(flow, x, c)
+    unseen, contexts = moons(4096)
+    with torch.no_grad():
+        gap = (flow(contexts).log_prob(unseen) - robust(contexts).log_prob(unseen)).mean()
+    assert gap.abs() < 1e-3
+    assert report.outliers == pytest.approx(1 / 2000)
+    assert report.cut == pytest.approx(1 / 2000, abs=1e-3)
+    assert report.nll_swapped == pytest.approx(report.nll_before, abs=1e-3)
+    assert "0.05% of the rows are outliers" in str(report)
+    # Nor does it make the bound a larger one.
+    x[0] = x[1]
+    c[0] = c[1]
+    _, clean = migrate(flow, x, c)
+    bounds = [r.certificate_after.bound(5.0) for r in (report, clean)]
+    assert bounds[0] == pytest.approx(bounds[1], rel=0.05)
+
+
+def test_splines_with_bins_keep_hidden_layers_and_imitate(trained):
     flow = trained("RealNVP")
     x, c = moons(4096)
-    robust, report = migrate(flow, x, c)
+    robust, report = migrate(flow, x, c, bins=8)
     assert report.nll_after is None
     for old, new in zip(flow.transform.transforms, robust.transform.transforms, strict=True):
         assert type(new) is type(old)
@@ -119,7 +165,7 @@ def test_the_swap_keeps_hidden_layers_and_imitates(trained):
             for p, q in zip(a.parameters(), b.parameters(), strict=True):
                 assert torch.equal(p, q)
     # Nearer to the old flow than splines of zero parameters, which know nothing of the context.
-    _, untaught = migrate(flow, x, c, fit_steps=0)
+    _, untaught = migrate(flow, x, c, bins=8, fit_steps=0)
     taught_gap, untaught_gap = (r.nll_swapped - r.nll_before for r in (report, untaught))
     assert taught_gap < 0.3 * untaught_gap
     for r, u in zip(report.replaced, untaught.replaced, strict=True):
@@ -128,6 +174,163 @@ def test_the_swap_keeps_hidden_layers_and_imitates(trained):
     with torch.no_grad():
         error = (flow(c).transform.inv(z) - robust(c).transform.inv(z)).abs()
     assert error.median() < 0.1 * x.std()
+
+
+@pytest.mark.parametrize("make", [NICE, MAF, NSF])
+def test_an_inverted_transform_is_migrated(make):
+    inner = make(2, 2, transforms=2)
+    flow = zuko.flows.Flow(inner.transform.inv, inner.base)
+    x, c = torch.randn(512, 2), torch.randn(512, 2)
+    _, plan = migrate(flow, x, c, dry_run=True)
+    robust, report = migrate(flow, x, c)
+    assert len(plan.replaced) == len(report.replaced) == 2
+    with torch.no_grad():
+        assert torch.allclose(flow(c).log_prob(x), robust(c).log_prob(x), atol=1e-3)
+    assert robust(1e6 * c).sample().isfinite().all()
+
+
+class Gaussian(zuko.lazy.LazyDistribution):
+    """A base of the user's own."""
+
+    def __init__(self, features, context):
+        super().__init__()
+        self.net = nn.Linear(context, 2 * features)
+
+    def forward(self, c):
+        mean, logs = self.net(c).chunk(2, dim=-1)
+        return zuko.distributions.DiagNormal(mean, logs.exp())
+
+
+def test_a_conditional_base_is_bounded():
+    flow = zuko.flows.Flow(MAF(2, 3, transforms=2).transform, Gaussian(2, 3))
+    c = torch.randn(512, 3)
+    x = flow(c).sample()
+    robust, report = migrate(flow, x, c)
+    assert report.replaced[-1].name == "base"
+    assert report.replaced[-1].before == "Gaussian"
+    assert not report.certificate_before.certified
+    assert report.certificate_after.certified
+    with torch.no_grad():
+        assert torch.allclose(flow(c).log_prob(x), robust(c).log_prob(x), atol=1e-3)
+        far = robust(1e10 * c)
+        z = torch.randn(512, 2).clamp(-4, 4)
+        noise = far.base.base_dist.loc + far.base.base_dist.scale * z
+        samples = far.transform.inv(noise)
+        assert not flow(1e10 * c).sample().isfinite().all()
+    bound = report.certificate_after.bound(4.0)
+    assert samples.abs().max() <= bound
+    result = attack(robust, c[:8], steps=20, restarts=2)
+    assert 0.2 * bound < result.value <= bound
+    # Weights from before the migration fit, and so do those from after.
+    for state in (flow.state_dict(), robust.state_dict()):
+        robust.load_state_dict(state)
+        with torch.no_grad():
+            assert torch.allclose(flow(c).log_prob(x), robust(c).log_prob(x), atol=1e-3)
+    _, again = migrate(robust, x, c)
+    assert again.replaced == ()
+
+
+class Heavy(Gaussian):
+    """One whose distribution is none that is bounded."""
+
+    def forward(self, c):
+        loc = super().forward(c).base_dist.loc
+        return torch.distributions.Independent(torch.distributions.StudentT(3.0, loc), 1)
+
+
+def test_another_conditional_base_is_kept_with_a_reason():
+    flow = zuko.flows.Flow(MAF(2, 3, transforms=1).transform, Heavy(2, 3))
+    robust, report = migrate(flow, torch.randn(256, 2), torch.randn(256, 3))
+    assert "its distribution is a StudentT" in report.reasons["base (Heavy)"]
+    assert isinstance(robust.base, Heavy)
+    assert not report.certificate_after.certified
+
+
+def test_a_conditional_mixture_is_kept_with_a_reason():
+    flow = zuko.flows.Flow(MAF(2, 3, transforms=1).transform, zuko.flows.GMM(2, 3))
+    _, plan = migrate(flow, dry_run=True)
+    assert "Mixture" in plan.reasons["base (GMM)"]
+    _, report = migrate(flow, torch.randn(256, 2), torch.randn(256, 3))
+    assert report.reasons == plan.reasons
+    assert not report.certificate_after.certified
+    assert [step.name for step in report.certificate_after.refused] == ["base"]
+
+
+KEPT = {
+    "NCSF": "one of a circle",
+    "SOSPF": "SOSPolynomialTransform",
+    "NAF": "MonotonicTransform",
+    "UNAF": "UnconstrainedMonotonicTransform",
+    "CNF": "differential equation",
+    "GF": "GaussianizationTransform",
+    "BPF": "BoundedBernsteinTransform",
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_is_kept_has_a_reason(name):
+    flow = getattr(zuko.flows, name)(2, 2)
+    _, report = migrate(flow, torch.rand(32, 2), torch.randn(32, 2))
+    assert report.replaced == ()
+    assert report.kept
+    assert all(report.reasons[part] for part in report.kept)
+    assert KEPT[name] in report.reasons[report.kept[0]]
+
+
+def test_a_soft_clip_is_named():
+    layers = [
+        zuko.flows.MaskedAutoregressiveTransform(2, 2),
+        zuko.flows.UnconditionalTransform(zuko.transforms.SoftclipTransform, bound=11.0),
+    ]
+    flow = zuko.flows.Flow(layers, MAF(2).base)
+    _, report = migrate(flow, torch.randn(256, 2), torch.randn(256, 2))
+    assert len(report.replaced) == 1
+    (name,) = report.kept
+    assert "poles at -11 and 11" in report.reasons[name]
+    assert not report.certificate_after.certified
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("bins", [None, 4])
+def test_autograd_switched_off_is_no_obstacle(off, bins):
+    with off():
+        flow, x, c = MAF(2, 2, transforms=1), torch.randn(256, 2), torch.randn(256, 2)
+        robust, report = migrate(flow, x, c, steps=2, bins=bins, fit_steps=2)
+        assert not torch.is_grad_enabled()
+    assert report.nll_after is not None
+    x, c = torch.randn(8, 2), torch.randn(8, 2)
+    (-robust(c).log_prob(x).mean()).backward()  # it can be trained on
+    assert all(p.grad is not None for p in robust.parameters())
+
+
+@pytest.mark.parametrize("policy", ["raise", "warn", "report"])
+def test_a_guard_lets_all_pass_meanwhile(policy, recwarn):
+    conditioner = OODConditioner(policy=policy, alpha=0.5)
+    y = torch.randn(512, 4)
+    conditioner.fit(y[:256], progress=False).calibrate(y[256:], progress=False)
+    guarded = GuardedFlow(NICE(2, 4), conditioner).eval()
+    robust, report = migrate(guarded, torch.randn(512, 2), y)
+    result = attack(robust, y[:8], steps=2, restarts=2)
+    assert not recwarn.list
+    assert result.value <= report.certificate_after.bound(4.0)
+    assert robust.report is None  # nothing was scored
+    if policy == "raise":
+        with pytest.raises(OODContextError):
+            robust(1e3 * y)
+
+
+def test_additive_maps_are_bounded_unless_they_shall_not_be():
+    additive = getattr(zuko.transforms, "AdditiveTransform", None)
+    if additive is None:
+        pytest.skip("this zuko has no additive transform")
+    flow = NICE(2, 2, transforms=2, univariate=additive, shapes=[()])
+    x, c = torch.randn(256, 2), torch.randn(256, 2)
+    robust, report = migrate(flow, x, c)
+    assert report.certificate_after.certified
+    with torch.no_grad():
+        assert torch.allclose(flow(c).log_prob(x), robust(c).log_prob(x), atol=1e-4)
+    _, report = migrate(flow, x, c, additive="keep")
+    assert report.replaced == ()
 
 
 @pytest.mark.parametrize("slope", [1e-3, None])
@@ -237,7 +440,7 @@ def test_save_and_load(make, tmp_path):
     other, _ = migrate(make(2, 3, transforms=2), 2 * x, c, fit_steps=5)
     other.load_state_dict(robust.state_dict())
     assert torch.equal(other(c).log_prob(x), robust(c).log_prob(x))
-    assert "RobustSpline(bins=8)" in repr(robust)
+    assert f"RobustSpline(bins={8 if make is NSF else 3})" in repr(robust)
 
 
 def test_rescaled_map_and_its_bound():
@@ -267,6 +470,7 @@ X = torch.randn(8, 2)
     [
         (lambda: migrate(nn.Linear(2, 2), X), TypeError, "how to migrate Linear"),
         (lambda: migrate(NICE(2), X[0]), ValueError, r"one row for each; got \(2,\)"),
+        (lambda: migrate(NICE(2), X[:1]), ValueError, r"at least two rows.*got \(1, 2\)"),
         (lambda: migrate(NICE(2, 3), X, torch.randn(7, 3)), ValueError, "got 7 and 8"),
         (lambda: migrate(NICE(2), X, steps=-1), ValueError, "got -1 and 256"),
     ],
