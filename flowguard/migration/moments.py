@@ -40,7 +40,7 @@ class BoundedMoments(Additional):
     Example:
         >>> bounds = BoundedMoments(*torch.tensor([[0.0], [1.0], [-1.0], [0.5]]))
         >>> bounds(torch.tensor([0.5]), torch.tensor([torch.inf]))
-        (tensor([0.5000]), tensor([-0.5001]))
+        (tensor([0.5000]), tensor([-0.5005]))
     """
 
     mean: Tensor

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from flowguard.bounds import attack
+from flowguard.bounds import attack, certify
 from flowguard.migration import migrate
 from flowguard.migration.inscribe import inscribe
 from flowguard.ood import OODConditioner, OODContextError
@@ -29,6 +29,7 @@ from flowguard.integrations.nflows import (  # noqa: E402
     MaskedRobustSplineAutoregressiveTransform,
     RobustSplineCouplingTransform,
 )
+from flowguard.integrations.nflows.bases import BoundedDiagonalNormal  # noqa: E402
 
 
 class Host:
@@ -208,6 +209,22 @@ def test_the_bound_of_a_bounded_base_is_attacked_in_vain(host):
     result = attack(robust, c[:16], steps=30, restarts=2)
     bound = report.certificate_after.bound(4.0)
     assert 0.2 * bound < result.value <= bound
+
+
+class Louder(BoundedDiagonalNormal):
+    def _compute_params(self, context):
+        mean, log_std = super()._compute_params(context)
+        return 10 * mean, log_std
+
+
+def test_a_bounded_base_that_works_in_its_own_way_is_refused(host):
+    normal = importlib.import_module(f"{host.name}.distributions").ConditionalDiagonalNormal
+    flow, c = host.Flow(host.coupling(), normal([2], nn.Linear(2, 4))), torch.randn(64, 2)
+    robust, _ = migrate(flow, flow.sample(1, c)[:, 0].detach(), c)
+    assert certify(robust).certified
+    robust._distribution.__class__ = Louder
+    (refused,) = certify(robust).refused
+    assert "Louder overrides _compute_params" in refused.reason
 
 
 class OwnBase(nn.Module):

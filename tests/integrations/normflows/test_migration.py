@@ -250,6 +250,10 @@ def test_a_conditional_base_is_bounded():
         assert torch.allclose(flow.log_prob(x, c), robust.log_prob(x, c), atol=1e-3)
     _, again = migrate(robust, x, c)
     assert again.replaced == ()
+    # A base that works in its own way is no longer covered.
+    robust.q0.moments.forward = lambda mean, log_scale: (mean, log_scale)
+    (refused,) = certify(robust).refused
+    assert "forward of its own" in refused.reason
 
 
 @pytest.mark.parametrize("layer", [lambda: Planar((2,)), lambda: F.BatchNorm()])

@@ -228,6 +228,10 @@ def test_a_conditional_base_is_bounded():
             assert torch.allclose(flow(c).log_prob(x), robust(c).log_prob(x), atol=1e-3)
     _, again = migrate(robust, x, c)
     assert again.replaced == ()
+    # A base that works in its own way is no longer covered.
+    robust.base.forward = lambda c: flow.base(c)
+    (refused,) = certify(robust).refused
+    assert "forward of its own" in refused.reason
 
 
 class Heavy(Gaussian):
