@@ -6,6 +6,8 @@ the absolute derivative of the direction taken, element by element: nothing is s
 
 __all__ = [
     "FAITHFUL",
+    "FINE_SLOPE",
+    "SLOPE",
     "Prepared",
     "additive",
     "affine",
@@ -34,6 +36,13 @@ FAITHFUL = 0.8  # the share of a bound up to which :func:`saturate` is the ident
 NEAR = 1 - 1e-3  # the share that it may reach, for which :func:`bounded` has a finite argument
 BOUNDS = 1e-10, 1e10  # of the box, for all to stay finite in single precision
 
+# Why these: "Least slopes" in docs/guarantees.md.
+#: The least slope of splines over vectors: a flow of a few layers comes back in float32.
+SLOPE = 1e-2
+#: Over images, where less is better and few digits are lost, and of splines that have to follow
+#: maps that are trained already.
+FINE_SLOPE = 1e-3
+
 
 def rational_quadratic_spline(
     x: Tensor,
@@ -42,7 +51,7 @@ def rational_quadratic_spline(
     derivatives: Tensor,
     *,
     bound: float,
-    slope: float | None = 1e-3,
+    slope: float | None = SLOPE,
     inverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     r"""Applies a monotone rational-quadratic spline with bounded slope.

@@ -198,7 +198,7 @@ class RobustSpline(_Spline):
         shift: Tensor | None = None,
         bound: float = 5.0,
         shift_bound: float | None = SHIFT_BOUND,
-        slope: float | None = 1e-3,
+        slope: float | None = F.SLOPE,
         cache_size: int = 0,
     ) -> None:
         super().__init__(cache_size=cache_size)

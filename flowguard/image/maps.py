@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from flowguard import transforms
-from flowguard.functional import Prepared, prepare
+from flowguard.functional import FINE_SLOPE, Prepared, prepare
 from flowguard.numerics import sum_rows
 
 
@@ -61,7 +61,7 @@ class Robust:
     bins: int = 2
     bound: float = 5.0
     shift_bound: float | None = 1.0
-    slope: float | None = 1e-3
+    slope: float | None = FINE_SLOPE
 
     @property
     def parameters(self) -> int:

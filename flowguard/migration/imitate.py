@@ -19,6 +19,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from flowguard.functional import FINE_SLOPE
 from flowguard.transforms import SHIFT_BOUND, RobustSpline, Univariate
 
 AnyTransform = Any  # hosts give their transforms `call_and_ladj`, torch does not
@@ -130,7 +131,7 @@ class InUnits(nn.Module):
         *,
         bound: float = 5.0,
         shift_bound: float | None = SHIFT_BOUND,
-        slope: float | None = 1e-3,
+        slope: float | None = FINE_SLOPE,
     ) -> None:
         super().__init__()
         self.register_buffer("loc_in", loc_in)

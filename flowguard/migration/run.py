@@ -14,6 +14,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from flowguard.bounds.certificate import certify
+from flowguard.functional import FINE_SLOPE
 from flowguard.migration.imitate import SAME, SMALLEST, RescaledSpline, compare, imitate, units
 from flowguard.migration.inscribe import single
 from flowguard.migration.report import Migration, Replacement, SampleError
@@ -55,7 +56,7 @@ def migrate(
     bins: int | None = None,
     bound: float = 5.0,
     shift_bound: float | None = SHIFT_BOUND,
-    slope: float | None = 1e-3,
+    slope: float | None = FINE_SLOPE,
     fit_steps: int = 200,
 ) -> tuple[Model, Migration]:
     r"""Makes a trained flow robust.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flowguard.functional import SLOPE
 from flowguard.numerics import cut
 
 from .host import part
@@ -78,7 +79,7 @@ class MaskedRobustSplineAutoregressiveTransform(AutoregressiveTransform):
         num_bins: int = 8,
         tail_bound: float = TAIL_BOUND,
         shift_bound: float | None = SHIFT_BOUND,
-        slope: float | None = 1e-3,
+        slope: float | None = SLOPE,
         num_blocks: int = 2,
         use_residual_blocks: bool = True,
         random_mask: bool = False,

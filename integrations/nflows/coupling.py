@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from flowguard.functional import SLOPE
 from flowguard.image import Robust
 from flowguard.numerics import cut
 
@@ -55,7 +56,7 @@ class RobustSplineCDF(Transform):
         num_bins: int = 8,
         tail_bound: float = TAIL_BOUND,
         shift_bound: float | None = SHIFT_BOUND,
-        slope: float | None = 1e-3,
+        slope: float | None = SLOPE,
     ) -> None:
         super().__init__()
         self.map = map_of(num_bins, tail_bound, shift_bound, slope)
@@ -151,7 +152,7 @@ class RobustSplineCouplingTransform(CouplingTransform):
         num_bins: int = 8,
         tail_bound: float = TAIL_BOUND,
         shift_bound: float | None = SHIFT_BOUND,
-        slope: float | None = 1e-3,
+        slope: float | None = SLOPE,
         apply_unconditional_transform: bool = False,
         img_shape: Sequence[int] | None = None,
         *,

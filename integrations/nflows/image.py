@@ -12,6 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from flowguard.functional import FINE_SLOPE
 from flowguard.image import ActNorm, InvertibleConv1x1, OrthogonalConv1x1
 from flowguard.numerics import cut
 
@@ -355,7 +356,7 @@ class RobustFlowStep(CompositeTransform):
         num_bins: int = 8,
         tail_bound: float = TAIL_BOUND,
         shift_bound: float | None = IMAGE_SHIFT_BOUND,
-        slope: float | None = 1e-3,
+        slope: float | None = FINE_SLOPE,
         mix: str = "orthogonal",
     ) -> None:
         check_positive(channels=channels, hidden_channels=hidden_channels)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from normflows.flows import Flow
 from torch import Tensor
 
+from flowguard.functional import FINE_SLOPE
 from flowguard.image import ActNorm, InvertibleConv1x1, OrthogonalConv1x1
 from flowguard.numerics import lu
 from flowguard.transforms import Univariate
@@ -80,7 +81,7 @@ class RobustCouplingBlock(Flow):
         if (univariate is None) != (shapes is None):
             raise ValueError("univariate and shapes belong together: give both, or neither")
         if univariate is None or shapes is None:
-            univariate, shapes = robust_map(2, TAIL_BOUND, IMAGE_SHIFT_BOUND, 1e-3)
+            univariate, shapes = robust_map(2, TAIL_BOUND, IMAGE_SHIFT_BOUND, FINE_SLOPE)
         self.context_channels = context_channels
         self.split_mode = split_mode
         self.univariate = univariate
@@ -296,7 +297,7 @@ class RobustGlowBlock(Flow):
         num_bins: int = 2,
         tail_bound: float = IMAGE_TAIL_BOUND,
         shift_bound: float | None = IMAGE_SHIFT_BOUND,
-        slope: float | None = 1e-3,
+        slope: float | None = FINE_SLOPE,
     ) -> None:
         super().__init__()
         if scale_map not in SCALE_MAPS:

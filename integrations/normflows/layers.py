@@ -15,6 +15,7 @@ from normflows.nets import ResidualNet
 from normflows.nets.made import MADE
 from torch import Tensor
 
+from flowguard.functional import SLOPE
 from flowguard.transforms import SHIFT_BOUND, Univariate
 
 from .context import TAIL_BOUND, check_sizes, context_like, robust_map, total, unpack
@@ -91,7 +92,7 @@ class RobustSplineCoupling(Flow):
         reverse_mask: bool = False,
         init_identity: bool = True,
         *,
-        slope: float | None = 1e-3,
+        slope: float | None = SLOPE,
         tails: str = "linear",
         apply_unconditional_transform: bool = False,
     ) -> None:
@@ -228,7 +229,7 @@ class RobustSplineAutoregressive(Flow):
         permute_mask: bool = False,
         init_identity: bool = True,
         *,
-        slope: float | None = 1e-3,
+        slope: float | None = SLOPE,
     ) -> None:
         super().__init__()
         check_sizes(

@@ -10,6 +10,7 @@ from torch.distributions import Distribution
 from zuko.flows import MAF, NICE
 from zuko.lazy import LazyDistribution
 
+from flowguard.functional import SLOPE
 from flowguard.ood import OODConditioner, OODReport
 from flowguard.transforms import SHIFT_BOUND, RobustSpline
 
@@ -77,7 +78,7 @@ class RobustNSF(MAF):
         bins: int = 8,
         bound: float = BOUND,
         shift_bound: float | None = SHIFT_BOUND,
-        slope: float | None = 1e-3,
+        slope: float | None = SLOPE,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -137,7 +138,7 @@ class RobustCouplingFlow(NICE):
         bins: int = 8,
         bound: float = BOUND,
         shift_bound: float | None = SHIFT_BOUND,
-        slope: float | None = 1e-3,
+        slope: float | None = SLOPE,
         **kwargs: Any,
     ) -> None:
         super().__init__(

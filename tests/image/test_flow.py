@@ -11,6 +11,7 @@ from safetensors.torch import load, save
 from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flowguard.functional import FINE_SLOPE
 from flowguard.image import (
     ActNorm,
     ConditionalCoupling,
@@ -525,6 +526,12 @@ def test_only_two_bins_are_worked_out():
     raw = torch.randn(1, 3 * 7, 2, 2)
     for family, numbers in ((Robust(bins=3), raw), (Affine(), raw[:, :6])):
         assert work_out(family, numbers, 3) == (family, numbers)
+
+
+def test_least_slope_of_images():
+    assert Robust().slope == FINE_SLOPE
+    family = ConditionalMultiscaleFlow(3, 2, levels=1, steps=1, hidden=4).steps[0][0].coupling.map
+    assert family.slope == FINE_SLOPE
 
 
 def test_a_callable_stands_for_the_map_that_it_makes():

@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flowguard
+from flowguard.functional import FINE_SLOPE, SLOPE
 
 try:
     from flowguard.integrations import nflows as ours
@@ -108,6 +109,13 @@ def stir(layer, std=0.1):
 def good(t, shape):
     assert t.shape == torch.Size(shape)
     assert bool(t.isfinite().all())
+
+
+def test_least_slopes_of_layers_as_made():
+    for layer in (vector(), masked(), LAYERS["elementwise"][0]):
+        assert layer(None).map.slope == SLOPE
+    (of_image,) = (m for m in ours.RobustFlowStep(4).modules() if isinstance(m, Coupling))
+    assert of_image.map.slope == FINE_SLOPE
 
 
 def test_starts_as_the_identity(law):

@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 
 import flowguard
+from flowguard.functional import FINE_SLOPE, SLOPE
 from flowguard.ood import OODConditioner
 
 nf = pytest.importorskip("normflows")
@@ -274,6 +275,14 @@ def test_layers_start_as_the_identity_by_default(name):
 
 # Direction: `forward` goes from noise to data, so that `inverse` is the one pass of a flow with
 # many features, and its output, not its input, is computed feature by feature.
+
+
+def test_least_slopes_of_layers_as_made():
+    for name, (make, *_) in LAYERS.items():
+        layer = getattr(make(CONTEXT), "coupling", make(CONTEXT))
+        if name != "Glow, additive":
+            slope = SLOPE if name.startswith(("coupling", "autoregressive")) else FINE_SLOPE
+            assert layer.univariate.keywords["slope"] == slope
 
 
 def test_forward_goes_from_noise_to_data():
