@@ -15,7 +15,6 @@ than with the first slope it is on held-out data: mean and standard error over s
 import argparse
 import math
 import statistics
-import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -139,72 +138,131 @@ def digits(slopes: Iterable[float], seeds: int) -> None:
                 print(f"| {kind} | {slope or ''} |", " | ".join(row), "|", flush=True)
 
 
-def of_set(name: str, slope: float, seed: int, steps: int) -> float:
-    r"""Trains on fresh points and returns the held-out negative log-likelihood in nats."""
-    draw = SETS[name]
+class Together:
+    r"""Flows of one architecture, trained at a time: small ones cost hardly more than one."""
+
+    def __init__(self, flows: list[RobustNSF], x: Tensor) -> None:
+        self.weights: list[Tensor] = []
+        self.layers = []
+        for layers in zip(*(flow.transform.transforms for flow in flows), strict=True):
+            linears = [[m for m in t.hyper if isinstance(m, nn.Linear)] for t in layers]
+            steps = []
+            for each in zip(*linears, strict=True):
+                weight, bias = (
+                    torch.stack([m.get_parameter(n) for m in each]).detach()
+                    for n in ("weight", "bias")
+                )
+                steps.append((weight.requires_grad_(), bias.requires_grad_(), each[0].mask))
+                self.weights += steps[-1][:2]
+            self.layers.append((steps, layers[0].univariate, layers[0].shapes))
+        alone = torch.stack([f().log_prob(rows) for f, rows in zip(flows, x, strict=True)])
+        torch.testing.assert_close(self.nll(x), -alone, atol=1e-3, rtol=1e-3)
+
+    def nll(self, x: Tensor) -> Tensor:
+        r"""The negative log-likelihoods of each flow's own points, with shape :math:`(S, N, D)`."""
+        total: Tensor | float = 0.0
+        for steps, univariate, shapes in self.layers:
+            phi = x
+            for k, (weight, bias, mask) in enumerate(steps):
+                rows = phi.relu() if k else phi
+                phi = torch.baddbmm(bias[:, None], rows, (weight * mask).mT)
+            sizes = [math.prod(shape) for shape in shapes]
+            numbers = phi.unflatten(-1, (x.shape[-1], -1)).split(sizes, dim=-1)
+            params = [
+                n.unflatten(-1, s) if s else n.squeeze(-1)
+                for n, s in zip(numbers, shapes, strict=True)
+            ]
+            x, ladj = univariate(*params).call_and_ladj(x)
+            total = total - ladj.sum(-1)
+        return total + (x.square() + math.log(2 * math.pi)).sum(-1) / 2
+
+
+def made(features: int, slope: float, seeds: int, x: Tensor) -> Together:
+    r"""Makes flows of three layers, one for each seed."""
+    flows = []
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        flows.append(RobustNSF(features, transforms=3, slope=slope))
+    return Together(flows, x)
+
+
+def of_set(name: str, slope: float, seeds: int, steps: int) -> list[float]:
+    r"""Trains on fresh points and returns held-out negative log-likelihoods in nats."""
+
+    def draw(n: int) -> Tensor:
+        return SETS[name](seeds * n).unflatten(0, (seeds, n))
+
     torch.manual_seed(10_000)
-    x = draw(20_000)
-    torch.manual_seed(seed)
-    flow = RobustNSF(2, transforms=3, slope=slope)
-    common.train(
-        flow, lambda x: -flow().log_prob(x).mean(), steps, draw=lambda n: (draw(n),), batch=256
-    )
-    with torch.no_grad():
-        return -flow().log_prob(x).mean().item()
-
-
-def of_table(name: str, slope: float, seed: int, steps: int) -> float:
-    r"""Trains on some rows, as long as it helps with others, and returns the negative
-    log-likelihood of the rest in nats."""
-    torch.manual_seed(seed)
-    train, stop, test = _split(torch.as_tensor(TABLES[name]().data).float())
-    flow = RobustNSF(train.shape[-1], transforms=3, slope=slope)
-    optimizer = torch.optim.Adam(flow.parameters(), 1e-3)
-    best, result, since = math.inf, math.nan, 0
-    for step in range(steps):
-        batch = train[torch.randint(len(train), (128,))]
+    held_out = draw(10_000)
+    flows = made(2, slope, seeds, held_out[:, :64])
+    optimizer = torch.optim.Adam(flows.weights, 2e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
         optimizer.zero_grad()
-        (-flow().log_prob(batch).mean()).backward()
-        nn.utils.clip_grad_norm_(flow.parameters(), 10.0)
+        flows.nll(draw(256)).mean(-1).sum().backward()
         optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        return flows.nll(held_out).mean(-1).tolist()
+
+
+def of_table(name: str, slope: float, seeds: int, steps: int) -> list[float]:
+    r"""Trains on some rows, as long as it helps with others, and returns negative log-likelihoods
+    of the rest in nats."""
+    x = torch.as_tensor(TABLES[name]().data).float()
+    torch.manual_seed(10_000)
+    splits = [_split(x) for _ in range(seeds)]
+    train, stop, test = (torch.stack(part) for part in zip(*splits, strict=True))
+    flows = made(train.shape[-1], slope, seeds, stop)
+    optimizer = torch.optim.Adam(flows.weights, 1e-3)
+    best, result = torch.full((2, seeds), math.inf)
+    since = torch.zeros(seeds)
+    for step in range(steps):
         if step % LOOK == 0:
             with torch.no_grad():
-                now = -flow().log_prob(stop).mean().item()
-                if now < best:
-                    best, since = now, step
-                    result = -flow().log_prob(test).mean().item()
-        if step - since >= PATIENCE:
-            break
-    return result
+                now, then = (flows.nll(part).mean(-1) for part in (stop, test))
+            better = now < best
+            best, result = torch.where(better, now, best), torch.where(better, then, result)
+            since[better] = step
+            if bool((step - since >= PATIENCE).all()):
+                break
+        batch = train[:, torch.randint(train.shape[1], (128,))]
+        optimizer.zero_grad()
+        flows.nll(batch).mean(-1).sum().backward()
+        optimizer.step()
+    return result.tolist()
 
 
 def _split(x: Tensor) -> list[Tensor]:
     r"""Spreads values over the gaps between them, and standardizes features by the first part."""
     x = x[:, x.std(0) > 0]
-    for column in x.T:
-        column += torch.rand(len(column)) * column.unique().diff().min()
+    x = x + torch.rand_like(x) * torch.stack([c.unique().diff().min() for c in x.T])
     first, second = (int(share * len(x)) for share in SPLITS)
     x = x[torch.randperm(len(x))]
     x = (x - x[:first].mean(0)) / x[:first].std(0)
     return [x[:first], x[first:second], x[second:]]
 
 
-def of_photographs(_: str, slope: float, seed: int, steps: int) -> float:
-    r"""Trains a small super-resolution flow and returns bits per dimension of new crops."""
-    torch.manual_seed(seed)
-    model = SuperResolutionFlow(
-        scale=4, levels=2, steps=3, hidden=32, features=24, coupling=Robust(slope=slope)
-    )
+def of_photographs(_: str, slope: float, seeds: int, steps: int) -> list[float]:
+    r"""Trains small super-resolution flows and returns bits per dimension of new crops."""
     images = [data.photograph(name) for name in data.TRAINING_PHOTOGRAPHS]
     crops = partial(data.PairedCrops, images, scale=4, size=32)
-    train_images(model, crops(batch=16, seed=seed), steps=steps, progress=False)
-    torch.manual_seed(0)
-    held_out = zip(range(6), crops(batch=64, seed=1_000), strict=False)
-    with torch.no_grad():
-        return statistics.mean(model.nll(hr, lr).mean().item() for _, (hr, lr) in held_out)
+    bits = []
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        model = SuperResolutionFlow(
+            scale=4, levels=2, steps=3, hidden=32, features=24, coupling=Robust(slope=slope)
+        )
+        train_images(model, crops(batch=16, seed=seed), steps=steps, progress=False)
+        torch.manual_seed(0)
+        held_out = zip(range(6), crops(batch=64, seed=1_000), strict=False)
+        with torch.no_grad():
+            nlls = [model.nll(hr, lr).mean().item() for _, (hr, lr) in held_out]
+        bits.append(statistics.mean(nlls))
+    return bits
 
 
-Measure = Callable[[str, float, int, int], float]
+Measure = Callable[[str, float, int, int], list[float]]
 PARTS: dict[str, tuple[Iterable[str], Measure, int]] = {
     "sets": (SETS, of_set, 800),
     "tables": (TABLES, of_table, 800),
@@ -217,22 +275,16 @@ def compare(
 ) -> None:
     r"""Prints what each slope costs against the first one, paired by seed."""
     names, measure, usual = PARTS[part]
-    first, *others = slopes
-    print(f"| | at {first:g} |", " | ".join(f"{s:g}" for s in others), "|")
-    print("|---|---:|" + "---:|" * len(others))
+    print(f"| | at {slopes[0]:g} |", " | ".join(f"{s:g}" for s in slopes[1:]), "|")
+    print("|---|---:|" + "---:|" * (len(slopes) - 1), flush=True)
     for name in names:
         if only and name not in only:
             continue
-        runs = []
-        for seed in range(seeds):
-            runs.append([measure(name, s, seed, steps or usual) for s in slopes])
-            print(name, seed, runs[-1], file=sys.stderr, flush=True)
-        base = statistics.mean(run[0] for run in runs)
-        row = [f"{base:.3f}"]
-        for k in range(1, len(slopes)):
-            costs = [run[k] - run[0] for run in runs]
-            error = statistics.stdev(costs) / math.sqrt(seeds) if seeds > 1 else math.nan
-            row.append(f"{statistics.mean(costs):+.4f} ± {error:.4f}")
+        first, *others = (torch.tensor(measure(name, s, seeds, steps or usual)) for s in slopes)
+        row = [f"{first.mean():.3f}"]
+        for other in others:
+            costs = other - first
+            row.append(f"{costs.mean():+.4f} ± {costs.std() / math.sqrt(seeds):.4f}")
         print(f"| {name} |", " | ".join(row), "|", flush=True)
 
 
