@@ -158,9 +158,9 @@ def toy(steps: int, only: str | None) -> None:
     r"""Trained flows: likelihood, certificate, attack within ‖y‖ <= 10 and without limit."""
     free: dict[str, Any] = {"shift_bound": None, "slope": None}
     builds: dict[str, Build] = {
-        "coupling": partial(RobustCouplingFlow, 2, 2, transforms=8),
+        "coupling": partial(RobustCouplingFlow, 2, 2, transforms=8, slope=1e-3),
         "coupling-unbounded": partial(RobustCouplingFlow, 2, 2, transforms=8, **free),
-        "autoregressive": partial(RobustNSF, 2, 2, transforms=4),
+        "autoregressive": partial(RobustNSF, 2, 2, transforms=4, slope=1e-3),
         "autoregressive-unbounded": partial(RobustNSF, 2, 2, transforms=4, **free),
         "zuko-RealNVP": partial(zuko.flows.RealNVP, 2, 2, transforms=8),
         "zuko-MAF": partial(zuko.flows.MAF, 2, 2, transforms=8),
