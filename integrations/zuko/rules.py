@@ -45,7 +45,7 @@ from flowguard.migration.imitate import RescaledSpline
 from flowguard.migration.inscribe import InscribedAffine, InscribedShift
 from flowguard.migration.rules import BoundOfMap
 
-from .bases import BoundedNormal, depends
+from .bases import BoundedNormal
 from .flows import GuardedFlow
 from .image import ConditionalMultiscaleTransform, MultiscaleFlow, MultiscaleTransform
 from .migration import CarriedSpline
