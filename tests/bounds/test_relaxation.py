@@ -313,6 +313,20 @@ def test_any_slopes_give_a_bound(seed, length):
         assert bool((reached <= far + tolerance).all())
 
 
+@pytest.mark.parametrize("g", ENVELOPES[:8])
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_what_a_map_moves_is_bounded_where_its_input_is_subtracted(g, share):
+    copied = torch.tensor([[1.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
+    apart = torch.tensor([[1.0, -share], [0.0, 0.0]], dtype=torch.float64)
+    moved = Pointwise(envelope=g, mask=torch.tensor([True, False]))
+    steps = [Noise(size=2), Linear(matrix=copied), moved, Linear(matrix=apart)]
+    reached = worst(steps, tries=20).max().item()
+    assert reached <= certificate(steps).tighten(0).bound(RADIUS) * ALMOST
+    tight = certificate(steps).tighten(50).bound(RADIUS)
+    assert reached <= tight * ALMOST
+    assert tight <= beside(g, RADIUS, share) * ALMOST
+
+
 def test_the_search_comes_near_to_what_can_be_reached():
     torch.manual_seed(0)
     g = ENVELOPES[0]
@@ -353,6 +367,15 @@ def test_positions_are_told_apart_on_the_way_back():
     chain, region = chained(steps)
     low, high, _ = chain.read(Forms.of(region), [torch.ones(4, 4, dtype=torch.float64)])
     assert high.tolist() == (-low).tolist() == [4.0, 8.0, 12.0, 16.0]
+
+
+def test_a_permutation_is_undone_on_the_way_back():
+    factor = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    scale = Scale(factor=factor, offset=torch.zeros(3, dtype=torch.float64))
+    order = torch.tensor([1, 2, 0])  # whose inverse is another
+    chain, region = chained([Noise(size=3), scale, Permute(order=order)])
+    _, _, far = chain.read(Forms.of(region), [torch.ones(3, 3, dtype=torch.float64)])
+    assert far.tolist() == (RADIUS * factor[order]).tolist()
 
 
 def test_a_joined_feature_is_bounded_by_its_reach():
