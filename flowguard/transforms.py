@@ -177,8 +177,8 @@ class RobustSpline(_Spline):
             published, and the inverse is not bounded.
         slope: The least slope of the spline (its inverse is the greatest). The way back loses digits
             by one over it, for each layer: at the default, flows of three layers come back in
-            float32, at :py:`1e-3` they lose twenty times as much. Data on ridges thinner than a
-            hundredth, and images, want :py:`1e-3`. If :py:`None`, use the published
+            float32, at :py:`1e-3` they lose twenty times as much. Images, and data on ridges as thin
+            as some thousandths, want :py:`1e-3`. If :py:`None`, use the published
             parameterisation; see :func:`flowguard.functional.rational_quadratic_spline`.
 
     Example:
