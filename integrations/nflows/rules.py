@@ -67,7 +67,7 @@ def flow_steps(flow: Any, sampling: bool) -> Iterator[Step]:
     if not sampling:
         yield Refused(reason="a flow is bounded in its sampling direction only")
         return
-    parts = within("_transform", flow._transform)
+    parts = list(_inner("_transform", flow._transform))
     base = flow._distribution
     if isinstance(base, BoundedDiagonalNormal | BoundedMADEMoG):
         yield from bounded_base("_distribution", base)
@@ -116,15 +116,24 @@ def is_base(base: Any, name: str) -> bool:
     return any(type(base) is getattr(module, name, None) for module in modules)
 
 
+def _inner(name: str, layer: Any, sampling: bool = True) -> Iterator[Step]:
+    r"""The steps of a transform in a flow; layers of normflows run the other way."""
+    if any(cls.__module__.partition(".")[0] == "normflows" for cls in type(layer).__mro__):
+        reason = "it is a layer of normflows, whose inverse is the way to noise"
+        yield Refused(name=name, kind=type(layer).__name__, reason=reason)
+    else:
+        yield from within(name, layer, sampling)
+
+
 def _composite(layer: Any, sampling: bool) -> Iterator[Step]:
     # Not `named_children`, which leaves out what is there a second time.
     parts = list(enumerate(layer._transforms))
     for i, child in reversed(parts) if sampling else parts:
-        yield from within(f"_transforms.{i}", child, sampling)
+        yield from _inner(f"_transforms.{i}", child, sampling)
 
 
 def _inverted(layer: Any, sampling: bool) -> Iterator[Step]:
-    yield from within("_transform", layer._transform, not sampling)
+    yield from _inner("_transform", layer._transform, not sampling)
 
 
 def _multiscale(layer: Any, sampling: bool) -> Iterator[Step]:
@@ -150,7 +159,7 @@ def _multiscale(layer: Any, sampling: bool) -> Iterator[Step]:
 
 
 def _level(name: str, transform: Any) -> list[Step]:
-    parts = within(name, transform)
+    parts = list(_inner(name, transform))
     if not any(isinstance(part, Noise) for part in parts):
         return parts
     # What is left of the latents there would count as all of them for the levels after it.

@@ -77,7 +77,7 @@ def _flow(flow: Any, sampling: bool) -> Iterator[Step]:
     yield from _base("q0", flow.q0, told=not isinstance(flow, NormalizingFlow))
     # Not `named_children`, which leaves out what is there a second time.
     for i, layer in enumerate(flow.flows):
-        yield from within(f"flows.{i}", layer)
+        yield from _inner(f"flows.{i}", layer)
 
 
 @rule(MultiscaleFlow, ConditionalMultiscaleFlow)
@@ -97,11 +97,20 @@ def _multiscale(flow: Any, sampling: bool) -> Iterator[Step]:
             yield from _join(i, base, flow.merges[i - 1], channels, told)
             channels = channels + _channels(base)
         for j, layer in enumerate(flow.flows[i]):
-            yield from within(f"flows.{i}.{j}", layer)
+            yield from _inner(f"flows.{i}.{j}", layer)
             for part in layer.modules():
                 channels = channels // 4 if isinstance(part, flows.Squeeze) else channels
     if flow.transform is not None:
-        yield from within("transform", flow.transform)
+        yield from _inner("transform", flow.transform)
+
+
+def _inner(name: str, layer: Any, sampling: bool = True) -> Iterator[Step]:
+    r"""The steps of a layer in a flow; what is no layer of normflows may run the other way."""
+    if isinstance(layer, flows.Flow):
+        yield from within(name, layer, sampling)
+    else:
+        reason = "it is no normflows.flows.Flow, and its forward may be the way to noise"
+        yield Refused(name=name, kind=type(layer).__name__, reason=reason)
 
 
 @rule(GuardedConditionalFlow)
@@ -329,7 +338,7 @@ def _is_permutation(p: Tensor) -> bool:
 
 @rule(ContextAdapter)
 def _adapter(layer: Any, sampling: bool) -> Iterator[Step]:
-    yield from within("flow", layer.flow, sampling)
+    yield from _inner("flow", layer.flow, sampling)
 
 
 # Layers of normflows that the context does not reach
@@ -337,14 +346,14 @@ def _adapter(layer: Any, sampling: bool) -> Iterator[Step]:
 
 @rule(flows.Reverse)
 def _reverse(layer: Any, sampling: bool) -> Iterator[Step]:
-    yield from within("flow", layer.flow, not sampling)
+    yield from _inner("flow", layer.flow, not sampling)
 
 
 @rule(flows.Composite)
 def _composite(layer: Any, sampling: bool) -> Iterator[Step]:
     parts = list(enumerate(layer._flows))
     for i, part in parts if sampling else reversed(parts):
-        yield from within(f"_flows.{i}", part, sampling)
+        yield from _inner(f"_flows.{i}", part, sampling)
 
 
 @rule(flows.Squeeze)

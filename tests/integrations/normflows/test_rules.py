@@ -605,3 +605,15 @@ def test_a_block_whose_merge_is_not_that_of_its_split_is_named():
     new.flows[0].flows[2].mode = "channel"
     blown(new.flows[0].flows[1])
     assert flowguard.certify(new).refused
+
+
+def test_layers_that_run_the_other_way_are_refused():
+    layer = flowguard.image.ActNorm(2)
+    with torch.no_grad():
+        layer.logs.fill_(2.0)
+    base = nf.distributions.DiagGaussian((2, 1, 1))
+    flow = nf.NormalizingFlow(base, [layer.eval()])
+    refused = flowguard.certify(flow).refused
+    assert "may be the way to noise" in refused[0].reason
+    for around in (nf.flows.Reverse(layer), nf.flows.Composite([layer])):
+        assert "may be the way to noise" in flowguard.certify(around).refused[0].reason
