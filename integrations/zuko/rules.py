@@ -48,11 +48,11 @@ from flowguard.migration.rules import BoundOfMap
 from .bases import BoundedNormal
 from .flows import GuardedFlow
 from .image import ConditionalMultiscaleTransform, MultiscaleFlow, MultiscaleTransform
-from .migration import CarriedSpline
+from .migration import CarriedSpline, InscribedUnivariate
 
 T = zuko.transforms
 #: What constructs the maps of layers after a migration.
-MIGRATED = (CarriedSpline, InscribedAffine, InscribedShift, RescaledSpline)
+MIGRATED = (CarriedSpline, InscribedAffine, InscribedShift, InscribedUnivariate, RescaledSpline)
 
 # zuko has its additive transform from 1.5 on; before, there is nothing to bound.
 ADDITIVE: tuple[type, ...] = tuple(
@@ -70,7 +70,7 @@ def _flow(flow: Any, sampling: bool) -> Iterator[Step]:
         return
     parts, base = within("transform", flow.transform), flow.base
     if isinstance(base, BoundedNormal | zuko.lazy.Flow):
-        yield from _bounded_base(base, parts)
+        yield from _bounded_base(base)
         yield from parts
         return
     reason = "its noise depends on the context, and flowguard knows no bound of it"
@@ -84,14 +84,14 @@ def _flow(flow: Any, sampling: bool) -> Iterator[Step]:
         yield from _from_noise(base(), parts)
 
 
-def _bounded_base(base: Any, parts: list[Step]) -> Iterator[Step]:
+def _bounded_base(base: Any) -> Iterator[Step]:
     r"""The steps of a base that knows how far its noise reaches, whatever the context is."""
     name, kind = "base", type(base).__name__
     why = departure(base, BoundedNormal) if isinstance(base, BoundedNormal) else ""
     if why:
         yield Refused(name=name, kind=kind, reason=why)
     elif isinstance(base, BoundedNormal):
-        size = next(s.features for s in parts if s.features is not None)
+        size = base.moments.mean.numel()
         yield Noise(name=name, kind=kind, size=size, event=size)
         yield from base.moments.steps(name, kind)
     else:
@@ -173,6 +173,9 @@ def _conditional(layer: Any, sampling: bool, mask: Tensor) -> Iterator[Step]:
         yield Refused(kind=kind, gain=gain if math.isfinite(gain) else None, reason=reason)
         return
     reason = undetermined(layer.univariate, MIGRATED)
+    if isinstance(layer.univariate, InscribedUnivariate):
+        # Its map alone says what becomes of the line that it is told.
+        reason = reason or undetermined(layer.univariate.map, MIGRATED)
     if reason and not envelope(f, sampling).reason:
         yield Refused(kind=kind, reason=reason)
     else:
