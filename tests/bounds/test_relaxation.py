@@ -409,10 +409,19 @@ def test_rounding_of_a_product_and_of_a_line_is_slack():
     link = Linear(matrix=w).link(region, 1.0, u)
     assert isinstance(link, Product)
     assert torch.allclose(link.slack, 5 * u / (1 - 5 * u) * w.abs().sum(1))
+    node = Node.of(region)
+    assert torch.equal(link.back(Forms.of(region), None, node, node).slack, link.slack[0])
     line = Scale(factor=w[0], offset=w[1]).link(region, 1.0, u)
     assert isinstance(line, Course)
     slack = 6 * u / (1 - 6 * u) * (w[0].abs() + w[1].abs())
     assert torch.allclose(line.high - line.low, 2 * slack)
+
+
+def test_the_rounding_of_products_adds_up_on_the_way_back():
+    steps = [Noise(size=1), *[Linear(matrix=torch.eye(1, dtype=torch.float64))] * 10]
+    # Four operations each, of which every one may add its share.
+    assert certificate(steps, 1e-3).tighten(0).bound(1.0) >= (1 + 4e-3) ** 10
+    assert certificate(steps).tighten(0).bound(1.0) == 1.0
 
 
 def image_flow(levels, steps, **options):
