@@ -1,0 +1,80 @@
+r"""Random models of every layer that has a rule, and the property that certificates must have.
+
+All is drawn from one :class:`random.Random`, so that a number makes a model again, and hypothesis
+can take its place.
+"""
+
+__all__ = ["Case", "Maker", "Verdict", "covered", "fuzz", "registered"]
+
+import warnings
+from functools import partial
+from random import Random
+from typing import Any
+
+import torch
+
+import flowguard.models.rules  # noqa: F401
+from flowguard.bounds import certify, rules
+
+from . import images, lazy, normflows_layers, transforms
+from .judge import Verdict, judge
+from .maker import DTYPES, Case, Maker
+from .nflows_layers import HOSTS, case_of_nflows, nflows_tables
+from .tampering import tampered
+
+FAMILIES = {
+    "transforms": (transforms.case_of_transforms, set(transforms.TRANSFORMS)),
+    "zuko": (lazy.case_of_lazy, {*lazy.LAZY, *transforms.TRANSFORMS}),
+    **{name: (partial(case_of_nflows, name=name), nflows_tables()) for name in HOSTS},
+    "normflows": (normflows_layers.case_of_normflows, normflows_layers.normflows_tables()),
+    "images": (images.case_of_images, images.IMAGES),
+}
+
+
+def covered() -> set[type]:
+    r"""Returns the classes that models are made of."""
+    return set().union(*(classes for _, classes in FAMILIES.values()))
+
+
+def registered() -> set[type]:
+    r"""Returns the classes that have a rule."""
+    lookups: list[dict[type, Any]] = [rules._RULES, rules._ENVELOPES]
+    return {cls for lookup in lookups for cls in lookup}
+
+
+def make(random: Random, wanted: type | None = None, plain: bool = False) -> tuple[Case, Maker]:
+    r"""Returns a random case, and what has made it.
+
+    Arguments:
+        random: The source of randomness.
+        wanted: A class that shall be part of it.
+        plain: Whether nothing unexpected is done to the model, and its dtype is float32.
+    """
+    maker = Maker(random, wild=random.randint(0, 99) < 35, wanted=wanted)
+    names = [n for n, (_, classes) in FAMILIES.items() if wanted is None or wanted in classes]
+    if wanted is not None and wanted.__module__.startswith(HOSTS):
+        names = [n for n in names if n not in HOSTS or wanted.__module__.startswith(f"{n}.")]
+    build, _ = FAMILIES[maker.pick(names)]
+    dtype = torch.float32 if plain else maker.pick(DTYPES)
+    case = build(maker, dtype)
+    if not plain and maker.flip(0.15):
+        case = tampered(maker, case)
+    case.made = maker.made
+    return case, maker
+
+
+def fuzz(
+    random: Random, wanted: type | None = None, plain: bool = False, certify: Any = certify
+) -> tuple[Case, Verdict]:
+    r"""Makes a model and returns it with what was found of it.
+
+    Arguments:
+        random: The source of randomness.
+        wanted: A class that shall be part of it.
+        plain: Whether nothing unexpected is done to the model, and its dtype is float32.
+        certify: What certifies.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        case, maker = make(random, wanted, plain)
+        return case, judge(case, maker, certify)

@@ -1,0 +1,218 @@
+r"""Random lazy transforms and flows of zuko."""
+
+__all__ = ["LAZY", "case_of_lazy"]
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn as nn
+import zuko
+from zuko.flows.autoregressive import MaskedAutoregressiveTransform
+from zuko.flows.coupling import GeneralCouplingTransform
+from zuko.flows.gaussianization import ElementWiseTransform
+
+import flowguard
+from flowguard import OODConditioner
+from flowguard.integrations.zuko import (
+    ConditionalMultiscaleTransform,
+    GuardedFlow,
+    MultiscaleFlow,
+    RobustCouplingFlow,
+    RobustNSF,
+)
+
+from .maker import CONTEXT, ROWS, Case, Maker
+from .transforms import TRANSFORMS, family, transform, univariate
+
+Lazy = zuko.lazy
+
+
+def _options(m: Maker) -> dict[str, Any]:
+    f, shapes = univariate(m)
+    options = {"univariate": f, "shapes": shapes, "hidden_features": [m.integer(2, 8)]}
+    return options | {"activation": m.pick([nn.ReLU, nn.Tanh])}
+
+
+def _autoregressive(m: Maker, d: int) -> Any:
+    passes = m.pick([None, 1, 2]) if d > 1 else None
+    return MaskedAutoregressiveTransform(
+        d, m.context, passes=passes, order=torch.randperm(d), **_options(m)
+    )
+
+
+def _coupling(m: Maker, d: int) -> Any:
+    mask = torch.randperm(d) < m.integer(1, max(d - 1, 1))
+    made = GeneralCouplingTransform(d, m.context, mask=mask if d > 1 else None, **_options(m))
+    return made
+
+
+def _elementwise(m: Maker, d: int) -> Any:
+    return ElementWiseTransform(d, m.context, **_options(m))
+
+
+def _unconditional(m: Maker, d: int) -> Any:
+    kind = m.integer(0, 6)
+    match kind:
+        case 0:
+            return Lazy.UnconditionalTransform(
+                torch.distributions.AffineTransform, m.tensor(d), m.tensor(d), buffer=m.flip()
+            )
+        case 1:
+            return Lazy.UnconditionalTransform(zuko.transforms.RotationTransform, m.tensor(d, d))
+        case 2:
+            matrix = m.tensor(d, d) + torch.eye(d)
+            return Lazy.UnconditionalTransform(zuko.transforms.LULinearTransform, matrix)
+        case 3:
+            order = torch.randperm(d)
+            return Lazy.UnconditionalTransform(
+                zuko.transforms.PermutationTransform, order, buffer=True
+            )
+        case 4:
+            return Lazy.UnconditionalTransform(
+                zuko.transforms.MonotonicAffineTransform, m.tensor(d), m.tensor(d)
+            )
+        case _:
+            return Lazy.UnconditionalTransform(partial(_same, transform(m, d, torch.float32)))
+
+
+def _same(f: Any) -> Any:
+    return f
+
+
+def _inverse(m: Maker, d: int) -> Any:
+    return Lazy.LazyInverse(_layer(m, d))
+
+
+def _composed(m: Maker, d: int) -> Any:
+    parts = [_layer(m, d) for _ in range(m.integer(1, 4))]
+    if m.flip(0.2):
+        parts.append(parts[0])
+    return Lazy.LazyComposedTransform(*parts)
+
+
+def _multiscale(m: Maker, d: int) -> Any:
+    levels = m.integer(1, 2)
+    return ConditionalMultiscaleTransform(
+        (1, 4, 4), 0, levels=levels, steps=1, hidden=4, coupling=family(m)
+    )
+
+
+def _image_flow(m: Maker, d: int) -> Any:
+    return MultiscaleFlow((1, 4, 4), CONTEXT, levels=m.integer(1, 2), steps=1, hidden=4,
+                          coupling=family(m))  # fmt: skip
+
+
+def _base(m: Maker, d: int) -> Any:
+    normal = zuko.distributions.DiagNormal
+    zeros, ones = torch.zeros(d), torch.ones(d)
+    return Lazy.UnconditionalDistribution(normal, zeros, ones, buffer=True)
+
+
+def _flow(m: Maker, d: int) -> Any:
+    match m.integer(0, 5):
+        case 0:
+            return RobustNSF(d, m.context, bins=m.integer(2, 4), bound=m.positive(),
+                             shift_bound=m.positive(), transforms=m.integer(1, 3),
+                             hidden_features=[4])  # fmt: skip
+        case 1:
+            return RobustCouplingFlow(d, m.context, bins=m.integer(2, 4), bound=m.positive(),
+                             shift_bound=m.positive(), transforms=m.integer(1, 3),
+                             hidden_features=[4])  # fmt: skip
+        case 2 if d > 1:
+            return _migrated(m, d)
+        case _:
+            layers = [_layer(m, d) for _ in range(m.integer(1, 3))]
+            return Lazy.Flow(layers, _base(m, d))
+
+
+def _migrated(m: Maker, d: int) -> Any:
+    kind = m.pick([zuko.flows.MAF, zuko.flows.NICE, zuko.flows.NSF])
+    old = kind(d, m.context, transforms=m.integer(1, 2), hidden_features=[4])
+    x = m.tensor(16, d).clamp(-1e6, 1e6)
+    y = torch.randn(16, CONTEXT) if m.context else None
+    new, _ = flowguard.migrate(old, x, y, bins=m.integer(2, 4), fit_steps=2)
+    return new
+
+
+def _guarded(m: Maker, d: int) -> Any:
+    return GuardedFlow(_flow(m, d), OODConditioner(nn.Linear(CONTEXT, CONTEXT), policy="report"))
+
+
+LAZY: dict[type, Callable[[Maker, int], Any]] = {
+    MaskedAutoregressiveTransform: _autoregressive,
+    GeneralCouplingTransform: _coupling,
+    ElementWiseTransform: _elementwise,
+    Lazy.UnconditionalTransform: _unconditional,
+    Lazy.LazyInverse: _inverse,
+    Lazy.LazyComposedTransform: _composed,
+    Lazy.Flow: _flow,
+    GuardedFlow: _guarded,
+    ConditionalMultiscaleTransform: _multiscale,
+    MultiscaleFlow: _image_flow,
+}
+
+FLOWS = {Lazy.Flow, GuardedFlow, ConditionalMultiscaleTransform, MultiscaleFlow}
+
+
+def _layer(m: Maker, d: int) -> Any:
+    wanted = m.wanted if m.wanted not in FLOWS else None
+    if wanted in TRANSFORMS and (m.depth == 0 or m.flip(0.3)):
+        wanted = Lazy.UnconditionalTransform
+        f = transform(m, d, torch.float32)
+        return m.note(Lazy.UnconditionalTransform(partial(_same, f)))
+    if wanted in LAZY and (m.depth == 0 or m.flip(0.3)):
+        cls = wanted
+    else:
+        deep = {Lazy.LazyComposedTransform, Lazy.LazyInverse}
+        cls = m.pick([c for c in LAZY if c not in FLOWS and (m.depth < 2 or c not in deep)])
+    m.depth += 1
+    made = LAZY[cls](m, d)
+    m.depth -= 1
+    return m.note(made)
+
+
+def case_of_lazy(m: Maker, dtype: torch.dtype) -> Case:
+    r"""Returns a lazy transform or a flow of zuko."""
+    d = m.integer(1, 4)
+    m.context = CONTEXT if m.wanted is GuardedFlow or m.flip(0.8) else 0
+    if m.wanted in FLOWS:
+        model = LAZY[m.wanted](m, d)
+    elif m.wanted is None and m.flip(0.1):
+        model = LAZY[m.pick([ConditionalMultiscaleTransform, MultiscaleFlow])](m, d)
+    elif m.flip(0.3):
+        model = _layer(m, d)
+    elif m.context and m.flip(0.1):
+        model = _guarded(m, d)
+    else:
+        model = _flow(m, d)
+    m.note(model)
+    m.spread(model)
+    model.to(dtype)
+    model.train(m.flip(0.3))
+    core = model.flow if isinstance(model, GuardedFlow) else model
+    if isinstance(core, ConditionalMultiscaleTransform):
+        return Case(model, partial(_sample_image, model), dtype=dtype, cuts=True)
+    if isinstance(core, MultiscaleFlow):
+        levels = core.transform.flow.levels
+        shapes = [(CONTEXT, 4 >> n, 4 >> n) for n in range(1, levels + 1)]
+        draw = partial(_sample_flow, model)
+        return Case(model, draw, shapes, listed=True, dtype=dtype, cuts=True)
+    contexts = [(CONTEXT,)] if m.context else []
+    if isinstance(core, Lazy.Flow):
+        return Case(model, partial(_sample_flow, model), contexts, dtype=dtype)
+    return Case(model, partial(_sample_layer, model, d), contexts, dtype=dtype)
+
+
+def _sample_image(model: Any, noise: Any, context: Any) -> torch.Tensor:
+    return model(None).inv(noise(ROWS, 16))
+
+
+def _sample_flow(model: Any, noise: Any, context: Any) -> torch.Tensor:
+    with noise.patched():
+        return model(context).sample(() if context is not None else (ROWS,))
+
+
+def _sample_layer(model: Any, d: int, noise: Any, context: Any) -> torch.Tensor:
+    return model(context).inv(noise(ROWS, d))
