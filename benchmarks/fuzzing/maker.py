@@ -4,6 +4,7 @@ __all__ = ["CONTEXT", "ROWS", "Case", "Maker", "Source", "numbers"]
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any, TypeVar
@@ -69,7 +70,13 @@ class Source:
         def normal(mean: Tensor, std: Any, *_: Any, **__: Any) -> Tensor:
             return mean + std * self(*mean.shape, dtype=mean.dtype)
 
-        return patch.multiple(torch, randn=randn, normal=normal)
+        def fill(t: Tensor, mean: float = 0.0, std: float = 1.0, **_: Any) -> Tensor:
+            return t.copy_(mean + std * self(*t.shape, dtype=t.dtype))
+
+        stack = ExitStack()
+        stack.enter_context(patch.multiple(torch, randn=randn, normal=normal))
+        stack.enter_context(patch.object(Tensor, "normal_", fill))
+        return stack
 
 
 def _cube(shape: Sequence[int]) -> Tensor:
@@ -184,7 +191,7 @@ class Maker:
 
 
 #: Buffers that hold constants of a layer.
-CONSTANTS = {"running_mean", "running_var", "_shift", "_scale", "rotation", "loc", "scale"}
+CONSTANTS = {"running_mean", "running_var", "_shift", "_scale", "rotation"}
 
 #: Parts of names of networks, which may say anything.
 NETWORKS = ("net", "hyper", "injector", "first", "rest", "param_map", "noise", "final", "blocks")
