@@ -356,6 +356,7 @@ def test_the_root_holds_these_files_alone():
 
 #: Tests of what no single file of that name is for.
 ACROSS = {
+    "bounds/test_fuzz.py",  # all rules of the core and of the adapters
     "integrations/nflows/test_layers.py",  # all that is drawn from nflows' own layers
     "models/test_golden.py",
     "models/test_migrated.py",

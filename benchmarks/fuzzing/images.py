@@ -130,7 +130,7 @@ def _draw_flow(flow: Any, noise: Any, context: Any) -> torch.Tensor:
 
 
 def _maps(flow: Any) -> list[tuple[int, ...]]:
-    return [(CONTEXT, 2 ** (flow.levels - n), 2 ** (flow.levels - n)) for n in range(1, flow.levels + 1)]  # fmt: skip  # noqa: E501
+    return [(CONTEXT, 2 ** (flow.levels - n), 2 ** (flow.levels - n)) for n in range(1, flow.levels + 1)]  # fmt: skip
 
 
 def _model(m: Maker, kind: Any) -> Any:

@@ -36,16 +36,15 @@ def _options(m: Maker) -> dict[str, Any]:
 
 
 def _autoregressive(m: Maker, d: int) -> Any:
-    passes = m.pick([None, 1, 2]) if d > 1 else None
-    return MaskedAutoregressiveTransform(
-        d, m.context, passes=passes, order=torch.randperm(d), **_options(m)
-    )
+    options = {"passes": m.pick([None, None, 2]), "order": torch.randperm(d)} if d > 1 else {}
+    # The masked network needs a path to each feature.
+    options |= {**_options(m), "hidden_features": [8]}
+    return MaskedAutoregressiveTransform(d, m.context, **options)
 
 
 def _coupling(m: Maker, d: int) -> Any:
     mask = torch.randperm(d) < m.integer(1, max(d - 1, 1))
-    made = GeneralCouplingTransform(d, m.context, mask=mask if d > 1 else None, **_options(m))
-    return made
+    return GeneralCouplingTransform(d, m.context, mask=mask if d > 1 else None, **_options(m))
 
 
 def _elementwise(m: Maker, d: int) -> Any:

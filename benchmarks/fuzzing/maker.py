@@ -132,6 +132,7 @@ class Maker:
         self.made: list[type] = []
         self.depth = 0
         self.context = CONTEXT  # the number of features that layers are told; none if 0
+        self.tails: str | None = None  # those that all splines of a host shall have
         torch.manual_seed(random.randint(0, 2**31 - 1))
 
     def pick(self, options: Sequence[T]) -> T:
@@ -196,7 +197,17 @@ CONSTANTS = {"running_mean", "running_var", "_shift", "_scale", "rotation"}
 #: Parts of names of networks, which may say anything.
 NETWORKS = ("net", "hyper", "injector", "first", "rest", "param_map", "noise", "final", "blocks")
 
-KINDS = ["large", "small", "zero", "one", "negative", "all sizes", "alike", "nearly alike", "spike"]
+KINDS = [
+    "large",
+    "small",
+    "zero",
+    "one",
+    "negative",
+    "all sizes",
+    "alike",
+    "nearly alike",
+    "spike",
+]
 
 
 def numbers(shape: Sequence[int], kind: str) -> Tensor:

@@ -79,7 +79,12 @@ def _robust_cdf(m: Maker, h: Host, shape: tuple[int, ...]) -> Any:
 
 def _step(m: Maker, h: Host, shape: tuple[int, ...]) -> Any:
     return ours.RobustFlowStep(
-        shape[0], m.context or None, 4, num_blocks=1, **_options(m), mix=m.pick(["free", "orthogonal"])
+        shape[0],
+        m.context or None,
+        4,
+        num_blocks=1,
+        **_options(m),
+        mix=m.pick(["free", "orthogonal"]),
     )
 
 
@@ -126,7 +131,8 @@ def _coupling(name: str, spline: bool) -> Build:
     def build(m: Maker, h: Host, shape: tuple[int, ...]) -> Any:
         options: dict[str, Any] = {}
         if spline:
-            options = {"num_bins": 3, "tails": m.pick([None, "linear"]), "tail_bound": m.positive()}
+            tails = m.tails or m.pick([None, "linear"])
+            options = {"num_bins": 3, "tails": tails, "tail_bound": m.positive()}
         return getattr(h.T, name)(_mask(m, shape[0]), h.net(m, shape), **options)
 
     return build
@@ -136,10 +142,8 @@ def _autoregressive(name: str, *arguments: int, tails: bool = False) -> Build:
     def build(m: Maker, h: Host, shape: tuple[int, ...]) -> Any:
         options: dict[str, Any] = {"context_features": m.context or None, "num_blocks": 1}
         if tails:
-            options |= {"tails": m.pick([None, "linear"]), "tail_bound": m.positive()}
-        return getattr(h.T, name)(
-            *arguments, features=shape[0], hidden_features=4, **options
-        )
+            options |= {"tails": m.tails or m.pick([None, "linear"]), "tail_bound": m.positive()}
+        return getattr(h.T, name)(*arguments, features=shape[0], hidden_features=4, **options)
 
     return build
 
@@ -276,7 +280,7 @@ def _multiscale(m: Maker, h: Host) -> tuple[Any, int, list[tuple[int, ...]]]:
     theirs = m.wanted is h.T.MultiscaleCompositeTransform or (
         m.wanted is not ours.ConditionalMultiscaleTransform and m.flip(0.3)
     )
-    levels = m.integer(1, 3)
+    levels = m.integer(1, 2 if m.flip(0.8) else 3)
     if theirs and m.flip():  # of vectors, which do not change their shape
         shape: Any = (m.integer(2**levels, 9),)
         flow = h.T.MultiscaleCompositeTransform(levels)
@@ -285,7 +289,7 @@ def _multiscale(m: Maker, h: Host) -> tuple[Any, int, list[tuple[int, ...]]]:
             shape = flow.add_transform(_layer(m, h, shape), shape)
         return flow, size, [(CONTEXT,)]
     cls = h.T.MultiscaleCompositeTransform if theirs else ours.ConditionalMultiscaleTransform
-    shape, flow, contexts = (1 + m.integer(0, 1), 4, 4), cls(levels), []
+    shape, flow, contexts = (m.integer(2, 3), 4, 4), cls(levels), []
     size = prod(shape)
     for _ in range(levels):
         parts = []
@@ -315,10 +319,9 @@ def _migrated(m: Maker, h: Host) -> Any:
         layers.append(getattr(h.T, name))
     built = []
     for cls in layers:
-        layer = _table(h.name)[cls](m, h, (d,))
-        if getattr(layer, "tails", "linear") is None:
-            layer.tails = "linear"
-        built.append(layer)
+        m.tails = "linear"
+        built.append(_table(h.name)[cls](m, h, (d,)))
+        m.tails = None
         built.append(_layer(m, h, (d,)) if m.flip(0.3) else h.T.ReversePermutation(d))
     old = h.Flow(h.T.CompositeTransform(built), h.distributions.StandardNormal([d])).eval()
     x = m.tensor(16, d).clamp(-1e6, 1e6)

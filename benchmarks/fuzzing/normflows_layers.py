@@ -13,6 +13,7 @@ import torch.nn as nn
 
 import flowguard
 from flowguard import OODConditioner
+from flowguard.image import ActNorm, InvertibleConv1x1, OrthogonalConv1x1
 from flowguard.integrations.normflows import (
     ConditionalMultiscaleFlow,
     ContextAdapter,
@@ -55,7 +56,9 @@ def _robust_autoregressive(m: Maker, shape: tuple[int, ...], context: int | None
 
 def _mode(m: Maker, shape: tuple[int, ...]) -> str:
     odd = shape[-1] % 2
-    return m.pick(["channel", "channel_inv", *(() if odd else ("checkerboard", "checkerboard_inv"))])
+    return m.pick(
+        ["channel", "channel_inv", *(() if odd else ("checkerboard", "checkerboard_inv"))]
+    )
 
 
 def _glow(m: Maker, shape: tuple[int, ...], context: int | None) -> Any:
@@ -192,7 +195,6 @@ BOTH: dict[type, Build] = {
     nf.transforms.Shift: lambda m, shape, c: nf.transforms.Shift(m.pick([-0.5, 0.5, 1e20, -3])),
 }
 IMAGES: dict[type, Build] = {
-    LUConv1x1: lambda m, shape, c: LUConv1x1(shape[0]),
     RobustCouplingBlock: _block,
     RobustGlowBlock: _glow,
     F.GlowBlock: lambda m, shape, c: F.GlowBlock(shape[0], 4),
@@ -225,6 +227,8 @@ OF_MIGRATION = {
     ours.MigratedMasked,
     F.AffineCoupling,
 }
+#: Layers of the core, whose `forward` goes to noise, where layers of the host are expected.
+STRANGE: list[type] = [ActNorm, InvertibleConv1x1, LUConv1x1, OrthogonalConv1x1]
 #: What takes a context.
 TOLD = {ContextAdapter, RobustSplineAutoregressive, RobustSplineCoupling}
 TOLD |= {RobustCouplingBlock, RobustGlowBlock}
@@ -232,7 +236,7 @@ TOLD |= {RobustCouplingBlock, RobustGlowBlock}
 
 def normflows_tables() -> set[type]:
     r"""Returns all classes that are made here."""
-    return {*TABLE, *FLOWS, *PYRAMIDS, *OF_MIGRATION}
+    return {*TABLE, *FLOWS, *PYRAMIDS, *OF_MIGRATION, LUConv1x1}
 
 
 def _fits(cls: type, shape: tuple[int, ...]) -> bool:
@@ -261,6 +265,8 @@ def _layer(m: Maker, shape: tuple[int, ...], context: int | None) -> Any:
                 and c is not nf.transforms.Logit  # which ends all that is far out
             ]
         )
+    if len(shape) == 3 and m.wanted is None and m.flip(0.02):
+        return m.note(m.pick(STRANGE)(shape[0]))
     m.depth += 1
     told = context if cls in TOLD else None
     made = m.note(TABLE[cls](m, shape, told))
@@ -424,6 +430,11 @@ def _coupling_alone(m: Maker, dtype: torch.dtype) -> Case:
 
 def case_of_normflows(m: Maker, dtype: torch.dtype) -> Case:
     r"""Returns a layer or a flow of normflows."""
+    if m.wanted is LUConv1x1 or (m.wanted is None and m.flip(0.02)):
+        layer = m.note(LUConv1x1(m.integer(1, 4)))
+        shape = (layer.logs.shape[0], 1, 1)
+        draw = partial(_draw_inverse, layer, shape)
+        return _finished(m, layer, dtype, draw, [])
     if m.wanted is F.AffineCoupling:
         return _coupling_alone(m, dtype)
     if m.wanted in OF_MIGRATION or (m.wanted is None and m.flip(0.08)):
@@ -463,6 +474,10 @@ def case_of_normflows(m: Maker, dtype: torch.dtype) -> Case:
     return _finished(m, layer, dtype, lambda noise, c: layer(noise(ROWS, *shape))[0], [])
 
 
+def _draw_inverse(layer: Any, shape: tuple[int, ...], noise: Any, context: Any) -> torch.Tensor:
+    return layer.inverse(noise(ROWS, *shape))[0]
+
+
 def _draw_pyramid(model: Any, noise: Any, context: Any) -> torch.Tensor:
     with noise.patched():
         if context is not None:
@@ -477,5 +492,3 @@ def _finished(m: Maker, model: Any, dtype: torch.dtype, draw: Any, contexts: Any
         model.to(dtype)
     model.train(m.flip(0.3))
     return Case(model, draw, contexts, dtype=dtype)
-
-

@@ -11,6 +11,7 @@ import zuko
 from torch.distributions import transforms as torch_transforms
 
 from flowguard import transforms as core
+from flowguard.bounds import Envelope, envelope_rule
 from flowguard.image import Affine, CubicBSpline, ReparametrizedAffine, Robust
 
 from .maker import ROWS, Case, Maker
@@ -261,6 +262,11 @@ class Mine:
 
     def transform(self, phi: torch.Tensor) -> Any:
         return core.AdditiveTransform(phi.squeeze(2), shift_bound=self.bound)
+
+
+@envelope_rule(Mine)
+def _envelope_of_mine(family: Mine, sampling: bool) -> Envelope:
+    return Envelope(1.0, family.bound, displacement=family.bound)
 
 
 def family(m: Maker) -> Any:
