@@ -12,7 +12,11 @@ from random import Random
 from typing import Any
 
 import torch
+import torch.nn as nn
 
+import flowguard.integrations.nflows.glasflow
+import flowguard.integrations.normflows.rules
+import flowguard.integrations.zuko.rules
 import flowguard.models.rules  # noqa: F401
 from flowguard.bounds import certify, rules
 
@@ -20,7 +24,7 @@ from . import images, lazy, normflows_layers, transforms
 from .judge import Verdict, judge
 from .maker import DTYPES, Case, Maker
 from .nflows_layers import HOSTS, case_of_nflows, nflows_tables
-from .tampering import tampered
+from .tampering import WRAPPERS, tampered, wrapped
 
 FAMILIES = {
     "transforms": (transforms.case_of_transforms, set(transforms.TRANSFORMS)),
@@ -36,13 +40,14 @@ LIBRARIES = {"flowguard", "glasflow", "nflows", "normflows", "torch", "zuko"}
 
 def covered() -> set[type]:
     r"""Returns the classes that models are made of."""
-    return set().union(*(classes for _, classes in FAMILIES.values()))
+    return {*WRAPPERS}.union(*(classes for _, classes in FAMILIES.values()))
 
 
 def registered() -> set[type]:
     r"""Returns the classes that have a rule."""
     lookups: list[dict[type, Any]] = [rules._RULES, rules._ENVELOPES]
     found = {cls for lookup in lookups for cls in lookup}
+    found -= {nn.parallel.DistributedDataParallel}  # which needs a group of processes
     return {cls for cls in found if cls.__module__.partition(".")[0] in LIBRARIES}
 
 
@@ -55,12 +60,19 @@ def make(random: Random, wanted: type | None = None, plain: bool = False) -> tup
         plain: Whether nothing unexpected is done to the model, and its dtype is float32.
     """
     maker = Maker(random, wild=random.randint(0, 99) < 35, wanted=wanted)
-    names = [n for n, (_, classes) in FAMILIES.items() if wanted is None or wanted in classes]
+    anything = wanted is None or wanted in WRAPPERS
+    names = [n for n, (_, classes) in FAMILIES.items() if anything or wanted in classes]
+    if wanted in WRAPPERS:
+        names.remove("transforms")
+        maker.wanted = None
     if wanted is not None and wanted.__module__.startswith(HOSTS):
         names = [n for n in names if n not in HOSTS or wanted.__module__.startswith(f"{n}.")]
     build, _ = FAMILIES[maker.pick(names)]
     dtype = torch.float32 if plain else maker.pick(DTYPES)
     case = build(maker, dtype)
+    maker.wanted = wanted
+    if wanted in WRAPPERS or maker.flip(0.03):
+        case = wrapped(maker, case)
     if not plain and maker.flip(0.15):
         case = tampered(maker, case)
     case.made = maker.made

@@ -21,11 +21,12 @@ from flowguard.image import (
     Squeeze,
     TransitionStep,
 )
+from flowguard.image.maps import Inscribed
 from flowguard.image.migration import InscribedCoupling
 from flowguard.models import LowLightFlow, SuperResolutionFlow
 
 from .maker import CONTEXT, ROWS, Case, Maker
-from .transforms import family
+from .transforms import FAMILIES, Mine, family
 
 MIXES = ["free", "orthogonal", "fixed"]
 
@@ -86,7 +87,7 @@ LAYERS: dict[type, Callable[[Maker], tuple[Any, int]]] = {
     TransitionStep: _transition,
 }
 WHOLE = {ConditionalMultiscaleFlow, InscribedCoupling, LowLightFlow, Split, SuperResolutionFlow}
-IMAGES = {*LAYERS, *WHOLE}
+IMAGES = {*LAYERS, *WHOLE, *FAMILIES, Inscribed} - {Mine}
 
 
 def _split(m: Maker, channels: int, context: int) -> Any:
@@ -109,7 +110,7 @@ def _flow(m: Maker) -> Any:
         steps=m.integer(1, 2),
         hidden=3,
         coupling=m.pick(["affine", "reparametrized"])
-        if m.wanted is InscribedCoupling
+        if m.wanted in {Inscribed, InscribedCoupling}
         else family(m),
         mix=m.pick(MIXES),
         transition_steps=m.pick([0, 0, 1]),
@@ -161,10 +162,11 @@ def case_of_images(m: Maker, dtype: torch.dtype) -> Case:
         kind = m.wanted or m.pick([LowLightFlow, SuperResolutionFlow])
         model = m.note(_model(m, kind))
         return _finished(m, model, dtype, partial(_draw_model, model), [(3, 4, 4)], False)
-    whole = {ConditionalMultiscaleFlow, InscribedCoupling}
+    inscribed = {Inscribed, InscribedCoupling}
+    whole = {ConditionalMultiscaleFlow, *FAMILIES, *inscribed}
     if m.wanted in whole or (m.wanted is None and m.flip(0.5)):
         flow = m.note(_flow(m))
-        if m.wanted is InscribedCoupling or m.flip(0.15):
+        if m.wanted in inscribed or (m.wanted is None and m.flip(0.15)):
             flow = _migrated(m, flow)
         return _finished(m, flow, dtype, partial(_draw_flow, flow), _maps(flow), True)
     if m.wanted is Split or (m.wanted is None and m.flip(0.1)):
@@ -195,6 +197,7 @@ def _migrated(m: Maker, flow: Any) -> Any:
     for layer in new.modules():
         if type(layer) is InscribedCoupling:
             m.note(layer)
+            m.made.append(Inscribed)
     return new
 
 

@@ -174,7 +174,8 @@ def _layer(m: Maker, d: int) -> Any:
 
 def case_of_lazy(m: Maker, dtype: torch.dtype) -> Case:
     r"""Returns a lazy transform or a flow of zuko."""
-    d = m.integer(1, 4)
+    many = {GeneralCouplingTransform, MaskedAutoregressiveTransform}
+    d = m.integer(2 if m.wanted in many else 1, 4)
     m.context = CONTEXT if m.wanted is GuardedFlow or m.flip(0.8) else 0
     if m.wanted in FLOWS:
         model = LAZY[m.wanted](m, d)

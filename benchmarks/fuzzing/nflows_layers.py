@@ -31,6 +31,9 @@ class Host:
         self.nets = importlib.import_module(f"{name}.nn.nets")
         self.distributions = importlib.import_module(f"{name}.distributions")
         self.Flow = importlib.import_module(f"{name}.flows").Flow
+        self.flows = [self.Flow]
+        if name.startswith("glasflow"):  # which has a flow of its own besides
+            self.flows.append(importlib.import_module("glasflow.flows.base").Flow)
 
     def net(self, m: Maker, shape: tuple[int, ...]) -> Callable[[int, int], nn.Module]:
         r"""Returns what makes a network, for vectors or for images."""
@@ -239,7 +242,7 @@ def nflows_tables() -> set[type]:
     found |= {migrated.MigratedCouplingTransform, migrated.MigratedAutoregressiveTransform}
     for name in HOSTS:
         h = host(name)
-        found |= {*_table(name), h.Flow, h.T.MultiscaleCompositeTransform, h.T.SqueezeTransform}
+        found |= {*_table(name), *h.flows, h.T.MultiscaleCompositeTransform, h.T.SqueezeTransform}
     return found
 
 
@@ -315,6 +318,10 @@ def _migrated(m: Maker, h: Host) -> Any:
         "MaskedPiecewiseRationalQuadraticAutoregressiveTransform",
     ]
     layers = []
+    if m.wanted is migrated.MigratedCouplingTransform:
+        names = [name for name in names if "Masked" not in name]
+    if m.wanted is migrated.MigratedAutoregressiveTransform:
+        names = [name for name in names if "Masked" in name]
     for name in [m.pick(names) for _ in range(m.integer(1, 2))]:
         layers.append(getattr(h.T, name))
     built = []
@@ -376,7 +383,7 @@ def case_of_nflows(m: Maker, dtype: torch.dtype, name: str) -> Case:
     if m.wanted is not None and not _fits(m.wanted, (d,)):
         d = 3
     layer = _layer(m, h, (d,))
-    if m.flip(0.4) and m.wanted is not h.Flow:
+    if m.flip(0.4) and m.wanted not in h.flows:
         return _finished(m, layer, dtype, _draw_layer(layer, (d,)), [(CONTEXT,)])
     layers = [layer, *(_layer(m, h, (d,)) for _ in range(m.integer(0, 3)))]
     base = h.distributions.StandardNormal([d])
@@ -385,8 +392,14 @@ def case_of_nflows(m: Maker, dtype: torch.dtype, name: str) -> Case:
     if m.flip(0.05):
         base = h.distributions.DiagonalNormal([d])
     embedding = nn.Linear(CONTEXT, CONTEXT) if m.context and m.flip(0.2) else None
-    flow = m.note(h.Flow(h.T.CompositeTransform(layers), base, embedding))
-    return _finished(m, flow, dtype, _draw_flow(flow), [(CONTEXT,)])
+    kind = m.wanted if m.wanted in h.flows else m.pick(h.flows)
+    if kind is h.Flow:
+        flow = m.note(h.Flow(h.T.CompositeTransform(layers), base, embedding))
+        return _finished(m, flow, dtype, _draw_flow(flow), [(CONTEXT,)])
+    if type(base).__name__.startswith("Conditional"):
+        base = h.distributions.StandardNormal([d])
+    flow = m.note(kind(h.T.CompositeTransform(layers), base))
+    return _finished(m, flow, dtype, _draw_own(flow), [(CONTEXT,)])
 
 
 def _finished(
@@ -414,5 +427,13 @@ def _draw_flow(flow: Any) -> Any:
             if context is None:
                 return flow.sample(ROWS)
             return flow.sample(1, context).squeeze(1)
+
+    return draw
+
+
+def _draw_own(flow: Any) -> Any:
+    def draw(noise: Any, context: Any) -> torch.Tensor:
+        with noise.patched():
+            return flow.sample(ROWS, context)
 
     return draw

@@ -292,7 +292,8 @@ def _base(m: Maker, shape: tuple[int, ...]) -> Any:
 
 
 def _flow_of(m: Maker, kind: Any) -> tuple[Any, tuple[int, ...]]:
-    shape: tuple[int, ...] = (m.integer(1, 4),) if m.flip(0.8) else (m.integer(2, 3), 2, 2)
+    vector = m.wanted is GuardedConditionalFlow or m.flip(0.8)
+    shape: tuple[int, ...] = (m.integer(1, 4),) if vector else (m.integer(2, 3), 2, 2)
     if m.wanted is not None and not _fits(m.wanted, shape):
         shape = (3,) if m.wanted in VECTORS else (3, 2, 2)
     told = CONTEXT if kind is nf.ConditionalNormalizingFlow else None

@@ -1,6 +1,6 @@
 r"""What users do to a model that its rules do not expect: hooks, other methods, parametrizations."""
 
-__all__ = ["tampered"]
+__all__ = ["WRAPPERS", "tampered", "wrapped"]
 
 import inspect
 import warnings
@@ -150,11 +150,21 @@ WAYS: list[Callable[[Maker, Any], str | None]] = [
 ]
 
 
-def _wrapped(m: Maker, case: Case) -> str:
-    kinds: list[Any] = [nn.DataParallel, AveragedModel, nn.Sequential]
-    kind = m.pick(kinds)
-    case.model = kind(case.model)
-    return f"within {kind.__name__}"
+#: Modules that hold a model and leave it as it is.
+WRAPPERS: list[Any] = [nn.DataParallel, AveragedModel, nn.Sequential]
+
+
+def wrapped(m: Maker, case: Case) -> Case:
+    r"""Returns a case within a module that leaves it as it is.
+
+    Arguments:
+        m: What chooses.
+        case: The case, whose model is wrapped.
+    """
+    if isinstance(case.model, nn.Module):
+        kind = m.wanted if m.wanted in WRAPPERS else m.pick(WRAPPERS)
+        case.model = m.note(kind(case.model))
+    return case
 
 
 def tampered(m: Maker, case: Case) -> Case:
@@ -165,9 +175,6 @@ def tampered(m: Maker, case: Case) -> Case:
         case: The case, whose model is changed.
     """
     if isinstance(case.model, nn.Module):
-        if m.flip(0.15):
-            case.tampered = _wrapped(m, case)
-            return case
         part: Any = m.pick([*case.model.modules()])
         words = m.pick(WAYS)(m, part)
     else:

@@ -76,7 +76,10 @@ def _inverse(m: Maker, d: int, dtype: torch.dtype) -> Any:
 
 def _their_inverse(m: Maker, d: int, dtype: torch.dtype) -> Any:
     f = transform(m, d, dtype)
-    return f if isinstance(f, core.Univariate) else torch_transforms._InverseTransform(f)
+    if isinstance(f, torch_transforms.ComposeTransform | core.Univariate):
+        # Their inverses are of other classes: what stands within has one of this class.
+        f = torch_transforms.IndependentTransform(f, 0) if f.domain.event_dim == 0 else f
+    return f.inv
 
 
 def _constant(m: Maker, d: int, dtype: torch.dtype) -> Any:
@@ -271,17 +274,28 @@ def _envelope_of_mine(family: Mine, sampling: bool) -> Envelope:
 
 def family(m: Maker) -> Any:
     r"""Returns a random elementwise map of a coupling of images."""
+    kind = m.wanted if m.wanted in FAMILIES else None
     match m.integer(0, 19):
         case 0:
-            return Affine()
+            kind = kind or Affine
         case 1:
-            return ReparametrizedAffine()
+            kind = kind or ReparametrizedAffine
         case 2 | 3:
-            return CubicBSpline(bound=m.positive(), shift_bound=_bound(m))
+            kind = kind or CubicBSpline
         case 4 | 5:
-            return Mine(m.positive())
+            kind = kind or Mine
         case _:
-            return Robust(bins=m.integer(2, 4), **spline_options(m))
+            kind = kind or Robust
+    return m.note(FAMILIES[kind](m))
+
+
+FAMILIES: dict[Any, Callable[[Maker], Any]] = {
+    Affine: lambda m: Affine(),
+    CubicBSpline: lambda m: CubicBSpline(bound=m.positive(), shift_bound=_bound(m)),
+    Mine: lambda m: Mine(m.positive()),
+    ReparametrizedAffine: lambda m: ReparametrizedAffine(),
+    Robust: lambda m: Robust(bins=m.integer(2, 4), **spline_options(m)),
+}
 
 
 def case_of_transforms(m: Maker, dtype: torch.dtype) -> Case:

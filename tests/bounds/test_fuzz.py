@@ -11,7 +11,7 @@ from collections import Counter
 from random import Random
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 for host in ("glasflow", "nflows", "normflows", "zuko"):
@@ -35,7 +35,12 @@ def test_a_class_is_made_where_it_is_wanted(cls):
     assert [verdict.found for _, verdict in cases] == [""] * 3
 
 
-@settings(max_examples=250, derandomize=True, suppress_health_check=[*HealthCheck])
+@settings(
+    max_examples=250,
+    derandomize=True,
+    suppress_health_check=[*HealthCheck],
+    phases=[Phase.generate],
+)
 @given(st.randoms(use_true_random=False))
 def test_no_sample_of_a_random_model_exceeds_its_bound(random):
     case, verdict = fuzz(random)
