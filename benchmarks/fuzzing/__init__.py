@@ -28,7 +28,7 @@ from .tampering import WRAPPERS, tampered, wrapped
 
 FAMILIES = {
     "transforms": (transforms.case_of_transforms, set(transforms.TRANSFORMS)),
-    "zuko": (lazy.case_of_lazy, {*lazy.LAZY, *transforms.TRANSFORMS}),
+    "zuko": (lazy.case_of_lazy, {*lazy.LAZY}),
     **{name: (partial(case_of_nflows, name=name), nflows_tables()) for name in HOSTS},
     "normflows": (normflows_layers.case_of_normflows, normflows_layers.normflows_tables()),
     "images": (images.case_of_images, images.IMAGES),

@@ -22,9 +22,10 @@ from flowguard.integrations.zuko import (
     RobustCouplingFlow,
     RobustNSF,
 )
+from flowguard.transforms import RobustSpline
 
 from .maker import CONTEXT, ROWS, Case, Maker
-from .transforms import TRANSFORMS, family, transform, univariate
+from .transforms import family, spline_options, transform, univariate
 
 Lazy = zuko.lazy
 
@@ -52,28 +53,34 @@ def _elementwise(m: Maker, d: int) -> Any:
 
 
 def _unconditional(m: Maker, d: int) -> Any:
-    kind = m.integer(0, 6)
-    match kind:
+    constant = Lazy.UnconditionalTransform
+    T = zuko.transforms
+    match m.integer(0, 9):
         case 0:
-            return Lazy.UnconditionalTransform(
-                torch.distributions.AffineTransform, m.tensor(d), m.tensor(d), buffer=m.flip()
-            )
+            affine = torch.distributions.AffineTransform
+            return constant(affine, m.tensor(d), m.tensor(d), buffer=m.flip())
         case 1:
-            return Lazy.UnconditionalTransform(zuko.transforms.RotationTransform, m.tensor(d, d))
+            return constant(T.RotationTransform, m.tensor(d, d))
         case 2:
-            matrix = m.tensor(d, d) + torch.eye(d)
-            return Lazy.UnconditionalTransform(zuko.transforms.LULinearTransform, matrix)
+            return constant(T.LULinearTransform, m.tensor(d, d) + torch.eye(d))
         case 3:
-            order = torch.randperm(d)
-            return Lazy.UnconditionalTransform(
-                zuko.transforms.PermutationTransform, order, buffer=True
-            )
+            return constant(T.PermutationTransform, torch.randperm(d), buffer=True)
         case 4:
-            return Lazy.UnconditionalTransform(
-                zuko.transforms.MonotonicAffineTransform, m.tensor(d), m.tensor(d)
-            )
+            return constant(T.MonotonicAffineTransform, m.tensor(d), m.tensor(d))
+        case 5:
+            bins = [m.raw(d, m.integer(1, 3))] * 3
+            return constant(RobustSpline, *bins, m.raw(d), **spline_options(m), buffer=True)
+        case 6:
+            return constant(m.pick([T.CircularShiftTransform, T.SoftclipTransform]), m.positive())
+        case 7:
+            return constant(T.IdentityTransform)
+        case 8:
+            return constant(partial(_same, transform(m, d, torch.float32)))
         case _:
-            return Lazy.UnconditionalTransform(partial(_same, transform(m, d, torch.float32)))
+            return constant(MonotonicRQS, *(m.tensor(d, n) for n in (4, 4, 3)), m.positive())
+
+
+MonotonicRQS = zuko.transforms.MonotonicRQSTransform
 
 
 def _same(f: Any) -> Any:
@@ -157,10 +164,6 @@ FLOWS = {Lazy.Flow, GuardedFlow, ConditionalMultiscaleTransform, MultiscaleFlow}
 
 def _layer(m: Maker, d: int) -> Any:
     wanted = m.wanted if m.wanted not in FLOWS else None
-    if wanted in TRANSFORMS and (m.depth == 0 or m.flip(0.3)):
-        wanted = Lazy.UnconditionalTransform
-        f = transform(m, d, torch.float32)
-        return m.note(Lazy.UnconditionalTransform(partial(_same, f)))
     if wanted in LAZY and (m.depth == 0 or m.flip(0.3)):
         cls = wanted
     else:
