@@ -19,6 +19,7 @@ import flowguard.integrations.normflows.rules
 import flowguard.integrations.zuko.rules
 import flowguard.models.rules  # noqa: F401
 from flowguard.bounds import certify, rules
+from flowguard.migration.imitate import Rescaled
 
 from . import images, lazy, normflows_layers, transforms
 from .judge import Verdict, judge
@@ -28,7 +29,7 @@ from .tampering import WRAPPERS, tampered, wrapped
 
 FAMILIES = {
     "transforms": (transforms.case_of_transforms, set(transforms.TRANSFORMS)),
-    "zuko": (lazy.case_of_lazy, {*lazy.LAZY}),
+    "zuko": (lazy.case_of_lazy, {*lazy.LAZY, *lazy.GIVEN, Rescaled}),
     **{name: (partial(case_of_nflows, name=name), nflows_tables()) for name in HOSTS},
     "normflows": (normflows_layers.case_of_normflows, normflows_layers.normflows_tables()),
     "images": (images.case_of_images, images.IMAGES),

@@ -22,6 +22,8 @@ from flowguard.integrations.zuko import (
     RobustCouplingFlow,
     RobustNSF,
 )
+from flowguard.integrations.zuko.image import MultiscaleTransform
+from flowguard.migration.imitate import Rescaled
 from flowguard.transforms import RobustSpline
 
 from .maker import CONTEXT, ROWS, Case, Maker
@@ -134,11 +136,13 @@ def _flow(m: Maker, d: int) -> Any:
 
 
 def _migrated(m: Maker, d: int) -> Any:
-    kind = m.pick([zuko.flows.MAF, zuko.flows.NICE, zuko.flows.NSF])
+    kinds = [zuko.flows.MAF, zuko.flows.NICE]
+    kind = m.pick(kinds if m.wanted is Rescaled else [*kinds, zuko.flows.NSF])
     old = kind(d, m.context, transforms=m.integer(1, 2), hidden_features=[4])
     x = m.tensor(16, d).clamp(-1e6, 1e6)
     y = torch.randn(16, CONTEXT) if m.context else None
     new, _ = flowguard.migrate(old, x, y, bins=m.integer(2, 4), fit_steps=2)
+    m.made.append(Rescaled)
     return new
 
 
@@ -159,6 +163,14 @@ LAZY: dict[type, Callable[[Maker, int], Any]] = {
     MultiscaleFlow: _image_flow,
 }
 
+#: What a layer or a flow returns for a context.
+GIVEN = {
+    zuko.distributions.NormalizingFlow,
+    zuko.transforms.AutoregressiveTransform,
+    zuko.transforms.CouplingTransform,
+    MultiscaleTransform,
+}
+
 FLOWS = {Lazy.Flow, GuardedFlow, ConditionalMultiscaleTransform, MultiscaleFlow}
 
 
@@ -177,11 +189,15 @@ def _layer(m: Maker, d: int) -> Any:
 
 def case_of_lazy(m: Maker, dtype: torch.dtype) -> Case:
     r"""Returns a lazy transform or a flow of zuko."""
-    many = {GeneralCouplingTransform, MaskedAutoregressiveTransform}
+    many = {GeneralCouplingTransform, MaskedAutoregressiveTransform, Rescaled, *GIVEN}
     d = m.integer(2 if m.wanted in many else 1, 4)
     m.context = CONTEXT if m.wanted is GuardedFlow or m.flip(0.8) else 0
     if m.wanted in FLOWS:
         model = LAZY[m.wanted](m, d)
+    elif m.wanted is Rescaled:
+        model = _migrated(m, d)
+    elif m.wanted in GIVEN:
+        model = LAZY[m.pick(MAKERS[m.wanted])](m, d)
     elif m.wanted is None and m.flip(0.1):
         model = LAZY[m.pick([ConditionalMultiscaleTransform, MultiscaleFlow])](m, d)
     elif m.flip(0.3):
@@ -195,6 +211,8 @@ def case_of_lazy(m: Maker, dtype: torch.dtype) -> Case:
     model.to(dtype)
     model.train(m.flip(0.3))
     core = model.flow if isinstance(model, GuardedFlow) else model
+    if m.wanted in GIVEN or (m.wanted is None and m.flip(0.1)):
+        return _case_of_given(m, model, core, d, dtype)
     if isinstance(core, ConditionalMultiscaleTransform):
         return Case(model, partial(_sample_image, model), dtype=dtype, cuts=True)
     if isinstance(core, MultiscaleFlow):
@@ -206,6 +224,33 @@ def case_of_lazy(m: Maker, dtype: torch.dtype) -> Case:
     if isinstance(core, Lazy.Flow):
         return Case(model, partial(_sample_flow, model), contexts, dtype=dtype)
     return Case(model, partial(_sample_layer, model, d), contexts, dtype=dtype)
+
+
+MAKERS: dict[Any, list[type]] = {
+    zuko.distributions.NormalizingFlow: [Lazy.Flow],
+    zuko.transforms.AutoregressiveTransform: [MaskedAutoregressiveTransform],
+    zuko.transforms.CouplingTransform: [GeneralCouplingTransform],
+    MultiscaleTransform: [ConditionalMultiscaleTransform],
+}
+
+
+def _case_of_given(m: Maker, model: Any, core: Any, d: int, dtype: torch.dtype) -> Case:
+    r"""What the model returns for one context."""
+    context = torch.randn(CONTEXT).to(dtype) if m.context else None
+    if isinstance(core, ConditionalMultiscaleTransform):
+        context, d = None, 16
+    if isinstance(core, MultiscaleFlow):
+        size = core.transform.flow.levels
+        context = [torch.randn(CONTEXT, 4 >> n, 4 >> n).to(dtype) for n in range(1, size + 1)]
+    given = m.note(model(context))
+    if isinstance(given, torch.distributions.Transform):
+        return Case(given, lambda noise, context: given.inv(noise(ROWS, d)), dtype=dtype)
+
+    def draw(noise: Any, context: Any) -> torch.Tensor:
+        with noise.patched():
+            return given.sample((ROWS,))
+
+    return Case(given, draw, dtype=dtype)
 
 
 def _sample_image(model: Any, noise: Any, context: Any) -> torch.Tensor:

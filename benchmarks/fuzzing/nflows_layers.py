@@ -14,6 +14,7 @@ import torch.nn as nn
 import flowguard
 from flowguard.integrations import nflows as ours
 from flowguard.integrations.nflows import migrated
+from flowguard.integrations.nflows.spline import SplineHead
 
 from .maker import CONTEXT, ROWS, Case, Maker
 from .transforms import spline_options
@@ -31,9 +32,14 @@ class Host:
         self.nets = importlib.import_module(f"{name}.nn.nets")
         self.distributions = importlib.import_module(f"{name}.distributions")
         self.Flow = importlib.import_module(f"{name}.flows").Flow
+        self.more = importlib.import_module(f"{name}.transforms.nonlinearities")
         self.flows = [self.Flow]
         if name.startswith("glasflow"):  # which has a flow of its own besides
             self.flows.append(importlib.import_module("glasflow.flows.base").Flow)
+
+    def find(self, name: str) -> Any:
+        r"""Returns the class of that name, None if there is none."""
+        return getattr(self.T, name, None) or getattr(self.more, name, None)
 
     def net(self, m: Maker, shape: tuple[int, ...]) -> Callable[[int, int], nn.Module]:
         r"""Returns what makes a network, for vectors or for images."""
@@ -160,17 +166,26 @@ def _cdf(name: str) -> Build:
 
 
 def _plain(name: str) -> Build:
-    return lambda m, h, shape: getattr(h.T, name)()
+    return lambda m, h, shape: h.find(name)()
+
+
+def _composite_cdf(m: Maker, h: Host, shape: tuple[int, ...]) -> Any:
+    cdf = h.T.PiecewiseRationalQuadraticCDF(list(shape), num_bins=3)
+    return h.T.CompositeCDFTransform(h.T.Sigmoid(), cdf)
 
 
 #: Layers of vectors and of images of one shape, by name.
 BOTH: dict[str, Build] = {
     "ActNorm": lambda m, h, shape: h.T.ActNorm(shape[0]),
     "AffineTransform": _pointwise("AffineTransform"),
+    "CauchyCDF": _plain("CauchyCDF"),
+    "CauchyCDFInverse": _plain("CauchyCDFInverse"),
+    "CompositeCDFTransform": _composite_cdf,
     "CompositeTransform": _composite,
     "IdentityTransform": _plain("IdentityTransform"),
     "InverseTransform": _inverse,
     "LeakyReLU": lambda m, h, shape: h.T.LeakyReLU(m.pick([0.01, 0.3, 1.0, 3.0])),
+    "Logit": lambda m, h, shape: h.T.Logit(m.pick([1, 1, -2.0, 1e-3, 30.0])),
     "Permutation": _permutation,
     "PointwiseAffineTransform": _pointwise("PointwiseAffineTransform"),
     "RandomPermutation": lambda m, h, shape: h.T.RandomPermutation(shape[0]),
@@ -226,19 +241,19 @@ OF_VECTORS = {ours.MaskedRobustSplineAutoregressiveTransform}
 #: What holds other layers, and what no bound is known for.
 DEEP = {"CompositeTransform", "InverseTransform"}
 FREE = {name for name in VECTORS if "Coupling" in name or "Masked" in name or "Piecewise" in name}
-FREE |= {"Sigmoid", "Tanh"}
+FREE |= {"CauchyCDF", "CauchyCDFInverse", "CompositeCDFTransform", "Logit", "Sigmoid", "Tanh"}
 
 
 @cache
 def _table(name: str) -> dict[type, Build]:
     h = host(name)
     named = {**BOTH, **VECTORS, **IMAGES}
-    return {getattr(h.T, n): build for n, build in named.items() if hasattr(h.T, n)}
+    return {h.find(n): build for n, build in named.items() if h.find(n)}
 
 
 def nflows_tables() -> set[type]:
     r"""Returns all classes that are made here."""
-    found = {*OURS, ours.ConditionalMultiscaleTransform}
+    found = {*OURS, SplineHead, ours.ConditionalMultiscaleTransform}
     found |= {migrated.MigratedCouplingTransform, migrated.MigratedAutoregressiveTransform}
     for name in HOSTS:
         h = host(name)
@@ -249,12 +264,12 @@ def nflows_tables() -> set[type]:
 def _fits(cls: type, shape: tuple[int, ...]) -> bool:
     if len(shape) == 3:
         return cls.__name__ not in VECTORS and cls not in OF_VECTORS and shape[0] > 1
-    small = shape[0] < 2 and ("Coupling" in cls.__name__)
+    small = shape[0] < 2 and ("Coupling" in cls.__name__ or cls is SplineHead)
     return cls.__name__ not in IMAGES and cls not in OF_IMAGES and not small
 
 
 def _layer(m: Maker, h: Host, shape: tuple[int, ...]) -> Any:
-    table = {**_table(h.name), **OURS}
+    table = {**_table(h.name), **OURS, SplineHead: _robust_coupling}
     if m.wanted in table and _fits(m.wanted, shape) and (m.depth == 0 or m.flip(0.3)):
         cls = m.wanted
     elif m.flip(0.35):
@@ -273,7 +288,9 @@ def _layer(m: Maker, h: Host, shape: tuple[int, ...]) -> Any:
     m.depth += 1
     made = table[cls](m, h, shape)
     m.depth -= 1
-    if not made._forward_hooks and hasattr(made, "running_var"):
+    if isinstance(getattr(made, "head", None), SplineHead):
+        m.note(made.head)
+    if hasattr(made, "running_var"):
         made.running_var.uniform_(0.3, 2)
     return m.note(made)
 
@@ -421,8 +438,17 @@ def _draw_layer(layer: Any, shape: tuple[int, ...]) -> Any:
     return lambda noise, context: layer.inverse(noise(ROWS, *shape), context)[0]
 
 
+def _sampled(flow: Any, z: torch.Tensor, context: Any) -> torch.Tensor:
+    embedded = None if context is None else flow._embedding_net(context)
+    return flow._transform.inverse(z, context=embedded)[0]
+
+
 def _draw_flow(flow: Any) -> Any:
     def draw(noise: Any, context: Any) -> torch.Tensor:
+        base = flow._distribution
+        if type(base).__name__ == "DiagonalNormal":  # which the host cannot sample
+            z = noise(ROWS, base.mean_.shape[-1])
+            return _sampled(flow, base.mean_ + torch.exp(base.log_std_) * z, context)
         with noise.patched():
             if context is None:
                 return flow.sample(ROWS)
@@ -433,6 +459,10 @@ def _draw_flow(flow: Any) -> Any:
 
 def _draw_own(flow: Any) -> Any:
     def draw(noise: Any, context: Any) -> torch.Tensor:
+        base = flow._distribution
+        if type(base).__name__ == "DiagonalNormal":  # which the host cannot sample
+            z = noise(ROWS, base.mean_.shape[-1])
+            return flow.inverse(base.mean_ + torch.exp(base.log_std_) * z, context)[0]
         with noise.patched():
             return flow.sample(ROWS, context)
 

@@ -135,6 +135,12 @@ def _rqs(m: Maker, d: int, dtype: torch.dtype) -> Any:
     )
 
 
+def _squash(cls: Any, m: Maker, d: int, dtype: torch.dtype) -> Any:
+    f = cls()
+    m.note(f)
+    return f.inv if m.flip(0.7) else f
+
+
 TRANSFORMS: dict[type, Build] = {
     core.AdditiveTransform: _additive,
     core.AffineTransform: lambda m, d, t: core.AffineTransform(m.raw(d), m.raw(d)),
@@ -168,6 +174,10 @@ TRANSFORMS: dict[type, Build] = {
         torch.exp, torch.zeros(d), phi=()
     ),
 }
+for _cls in (torch_transforms.SigmoidTransform, torch_transforms.TanhTransform):
+    TRANSFORMS[_cls] = partial(_squash, _cls)
+for _cls in (Z.CosTransform, Z.SinTransform):
+    TRANSFORMS[_cls] = partial(_squash, _cls)
 if hasattr(Z, "AdditiveTransform"):  # zuko has it from 1.5 on
     TRANSFORMS[Z.AdditiveTransform] = lambda m, d, t: Z.AdditiveTransform(m.tensor(d, dtype=t))
 
@@ -186,9 +196,13 @@ FREE = {
     core.AffineTransform,
     core.ReparametrizedAffineTransform,
     core.Univariate,
+    torch_transforms.SigmoidTransform,
+    torch_transforms.TanhTransform,
     Z.BernsteinTransform,
     Z.BoundedBernsteinTransform,
+    Z.CosTransform,
     Z.GaussianizationTransform,
+    Z.SinTransform,
     Z.MonotonicRQSTransform,
     Z.MonotonicTransform,
     Z.SOSPolynomialTransform,
