@@ -244,11 +244,12 @@ def _case_of_given(m: Maker, model: Any, core: Any, d: int, dtype: torch.dtype) 
         context = [torch.randn(CONTEXT, 4 >> n, 4 >> n).to(dtype) for n in range(1, size + 1)]
     given = m.note(model(context))
     if isinstance(given, torch.distributions.Transform):
-        return Case(given, lambda noise, context: given.inv(noise(ROWS, d)), dtype=dtype)
+        # Made again, so that its networks are seen to overflow.
+        return Case(given, lambda noise, _: model(context).inv(noise(ROWS, d)), dtype=dtype)
 
-    def draw(noise: Any, context: Any) -> torch.Tensor:
+    def draw(noise: Any, _: Any) -> torch.Tensor:
         with noise.patched():
-            return given.sample((ROWS,))
+            return model(context).sample((ROWS,))
 
     return Case(given, draw, dtype=dtype)
 

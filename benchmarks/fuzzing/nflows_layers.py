@@ -388,7 +388,8 @@ def case_of_nflows(m: Maker, dtype: torch.dtype, name: str) -> Case:
     image = m.wanted in {h.T.SqueezeTransform, *OF_IMAGES} or (
         m.wanted is not None and m.wanted.__name__ in IMAGES
     )
-    if image or (m.flip(0.2) and (m.wanted is None or _fits(m.wanted, (3, 2, 2)))):
+    vectors = m.wanted in h.flows or (m.wanted is not None and not _fits(m.wanted, (3, 2, 2)))
+    if image or (not vectors and m.flip(0.2)):
         shape: tuple[int, ...] = (m.integer(2, 4), 2, 2)
         layer: Any = _layer(m, h, shape)
         if m.wanted is h.T.SqueezeTransform or m.flip(0.2):
