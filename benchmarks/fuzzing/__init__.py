@@ -77,6 +77,8 @@ def make(random: Random, wanted: type | None = None, plain: bool = False) -> tup
     if not plain and maker.flip(0.15):
         case = tampered(maker, case)
     case.made = maker.made
+    if isinstance(case.model, nn.Module) and not case.model.state_dict():
+        case.dtype = torch.float32  # what has no weights is taken to be of the default dtype
     return case, maker
 
 

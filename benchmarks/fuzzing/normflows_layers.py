@@ -469,6 +469,8 @@ def case_of_normflows(m: Maker, dtype: torch.dtype) -> Case:
         shape = (3,) if m.wanted in VECTORS else (3, 2, 2)
     told = CONTEXT if m.flip() else None
     layer = _layer(m, shape, told)
+    if type(layer) in STRANGE:  # alone, they are sampled as the core does
+        return _finished(m, layer, dtype, partial(_draw_inverse, layer, shape), [])
     if told:
         return _finished(m, layer, dtype, lambda noise, c: layer(noise(ROWS, *shape), c)[0],
                          [(CONTEXT, *shape[1:])])  # fmt: skip
