@@ -210,7 +210,8 @@ class Region:
         ball = ball + slack.norm(dim=1)
         if math.isinf(g.displacement):
             return replace(Region.cube(box), ball=ball)._meet()
-        own = self.own + mask * g.displacement + slack
+        # A mask times a number were of float32.
+        own = self.own + mask.to(self.box) * g.displacement + slack
         return replace(self, box=box, ball=ball, own=own)._meet()
 
     def growth(self, g: Envelope, mask: Tensor, roundoff: float) -> tuple[Tensor, Tensor]:

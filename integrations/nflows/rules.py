@@ -283,8 +283,10 @@ def _actnorm(layer: Any, sampling: bool) -> Iterator[Step]:
 
 
 def _batchnorm(layer: Any, sampling: bool) -> Iterator[Step]:
-    if not sampling and layer.training:
+    if layer.training:
         reason = "in training mode it divides by the statistics of its batch"
+        if sampling:
+            reason = "in training mode it has no inverse: call eval() first"
         yield Refused(reason=reason, depends="not at all")
         return
     with torch.no_grad():

@@ -359,6 +359,12 @@ def test_a_region_holds_all_that_its_steps_make_of_its_points(seed, radius):
         assert bool(((x - region.center).abs() <= hull + tolerance).all())
 
 
+def test_the_bound_of_a_shift_is_computed_in_double_precision():
+    f = AdditiveTransform(torch.full((1,), -1e30, dtype=torch.float64), shift_bound=1e-5)
+    z = torch.full((1,), 0.01, dtype=torch.float64)
+    assert f.inv(z).item() <= certify(f).bound(0.01) <= 0.01001 * (1 + 1e-12)
+
+
 def test_the_margin_for_rounding_is_needed_and_enough_where_every_shift_is_at_its_bound():
     # A tenth is no float: sums of it round, some upwards.
     z, layers = RADIUS * torch.rand(1000), 50

@@ -668,3 +668,9 @@ def test_the_unconditional_part_of_a_migrated_coupling_is_bounded_by_its_knots(h
     (refused,) = flowguard.certify(new).refused
     assert refused.name.endswith("unconditional_transform")
     assert "may leave its box" in refused.reason
+
+
+def test_a_batch_norm_in_training_mode_is_refused(host):
+    layer = batch_norm(host).train()
+    assert "no inverse" in flowguard.certify(layer).refused[0].reason
+    assert flowguard.certify(layer.eval()).certified
