@@ -503,8 +503,9 @@ def _fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             tensor.data = tensor.data.to(saved.dtype)
     model.load_state_dict(dict(state), strict=True)
     for name, value in model.state_dict().items():  # a guard makes its levels as it loads them
-        if value.dtype != state[name].dtype:
-            raise TypeError(f"{name} has the dtype {state[name].dtype}, and not {value.dtype}")
+        saved = state.get(name)  # a guard of an earlier format lacks what it had not yet
+        if saved is not None and saved.dtype != value.dtype:
+            raise TypeError(f"{name} has the dtype {saved.dtype}, and not {value.dtype}")
 
 
 def _first_line(error: BaseException) -> str:
