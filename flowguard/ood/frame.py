@@ -94,14 +94,15 @@ class Frame(PinnedState):
             return None
         height, width = scores.shape[1:]
         key = (height, width, scores.device, scores.dtype)
-        if key not in self._maps:
+        known = self._maps  # another thread may put that of another size in its place
+        if key not in known:
             # Made outside inference mode: autograd may need them later.
             with torch.inference_mode(False):
                 rings = torch.cat([self.ratios, self.ratios.new_ones(1)]).to(scores)
                 ratios = rings[depths(height, width, scores.device).depth.clamp_max(WIDTH)]
                 even = bool((ratios == 1).all())
-            self._maps = {key: None if even else ratios}  # one size at a time
-        return self._maps[key]
+            known = self._maps = {key: None if even else ratios}  # one size at a time
+        return known[key]
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

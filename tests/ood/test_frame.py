@@ -95,3 +95,18 @@ def test_shrink_moves_the_border_onto_its_own_boundary(crops):
     conditioner.encoder, conditioner.guard.fingerprint = None, ""
     after = conditioner.score(moved.detach()).levels["level1"].map[level.map > level.boundary]
     torch.testing.assert_close(after, torch.full_like(after, level.boundary), rtol=1e-3, atol=0)
+
+
+def test_other_threads_may_score_maps_of_another_size(crops):
+    frame = guarded(convolutions(), crops).guard.items()[0][1].frame
+    scores = torch.rand(1, 32, 32)
+    ratios = frame.of(scores)
+
+    class Interrupted(dict):
+        def __contains__(self, key):
+            found = super().__contains__(key)
+            frame._maps = {}  # as where another thread scores maps of another size
+            return found
+
+    frame._maps = Interrupted(frame._maps)
+    assert torch.equal(frame.of(scores), ratios)
