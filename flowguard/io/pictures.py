@@ -401,10 +401,10 @@ def write(path: str | os.PathLike[str], picture: Picture, *, note: str = "") -> 
 
 def note_of(path: str | os.PathLike[str]) -> str:
     r"""Returns the note that :func:`write` left in a picture, or what else it calls its software;
-    nothing if there is none, or no picture.
+    nothing if there is none, or neither a PNG nor a TIFF.
 
     Arguments:
-        path: The file. Of its pixels nothing is read.
+        path: The file. Of its pixels nothing is read, so that it may have any number of them.
     """
     try:
         with warnings.catch_warnings():
@@ -414,7 +414,10 @@ def note_of(path: str | os.PathLike[str]) -> str:
 
                 with tifffile.TiffFile(path) as file:
                     return str(file.pages[0].software)  # type: ignore[union-attr]
-            with _pillow().open(path) as image:
+            from PIL.PngImagePlugin import PngImageFile
+
+            # Not by `Image.open`: what is made may have more pixels than are read.
+            with PngImageFile(os.fspath(path)) as image:
                 return str(image.info.get(SOFTWARE, ""))
     except Exception:  # a broken file makes Pillow raise nearly anything
         return ""

@@ -51,6 +51,15 @@ def test_a_note_comes_back(name, tmp_path):
     assert pictures.note_of(tmp_path / name) == ""
 
 
+@pytest.mark.parametrize("name", ["x.png", "x.tif", "deep.png", "deep.tif"])
+def test_pictures_beyond_the_limit_have_notes(name, tmp_path):
+    """What is made of a picture is larger than the picture."""
+    picture = Picture(torch.rand(3, 4, 5), bits=16 if "deep" in name else 8)
+    pictures.write(tmp_path / name, picture, note="made by a test")
+    with pictures.at_most(2):
+        assert pictures.note_of(tmp_path / name) == "made by a test"
+
+
 def test_what_is_no_picture_has_no_note(tmp_path):
     (tmp_path / "x.png").write_text("no picture")
     (tmp_path / "x.tif").write_bytes(b"II*\0")
