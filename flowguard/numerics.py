@@ -15,6 +15,7 @@ __all__ = [
     "repeat_rows",
     "solve",
     "sum_rows",
+    "trains",
 ]
 
 import math
@@ -113,6 +114,7 @@ _lock = threading.Lock()
 
 #: Modules that are in training mode but for callers who want them evaluated, and how many these are.
 _evaluating: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+_some_evaluated = False  # whether there are any; compiled code can guard on it
 
 
 @contextmanager
@@ -132,12 +134,14 @@ def evaluation_mode(module: Any) -> Iterator[None]:
         >>> layer.training
         True
     """
+    global _some_evaluated
     with _lock:
         modules = module.modules() if isinstance(module, nn.Module) else ()
         held = [m for m in modules if m.training or (_evaluating and m in _evaluating)]
         for m in held:
             _evaluating[m] = _evaluating.get(m, 0) + 1
             m.training = False
+        _some_evaluated = bool(_evaluating)
     try:
         yield
     finally:
@@ -147,6 +151,21 @@ def evaluation_mode(module: Any) -> Iterator[None]:
                 if not _evaluating[m]:
                     del _evaluating[m]
                     m.training = True
+            _some_evaluated = bool(_evaluating)
+
+
+def trains(module: nn.Module) -> bool:
+    r"""Whether any part of a module is in training mode, or may be so again at any moment, as
+    another thread holds it in evaluation mode for a while.
+
+    Arguments:
+        module: The module.
+
+    Example:
+        >>> trains(torch.nn.Dropout()), trains(torch.nn.Dropout().eval())
+        (True, False)
+    """
+    return _some_evaluated or any(m.training for m in module.modules())
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from flowguard.numerics import evaluating, evaluation_mode
+from flowguard.numerics import evaluating, evaluation_mode, trains
 from flowguard.ood import recording
 from flowguard.ood.embeddings import (
     Selector,
@@ -342,8 +342,8 @@ class OODConditioner(nn.Module):
                     self._unready()
             return self._encode(y)
         # Dropout and batch normalisation in training mode are not what was calibrated.
-        trains = self.encoder is not None and any(m.training for m in self.encoder.modules())
-        return self._guarded(y, self._evaluated(y) if trains else self._encode(y))
+        moody = self.encoder is not None and trains(self.encoder)
+        return self._guarded(y, self._evaluated(y) if moody else self._encode(y))
 
     def _encode(self, y: Any) -> Any:
         return y if self.encoder is None else self.encoder(y)

@@ -432,6 +432,35 @@ def test_an_encoder_in_training_mode_is_scored_as_it_was_calibrated(mode):
     assert torch.equal(conditioner(y), output)
 
 
+def test_an_encoder_that_another_thread_scores_too_is_in_evaluation_mode_until_both_are_done():
+    conditioner = guarded(moody(), data=vectors)
+    _encoder_in_training_mode(conditioner)
+    first_runs, second_runs, first_is_done = (threading.Event() for _ in range(3))
+    modes = []
+
+    def see(module, inputs, output):
+        if not first_runs.is_set():
+            first_runs.set()
+            second_runs.wait(20)
+        else:
+            second_runs.set()
+            first_is_done.wait(20)
+            modes.extend(m.training for m in conditioner.encoder)
+
+    def call_first():
+        conditioner(vectors(2))
+        first_is_done.set()
+
+    conditioner.encoder[0].register_forward_hook(see)
+    first = threading.Thread(target=call_first)
+    first.start()
+    first_runs.wait(20)
+    conditioner(vectors(2))
+    first.join()
+    assert modes == [False] * 3
+    assert [m.training for m in conditioner.encoder] == [True] * 3
+
+
 def test_compiled_an_encoder_in_training_mode_is_scored_as_it_was_calibrated():
     conditioner = guarded(moody(), data=vectors)
     model = torch.compile(nn.Sequential(conditioner, nn.Linear(16, 2)), backend="eager")
