@@ -89,11 +89,20 @@ def free_cores() -> tuple[int, int]:
     before = idle_and_total(STAT)
     if before:
         time.sleep(INSTANT)
-        free = at_leisure(before, idle_and_total(STAT), usable)
-    else:
-        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-        free = len(usable) - round(load)
+    after = idle_and_total(STAT)
+    if before != after:
+        free = at_leisure(before, after, usable)
+    else:  # there is no such file, or, as in some sandboxes, nothing is counted in it
+        free = len(usable) - round(load())
     return max(0, min(free, most)), most
+
+
+def load() -> float:
+    r"""Returns how many programs want to run, on average; zero if the system does not tell."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return 0.0
 
 
 def usable_cores() -> set[int]:

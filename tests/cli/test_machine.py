@@ -96,6 +96,28 @@ def test_where_only_the_load_is_known(load, free, tmp_path, monkeypatch):
     assert machine.free_cores() == (free, 4)
 
 
+@pytest.mark.parametrize("error", [OSError, AttributeError])
+def test_where_nothing_is_known_all_cores_are_free(error, tmp_path, monkeypatch):
+    def nothing():
+        raise error
+
+    monkeypatch.setattr(machine, "STAT", tmp_path / "absent")
+    monkeypatch.setattr(machine, "GROUP", tmp_path / "absent")
+    monkeypatch.setattr(machine, "usable_cores", lambda: {0, 1, 2, 3})
+    monkeypatch.setattr(os, "getloadavg", nothing, raising=False)
+    assert machine.free_cores() == (4, 4)
+
+
+def test_where_no_time_is_counted_the_load_is_asked(tmp_path, monkeypatch):
+    """gVisor has the file, with zeros in it."""
+    (tmp_path / "stat").write_text(stat(0, 0, 0, 0, total=0))
+    monkeypatch.setattr(machine, "STAT", tmp_path / "stat")
+    monkeypatch.setattr(machine, "GROUP", tmp_path / "absent")
+    monkeypatch.setattr(machine, "usable_cores", lambda: {0, 1, 2, 3})
+    monkeypatch.setattr(os, "getloadavg", lambda: (1.0, 0, 0), raising=False)
+    assert machine.free_cores() == (3, 4)
+
+
 def test_a_container_has_no_more_than_its_share(tmp_path, monkeypatch):
     (tmp_path / "stat").write_text(stat(0, 0, 0, 0))
     (tmp_path / "cpu.max").write_text("200000 100000")
