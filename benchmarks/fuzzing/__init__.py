@@ -66,8 +66,9 @@ def make(random: Random, wanted: type | None = None, plain: bool = False) -> tup
     if wanted in WRAPPERS:
         names.remove("transforms")
         maker.wanted = None
-    if wanted is not None and wanted.__module__.startswith(HOSTS):
-        names = [n for n in names if n not in HOSTS or wanted.__module__.startswith(f"{n}.")]
+    library = "" if wanted is None else wanted.__module__.partition(".")[0]
+    if library in {name.partition(".")[0] for name in HOSTS}:
+        names = [n for n in names if n.partition(".")[0] == library]
     build, _ = FAMILIES[maker.pick(names)]
     dtype = torch.float32 if plain else maker.pick(DTYPES)
     case = build(maker, dtype)

@@ -318,7 +318,12 @@ def _draw_plain(flow: Any, shape: tuple[int, ...], noise: Any, context: Any) -> 
     if _is_gaussian(flow.q0):
         with noise.patched():
             return flow.sample(ROWS)[0]
-    return flow.forward(noise(ROWS, *shape))
+    return flow.forward(noise(ROWS, *shape, dtype=_dtype(flow.q0)))
+
+
+def _dtype(base: Any) -> torch.dtype | None:
+    r"""That of the samples of a base, which one of the host has in double precision."""
+    return next((p.dtype for p in base.parameters()), None)
 
 
 def _is_gaussian(base: Any) -> bool:
@@ -340,7 +345,7 @@ def _draw_told(flow: Any, shape: tuple[int, ...], noise: Any, context: Any) -> t
     if _is_gaussian(flow.q0):
         with noise.patched():
             return flow.sample(ROWS, context=context)[0]
-    return flow.forward(noise(ROWS, *shape), context=context)
+    return flow.forward(noise(ROWS, *shape, dtype=_dtype(flow.q0)), context=context)
 
 
 def _draw_class(flow: Any, noise: Any, context: Any) -> torch.Tensor:
