@@ -30,9 +30,9 @@ def test_every_class_that_has_a_rule_is_made():
     "cls", sorted(covered(), key=str), ids=lambda c: f"{c.__module__}.{c.__name__}"
 )
 def test_a_class_is_made_where_it_is_wanted(cls):
-    cases = [fuzz(Random(number), cls, plain=True) for number in range(3)]
+    cases = [fuzz(Random(number), cls, plain=True) for number in range(2)]
     assert all(any(issubclass(made, cls) for made in case.made) for case, _ in cases)
-    assert [verdict.found for _, verdict in cases] == [""] * 3
+    assert [verdict.found for _, verdict in cases] == [""] * 2
 
 
 @settings(
