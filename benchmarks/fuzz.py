@@ -64,6 +64,7 @@ def told(number: int) -> Line:
         "elements": verdict.elements,
         "nan": verdict.nan,
         "bounded": verdict.bounded,
+        "tightened": verdict.tightened,
         "reach": verdict.reach,
         "tampered": case.tampered,
         "dtype": str(case.dtype),
@@ -106,6 +107,7 @@ def report(results: list[Line]) -> None:
     for outcome, n in outcomes.most_common():
         print(f"  {outcome}: {n} ({n / total:.1%})")
     print(f"  with a finite bound: {sum(line.get('bounded', False) for line in results)}")
+    print(f"  with a tightened bound: {sum(line.get('tightened', False) for line in results)}")
     print(f"  tampered with: {sum(bool(line.get('tampered')) for line in results)}")
     print(f"elements compared: {sum(line.get('elements', 0) for line in results):,}")
     print(f"  NaN with an excuse: {sum(line.get('nan', 0) for line in results):,}")
