@@ -290,6 +290,9 @@ def _linear(matrix: Tensor) -> Step:
     return Linear(matrix=matrix)
 
 
+#: The narrowest interval that numbers are taken modulo: those up to 1e35 can be, in float32.
+NARROW = 1e-3
+
 # What follows holds whatever the parameters of a transform are: it is for conditional univariates,
 # and for constant ones that no rule above bounds by their constants.
 
@@ -338,6 +341,9 @@ def _identity(f: Any, sampling: bool) -> Envelope:
 
 @envelope_rule(T.CircularShiftTransform)
 def _circular(f: Any, sampling: bool) -> Envelope:
+    if not abs(f.bound) >= NARROW:
+        reason = f"far numbers modulo a bound below {NARROW:g} overflow, and are NaN"
+        return Envelope(reason=reason)
     return squashed(abs(f.bound))
 
 

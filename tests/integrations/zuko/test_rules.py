@@ -554,3 +554,11 @@ def test_parts_that_depart_from_their_class_are_named():
         flow = RobustNSF(3, 2)
         spoil(flow)
         assert certify(flow).refused
+
+
+def test_a_circular_shift_whose_numbers_overflow_is_refused():
+    f = zuko.transforms.CircularShiftTransform(1e-9)
+    assert f.inv(torch.full((64,), 1e30)).isnan().any()
+    assert "overflow" in certify(f).refused[0].reason
+    wide = certify(zuko.transforms.CircularShiftTransform(1e-3), roundoff=0.0)
+    assert wide.bound(1e30) == 1e-3
