@@ -6,6 +6,7 @@ can take its place.
 
 __all__ = ["Case", "Maker", "Verdict", "covered", "fuzz", "registered"]
 
+import sys
 import warnings
 from functools import partial
 from random import Random
@@ -49,7 +50,12 @@ def registered() -> set[type]:
     lookups: list[dict[type, Any]] = [rules._RULES, rules._ENVELOPES]
     found = {cls for lookup in lookups for cls in lookup}
     found -= {nn.parallel.DistributedDataParallel}  # which needs a group of processes
-    return {cls for cls in found if cls.__module__.partition(".")[0] in LIBRARIES}
+    return {cls for cls in found if cls.__module__.partition(".")[0] in LIBRARIES and _lasts(cls)}
+
+
+def _lasts(cls: type) -> bool:
+    r"""Whether a class is found in its module, which those of examples are not."""
+    return getattr(sys.modules.get(cls.__module__), cls.__qualname__, None) is cls
 
 
 def make(random: Random, wanted: type | None = None, plain: bool = False) -> tuple[Case, Maker]:

@@ -14,7 +14,7 @@ __all__ = ["departure", "envelope", "envelope_rule", "rule", "steps", "within"]
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from inspect import getattr_static
+from functools import cache
 from typing import Any, TypeVar
 
 import torch.nn as nn
@@ -160,10 +160,18 @@ def departure(part: Any, cls: type) -> str:
             if name not in _HARMLESS and (hasattr(cls, name) or _is_dunder(name)):
                 return f"{_full(derived)} overrides {name} of {cls.__name__}, which the rule relies on"
     for name in getattr(part, "__dict__", ()):
-        own = getattr_static(kind, name, None)
-        if callable(own) or isinstance(own, classmethod):
+        if name in _methods(kind):  # type: ignore[arg-type]  # classes are hashable
             return f"it has a {name} of its own in place of that of {_full(kind)}"
     return _hooked(part)
+
+
+@cache
+def _methods(kind: type) -> set[str]:
+    r"""The names of the methods of a class; those of properties an instance cannot hide."""
+    found: dict[str, Any] = {}
+    for cls in reversed(kind.__mro__):
+        found.update(vars(cls))
+    return {n for n, value in found.items() if callable(value) or isinstance(value, classmethod)}
 
 
 def _hooked(part: Any) -> str:

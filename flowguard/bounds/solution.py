@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from flowguard.bounds.regions import Region
+from flowguard.bounds.relaxation import Product
 from flowguard.bounds.steps import Linear, Refused, constant
 from flowguard.numerics import inv_ex, lu
 
@@ -68,15 +69,31 @@ class Solution(Linear):
         r"""Returns the region of :math:`A^{-1} b`, with the rounding error of the solver and that
         of a product, which a layer may use in its place; without end where the matrix is so close
         to singular that the computed solution may be anything."""
+        known = self._known(region, roundoff)
+        if known is None:
+            return Region.cube(torch.full_like(region.box, math.inf))
+        reach, slack = known
+        out = region.linear(self.matrix, reach, 0.0, self.factors)
+        ball = out.ball + slack.norm(dim=1)
+        return replace(out, box=out.box + slack, ball=ball, own=out.own + slack)
+
+    def link(self, region: Region, radius: float, roundoff: float) -> Product | None:
+        r"""Returns the product with the inverse, with all that the solution may differ by."""
+        known = self._known(region, roundoff)
+        if known is None:
+            return None
+        reach, slack = known
+        return Product(self.matrix, slack + region.product_slack(reach, 0.0, self.factors))
+
+    def _known(self, region: Region, roundoff: float) -> tuple[Tensor, Tensor] | None:
+        r"""What the rounding of factors is relative to, and how far each feature may be off
+        besides; :py:`None` where there is no bound."""
         error, reach, peak = self._error(roundoff)
         far = region.largest
         # A solution that overflows on the way is lost, however small it would have been.
         if not peak < math.inf or (far <= LARGEST and not peak * far <= LARGEST):
-            return Region.cube(torch.full_like(region.box, math.inf))
-        slack = region.box @ (self.distance + error).T
-        out = region.linear(self.matrix, SLACK * reach, 0.0, self.factors)
-        ball = out.ball + slack.norm(dim=1)
-        return replace(out, box=out.box + slack, ball=ball, own=out.own + slack)
+            return None
+        return SLACK * reach, region.box @ (self.distance + error).T
 
     def _error(self, roundoff: float) -> tuple[Tensor, Tensor, float]:
         r"""A matrix :math:`E` such that the rounding error is at most :math:`E |b|`, one such that

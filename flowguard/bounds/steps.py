@@ -146,7 +146,7 @@ class Linear(Step):
         matrix, error = self._constants()
         return region.linear(matrix, error, roundoff, self.factors)
 
-    def link(self, region: Region, radius: float, roundoff: float) -> Link:
+    def link(self, region: Region, radius: float, roundoff: float) -> Link | None:
         r"""Returns the product, with its rounding error."""
         matrix, error = self._constants()
         return Product(matrix, region.product_slack(error, roundoff, self.factors))

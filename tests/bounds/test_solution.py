@@ -51,6 +51,29 @@ def test_substitution_stays_within_its_region(seed, size):
         assert bool((within | (region.box[0] > torch.finfo(dtype).max)).all())
 
 
+@given(seed=st.integers(0, 2**31), size=st.sampled_from([0.1, 1.0, 1e2, 1e4]))
+def test_read_backwards_it_is_as_far_off_as_it_may_be(seed, size):
+    generator = torch.Generator().manual_seed(seed)
+    lower = graded(5, size, generator)
+    upper = graded(5, size, generator).T * 0.01
+    step = solution(lower, upper)
+    link = step.link(cube(5), 1.0, 2.0**-24)
+    if link is None:
+        return  # no bound either
+    b = corners(5, 64, torch.float32)
+    x = substituted(b, lower, upper).double()
+    away = (x - b.double() @ link.matrix.T).abs()
+    assert bool((away <= link.slack).all())
+
+
+def test_read_backwards_there_is_nothing_where_there_is_no_bound():
+    lower = torch.eye(2)
+    lower[1, 0] = 1e30
+    step = solution(lower, lower.T)
+    assert math.isinf(step.through(cube(2), 1.0, 2.0**-24).largest)
+    assert step.link(cube(2), 1.0, 2.0**-24) is None
+
+
 @given(seed=st.integers(0, 2**31), scale=st.sampled_from([1.0, 1e-2, 1e-4, 1e-6]))
 def test_a_general_system_stays_within_its_region(seed, scale):
     generator = torch.Generator().manual_seed(seed)
