@@ -18,9 +18,11 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from itertools import zip_longest
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+import numpy as np
 import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
@@ -274,7 +276,10 @@ def encode(value: Any) -> Any:
     value = getattr(value, "_orig_mod", value)  # of torch.compile
     if value is None or isinstance(value, bool | int | str):
         return value
-    if isinstance(value, float):
+    if isinstance(value, Integral):  # of NumPy
+        return int(value)
+    if isinstance(value, float | np.floating):
+        value = float(value)
         return value if math.isfinite(value) else {TYPE: "float", "value": str(value)}
     if isinstance(value, list | tuple):
         return [encode(v) for v in value]

@@ -10,6 +10,7 @@ import sys
 import warnings
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -126,6 +127,14 @@ def test_options_of_the_guard_come_back(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert torch.equal(loaded(x * 9)[0], model.conditioner(x * 9)[0])
+
+
+def test_numbers_of_numpy_come_back_as_numbers(tmp_path):
+    model = build(hidden=np.int64(4), quant=np.int32(64), noise_std=np.float32(0.25)).eval()
+    model.save_pretrained(tmp_path)
+    again = SuperResolutionFlow.from_pretrained(tmp_path)
+    assert repr(again) == repr(model)
+    assert (again.quant, again.arguments["noise_std"]) == (64, 0.25)
 
 
 def test_unfitted_and_fitted_only_guards_come_back(tmp_path):
