@@ -355,6 +355,7 @@ def _options(conditioner: OODConditioner) -> dict[str, Any]:
         "shrinkage": guard.shrinkage,
         "normalize": guard.normalize,
         "statistic": guard.statistic,
+        "required": conditioner.required,
     }
 
 
@@ -363,7 +364,7 @@ def _set_options(conditioner: OODConditioner, options: Mapping[str, Any]) -> Non
     fresh = OODConditioner(None, **options)
     conditioner.level_names, conditioner.guard = fresh.level_names, fresh.guard
     conditioner.alpha, conditioner.boundary = fresh.alpha, fresh.boundary
-    conditioner.policy = fresh.policy
+    conditioner.policy, conditioner.required = fresh.policy, fresh.required
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -439,8 +440,11 @@ def _set_conditioners(model: nn.Module, told: Mapping[str, Any]) -> None:
     conditioners = _conditioners(model)
     _check_names("conditioners", told, conditioners)
     for name, conditioner in conditioners.items():
-        _check_names(name, told[name], _options(conditioner))
-        _set_options(conditioner, _checked(OODConditioner, told[name], name, {}))
+        options = told[name]
+        if isinstance(options, dict):  # earlier files say all but that
+            options = {"required": conditioner.required, **options}
+        _check_names(name, options, _options(conditioner))
+        _set_options(conditioner, _checked(OODConditioner, options, name, {}))
 
 
 def _replace_layer(model: nn.Module, name: str, told: Mapping[str, Any]) -> None:

@@ -129,6 +129,21 @@ def test_options_of_the_guard_come_back(tmp_path):
         assert torch.equal(loaded(x * 9)[0], model.conditioner(x * 9)[0])
 
 
+@pytest.mark.parametrize("required", [False, True])
+def test_whether_a_calibration_is_required_comes_back(required, tmp_path):
+    model = build()
+    model.conditioner.required = required
+    model.save_pretrained(tmp_path)
+    assert SuperResolutionFlow.from_pretrained(tmp_path).conditioner.required == required
+
+
+def test_a_guard_that_does_not_say_whether_it_is_required(files):
+    conditioners = json.loads((files / "config.json").read_text())["conditioners"]
+    del conditioners["conditioner"]["required"]
+    change(files, conditioners=conditioners)
+    assert not SuperResolutionFlow.from_pretrained(files).conditioner.required
+
+
 def test_numbers_of_numpy_come_back_as_numbers(tmp_path):
     model = build(hidden=np.int64(4), quant=np.int32(64), noise_std=np.float32(0.25)).eval()
     model.save_pretrained(tmp_path)
