@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flowguard.cli.jobs import Job, Work, fingerprint, jobs, made_of, origin
+from flowguard.cli.jobs import Job, Work, fingerprint, jobs, made_of, origin, true_path
 from flowguard.cli.machine import add_machine, threads
 from flowguard.cli.parsing import (
     Parser,
@@ -207,10 +207,10 @@ def prepared(args: Any) -> Work:
     if args.report is not None:
         if args.report.is_dir():
             raise UserError(f"--report must name a file; {args.report} is a folder")
-        own = args.report.resolve() in {job.source.resolve() for job in work.jobs}
+        own = true_path(args.report) in {true_path(job.source) for job in work.jobs}
         if own or args.report.suffix.lower() not in (".html", ".htm"):
             raise UserError(f"--report must name a page of its own, .html; got {args.report}")
-        writable(args.report.resolve().parent, "the folder of --report")
+        writable(true_path(args.report).parent, "the folder of --report")
     return work
 
 

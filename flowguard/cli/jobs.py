@@ -1,6 +1,6 @@
 r"""Which pictures are read, and what is written for each."""
 
-__all__ = ["Job", "Work", "fingerprint", "jobs", "made_of"]
+__all__ = ["Job", "Work", "fingerprint", "jobs", "made_of", "true_path"]
 
 import glob
 import hashlib
@@ -92,15 +92,24 @@ def _found(pattern: str) -> list[Path]:
     return inside
 
 
+def true_path(path: Path) -> Path:
+    r"""Returns where a path leads to. `Path.resolve` refuses links that lead to themselves.
+
+    Arguments:
+        path: The path.
+    """
+    return Path(os.path.realpath(path))
+
+
 def _sources(inputs: Sequence[str], output: Path) -> tuple[dict[Path, Path], list[Path]]:
     r"""The pictures by their true paths, and those left out: what was written to OUTPUT before."""
     found: dict[Path, Path] = {}
     for pattern in inputs:
         for path in _found(str(pattern)):
-            found.setdefault(path.resolve(), path)
+            found.setdefault(true_path(path), path)
     if len(found) == 1:  # whoever names one picture means it
         return found, []
-    within = output.resolve()
+    within = true_path(output)
     own = {p for p in found if within in p.parents and origin(p)}
     if len(own) == len(found):
         raise UserError(
@@ -151,7 +160,7 @@ def _check_targets(found: Sequence[Job], sources: dict[Path, Path]) -> None:
     taken: dict[Path, Path] = {}
     for job in found:
         for target in job.targets:
-            true = target.resolve()
+            true = true_path(target)
             if true in taken:
                 raise UserError(
                     f"INPUT: {taken[true]} and {job.source} would both be written as"

@@ -455,7 +455,7 @@ def test_a_file_called_probe_is_kept(superres, pictures, tmp_path, capsys):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes")
 def test_odd_names(superres, pictures, tmp_path, capsys):
-    """Bytes that are no text, a name as long as names can be, a link to nothing."""
+    """Bytes that are no text, a name as long as names can be, links to nothing and to themselves."""
     source, out = tmp_path / "odd", tmp_path / "out"
     source.mkdir()
     picture = (pictures / "odd.png").read_bytes()
@@ -463,13 +463,15 @@ def test_odd_names(superres, pictures, tmp_path, capsys):
     for name in names:
         Path(os.fsdecode(os.path.join(os.fsencode(source), name))).write_bytes(picture)
     (source / "link.png").symlink_to("nowhere.png")
+    (source / "loop.png").symlink_to("loop.png")
     page = tmp_path / "report.html"
     code, told, errors = run(
         capsys, "superres", source, out, "--model", superres, "--report", page
     )
     assert code == 1
-    assert "4 picture(s): 3 written, 0 skipped, 1 failed" in told
+    assert "5 picture(s): 3 written, 0 skipped, 2 failed" in told
     assert "link.png" in errors
+    assert "loop.png" in errors
     assert sorted(os.listdir(os.fsencode(out))) == sorted(names)
     assert "日本 [1]*?" in page.read_text(encoding="utf-8")
 
