@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.hooks import RemovableHandle
 
@@ -360,13 +360,20 @@ def _refuse_compiled(model: nn.Module, hooked: Iterable[str]) -> None:
 def _refuse_moody(model: nn.Module) -> None:
     r"""What hooks hear cannot be computed again in the mode of the fit."""
     for path, module in model.named_modules():
-        dropout = isinstance(module, _DropoutNd) and module.p > 0
-        if module.training and (dropout or isinstance(module, _BatchNorm)):
+        if module.training and _is_moody(module):
             raise RuntimeError(
                 "a model must be watched in evaluation mode, in which it was fitted and "
                 f"calibrated; got {path!r}, a {type(module).__name__}, in training mode, where "
                 "its outputs are others: call `model.eval()` first"
             )
+
+
+def _is_moody(module: nn.Module) -> bool:
+    if isinstance(module, _NormBase):
+        return module.track_running_stats
+    # Attention and recurrent layers have a rate of their own in place of a layer.
+    rate = module.p if isinstance(module, _DropoutNd) else getattr(module, "dropout", 0.0)
+    return isinstance(module, nn.RReLU) or (isinstance(rate, int | float) and rate > 0)
 
 
 def _hook(path: str, hear: Callable[[str, Any], None]) -> Callable[[nn.Module, Any, Any], None]:

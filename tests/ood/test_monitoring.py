@@ -97,17 +97,41 @@ def test_in_training_it_scores_what_was_calibrated():
     assert encoder[1].training
 
 
+class Attention(nn.Module):
+    """Attention among the features, with a dropout that is no layer of its own."""
+
+    def __init__(self, dropout):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(1, 1, dropout=dropout)
+
+    def forward(self, y):
+        return self.attention(y.T[..., None], y.T[..., None], y.T[..., None])[0][..., 0].T
+
+
 @pytest.mark.parametrize(
-    "layer", [nn.Dropout(0.5), nn.BatchNorm1d(4)], ids=["dropout", "batch normalisation"]
+    "layer",
+    [nn.Dropout(0.5), nn.BatchNorm1d(4), nn.RReLU(), Attention(0.5)],
+    ids=["dropout", "batch normalisation", "random slopes", "attention"],
 )
 def test_hooks_refuse_what_depends_on_the_mode_in_training_mode(layer):
     model = Flow(nn.Sequential(nn.Linear(3, 4), layer, nn.Linear(4, 2)))
     watch = hooked(model)
-    with pytest.raises(RuntimeError, match=r"evaluation mode.*'encoder\.1', a .*in training mode"):
+    with pytest.raises(
+        RuntimeError, match=r"evaluation mode.*'encoder\.1.*', a .*in training mode"
+    ):
         watch.__enter__()
     model.eval()
     with watch:
         model(vectors(seed=2))
+    assert watch.report.flagged.double().mean() < 0.05
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm1d(4, track_running_stats=False), Attention(0.0)])
+def test_hooks_take_what_is_the_same_in_both_modes(layer):
+    model = Flow(nn.Sequential(nn.Linear(3, 4), layer, nn.Linear(4, 2)))
+    watch = hooked(model)
+    with watch:
+        model.train()(vectors(seed=2))
     assert watch.report.flagged.double().mean() < 0.05
 
 
