@@ -51,6 +51,9 @@ class AffineMap(Univariate):
 class Rescaled(Univariate):
     r"""Creates a univariate map in other units, :math:`f(x) = m + s \, g((x - \mu) / \sigma)`.
 
+    It is computed in the dtype of the units, if that is the finer one; what it returns has the
+    dtype of its argument.
+
     Arguments:
         base: The map :math:`g`.
         loc_in: The origin :math:`\mu` of the input.
@@ -85,11 +88,13 @@ class Rescaled(Univariate):
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y, ladj = self.base._forward((x - self.loc_in) / self.scale_in)
-        return y * self.scale_out + self.loc_out, ladj + self._gain(ladj)
+        y = y * self.scale_out + self.loc_out
+        return y.to(x.dtype), ladj + self._gain(ladj)
 
     def _backward(self, y: Tensor) -> tuple[Tensor, Tensor]:
         x, ladj = self.base._backward((y - self.loc_out) / self.scale_out)
-        return x * self.scale_in + self.loc_in, ladj - self._gain(ladj)
+        x = x * self.scale_in + self.loc_in
+        return x.to(y.dtype), ladj - self._gain(ladj)
 
     def inverse_bound(self, radius: float) -> float:
         r"""Returns the bound of the inverse, in the worst of the features.

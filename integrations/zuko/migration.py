@@ -94,8 +94,14 @@ class InscribedUnivariate(nn.Module):
         Arguments:
             phi: The parameters, as zuko takes them.
         """
-        scale, shift = line(self.univariate(*(p.clamp(-LARGEST, LARGEST) for p in phi)))
+        scale, shift = line(self.univariate(*map(_cut, phi)))
         return self.map(shift) if isinstance(self.map, InscribedShift) else self.map(scale, shift)
+
+
+def _cut(p: Tensor) -> Tensor:
+    r"""Cuts parameters, in half precision at what their clips may double."""
+    far = min(LARGEST, torch.finfo(p.dtype).max / 4)
+    return p.clamp(-far, far)
 
 
 def line(f: Any) -> tuple[Tensor, Tensor]:
@@ -133,7 +139,7 @@ class CarriedSpline(nn.Module):
         Arguments:
             phi: The unconstrained widths, heights and derivatives, as zuko takes them.
         """
-        spline = self.univariate(*(p.clamp(-LARGEST, LARGEST) for p in phi))
+        spline = self.univariate(*map(_cut, phi))
         widths, heights, derivatives = unconstrain(
             spline.horizontal.diff() / (2 * self.bound),
             spline.vertical.diff() / (2 * self.bound),

@@ -447,6 +447,24 @@ def test_save_and_load(make, tmp_path):
     assert f"RobustSpline(bins={8 if make is NSF else 3})" in repr(robust)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("make", [zuko.flows.RealNVP, MAF, NSF, NICE])
+def test_half_precision_and_autocast(make, dtype):
+    x, c = torch.randn(64, 3), torch.randn(64, 2)
+    flow = make(3, 2, transforms=2, hidden_features=(16,))
+    robust, _ = migrate(flow, x, c)
+    expected = flow(c).log_prob(x)
+    with torch.autocast("cpu", dtype):
+        assert torch.allclose(robust(c).log_prob(x), expected, atol=0.5)
+    half, _ = migrate(flow.to(dtype), x.to(dtype), c.to(dtype))
+    for new in (half, robust.to(dtype)):
+        assert torch.allclose(new(c.to(dtype)).log_prob(x.to(dtype)).float(), expected, atol=0.7)
+        far = 1e4 * torch.randn(64, 2).to(dtype)
+        samples = new(far).transform.inv(x.clamp(-3, 3).to(dtype))
+        assert samples.dtype == dtype
+        assert samples.abs().max() <= certify(new).bound(3.0)
+
+
 def test_rescaled_map_and_its_bound():
     units = torch.tensor([[1.0, -2.0], [0.5, 3.0], [0.0, 4.0], [2.0, 1.0]]).double()
     spline = RescaledSpline(*units, bins=4)
