@@ -14,7 +14,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from flowguard.bounds.certificate import certify
-from flowguard.functional import FINE_SLOPE
+from flowguard.functional import FINE_SLOPE, check_bound, check_shift_bound, check_slope
 from flowguard.migration.imitate import SAME, SMALLEST, RescaledSpline, compare, imitate, units
 from flowguard.migration.inscribe import single
 from flowguard.migration.report import Migration, Replacement, SampleError
@@ -135,6 +135,9 @@ def migrate(
     if x is not None or not dry_run:
         x = _check(x, context)
     _check_options(steps, batch_size, additive)
+    check_bound(bound)
+    check_shift_bound(shift_bound)
+    check_slope(slope)
     with ExitStack() as stack:
         # Some callers switch autograd off for good, but a copy made in inference mode could never
         # be trained, and fits need gradients.

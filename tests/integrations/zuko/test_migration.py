@@ -495,6 +495,13 @@ X = torch.randn(8, 2)
         (lambda: migrate(NICE(2), X[:1]), ValueError, r"at least two rows.*got \(1, 2\)"),
         (lambda: migrate(NICE(2, 3), X, torch.randn(7, 3)), ValueError, "got 7 and 8"),
         (lambda: migrate(NICE(2), X, steps=-1), ValueError, "got -1 and 256"),
+        (lambda: migrate(NICE(2), X, bound=0), ValueError, "bound must be positive.*got 0"),
+        (
+            lambda: migrate(NICE(2), X, shift_bound=-1),
+            ValueError,
+            "bound must be positive.*got -1",
+        ),
+        (lambda: migrate(NICE(2), X, slope=0.0), ValueError, r"slope must lie in.*got 0\.0"),
     ],
 )
 def test_refusals(call, error, match):
