@@ -5,6 +5,7 @@ __all__ = ["conditional", "undetermined"]
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -53,7 +54,7 @@ def undetermined(constructor: Callable[..., Any], known: tuple[type, ...] = ()) 
         'the bound of <lambda> may depend on its parameters; give a class, or a partial of one'
     """
     while type(constructor) is partial and not constructor.args:
-        if not all(isinstance(v, int | float | None) for v in constructor.keywords.values()):
+        if not all(v is None or isinstance(v, Real) for v in constructor.keywords.values()):
             break
         constructor = constructor.func
     states = isinstance(constructor, type) and "inverse_bound" in vars(constructor)

@@ -420,6 +420,15 @@ def test_a_univariate_whose_box_depends_on_its_parameters_is_not_certified(univa
     assert certify(flow).refused
 
 
+def test_numbers_of_numpy_are_plain_options():
+    numpy = pytest.importorskip("numpy")
+    options = partial(RobustSpline, bound=numpy.float32(3.0), shift_bound=numpy.int64(2))
+    flow = flow_of(Autoregressive(3, 2, univariate=options, shapes=RobustSpline.shapes(4)))
+    reached, bound = reached_and_bound(flow, torch.randn(512, 2))
+    assert reached <= bound
+    assert certify(flow).certified
+
+
 def test_a_constructor_that_makes_another_map_each_time_is_named():
     flow = flow_of(Constant(lambda: T.MonotonicAffineTransform(*torch.randn(2, 3))))
     (refused,) = certify(flow).refused
