@@ -10,7 +10,7 @@ __all__: list[str] = []
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -281,8 +281,12 @@ def _or_identity(g: Envelope) -> Envelope:
     if g.reason:
         return g
     if g.limit is not None:
-        return g._replace(limit=lambda radius: max(radius, g.reach(radius)))
+        return g._replace(limit=partial(_at_least, g))  # no lambda, which could not be pickled
     return g._replace(gain=max(g.gain, 1.0))
+
+
+def _at_least(g: Envelope, radius: float) -> float:
+    return max(radius, g.reach(radius))
 
 
 @rule(RobustGlowBlock)

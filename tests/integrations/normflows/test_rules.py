@@ -1,5 +1,7 @@
 r"""Tests for the certificates and attacks of normflows' layers."""
 
+import pickle
+
 import pytest
 import torch
 import torch.nn as nn
@@ -617,3 +619,19 @@ def test_layers_that_run_the_other_way_are_refused():
     assert "may be the way to noise" in refused[0].reason
     for around in (nf.flows.Reverse(layer), nf.flows.Composite([layer])):
         assert "may be the way to noise" in flowguard.certify(around).refused[0].reason
+
+
+class Stated(flowguard.transforms.Univariate):
+    r"""A map that states its own bound."""
+
+    def __init__(self, phi):
+        super().__init__()
+
+    def inverse_bound(self, radius):
+        return radius / 2
+
+
+def test_a_certificate_of_a_map_that_states_its_bound_can_be_pickled():
+    net = nn.Conv2d(2, 2, 1)
+    certificate = flowguard.certify(RobustCouplingBlock(net, None, "checkerboard", Stated, [()]))
+    assert pickle.loads(pickle.dumps(certificate)).bound(3.0) == certificate.bound(3.0) >= 3.0
