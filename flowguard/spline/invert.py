@@ -66,11 +66,14 @@ def unconstrain_softmax(
 
     There `least` holds the least width and height, as shares of the box, and the least slope.
     """
-    # A softmax makes NaN of what is infinite.
-    w, h, d = (p.clamp(-LARGEST, LARGEST) for p in (widths, heights, slopes))
+    # A softmax makes NaN of what is infinite, and half precision has no room for the cut.
+    dtype = widths.dtype
+    work = torch.promote_types(dtype, torch.float32)
+    w, h, d = (p.to(work).clamp(-LARGEST, LARGEST) for p in (widths, heights, slopes))
     bins = w.shape[-1]
     w, h = (
         size + (1 - size * bins) * F.softmax(p, dim=-1)
         for size, p in zip(least, (w, h), strict=False)
     )
-    return unconstrain(w, h, least[2] + F.softplus(d), slope=slope)
+    w, h, d = unconstrain(w, h, least[2] + F.softplus(d), slope=slope)
+    return w.to(dtype), h.to(dtype), d.to(dtype)

@@ -737,6 +737,21 @@ def test_half_precision():
     assert torch.allclose(layer.inverse(x)[0], z, atol=0.1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_splines_work_in_half_precision_and_under_autocast(dtype):
+    x, c = torch.randn(64, 4), torch.randn(64, 2)
+    layer = nf.flows.CoupledRationalQuadraticSpline(4, 2, 16, num_context_channels=2)
+    flow = nf.ConditionalNormalizingFlow(nf.distributions.DiagGaussian(4), [layer])
+    robust, _ = migrate(flow, x, c)
+    expected = flow.log_prob(x, c)
+    with torch.autocast("cpu", dtype):
+        assert torch.allclose(robust.log_prob(x, c), expected, atol=0.5)
+    half = robust.flows[0].to(dtype)
+    z = half.inverse(x.to(dtype), c.to(dtype))[0]
+    assert z.dtype == dtype
+    assert torch.allclose(half(z, c.to(dtype))[0].float(), x, atol=0.2)
+
+
 X = torch.randn(8, 4)
 
 
