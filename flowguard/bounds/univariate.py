@@ -57,14 +57,20 @@ def undetermined(constructor: Callable[..., Any], known: tuple[type, ...] = ()) 
         if not all(v is None or isinstance(v, Real) for v in constructor.keywords.values()):
             break
         constructor = constructor.func
-    states = isinstance(constructor, type) and "inverse_bound" in vars(constructor)
-    if states or constructor in MAPS:
-        return ""
+    if isinstance(constructor, type):
+        # A class that overrides nothing of its base is that; what else it does, its map tells.
+        alike = any(issubclass(constructor, c) and _made_as(constructor, c) for c in MAPS)
+        if alike or "inverse_bound" in vars(constructor):
+            return ""
     for cls in known:
         if isinstance(constructor, cls):
             return departure(constructor, cls)
     name = getattr(constructor, "__name__", type(constructor).__name__)
     return f"the bound of {name} may depend on its parameters; give a class, or a partial of one"
+
+
+def _made_as(derived: type, base: type) -> bool:
+    return all(getattr(derived, n) is getattr(base, n) for n in ("__init__", "__new__"))
 
 
 @envelope_rule(transforms.RobustSpline, transforms.CubicBSplineTransform)

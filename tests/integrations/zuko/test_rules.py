@@ -571,3 +571,18 @@ def test_a_circular_shift_whose_numbers_overflow_is_refused():
     assert "overflow" in certify(f).refused[0].reason
     wide = certify(zuko.transforms.CircularShiftTransform(1e-3), roundoff=0.0)
     assert wide.bound(1e30) == 1e-3
+
+
+class Renamed(RobustSpline):
+    r"""A class of the user that changes nothing."""
+
+
+class Wider(RobustSpline):
+    def __init__(self, *phi):
+        super().__init__(*phi, bound=5.0 + phi[-1].abs().max().item())
+
+
+@pytest.mark.parametrize(("univariate", "certified"), [(Renamed, True), (Wider, False)])
+def test_a_derived_map_is_certified_if_it_is_made_as_its_base_is(univariate, certified):
+    flow = zuko.flows.MAF(2, 1, univariate=univariate, shapes=RobustSpline.shapes(4))
+    assert certify(flow).certified == certified
