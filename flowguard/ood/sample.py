@@ -55,6 +55,7 @@ class Sample:
         self.most = most
         self.seen = 0
         self.limit = 1 << 32
+        self.kept = 0
         self.parts: list[tuple[Tensor, Tensor, Depths]] = []  # keys, vectors and their depths
 
     def add(self, maps: Tensor) -> None:
@@ -66,16 +67,29 @@ class Sample:
         count, (height, width) = maps[:, 0].numel(), maps.shape[2:]
         keys = _hashed(torch.arange(self.seen, self.seen + count, device=maps.device))
         self.seen += count
-        while sum(int((k < self.limit).sum()) for k in (keys, *(p[0] for p in self.parts))) > (
-            self.most
-        ):
+        while self.kept + int((keys < self.limit).sum()) > self.most:
             self.limit //= 2
+            self._drop()
         new = (keys < self.limit).nonzero().flatten()
+        if self.parts and not len(new):
+            return
+        self.kept += len(new)
         image, pixel = new // max(1, height * width), new % max(1, height * width)
         row, column = pixel // max(1, width), pixel % max(1, width)
         places = depths(height, width, maps.device)
         told = Depths(places.depth[row, column], places.inside[row, column])
         self.parts.append((keys[new], maps.detach()[image, :, row, column], told))
+
+    def _drop(self) -> None:
+        r"""Drops what the limit leaves out now, and makes one part of the many that came."""
+        if not self.parts:
+            return
+        keys, vectors, places = zip(*self.parts, strict=True)
+        every = torch.cat(keys)
+        stay = every < self.limit
+        depth, inside = (torch.cat(t)[stay] for t in zip(*places, strict=True))
+        self.parts = [(every[stay], torch.cat(vectors)[stay], Depths(depth, inside))]
+        self.kept = int(stay.sum())
 
     def scores(self, gaussian: StreamingGaussian) -> SampledScores:
         r"""Returns what the sample scores.

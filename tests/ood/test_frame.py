@@ -6,6 +6,8 @@ from torch import nn
 
 from flowguard.models import PyramidEncoder
 from flowguard.ood import OODConditioner
+from flowguard.ood.gaussian import StreamingGaussian
+from flowguard.ood.sample import Sample
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +112,21 @@ def test_other_threads_may_score_maps_of_another_size(crops):
 
     frame._maps = Interrupted(frame._maps)
     assert torch.equal(frame.of(scores), ratios)
+
+
+def test_a_sample_of_many_batches_keeps_few_parts_and_the_same_pixels():
+    gaussian = StreamingGaussian()
+    maps = torch.randn(600, 3, 4, 4)
+    gaussian.update(maps)
+    gaussian.finalize()
+    found = []
+    for size in (1, 7, 600):
+        sample = Sample(most=500)
+        for batch in maps.split(size):
+            sample.add(batch)
+        assert len(sample.parts) <= 500
+        assert sample.kept == sum(len(keys) for keys, _, _ in sample.parts) <= 500
+        found.append(sample.scores(gaussian))
+    for other in found[1:]:
+        assert torch.equal(other.keys, found[0].keys)
+        torch.testing.assert_close(other.scores, found[0].scores)
