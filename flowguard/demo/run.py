@@ -258,7 +258,7 @@ def _train(
     start = time.perf_counter()
     model.sample(y, 1, task.temperature)
     seconds = time.perf_counter() - start
-    certified = certify(model).bound(NOISE)
+    certified = certify(model).tighten().bound(NOISE)
     reached = task.attack(model, y, o.seed, steps=5 if o.quick else 25)
     return Trained(model, training, quality, certified, reached, seconds)
 
