@@ -1,6 +1,6 @@
 r"""How the maps that a migration puts into a layer are bounded, whatever the library."""
 
-__all__ = ["BoundOfMap"]
+__all__ = ["MAKERS", "BoundOfMap", "made_otherwise"]
 
 import math
 from collections.abc import Iterator
@@ -20,11 +20,27 @@ from flowguard.bounds import (
     envelope,
     envelope_rule,
 )
-from flowguard.migration.imitate import Rescaled
+from flowguard.migration.imitate import Rescaled, RescaledSpline
+from flowguard.migration.inscribe import InscribedAffine, InscribedShift
 
 #: What the units add to the roundings of a map: a sum and a division before it, a product and a
 #: sum after it.
 ROUNDINGS = 4
+
+
+#: What makes maps of what a network says, by options and units that no condition changes.
+MAKERS = (InscribedAffine, InscribedShift, RescaledSpline)
+
+
+def made_otherwise(maker: Any, *classes: type) -> str:
+    r"""Returns in words how what makes the maps of a layer departs from its class; empty if it is
+    exactly of one of these.
+
+    Arguments:
+        maker: What the layer calls, with what its network says.
+        classes: The classes.
+    """
+    return departure(maker, next((c for c in classes if isinstance(maker, c)), classes[0]))
 
 
 class BoundOfMap:
@@ -36,11 +52,15 @@ class BoundOfMap:
     Arguments:
         f: The map from data to noise, with any parameters: its options and units count alone.
         sampling: Whether it is run towards data.
+        strange: Why the map does not tell of the others that the layer makes, in words; see
+            :func:`made_otherwise`.
     """
 
-    def __init__(self, f: Any, sampling: bool) -> None:
+    def __init__(self, f: Any, sampling: bool, strange: str = "") -> None:
         self.base = f.base if isinstance(f, Rescaled) else f
         self.envelope = envelope(self.base, sampling)
+        if strange and not self.envelope.reason:
+            self.envelope = Envelope(reason=strange)
         self.units: tuple[Tensor, ...] = ()  # origin and unit before the map, and after it
         if isinstance(f, Rescaled):
             if strange := departure(f, Rescaled):

@@ -30,7 +30,7 @@ from flowguard.migration.exchange import successor
 from flowguard.migration.imitate import Rescaled
 from flowguard.migration.inscribe import InscribedAffine, InscribedShift
 from flowguard.migration.knots import Knots
-from flowguard.migration.rules import BoundOfMap
+from flowguard.migration.rules import MAKERS, BoundOfMap, made_otherwise
 from flowguard.transforms import RobustSpline, Univariate
 
 from .autoregressive import MaskedRobustSplineAutoregressiveTransform
@@ -252,5 +252,8 @@ def _autoregressive(layer: Any, sampling: bool) -> Iterator[Step]:
 
 
 def _steps(head: Head, mask: Tensor, sampling: bool) -> Iterator[Step]:
-    bound = BoundOfMap(head.example(), sampling)
+    strange = made_otherwise(head, AffineHead, CarriedHead, ShiftHead)
+    inner = head.knots if isinstance(head, CarriedHead) else getattr(head, "map", None)
+    strange = strange or made_otherwise(inner, *MAKERS, Knots)
+    bound = BoundOfMap(head.example(), sampling, strange)
     yield from bound.steps(mask, "head", f"{type(head).__name__}[{bound.base}]")

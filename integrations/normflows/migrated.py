@@ -46,7 +46,7 @@ from flowguard.bounds import Step, conditional, envelope, rule
 from flowguard.migration.imitate import Rescaled
 from flowguard.migration.inscribe import InscribedAffine, InscribedShift
 from flowguard.migration.knots import Knots, width_of
-from flowguard.migration.rules import BoundOfMap
+from flowguard.migration.rules import MAKERS, BoundOfMap, made_otherwise
 from flowguard.numerics import cut, sum_rows
 from flowguard.transforms import RobustSpline, Univariate
 
@@ -299,7 +299,8 @@ class CarriedMaskedSpline(_Carried, _Cut, MaskedPiecewiseRationalQuadraticAutore
 
 def _bound(layer: Any, sampling: bool) -> BoundOfMap:
     zeros = torch.zeros_like(next(layer.map.buffers()))
-    return BoundOfMap(layer.follow(zeros, zeros), sampling != layer.flipped)
+    strange = made_otherwise(layer.map, *MAKERS)
+    return BoundOfMap(layer.follow(zeros, zeros), sampling != layer.flipped, strange)
 
 
 def block_steps(block: Any, sampling: bool) -> Iterator[Step]:

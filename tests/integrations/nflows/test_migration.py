@@ -789,3 +789,27 @@ X = torch.randn(8, 2)
 def test_refusals(call, error, match):
     with pytest.raises(error, match=match):
         call(Host(HOSTS[0]).flow([Host(HOSTS[0]).coupling()]))
+
+
+def hooked(layer):
+    part = getattr(layer.head, "map", layer.head)
+    part.register_forward_hook(lambda m, i, o: o)
+
+
+def replaced(layer):
+    layer.head.univariate = lambda raw: RobustSpline(*raw.new_zeros(3, 1), bound=1e3)
+
+
+def derived(layer):
+    layer.head.__class__ = type("Loud", (type(layer.head),), {"forward": lambda *a, **k: None})
+
+
+@pytest.mark.parametrize("change", [hooked, replaced, derived])
+@pytest.mark.parametrize("kind", ["masked", "masked_spline"])
+def test_a_migrated_layer_whose_maps_are_made_otherwise_is_refused(host, kind, change):
+    flow = host.flow([getattr(host, kind)()])
+    robust, _ = migrate(flow, torch.randn(256, 2), torch.randn(256, 2))
+    assert certify(robust).certified
+    change(robust._transform._transforms[0])
+    (refused,) = certify(robust).refused
+    assert refused.name.endswith("head")

@@ -635,3 +635,12 @@ def test_a_certificate_of_a_map_that_states_its_bound_can_be_pickled():
     net = nn.Conv2d(2, 2, 1)
     certificate = flowguard.certify(RobustCouplingBlock(net, None, "checkerboard", Stated, [()]))
     assert pickle.loads(pickle.dumps(certificate)).bound(3.0) == certificate.bound(3.0) >= 3.0
+
+
+def test_a_migrated_layer_whose_maps_are_made_otherwise_is_refused():
+    block = nf.flows.AffineCouplingBlock(nf.nets.MLP([1, 8, 2]))
+    flow = nf.NormalizingFlow(nf.distributions.DiagGaussian(2), [block])
+    robust, _ = flowguard.migrate(flow, torch.randn(256, 2))
+    assert flowguard.certify(robust).certified
+    robust.flows[0].flows[1].map.register_forward_hook(lambda m, i, o: o)
+    assert "hooks" in flowguard.certify(robust).refused[0].reason
