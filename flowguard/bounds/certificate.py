@@ -382,14 +382,15 @@ def _broken(model: Any) -> Iterator[tuple[str, str]]:
     if not isinstance(model, nn.Module):
         return
     for name, parameter in model.named_parameters():
-        if not bool(parameter.isfinite().all()):
+        # A sum is finite only if all that it adds is; where it overflows, each is looked at.
+        if not bool(parameter.sum().isfinite()) and not bool(parameter.isfinite().all()):
             yield name, "Parameter"
     for prefix, module in model.named_modules():
         if type(module).__module__.startswith("flowguard.ood"):
             continue  # what tells of strange conditions has NaN where it knows nothing yet
         for name, buffer in module.named_buffers(prefix, recurse=False):
             # Masks may well be infinite.
-            if bool(buffer.isnan().any()):
+            if bool(buffer.sum().isnan()) and bool(buffer.isnan().any()):
                 yield name, "Buffer"
 
 
