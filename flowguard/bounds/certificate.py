@@ -335,10 +335,13 @@ def _certificate(
 
 def _dtypes(tensors: Iterable[Tensor]) -> set[torch.dtype]:
     r"""The dtypes that a model with these tensors computes in."""
-    found = {t.dtype for t in tensors if t.is_floating_point()}
+    floating = [t for t in tensors if t.is_floating_point()]
+    found = {t.dtype for t in floating}
+    if not any(t.dim() for t in floating):  # numbers take the dtype of what they meet
+        found.add(torch.get_default_dtype())
     kinds = {t.device.type for t in tensors} or {"cpu"}
     found |= {torch.get_autocast_dtype(k) for k in kinds if torch.is_autocast_enabled(k)}
-    return found or {torch.get_default_dtype()}
+    return found
 
 
 def _tensors(part: Any, seen: frozenset[int] = frozenset()) -> Iterator[Tensor]:

@@ -80,7 +80,8 @@ def from_arc(arc: Tensor, bound: float | None) -> Tensor:
     y = 2 * bound / math.pi * arc
     # Rounding may land an ulp outside, and certificates rely on the bound. What is too much is
     # taken as a constant: the backward of a clamp costs more than all the rest.
-    return y - (y - y.clamp(-bound, bound)).detach()
+    far = min(bound, torch.finfo(y.dtype).max)
+    return y - (y - y.clamp(-far, far)).detach()
 
 
 def squash_pullback(x: Tensor, grad: Tensor, bound: float | None) -> Tensor:

@@ -78,8 +78,11 @@ def householder(layer: Any, sampling: bool) -> Iterator[Step]:
     name = "q_vectors"
     squares = layer.q_vectors.detach().square().sum(-1)
     info = torch.finfo(squares.dtype)
-    if not bool(((squares >= info.tiny**0.5) & (squares <= info.max**0.5)).all()):
-        reason = "the square of one of its normal vectors under- or overflows: scale that vector"
+    # So short that its products with far numbers, up to 1e33 in float32, do not overflow either.
+    if not bool(((squares >= info.tiny**0.5) & (squares <= info.max**0.25)).all()):
+        reason = (
+            "the products of one of its normal vectors may overflow or vanish: scale that vector"
+        )
         yield Refused(name=name, reason=reason, depends="not at all")
         return
     vectors = constant(layer.q_vectors)

@@ -773,3 +773,19 @@ def test_the_ball_of_a_map_is_computed_in_float64():
 
 def test_a_squeeze_alone_keeps_the_bound():
     assert certify(Squeeze(), roundoff=0.0).bound(3.0) == 3.0
+
+
+def test_numbers_without_dimensions_do_not_tell_the_dtype_of_the_noise():
+    loc, scale = (torch.tensor(v, dtype=torch.float64) for v in (-1.2017, -0.5988))
+    f = Constant(loc, scale)
+    assert certify(f).roundoff == 2.0**-24
+    x = f.inv(torch.full((1,), 1e-30))
+    assert x.dtype == torch.float32
+    assert x.double().abs().item() <= certify(f).bound(1e-30)
+
+
+def test_a_spline_of_a_box_beyond_its_dtype_has_a_bound():
+    half = torch.zeros(3, 1, dtype=torch.float16)
+    f = RobustSpline(*half, torch.ones((), dtype=torch.float16), bound=1.0, shift_bound=1e6)
+    assert f.shift.isfinite()
+    assert certify(f).bound(1.0) >= 1.0
