@@ -67,8 +67,7 @@ def unconstrain_softmax(
     There `least` holds the least width and height, as shares of the box, and the least slope.
     """
     # A softmax makes NaN of what is infinite, and half precision has no room for the cut.
-    dtype = widths.dtype
-    work = torch.promote_types(dtype, torch.float32)
+    work = torch.promote_types(widths.dtype, torch.float32)
     w, h, d = (p.to(work).clamp(-LARGEST, LARGEST) for p in (widths, heights, slopes))
     bins = w.shape[-1]
     w, h = (
@@ -76,4 +75,4 @@ def unconstrain_softmax(
         for size, p in zip(least, (w, h), strict=False)
     )
     w, h, d = unconstrain(w, h, least[2] + F.softplus(d), slope=slope)
-    return w.to(dtype), h.to(dtype), d.to(dtype)
+    return w.to(widths.dtype), h.to(widths.dtype), d.to(widths.dtype)
