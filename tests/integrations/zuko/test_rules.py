@@ -535,15 +535,17 @@ def test_a_spline_with_constant_knots_is_bounded_by_them_or_named(slope, forward
     z = 5 * (1 - 10 ** (-7 * torch.rand(20_000, 3)))
     with torch.no_grad():
         x = layer()(z) if forward else layer().inv(z)
-    assert x.abs().max().item() <= certificate.bound(5.0)
-    assert certificate.certified == (forward or slope < 2)
+    assert x.nan_to_num(0.0).abs().max().item() <= certificate.bound(5.0)
+    assert not certificate.certified or x.isfinite().all()
+    # Before 1.5, zuko's steepest knots lose more digits.
+    assert certificate.certified == (slope < 2 or (forward and (slope < 100 or HAS_ADDITIVE)))
 
 
 def test_conditional_splines_of_the_host_leave_their_box():
     # Why they are not certified: finite samples may exceed what exact arithmetic would have.
     f = T.MonotonicRQSTransform(*(1e4 * torch.randn(200_000, n) for n in (2, 2, 1)))
     y = 5 * (1 - 1e-6 * torch.rand(200_000))
-    assert f.inv(y).abs().max() > 5.001  # a thousand times the rounding
+    assert f.inv(y).nan_to_num(0.0).abs().max() > 5.001  # a thousand times the rounding
 
 
 def test_layers_that_are_there_twice_count_twice():
