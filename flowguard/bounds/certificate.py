@@ -237,7 +237,7 @@ class Certificate:
                     chain.add(step.link(region, radius, self.roundoff), after)
                     if isinstance(step, Linear) or i == len(self.steps) - 1:
                         after = chain.tighten(after)
-                region = after if after.largest <= self.largest else None
+                region = after if max(after.largest, step.peak) <= self.largest else None
             largest = math.inf if region is None else region.largest
             yield Row(step.name, step.kind, before, largest, step.depends, reason, gain)
             before = largest

@@ -51,6 +51,12 @@ class Step:
         return 0
 
     @property
+    def peak(self) -> float:
+        r"""The largest number that the step multiplies with: where the model cannot hold it, even
+        a product with zero is lost."""
+        return 0.0
+
+    @property
     def finite(self) -> bool:
         r"""Whether all numbers of the step are finite, without which it bounds nothing."""
         return all(_is_finite(getattr(self, f.name)) for f in fields(self))
@@ -169,6 +175,11 @@ class Scale(Step):
         n = max(self.factor.numel(), self.offset.numel())
         return n if n > 1 else None
 
+    @property
+    def peak(self) -> float:
+        r"""The largest factor."""
+        return self.factor.abs().max().item() if self.factor.numel() else 0.0
+
     def through(self, region: Region, radius: float, roundoff: float) -> Region:
         r"""Returns the region of :math:`s_i x_i + b_i`, with the rounding error."""
         return region.scale(*self._constants(region), roundoff)
@@ -225,6 +236,11 @@ class Pointwise(Step):
     def operations(self) -> int:
         r"""Those of the envelope."""
         return self.envelope.roundings
+
+    @property
+    def peak(self) -> float:
+        r"""The gain of the envelope."""
+        return 0.0 if self.envelope.limit is not None else self.envelope.gain
 
     def through(self, region: Region, radius: float, roundoff: float) -> Region:
         r"""Returns the region after the map, by its envelope, on the features of the mask."""

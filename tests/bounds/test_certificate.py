@@ -213,6 +213,8 @@ def test_a_scale_beyond_the_dtype_gives_no_bound():
     with torch.no_grad():
         layer.logs.fill_(-100.0)  # e^100 is infinite in float32, and finite in float64
     assert certify(layer).bound(1.0) == math.inf
+    assert layer.inverse(torch.zeros(1, 2, 1, 1))[0].isnan().all()
+    assert certify(layer).bound(0.0) == math.inf
     assert certify(layer.double()).bound(1.0) == pytest.approx(math.exp(100))
 
 
