@@ -16,11 +16,12 @@ All is computed in float64 on the CPU. `roundoff` is the relative error of one o
 Algorithms, 2002, chapter 3).
 """
 
-__all__ = ["Envelope", "Region"]
+__all__ = ["Envelope", "Region", "gamma"]
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -68,6 +69,17 @@ class Envelope(NamedTuple):
         if self.limit is not None:
             return self.limit(radius)
         return self.offset + max(self.floor, self.gain * radius)
+
+    def or_identity(self) -> "Envelope":
+        r"""Returns what is known of a map that is this one or the identity."""
+        if self.reason:
+            return self
+        limit = None if self.limit is None else partial(_at_least, self)
+        return self._replace(gain=max(self.gain, 1.0), limit=limit)
+
+
+def _at_least(g: Envelope, radius: float) -> float:
+    return max(radius, g.reach(radius))
 
 
 @dataclass(frozen=True)
@@ -150,7 +162,7 @@ class Region:
 
     def product_slack(self, error: Tensor, roundoff: float, factors: float = 0.0) -> Tensor:
         r"""How far rounding may move each feature after :meth:`linear`, whose arguments it takes."""
-        relative = _gamma(error.shape[1] + 3, roundoff)
+        relative = gamma(error.shape[1] + 3, roundoff)
         relative += factors * (2 + factors) * (1 + relative)
         return relative * (self.box @ error.T)
 
@@ -175,7 +187,7 @@ class Region:
 
     def scale_slack(self, factor: Tensor, offset: Tensor, roundoff: float) -> Tensor:
         r"""How far rounding may move each feature after :meth:`scale`, whose arguments it takes."""
-        return _gamma(6, roundoff) * (self.box * factor.abs() + offset.abs())
+        return gamma(6, roundoff) * (self.box * factor.abs() + offset.abs())
 
     def permute(self, order: Tensor) -> "Region":
         r"""The region after channel `i` is read from channel `order[i]`.
@@ -222,7 +234,7 @@ class Region:
         else:
             limits = [g.reach(r) for r in self.box.flatten().tolist()]
             grown = self.box.new_tensor(limits).reshape(self.box.shape)
-        return grown, torch.where(mask, _gamma(g.roundings, roundoff) * grown, 0.0)
+        return grown, torch.where(mask, gamma(g.roundings, roundoff) * grown, 0.0)
 
     def join(self, features: int, radius: float) -> "Region":
         r"""The region with further channels of at most `radius`, that depend on anything.
@@ -263,8 +275,13 @@ class Region:
         )._meet()
 
 
-def _gamma(operations: int, roundoff: float) -> float:
-    r"""The relative error of that many operations after one another, infinite where there is no
-    bound of it (Higham, 2002, lemma 3.1)."""
+def gamma(operations: int, roundoff: float) -> float:
+    r"""Returns the relative error of operations after one another, infinite where there is no bound
+    of it (Higham, 2002, lemma 3.1).
+
+    Arguments:
+        operations: The number of operations.
+        roundoff: The relative error of one.
+    """
     share = operations * roundoff
     return share / (1 - share) if share < 1 else math.inf

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowguard.bounds.regions import Region
+from flowguard.bounds.regions import Region, gamma
 from flowguard.bounds.relaxation import Product
 from flowguard.bounds.steps import Linear, Refused, constant
 from flowguard.numerics import inv_ex, lu
@@ -100,7 +100,7 @@ class Solution(Linear):
         the solution is at most that times :math:`|b|`, and the largest number on the way for
         :math:`|b| \leq 1`."""
         work = roundoff if self.work is None else min(self.work, roundoff)
-        relative = _gamma(self.operations, work)
+        relative = gamma(self.operations, work)
         if self.work is None:  # a solver in float32 may use the matrix units
             relative += self.factors * (2 + self.factors) * (1 + relative)
         reach = torch.eye(self.features, dtype=self.matrix.dtype)
@@ -113,7 +113,7 @@ class Solution(Linear):
             error = size @ error + grown @ exact
             reach = exact + grown @ exact
             peak = max(peak, *(_largest(t) for t in (reach, spread @ reach)))
-        return error + _gamma(self.operations, roundoff) * reach, reach, peak
+        return error + gamma(self.operations, roundoff) * reach, reach, peak
 
 
 def solution(
@@ -141,7 +141,7 @@ def solution(
         return Refused(name=name, reason=SINGULAR, depends="not at all")
     inverse = torch.eye(known[0].inverse.shape[0], dtype=torch.float64)
     distance = torch.zeros_like(inverse)
-    rounding = _gamma(len(inverse) + 3, FINE)
+    rounding = gamma(len(inverse) + 3, FINE)
     for part in known:
         product = part.inverse.abs() @ inverse.abs()
         distance = part.size @ distance + part.distance @ inverse.abs() + rounding * product
@@ -183,7 +183,7 @@ def _inverted(matrix: Tensor) -> _Inverted | None:
         spread = p @ (left.abs() @ right.abs()) + right.abs().max()
     size = inverse.abs()
     residual = (eye - matrix @ inverse).abs()
-    residual = residual + _gamma(len(matrix) + 3, FINE) * (matrix.abs() @ size + eye)
+    residual = residual + gamma(len(matrix) + 3, FINE) * (matrix.abs() @ size + eye)
     grown = _resolvent(residual)
     if grown is None:
         return None
@@ -208,9 +208,3 @@ def _resolvent(p: Tensor) -> Tensor | None:
 def _largest(matrix: Tensor) -> float:
     r"""The largest number that the matrix makes of numbers up to one."""
     return torch.linalg.matrix_norm(matrix, math.inf).item()
-
-
-def _gamma(operations: int, roundoff: float) -> float:
-    r"""The relative error of that many operations after one another."""
-    share = operations * roundoff
-    return share / (1 - share) if share < 1 else math.inf

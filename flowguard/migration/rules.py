@@ -4,7 +4,6 @@ __all__ = ["MAKERS", "BoundOfMap", "made_otherwise"]
 
 import math
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -94,11 +93,7 @@ class BoundOfMap:
 
     def anywhere(self) -> Step:
         r"""The step, where it is not known which features change, at which positions."""
-        g = self.overall()
-        if g.reason:
-            return conditional(g)
-        limit = None if g.limit is None else partial(_at_least, g)
-        return conditional(g._replace(gain=max(g.gain, 1.0), limit=limit))
+        return conditional(self.overall().or_identity())
 
     def overall(self) -> Envelope:
         r"""What is known of the map of each feature, by the worst of all units."""
@@ -130,10 +125,6 @@ class BoundOfMap:
         inner = ((radius + loc.abs()) / scale).tolist()
         reach = loc.new_tensor([self.envelope.reach(r) for r in inner])
         return (loc_after.abs() + scale_after * reach).max().item()
-
-
-def _at_least(g: Envelope, radius: float) -> float:
-    return max(radius, g.reach(radius))
 
 
 @envelope_rule(Rescaled)

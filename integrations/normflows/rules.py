@@ -10,7 +10,7 @@ __all__: list[str] = []
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial, reduce
+from functools import reduce
 from typing import Any
 
 import torch
@@ -273,20 +273,7 @@ def _autoregressive(layer: Any, sampling: bool) -> Iterator[Step]:
 def _coupling_block(layer: Any, sampling: bool) -> Iterator[Step]:
     # Which features are changed is not known, or changes from one position to the next.
     g, kind = _map(layer, sampling)
-    yield conditional(_or_identity(g), kind=kind)
-
-
-def _or_identity(g: Envelope) -> Envelope:
-    r"""What is known of a map that is the given one or the identity."""
-    if g.reason:
-        return g
-    if g.limit is not None:
-        return g._replace(limit=partial(_at_least, g))  # no lambda, which could not be pickled
-    return g._replace(gain=max(g.gain, 1.0))
-
-
-def _at_least(g: Envelope, radius: float) -> float:
-    return max(radius, g.reach(radius))
+    yield conditional(g.or_identity(), kind=kind)
 
 
 @rule(RobustGlowBlock)
