@@ -1,5 +1,5 @@
-r"""The command line: ``flowguard superres``, ``lowlight``, ``convert``, ``inspect``, ``compare``
-and ``demo``."""
+r"""The command line: ``flowguard superres``, ``lowlight``, ``train``, ``convert``, ``inspect``,
+``compare`` and ``demo``."""
 
 __all__ = ["main"]
 
