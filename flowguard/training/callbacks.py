@@ -59,6 +59,18 @@ def at_step(trainer: pl.Trainer) -> bool:
     return ready % trainer.accumulate_grad_batches == 0
 
 
+def validates_after(trainer: pl.Trainer) -> bool:
+    r"""Whether there is a validation after the step that just ended.
+
+    Arguments:
+        trainer: The trainer.
+    """
+    every = trainer.val_check_batch
+    if not trainer.enable_validation or not isinstance(every, int):
+        return False
+    return trainer.global_step * trainer.accumulate_grad_batches % every == 0
+
+
 def average_decay(decay: float, count: int) -> float:
     r"""Returns the share that an average keeps of itself: less while it knows little.
 
@@ -102,6 +114,15 @@ class Averaging(WeightAveraging):
         if told is not None and told.skipped:
             self.skipped_step = told.step - 1
         super().on_train_batch_end(trainer, pl_module, *rest)
+
+    def put(self, pl_module: Any) -> None:
+        r"""Puts the averages in the place of the weights.
+
+        Arguments:
+            pl_module: The training.
+        """
+        if self._average_model is not None:
+            self._copy_average_to_current(pl_module)
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -160,7 +181,7 @@ class Checkpoints(ModelCheckpoint):
             self._before = {s: signal.signal(s, self._hear) for s in SIGNALS}
 
     def _hear(self, number: int, _: Any) -> None:
-        if self.heard:  # twice is impatient
+        if self.heard:  # whoever asks twice does not want to wait
             self._deaf()
             raise KeyboardInterrupt
         self.heard = number
@@ -171,15 +192,21 @@ class Checkpoints(ModelCheckpoint):
         self._before = {}
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *rest: Any) -> None:
-        r"""Saves what is due after a step."""
+        r"""Saves what is due after a step: what validation may keep from being saved, too."""
         if not at_step(trainer):
             return
-        if pl_module.asked or trainer.global_step >= trainer.max_steps:
+        step = trainer.global_step
+        if pl_module.asked or step >= trainer.max_steps or validates_after(trainer):
             trainer.save_checkpoint(self.file)
         else:
             super().on_train_batch_end(trainer, pl_module, *rest)
         if pl_module.asked:
             raise Interrupted(self.heard or signal.SIGTERM)
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        r"""Ends a run that is asked to while it validates: it was saved before that."""
+        if self.heard and trainer.world_size == 1:
+            raise Interrupted(self.heard)
 
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         r"""Listens no longer."""
@@ -338,14 +365,24 @@ class Validation(Callback):
         self.file, self.save, self.monitor = file, save, monitor
         self.best = math.inf
         self.last: dict[str, float] = {}
+        self.done = 0  # the step of the last row
         self._found: list[dict[str, float]] = []
-        self._fresh = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        r"""Makes the file fit the step that the run begins with."""
+        r"""Makes the file fit the step that the run begins with, and makes up for a validation
+        that was interrupted."""
+        step = trainer.global_step
         if trainer.is_global_zero and self.file.exists():
             columns = self.file.read_text(encoding="utf-8").partition("\n")[0].split(",")
-            MetricsTable(self.file, columns).begin(trainer.global_step)
+            table = MetricsTable(self.file, columns)
+            table.begin(step)
+            self.done = max((int(row["step"]) for row in table.rows()), default=0)
+        if trainer.world_size > 1:
+            self.done = trainer.strategy.broadcast(self.done)
+        if 0 < step != self.done and validates_after(trainer):
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         r"""Begins anew."""
@@ -371,8 +408,7 @@ class Validation(Callback):
         self.last = {"step": trainer.global_step, **means}
         if trainer.is_global_zero:
             table = MetricsTable(self.file, tuple(self.last))
-            if not self.file.exists():
-                table.begin(0)
+            table.begin(trainer.global_step - 1)
             table.add(self.last)
         if means[self.monitor] < self.best:
             self.best = means[self.monitor]

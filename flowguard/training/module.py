@@ -137,6 +137,7 @@ class FlowModule(pl.LightningModule):
     Arguments:
         model: The model.
         optimization: How it is optimised.
+        compiled: Whether the likelihood is compiled, once the first batch has initialised it.
 
     Attributes:
         told: What is known of the last step; :py:`None` before it.
@@ -147,10 +148,13 @@ class FlowModule(pl.LightningModule):
 
     told: StepTold | None = None
 
-    def __init__(self, model: ImageModel, optimization: Optimization) -> None:
+    def __init__(
+        self, model: ImageModel, optimization: Optimization, *, compiled: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
         self.optimization = optimization
+        self.to_compile = compiled
         self.skipped = 0
         self.asked = False
         self.ask: Callable[[], bool] | None = None
@@ -166,6 +170,9 @@ class FlowModule(pl.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         r"""Returns the mean bits per dimension of a batch of targets and conditions."""
         x, y = batch
+        if self.to_compile and self.global_step > 0:
+            self.model.compile()
+            self.to_compile = False
         parts = self.trainer.accumulate_grad_batches
         torch.manual_seed(seed_of(self.optimization.seed, self.global_step, batch_idx % parts))
         world, alone = self.trainer.world_size, self.trainer.world_size == 1
@@ -174,6 +181,7 @@ class FlowModule(pl.LightningModule):
         )
         with together:
             loss = self(x, y).mean()
+        loss = loss.to(torch.promote_types(loss.dtype, torch.float32))
         self._losses.append(loss.detach())
         return loss
 
@@ -186,10 +194,10 @@ class FlowModule(pl.LightningModule):
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         r"""Clips the gradient; takes it away where it, or the loss, is not finite."""
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optimization.clip)
-        loss = torch.stack(self._losses).float().mean()
+        loss = torch.stack(self._losses).mean()
         self._losses.clear()
         asked = self.ask is not None and self.ask()
-        numbers = torch.stack([loss, norm.float(), loss.new_tensor(float(asked))])
+        numbers = torch.stack([loss, norm.to(loss), loss.new_tensor(float(asked))])
         if self.trainer.world_size > 1:
             numbers = self.trainer.strategy.reduce(numbers, reduce_op="mean")
         mean, length, share = numbers.tolist()
@@ -202,7 +210,7 @@ class FlowModule(pl.LightningModule):
         lr = optimizer.param_groups[0]["lr"]
         self.told = StepTold(self.global_step + 1, mean, lr, length, skipped)
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_train_batch_end(self, *_: Any, **__: Any) -> None:
         r"""Ends a run in which too many steps are not finite."""
         done = self.global_step
         if self.skipped > self.optimization.most_skipped * max(100, done):
