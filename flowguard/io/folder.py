@@ -71,7 +71,7 @@ def find(folder: str | os.PathLike[str]) -> list[Path]:
             for name in files
             if name.lower().endswith(pictures.SUFFIXES) and not name.startswith(".")
         ]
-    return sorted((Path(f) for f in found), key=lambda p: p.relative_to(top).as_posix())
+    return sorted(Path(f) for f in found)
 
 
 def survey(files: Iterable[Path], *, rows: int = 1, columns: int = 1) -> Survey:
@@ -118,6 +118,9 @@ class PictureFiles:
         headers: What their headers say; read if they are not given.
         budget: The bytes of decoded pictures that are kept.
 
+    Attributes:
+        sizes: The rows and columns of each picture.
+
     Raises:
         ImageError: If the header of a file cannot be read.
         ValueError: If the budget is negative.
@@ -133,15 +136,11 @@ class PictureFiles:
         self.files = list(files)
         self.headers = [pictures.header(f) for f in files] if headers is None else list(headers)
         kinds = [np.uint16 if h.bits == 16 else np.uint8 for h in self.headers]
+        self.sizes = [(h.height, h.width) for h in self.headers]
         self._shelf = Shelf([h.shape for h in self.headers], kinds, budget=budget)
 
     def __len__(self) -> int:
         return len(self.files)
-
-    @property
-    def sizes(self) -> list[tuple[int, int]]:
-        r"""The rows and columns of each picture."""
-        return [(h.height, h.width) for h in self.headers]
 
     @property
     def bytes(self) -> int:
@@ -160,7 +159,7 @@ class PictureFiles:
 
         Raises:
             ImageError: If the file cannot be decoded, or is not what its header said. A warning
-                names it the first time; then it is :meth:`broken`.
+                names it the first time; then it is among :meth:`broken`.
         """
         found = self._shelf.get(index)
         if found is not None:
@@ -200,14 +199,7 @@ class PictureFiles:
         exact = torch.from_numpy(np.divide(levels, peak, dtype=np.float32))
         return exact.expand(3, -1, -1)
 
-    def broken(self) -> list[Path]:
-        r"""Returns the files that this process or its children could not decode."""
-        return [self.files[i] for i in self._shelf.all_refused()]
-
-    def is_broken(self, index: int) -> bool:
-        r"""Returns whether this process or its children could not decode a picture.
-
-        Arguments:
-            index: The number of the picture.
-        """
-        return self._shelf.refused(index)
+    def broken(self) -> list[int]:
+        r"""Returns the numbers of the pictures that this process or its children could not
+        decode."""
+        return self._shelf.all_refused()

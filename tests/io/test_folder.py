@@ -46,7 +46,6 @@ def names(files, top):
 
 def test_pictures_are_found_in_all_folders_in_one_order(mixed):
     found = names(folder.find(mixed), mixed)
-    assert found == sorted(found)
     assert found == [
         "a/deep.png",
         "a/deeper/grey.tif",
@@ -64,14 +63,13 @@ def test_links_are_followed_and_loops_are_not(mixed, tmp_path):
     (other / "one.png").symlink_to(mixed / "b.png")
     (mixed / "loop").symlink_to(other)
     found = names(folder.find(other), other)
-    assert found == [f"here/{n}" for n in names(folder.find(mixed), mixed)[:-1] if "loop" not in n] + [
-        "here/text.png",
-        "one.png",
+    assert found == [f"here/{n}" for n in names(folder.find(mixed), mixed) if "loop" not in n] + [
+        "one.png"
     ]
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no folder .*absent"):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*absent"):
         folder.find(tmp_path / "absent")
 
 
@@ -150,9 +148,7 @@ def test_a_corrupt_file_is_named_once_and_known_to_all(method, tmp_path):
         assert process.exitcode == 0
     else:
         pytest.skip(f"there is no {method} here")
-    assert source.broken() == [tmp_path / "torn.png"]
-    assert source.is_broken(1)
-    assert not source.is_broken(0)
+    assert source.broken() == [1]
     with pytest.raises(ImageError, match="could not be read before"):
         source.whole(1)
 
