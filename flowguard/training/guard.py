@@ -2,6 +2,7 @@ r"""A trained model with its guard, in a folder."""
 
 __all__ = ["Conditions", "guarded", "save"]
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Iterator
@@ -10,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from flowguard.io.pictures import ImageError
 from flowguard.models.base import ImageModel
 
 
@@ -47,7 +48,8 @@ class Conditions:
         total = len(self.training)  # type: ignore[arg-type]
         count = min(total, self.most)
         for i in range(count)[rank::world]:
-            yield self.training[i * total // count][1][None]
+            with contextlib.suppress(ImageError):  # corrupt: it was not trained with either
+                yield self.training[i * total // count][1][None]
 
     def to_calibrate(self, rank: int, world: int) -> Iterator[Tensor]:
         r"""Yields crops of held-out conditions, by turns of all: the share of one process.
@@ -80,7 +82,7 @@ def guarded(
     """
     made = copy.deepcopy(model).eval()
     together = world > 1
-    with warnings.catch_warnings(), torch.autocast("cpu", enabled=False):
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # few crops: it is said of them once
         made.conditioner.fit(conditions.to_fit(rank, world), progress=False, distributed=together)
         made.conditioner.calibrate(

@@ -1,9 +1,10 @@
 r"""A run of training, and the folder that it leaves."""
 
-__all__ = ["Batches", "Run", "fit"]
+__all__ = ["Batches", "Loading", "Run", "fit", "steps_done"]
 
 import itertools
 import logging
+import signal
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -105,7 +107,7 @@ class Loading(pl.LightningDataModule):
             batch_size=None,
             sampler=itertools.count(first),
             num_workers=self.workers,
-            persistent_workers=self.workers > 0,
+            worker_init_fn=patient,
         )
 
     def val_dataloader(self) -> Any:
@@ -116,6 +118,27 @@ class Loading(pl.LightningDataModule):
             return []
         numbers = range(len(self.held_out))[trainer.global_rank :: trainer.world_size]  # type: ignore[arg-type]
         return DataLoader(self.held_out, batch_size=1, sampler=numbers)
+
+
+def steps_done(run: Run) -> int:
+    r"""Returns the steps that the checkpoint of a run has behind it; 0 if there is none.
+
+    Arguments:
+        run: The folder.
+    """
+    if not run.checkpoint.exists():
+        return 0
+    held = torch.load(run.checkpoint, map_location="cpu", mmap=True, weights_only=True)
+    return int(held["global_step"])
+
+
+def patient(_: int) -> None:
+    r"""Lets a worker go on after Ctrl-C: the run that it works for ends it.
+
+    Arguments:
+        _: The number of the worker.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def fit(
@@ -170,7 +193,7 @@ def fit(
     validation = Validation(run.folder / "validation.csv", lambda _: save(run.best))
     log = StepLog(run.folder / "metrics.csv")
     bars: list[Callback] = [Progress()] if progress else []
-    checkpoints = Checkpoints(run.checkpoint.parent, minutes)
+    averaging, checkpoints = Averaging(decay), Checkpoints(run.checkpoint.parent, minutes)
     quiet()
     trainer = pl.Trainer(
         accelerator=accelerator,
@@ -191,12 +214,13 @@ def fit(
         enable_model_summary=False,
         default_root_dir=run.folder,
         plugins=[AtomicCheckpoints()],
-        callbacks=[log, *bars, validation, *callbacks, Averaging(decay), checkpoints],
+        callbacks=[log, *bars, validation, *callbacks, averaging, checkpoints],
     )
     going_on = run.checkpoint if run.checkpoint.exists() else None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
-        trainer.fit(module, datamodule=loading, ckpt_path=going_on)
+        trainer.fit(module, datamodule=loading, ckpt_path=going_on, weights_only=True)
+        averaging.put(module)  # if the run was already complete, nothing else did
         if validation.last.get("step") != trainer.global_step:
             trainer.validate(module, datamodule=loading, verbose=False)
         module.eval()

@@ -1,75 +1,140 @@
 r"""What is measured of a model while it is trained."""
 
-__all__ = ["Measured", "PictureFolder", "luma", "luma_psnr", "measure", "restored"]
+__all__ = [
+    "Measured",
+    "Part",
+    "Wholes",
+    "luma",
+    "luma_psnr",
+    "measure",
+    "restored",
+    "sound",
+    "split_off",
+]
 
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from flowguard.io.folder import Fault
 from flowguard.io.pictures import ImageError, whole_numbers
-from flowguard.metrics import imresize
 from flowguard.models.base import ImageModel
-from flowguard.training.crops import Pair, list_pictures, pixels_of
+from flowguard.training.pictures import Pair, Pairs
 
 #: The luminance of ITU-R BT.601 in the range of video, as super-resolution is measured by.
 LUMA, LUMA_OFFSET = (65.481 / 255, 128.553 / 255, 24.966 / 255), 16 / 255
+#: Of how many pictures one is held out, where there is no folder to validate with.
+EVERY, MOST = 20, 100
 
 Measured = Mapping[str, float]
 
 
-class PictureFolder(Dataset[Pair]):
-    r"""Creates pairs of HR and LR images from a folder, one for each picture.
-
-    Where there are files ``NAME_HR.png``, each is paired with ``NAME_LRx4.png``, with the scale in
-    the place of the 4; else every picture is an HR image, and its LR image is made of it.
+class Part(Pairs):
+    r"""Creates a part of a source of pairs.
 
     Arguments:
-        folder: The folder.
-        scale: The downsampling factor.
-
-    Raises:
-        ValueError: If there is no picture, or one has no partner.
-        ImageError: If a file holds no picture.
+        pairs: The source.
+        numbers: The numbers of the pairs that are in it.
     """
 
-    def __init__(self, folder: Path, *, scale: int) -> None:
-        self.scale = scale
-        found = list_pictures(folder)
-        paired = [p for p in found if p.stem.endswith("_HR")]
-        self.files: list[tuple[Path, Path | None]] = [(p, None) for p in found]
-        if paired:
-            self.files = [
-                (p, p.with_name(re.sub("_HR$", f"_LRx{scale}", p.stem) + p.suffix)) for p in paired
-            ]
-        lonely = [p.name for p, lr in self.files if lr is not None and not lr.is_file()]
-        if lonely or not self.files:
-            lack = f"a file of _LRx{scale} for {lonely[0]}" if lonely else "a picture"
-            raise ValueError(f"there must be {lack} in {folder}; got none")
+    def __init__(self, pairs: Pairs, numbers: Sequence[int]) -> None:
+        self.pairs, self.numbers = pairs, list(numbers)
+        self.scale, self.sources = pairs.scale, pairs.sources
+        self.sizes = [pairs.sizes[i] for i in self.numbers]
+
+    def file(self, index: int) -> Path:
+        r"""Returns the file of a target.
+
+        Arguments:
+            index: The number of the pair.
+        """
+        if isinstance(self.pairs, Part):
+            return self.pairs.file(self.numbers[index])
+        return self.sources[0].files[self.numbers[index]]
+
+    def fetch(self, index: int, *rest: Any) -> tuple[Any, ...]:
+        r"""Returns what a crop is made of."""
+        return self.pairs.fetch(self.numbers[index], *rest)
+
+    def finish(self, fetched: Sequence[tuple[Any, ...]]) -> list[Pair]:
+        r"""Returns the crops."""
+        return self.pairs.finish(fetched)
+
+    def whole(self, index: int, rng: np.random.Generator) -> Pair:
+        r"""Returns a whole pair."""
+        return self.pairs.whole(self.numbers[index], rng)
+
+
+def split_off(pairs: Pairs) -> tuple[Pairs, Pairs]:
+    r"""Returns all pairs but every twentieth, and those: one at least, and some hundred at most.
+
+    Arguments:
+        pairs: The pairs.
+
+    Raises:
+        ValueError: If there is one alone.
+    """
+    count = len(pairs.sizes)
+    if count < 2:
+        raise ValueError(
+            "there must be a folder to validate with, or two pictures, one of which is held out;"
+            f" got {count} picture(s)"
+        )
+    every = max(EVERY, count // MOST)
+    held_out = range(min(every, count) - 1, count, every)
+    kept = [i for i in range(count) if i not in held_out]
+    return Part(pairs, kept), Part(pairs, held_out)
+
+
+def sound(pairs: Pairs) -> tuple[Pairs, list[Fault]]:
+    r"""Returns the pairs that can be decoded, and the files that cannot.
+
+    Arguments:
+        pairs: The pairs.
+
+    Raises:
+        ValueError: If none can.
+    """
+    whole = Part(pairs, range(len(pairs.sizes)))
+    kept, faults = [], []
+    for i in whole.numbers:
+        try:
+            whole.whole(i, np.random.default_rng(0))
+        except ImageError as error:
+            faults.append(Fault(whole.file(i), str(error)))
+        else:
+            kept.append(i)
+    if not kept:
+        raise ValueError(
+            f"there must be a picture to validate with that can be decoded; got {len(faults)} that"
+            " cannot"
+        )
+    return Part(pairs, kept), faults
+
+
+class Wholes(Dataset[Pair]):
+    r"""Creates whole pairs: each is the same whenever it is asked for.
+
+    Arguments:
+        pairs: The source.
+        seed: The seed of what is random in them.
+    """
+
+    def __init__(self, pairs: Pairs, seed: int = 0) -> None:
+        self.pairs, self.seed = pairs, seed
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.pairs.sizes)
 
     def __getitem__(self, index: int) -> Pair:
-        r"""Returns HR and LR image, with shapes :math:`(3, sH, sW)` and :math:`(3, H, W)`."""
-        path, partner = self.files[index]
-        hr = pixels_of(path)
-        if partner is None:
-            height, width = (n - n % self.scale for n in hr.shape[-2:])
-            hr = hr[:, :height, :width]
-            lr = imresize(hr, 1 / self.scale)
-        else:
-            lr = pixels_of(partner)
-            if tuple(self.scale * n for n in lr.shape[-2:]) != tuple(hr.shape[-2:]):
-                raise ImageError(
-                    f"{path.name} must be {self.scale} times as large as {partner.name}; got"
-                    f" {tuple(hr.shape[-2:])} and {tuple(lr.shape[-2:])}"
-                )
-        return hr.float() / 255, lr.float() / 255
+        r"""Returns target and condition, with shapes :math:`(3, sH, sW)` and :math:`(C, H, W)`."""
+        return self.pairs.whole(index, np.random.default_rng((self.seed, index)))
 
 
 def luma(image: Tensor) -> Tensor:
