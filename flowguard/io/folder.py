@@ -95,10 +95,8 @@ def survey(files: Iterable[Path], *, rows: int = 1, columns: int = 1) -> Survey:
             faults.append(Fault(file, str(error)))
             continue
         if header.height < rows or header.width < columns:
-            reason = (
-                f"it has {header.height} rows and {header.width} columns, and at least {rows} and"
-                f" {columns} are needed"
-            )
+            size = f"{header.height} × {header.width}"
+            reason = f"it is smaller than {rows} × {columns}: {size}"
             faults.append(Fault(file, reason))
             continue
         good.append(file)

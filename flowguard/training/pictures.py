@@ -1,6 +1,8 @@
 r"""Batches of crops of pictures in folders: each is a function of the seed and its number."""
 
 __all__ = [
+    "BRIGHTEST",
+    "DARKEST",
     "CropBatches",
     "DarkPairs",
     "DarkenedPairs",
