@@ -98,7 +98,7 @@ def killed(run, arguments, start, times):
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         arguments = ["train", "--resume", str(run)]
-    process = start(arguments)
+    process = start([*arguments, "--workers", "1"])
     process.join()
     return process.exitcode
 
@@ -180,7 +180,7 @@ def test_two_processes_are_one(folder, tmp_path):
         found.append(run)
     first, second = (load_file(run / "model" / "model.safetensors") for run in found)
     for key, value in first.items():
-        if value.is_floating_point():
+        if "guard" not in key:  # which follows the weights
             assert torch.allclose(value.double(), second[key].double(), rtol=1e-5, atol=1e-5), key
     for name in ("metrics.csv", "validation.csv"):
         for row, other in zip(rows(found[0], name), rows(found[1], name), strict=True):
