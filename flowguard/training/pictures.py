@@ -106,8 +106,11 @@ class Pairs(abc.ABC):
 
     def usable(self) -> bool:
         r"""Returns whether there is a pair of which no file is known to be corrupt."""
-        lost = {i for source in self.sources for i in source.broken()}
-        return len(lost) < len(self.sizes)
+        return len(self.lost()) < len(self.sizes)
+
+    def lost(self) -> set[int]:
+        r"""Returns the numbers of the pairs of which a file is known to be corrupt."""
+        return {i for source in self.sources for i in source.broken()}
 
 
 def _float(levels: Array) -> Tensor:

@@ -49,6 +49,11 @@ class Part(Pairs):
         self.scale, self.sources = pairs.scale, pairs.sources
         self.sizes = [pairs.sizes[i] for i in self.numbers]
 
+    def lost(self) -> set[int]:
+        r"""Returns the numbers of the pairs of which a file is known to be corrupt."""
+        lost = self.pairs.lost()
+        return {i for i, number in enumerate(self.numbers) if number in lost}
+
     def file(self, index: int) -> Path:
         r"""Returns the file of a target.
 
