@@ -58,10 +58,9 @@ def unconstrained_rational_quadratic_spline(
     x0, x1, y0, y1, d0, d1 = (
         of.gather(-1, k + i).squeeze(-1) for of in (x, y, d) for i in (0, 1)
     )
-    value, slope = (_backward if inverse else _forward)(v, x0, x1, y0, y1, d0, d1)
+    value, ladj = (_backward if inverse else _forward)(v, x0, x1, y0, y1, d0, d1)
     outputs = torch.where(inside, value, inputs)
-    logabsdet = torch.where(inside, -slope.log() if inverse else slope.log(), 0.0)
-    return outputs, logabsdet
+    return outputs, torch.where(inside, -ladj if inverse else ladj, 0.0)
 
 
 def _knots(logits: Tensor, least: float, bound: float) -> Tensor:
@@ -71,24 +70,25 @@ def _knots(logits: Tensor, least: float, bound: float) -> Tensor:
     return torch.cat((-ends, inner, ends), dim=-1)
 
 
-def _slope(t: Tensor, s: Tensor, d0: Tensor, d1: Tensor) -> Tensor:
+def _ladj(t: Tensor, s: Tensor, d0: Tensor, d1: Tensor) -> Tensor:
+    r"""The logarithm of the slope at the place t in a bin: equation 5 of the paper."""
     side = t * (1 - t)
     above = s**2 * (d1 * t**2 + 2 * s * side + d0 * (1 - t) ** 2)
-    return above / (s + (d0 + d1 - 2 * s) * side) ** 2
+    return above.log() - 2 * (s + (d0 + d1 - 2 * s) * side).log()
 
 
 def _forward(v: Tensor, *knots: Tensor) -> tuple[Tensor, Tensor]:
-    r"""The value and the slope: equations 4 and 5 of the paper."""
+    r"""The value and the logarithm of the slope: equations 4 and 5 of the paper."""
     x0, x1, y0, y1, d0, d1 = knots
     s = (y1 - y0) / (x1 - x0)
     t = (v - x0) / (x1 - x0)
     side = t * (1 - t)
     value = y0 + (y1 - y0) * (s * t**2 + d0 * side) / (s + (d0 + d1 - 2 * s) * side)
-    return value, _slope(t, s, d0, d1)
+    return value, _ladj(t, s, d0, d1)
 
 
 def _backward(v: Tensor, *knots: Tensor) -> tuple[Tensor, Tensor]:
-    r"""The value of the inverse and the slope there: equations 6 to 8 of the paper."""
+    r"""The value of the inverse, and that of the map there: equations 6 to 8 of the paper."""
     x0, x1, y0, y1, d0, d1 = knots
     h, u = y1 - y0, v - y0
     s = h / (x1 - x0)
@@ -97,7 +97,7 @@ def _backward(v: Tensor, *knots: Tensor) -> tuple[Tensor, Tensor]:
     # Not asserted: it would end the graph, and a number below 0 is rounding.
     discriminant = (b**2 - 4 * a * c).clamp(min=torch.finfo(a.dtype).tiny)
     t = (2 * c / (-b - discriminant.sqrt())).clamp(0, 1)
-    return x0 + t * (x1 - x0), _slope(t, s, d0, d1)
+    return x0 + t * (x1 - x0), _ladj(t, s, d0, d1)
 
 
 @contextmanager

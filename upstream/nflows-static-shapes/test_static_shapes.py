@@ -54,9 +54,9 @@ def test_values_and_gradients_are_those_of_the_released_one(dtype, inverse, fix,
     before = results()
     with fix.applied():
         after = results()
-    eps = torch.finfo(dtype).eps
-    for a, b in zip(after, before, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e3 * eps, atol=1e3 * eps)
+    torch.testing.assert_close(after[:2], before[:2], rtol=0, atol=0)
+    eps = torch.finfo(dtype).eps  # the gradients are summed in another order
+    torch.testing.assert_close(after[2:], before[2:], rtol=1e3 * eps, atol=1e3 * eps)
 
 
 def test_far_out_nothing_is_nan_and_no_gradient_is(fix, splines):

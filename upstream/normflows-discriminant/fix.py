@@ -65,8 +65,8 @@ def rational_quadratic_spline(
     t = (2 * c / (-b - discriminant.sqrt())).clamp(0, 1)
 
     side = t * (1 - t)
-    slope = s**2 * (d1 * t**2 + 2 * s * side + d0 * (1 - t) ** 2) / (s + bend * side) ** 2
-    return x0 + t * w, -slope.log()
+    above = s**2 * (d1 * t**2 + 2 * s * side + d0 * (1 - t) ** 2)
+    return x0 + t * w, 2 * (s + bend * side).log() - above.log()
 
 
 def knots(logits: Tensor, least: float, low: float | Tensor, high: float | Tensor) -> Tensor:

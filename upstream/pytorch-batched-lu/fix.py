@@ -1,4 +1,4 @@
-r"""Factorisations by LU one matrix at a time, for torch 2.13 on Intel processors.
+r"""Factorisations by LU one matrix at a time, for torch 2.13 with MKL.
 
     with applied():
         inverses = torch.linalg.inv(weights)  # (16, 192, 192)

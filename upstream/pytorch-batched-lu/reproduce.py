@@ -1,6 +1,6 @@
-r"""Batches of large matrices that never come back, on Intel processors with two threads and more.
+r"""Batches of large matrices that end in errors or never come back, with two threads and more.
 
-    python upstream/pytorch-batched-lu/reproduce.py                # what the issue tells
+    python upstream/pytorch-batched-lu/reproduce.py                # one case
     python upstream/pytorch-batched-lu/reproduce.py --all          # sizes, batches, threads, functions
 
 Each case runs in a process of its own, which is ended after its time.
@@ -35,17 +35,17 @@ def processor() -> str:
 def outcome(seconds: float = 60, before: str = "", **words: object) -> str:
     r"""What becomes of a case: `fine`, `hangs`, or the last line of its error."""
     code = CASE.format(**{**WORDS, **words}).replace('print("ready"', before + 'print("ready"')
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as child:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "bufsize": 0}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as child:
         child.stdout.readline()  # the time runs when torch has been imported, however long it takes
         try:
             said, _ = child.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
             child.kill()
             return "hangs"
+    said = said.decode(errors="replace").strip()
     if child.returncode or "was incorrect on entry" in said:
-        return said.strip().splitlines()[-1] if said.strip() else f"ends with {child.returncode}"
+        return said.splitlines()[-1] if said else f"ends with {child.returncode}"
     return "fine"
 
 

@@ -10,7 +10,8 @@ import importlib.util
 spec = importlib.util.spec_from_file_location("fix", {str(HERE / "fix.py")!r})
 fix = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(fix)
-fix.applied().__enter__()
+held = fix.applied()
+held.__enter__()
 """
 
 
@@ -22,13 +23,11 @@ def reproduce():
     return module
 
 
-def test_where_it_was_seen_it_is_still_so_and_the_change_helps(reproduce):
-    if reproduce.processor() != "Intel" or not torch.backends.mkl.is_available():
-        pytest.skip("not seen on this processor: Intel's MKL on Intel's processors alone")
-    released = reproduce.outcome(seconds=30)
-    changed = reproduce.outcome(seconds=30, before=APPLIED)
-    assert changed == "fine"
-    assert released != "fine", f"mended in torch {torch.__version__}"
+def test_a_batch_of_large_matrices_comes_back(reproduce):
+    released = reproduce.outcome()
+    if released == "fine":
+        pytest.skip(f"not seen on this processor ({reproduce.processor()}), or mended since 2.13")
+    assert reproduce.outcome(before=APPLIED) == "fine"
 
 
 def test_a_child_that_does_not_end_is_told(reproduce):
