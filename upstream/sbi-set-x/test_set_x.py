@@ -1,0 +1,76 @@
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("sbi")
+
+from sbi.inference import NPE  # noqa: E402
+from sbi.neural_nets import posterior_nn  # noqa: E402
+from sbi.utils import BoxUniform  # noqa: E402
+
+
+def simulate(theta):
+    r"""Five numbers of two parameters, with noise of a tenth."""
+    mixed = theta @ torch.tensor([[1.0, 0.5, -1, 0, 1], [0, 1, 1, -0.5, 1]])
+    return mixed + 0.1 * torch.randn_like(mixed)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    torch.manual_seed(0)
+    prior = BoxUniform(-torch.ones(2), torch.ones(2))
+    embedding = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 4))
+    build = posterior_nn("maf", hidden_features=8, num_transforms=1, embedding_net=embedding)
+    inference = NPE(prior, density_estimator=build, show_progress_bars=False)
+    theta = prior.sample((1000,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        inference.append_simulations(theta, simulate(theta)).train(max_num_epochs=1)
+    return inference, prior
+
+
+def is_told(call):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return any("not like the simulations" in str(w.message) for w in caught)
+
+
+@pytest.mark.wound("sbi", "0.27.0", raises=AssertionError)
+def test_an_observation_that_no_parameters_explain_is_told(change, trained):
+    posterior = trained[0].build_posterior()
+    strange = torch.tensor([[1.0, -1, 1, -1, 1]])  # each number for itself is usual
+    assert is_told(lambda: posterior.set_default_x(strange))
+    assert is_told(lambda: posterior.sample((2,), x=strange, show_progress_bars=False))
+    assert torch.equal(posterior.default_x, strange)
+
+
+def test_false_alarms_are_as_rare_as_asked_for(trained, fix):
+    inference, prior = trained
+    torch.manual_seed(1)
+    with fix.applied():
+        posterior = inference.build_posterior()
+    p = posterior.x_check.p_values(simulate(prior.sample((2000,))))
+    for alpha in (0.01, 0.05, 0.2):
+        # Of 500 held-out simulations, and 2000 others: four standard errors.
+        error = (alpha * (1 - alpha) * (1 / 500 + 1 / 2000)) ** 0.5
+        assert abs((p <= alpha).float().mean() - alpha) < 4 * error + 1 / 501
+
+
+def test_a_usual_observation_is_not_told_and_the_test_can_be_put_off(trained, fix):
+    inference, prior = trained
+    with fix.applied():
+        posterior = inference.build_posterior()
+        usual = simulate(torch.zeros(1, 2))
+        assert not is_told(lambda: posterior.set_default_x(usual))
+        posterior.x_check = None
+        assert not is_told(lambda: posterior.set_default_x(torch.full((1, 5), 100.0)))
+
+
+def test_too_few_simulations_are_refused(fix):
+    with pytest.raises(ValueError, match="at least 400 finite rows for alpha=0.01; got 100"):
+        fix.MahalanobisCheck(torch.randn(100, 3))
+    with pytest.raises(ValueError, match="give an embedding_net"):
+        fix.MahalanobisCheck(torch.randn(500, 300))
