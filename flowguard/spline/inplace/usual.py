@@ -25,7 +25,7 @@ def layout(rows: int) -> Layout:
     return Layout(pairs=12, singles=17, blocks=blocks)
 
 
-class Located(NamedTuple):
+class _Located(NamedTuple):
     r"""All that is known of each element's bin. Pairs are of widths and of heights, or of the
     knots to the left and to the right."""
 
@@ -35,7 +35,7 @@ class Located(NamedTuple):
     number: Tensor
 
 
-def _locate(m: Rows, x: Tensor, params: Params, o: Options, vertical: bool) -> Located:
+def _locate(m: Rows, x: Tensor, params: Params, o: Options, vertical: bool) -> _Located:
     *logits, derivatives = params
     u, bins = o.usual, len(logits[0])
     assert u is not None
@@ -74,14 +74,16 @@ def _locate(m: Rows, x: Tensor, params: Params, o: Options, vertical: bool) -> L
         inner = raws[1:-1]
     torch.clamp(derivatives, -STEEPEST, STEEPEST, out=inner)
     size, corner, raw = m.pair(), m.pair(), m.pair()
-    fetched = [*zip((shares[0], shares[1], before[0], before[1]), (*size[1:], *corner[1:]))]
-    for rows, out in (*fetched, (raws, raw[1]), (raws[1:], raw[2])):
+    fetched = (*shares, size), (*before, corner), (raws, raws[1:], raw)
+    for rows, out in (
+        (r, o) for *two, (_, *pair) in fetched for r, o in zip(two, pair, strict=True)
+    ):
         torch.index_select(rows.view(-1), 0, place, out=out.view(-1))
     # A NaN anywhere is one of the element: those of the logits are in every bin already.
     bad = torch.sum(raws, 0, out=m.take()).mul_(m.number(0.0))
     raw[0].add_(bad)
     m.give(bad)
-    return Located(size, corner, raw, number)
+    return _Located(size, corner, raw, number)
 
 
 def _denominator(m: Rows, x: Tensor, limit: float, out: Tensor) -> Tensor:
@@ -96,7 +98,7 @@ def _slopes(m: Rows, raw: Pair, u: Usual, out: Pair) -> None:
         _denominator(m, raw[0], u.clip, out[0])
         torch.div(raw[0], out[0], out=out[0]).mul_(m.number(LOG2_E)).exp2_()
         return
-    torch._C._nn.softplus(raw[0], 1.0, THRESHOLD, out=out[0])
+    torch.ops.aten.softplus.out(raw[0], 1.0, THRESHOLD, out=out[0])
     torch.addcmul(m.number(u.slope), out[0], m.number(u.gain), out=out[0])
 
 
