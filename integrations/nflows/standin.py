@@ -4,11 +4,10 @@ __all__ = ["SPLINES", "splines"]
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from importlib.util import find_spec
 
 from flowguard.migration.standin import StandIn, Switch, straight, unconstrained
 
-from .host import CANDIDATES, part
+from .host import available, part
 
 #: The modules that hold the functions, by their name within a host.
 HOLDERS = (
@@ -47,9 +46,7 @@ def splines() -> AbstractContextManager[None]:
 
 def _find() -> Iterator[StandIn]:
     seen: list[object] = []
-    for host in CANDIDATES:
-        if find_spec(host.partition(".")[0]) is None:
-            continue
+    for host in available():
         error = part("transforms.base", host).InputOutsideDomain
         for holder in (part(name, host) for name in HOLDERS):
             if not any(holder is other for other in seen):  # a fork may be but another name
