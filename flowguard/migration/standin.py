@@ -60,32 +60,51 @@ class StandIn(NamedTuple):
     refuse: Callable[[Callable[..., Any]], str]
 
 
+# Not in the switch itself, which the compiler would have to know.
+_EVERYWHERE: set[str] = set()  # the names of the switches that are on for all threads
+_SOMEWHERE: set[str] = set()  # that are on for any thread
+_HERE: ContextVar[frozenset[str]] = ContextVar("here", default=frozenset())  # for this one
+
+
+def _is_on(name: str) -> bool:
+    if torch.compiler.is_compiling():  # which knows nothing of threads
+        return name in _EVERYWHERE or name in _SOMEWHERE
+    return name in _EVERYWHERE or name in _HERE.get()
+
+
+def _asking(name: str, theirs: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(theirs)
+    def choose(*args: Any, **kwargs: Any) -> Any:
+        return (ours if _is_on(name) else theirs)(*args, **kwargs)
+
+    return choose
+
+
 class Switch:
     r"""Creates a switch by which functions of a host are computed by flowguard, as long as it is on.
 
     While it is on in any thread, the host holds functions that ask which to call: inside of
     :meth:`on` they call ours for the thread (or the asynchronous task) that entered, after
     :meth:`turn_on` for all. Threads that were started inside of :meth:`on`, such as those of
-    `torch.nn.DataParallel`, do not know of it. Who has kept such a function calls the host's after
-    the switch is off.
+    `torch.nn.DataParallel`, do not know of it. What is compiled is on as long as any thread is
+    inside. Who has kept such a function calls the host's after the switch is off.
 
     Arguments:
-        find: Returns what is to be replaced; it is called when the switch is used first.
+        name: The name of the switch, which no other one has.
+        find: Returns what is to be replaced, whenever the switch goes on.
     """
 
-    def __init__(self, find: Callable[[], Iterable[StandIn]]) -> None:
+    def __init__(self, name: str, find: Callable[[], Iterable[StandIn]]) -> None:
+        self._name = name
         self._find = find
-        self._here: ContextVar[int] = ContextVar("here", default=0)
-        self._everywhere = False
         self._entered = 0
         self._lock = threading.RLock()
         self._placed: list[tuple[Any, str, Any, Any]] = []  # owner, name, theirs and ours
-        self._known: set[Any] = set()
 
     @property
     def active(self) -> bool:
         r"""Whether the thread that asks is to be answered by our functions."""
-        return self._everywhere or self._here.get() > 0
+        return _is_on(self._name)
 
     def check(self) -> None:
         r"""Refuses functions of the host that are not those which flowguard knows.
@@ -94,9 +113,11 @@ class Switch:
             RuntimeError: If there is one.
         """
         with self._lock:
+            known = []
             for owner, name, _, refuse in () if self._placed else self._find():
                 theirs = getattr(owner, name)
-                reason = "" if theirs in self._known else refuse(theirs)
+                # What was known once may rest on something else today.
+                reason = "" if theirs in known else refuse(theirs)
                 if reason:
                     raise RuntimeError(
                         f"{owner.__name__}.{name} is not the function that flowguard knows, as"
@@ -104,7 +125,7 @@ class Switch:
                         " flowguard.functional.unconstrained_rational_quadratic_spline where that"
                         " is right."
                     )
-                self._known.add(theirs)
+                known.append(theirs)
 
     def theirs(self, owner: Any, name: str) -> Callable[..., Any]:
         r"""Returns the host's function, whether the switch is on or not.
@@ -126,12 +147,12 @@ class Switch:
         """
         with self._lock:
             self._place()
-            self._everywhere = True
+            _EVERYWHERE.add(self._name)
 
     def turn_off(self) -> None:
         r"""Takes :meth:`turn_on` back. Who is inside of :meth:`on` stays there."""
         with self._lock:
-            self._everywhere = False
+            _EVERYWHERE.discard(self._name)
             self._take_back()
 
     @contextmanager
@@ -144,13 +165,16 @@ class Switch:
         with self._lock:
             self._place()
             self._entered += 1
-        token = self._here.set(self._here.get() + 1)
+            _SOMEWHERE.add(self._name)
+        token = _HERE.set(_HERE.get() | {self._name})
         try:
             yield
         finally:
-            self._here.reset(token)
+            _HERE.reset(token)
             with self._lock:
                 self._entered -= 1
+                if not self._entered:
+                    _SOMEWHERE.discard(self._name)
                 self._take_back()
 
     def _place(self) -> None:
@@ -159,19 +183,12 @@ class Switch:
         self.check()
         for owner, name, make, _ in self._find():
             theirs = getattr(owner, name)
-            ours = self._asking(theirs, make(theirs))
+            ours = _asking(self._name, theirs, make(theirs))
             setattr(owner, name, ours)
             self._placed.append((owner, name, theirs, ours))
 
-    def _asking(self, theirs: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(theirs)
-        def choose(*args: Any, **kwargs: Any) -> Any:
-            return (ours if self.active else theirs)(*args, **kwargs)
-
-        return choose
-
     def _take_back(self) -> None:
-        if self._everywhere or self._entered:
+        if self._name in _EVERYWHERE or self._entered:
             return
         for owner, name, theirs, ours in self._placed:
             if vars(owner).get(name) is ours:  # else somebody has put something else there

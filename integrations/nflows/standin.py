@@ -55,4 +55,4 @@ def _find() -> Iterator[StandIn]:
                 yield straight(holder, error)
 
 
-SPLINES = Switch(_find)
+SPLINES = Switch("nflows", _find)

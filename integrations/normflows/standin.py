@@ -45,4 +45,4 @@ def _find() -> Iterator[StandIn]:
     yield straight(normflows.utils.splines)
 
 
-SPLINES = Switch(_find)
+SPLINES = Switch("normflows", _find)

@@ -182,4 +182,4 @@ def _find() -> Iterator[StandIn]:
     yield StandIn(MonotonicRQSTransform, "__init__", _make, _refuse)
 
 
-SPLINES = Switch(_find)
+SPLINES = Switch("zuko", _find)
