@@ -3,7 +3,7 @@ r"""The libraries that flowguard plugs into: the only place of the core that nam
 The adapters (``flowguard.integrations.<host>``) import the core, so the core looks for them only
 when it is asked to. An adapter is a package named after its host. It imports the host at its own
 top and holds ``EXPORTS``, which maps a namespace of the host to the names that belong there, and
-``SPLINES``, the switch for its splines; its rules of bounds are in its module ``rules``, its
+``SPLINES``, the switch for its splines, if it has any; its rules of bounds are in its module ``rules``, its
 surgeon for migrations in ``migration``.
 """
 
@@ -84,10 +84,14 @@ def register(host: str | None = None, *, splines: bool = False) -> None:
                 f" nothing was registered. Import flowguard's from {ours.__module__}."
             )
     if splines:
-        switches = [_adapter(h).SPLINES for h in hosts]
-        for switch in switches:
+        switches = {h: getattr(_adapter(h), "SPLINES", None) for h in hosts}
+        for h, switch in switches.items():
+            if switch is None:
+                raise RuntimeError(
+                    f"flowguard replaces no splines of {h}; nothing was registered. Leave `splines` out."
+                )
             switch.check()
-        for switch in switches:
+        for switch in switches.values():
             switch.turn_on()
     for namespace, name, ours in names:
         setattr(namespace, name, ours)
@@ -117,8 +121,9 @@ def unregister(host: str | None = None) -> None:
     """
     for h in HOSTS if host is None else [_known(host)]:
         adapter = sys.modules.get(f"{ADAPTERS}.{h}")
-        if adapter is not None:
-            adapter.SPLINES.turn_off()
+        switch = getattr(adapter, "SPLINES", None)
+        if switch is not None:
+            switch.turn_off()
         for namespace, name, ours in () if adapter is None else _exports(adapter):
             if getattr(namespace, name, None) is ours:
                 delattr(namespace, name)
