@@ -18,10 +18,14 @@ __all__ = [
     "reparametrized_affine",
     "saturate",
     "shifted_spline",
+    "softmax_spline",
+    "straight_rational_quadratic_spline",
+    "unconstrained_rational_quadratic_spline",
 ]
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from numbers import Real
 from typing import NamedTuple
 
@@ -30,7 +34,7 @@ from torch import Size, Tensor
 
 from flowguard.spline import autograd
 from flowguard.spline import bin as rq
-from flowguard.spline.options import Options
+from flowguard.spline.options import Options, Usual
 
 FAITHFUL = 0.8  # the share of a bound up to which :func:`saturate` is the identity
 NEAR = 1 - 1e-3  # the share that it may reach, for which :func:`bounded` has a finite argument
@@ -42,6 +46,9 @@ SLOPE = 1e-2
 #: Over images, where less is better and few digits are lost, and of splines that have to follow
 #: maps that are trained already.
 FINE_SLOPE = 1e-3
+
+#: What other libraries take for the least width, height and slope of their splines.
+LEAST = 1e-3
 
 
 def rational_quadratic_spline(
@@ -211,6 +218,238 @@ def prepared_spline(
     options = Options(work, bound, None, shift_bound, inverse, steep, prepared=True)
     outs = autograd.apply(_expand(x, shape), (kx, ky, d), shift, options)
     return outs if dtype == work else tuple(t.to(dtype) for t in outs)
+
+
+def unconstrained_rational_quadratic_spline(
+    inputs: Tensor,
+    unnormalized_widths: Tensor,
+    unnormalized_heights: Tensor,
+    unnormalized_derivatives: Tensor,
+    inverse: bool = False,
+    tails: str | Sequence[str] = "linear",
+    tail_bound: float | Tensor = 1.0,
+    min_bin_width: float = LEAST,
+    min_bin_height: float = LEAST,
+    min_derivative: float = LEAST,
+) -> tuple[Tensor, Tensor]:
+    r"""Applies the spline of other libraries: the same map of the same parameters, to be called in
+    the place of their function of this name.
+
+    It is not :func:`rational_quadratic_spline`, whose slope is bounded. But other than theirs it
+    never ends in an assertion: within a bin nothing is subtracted that could make a root of a
+    negative number. It indexes by no mask, so that `torch.compile` makes one graph of it.
+
+    For all finite numbers value, logarithm and gradients are finite, for infinite parameters too:
+    logits are cut where the softmax is constant anyway, raw derivatives at a million. A NaN in an
+    input or in the parameters makes that element NaN, and no other.
+
+    References:
+        | Neural Spline Flows (Durkan et al., 2019)
+        | https://arxiv.org/abs/1906.04032
+
+    Arguments:
+        inputs: The input, with shape :math:`(*)`. The results have its dtype; half precision is
+            computed in float32.
+        unnormalized_widths: The logits of the widths of all bins, with shape :math:`(*, K)`.
+        unnormalized_heights: The logits of the heights, with shape :math:`(*, K)`.
+        unnormalized_derivatives: The slopes at the knots before the softplus, with shape
+            :math:`(*, K - 1)` for linear tails, :math:`(*, K)` for circular ones and
+            :math:`(*, K + 1)` for a list of both, where the first and the last of a feature with
+            linear tails, and the last of one with circular tails, are not looked at.
+        inverse: Whether to apply the inverse map.
+        tails: ``"linear"`` for slopes of one at both ends of the box, ``"circular"`` for slopes that
+            are the same at both, or one of these for each entry of the inputs' last dimension.
+            Outside of the box all are the identity.
+        tail_bound: The bound :math:`B` of the box, or a tensor of bounds, which is broadcast to the
+            inputs' shape.
+        min_bin_width: The least width of a bin, as a share of the box.
+        min_bin_height: The least height of a bin, as a share of the box.
+        min_derivative: The least slope at a knot.
+
+    Raises:
+        TypeError: If an input is not a floating point tensor.
+        ValueError: If the numbers of bins do not agree, if the shapes cannot be broadcast, if there
+            are no such tails, or if a bound or a minimum is out of range.
+
+    Example:
+        >>> x = torch.tensor([-9.0, 0.5, 9.0])
+        >>> widths, heights, derivatives = torch.randn(3, 23).split([8, 8, 7], dim=-1)
+        >>> spline = partial(unconstrained_rational_quadratic_spline, tail_bound=5.0)
+        >>> y, ladj = spline(x, widths, heights, derivatives)
+        >>> ladj[[0, 2]]
+        tensor([0., 0.])
+        >>> spline(y, widths, heights, derivatives, inverse=True)[0]
+        tensor([-9.0000,  0.5000,  9.0000])
+    """
+    least = min_bin_width, min_bin_height, min_derivative
+    derivatives = _with_tails(inputs, unnormalized_derivatives, tails, least[2])
+    spline = partial(
+        softmax_spline,
+        widths=unnormalized_widths,
+        heights=unnormalized_heights,
+        derivatives=derivatives,
+        least=least,
+        inverse=inverse,
+    )
+    if not isinstance(tail_bound, Tensor):
+        return spline(inputs, bound=tail_bound)
+    # In units of the bound, which leaves slopes as they are.
+    dtype = _result_dtype(inputs)
+    x = inputs.to(torch.promote_types(dtype, torch.float32))
+    bound = tail_bound.to(x.dtype)
+    outside = x.abs() > bound
+    y, ladj = spline(torch.where(outside, 0.0, x) / bound, bound=1.0)
+    y, ladj = torch.where(outside, x, y * bound), torch.where(outside, 0.0, ladj)
+    return y.to(dtype), ladj.to(dtype)
+
+
+def _with_tails(
+    x: Tensor, derivatives: Tensor, tails: str | Sequence[str], least: float
+) -> Tensor:
+    r"""The raw slopes at all knots that have one of their own."""
+    if tails == "linear":
+        return derivatives
+    if tails == "circular":
+        return torch.cat((derivatives, derivatives[..., :1]), dim=-1)
+    kinds = [] if isinstance(tails, str) or tails is None else list(tails)
+    if not kinds or not set(kinds) <= {"linear", "circular"}:
+        raise ValueError(
+            "tails must be 'linear' or 'circular', or a list of these with one for each feature;"
+            f" got {tails!r}"
+        )
+    if len(kinds) not in (1, x.shape[-1] if x.dim() else 1):
+        raise ValueError(
+            "tails must name one kind for each entry of the inputs' last dimension; got"
+            f" {len(kinds)} for inputs of shape {tuple(x.shape)}"
+        )
+    check_least_slope(least)
+    linear = torch.tensor([kind == "linear" for kind in kinds], device=derivatives.device)
+    end = math.log(math.expm1(1 - least))
+    first = last = derivatives[..., 0]
+    first, last = (torch.where(linear, end, d).unsqueeze(-1) for d in (first, last))
+    return torch.cat((first, derivatives[..., 1:-1], last), dim=-1)
+
+
+def straight_rational_quadratic_spline(
+    inputs: Tensor,
+    unnormalized_widths: Tensor,
+    unnormalized_heights: Tensor,
+    unnormalized_derivatives: Tensor,
+    inverse: bool = False,
+    left: float = 0.0,
+    right: float = 1.0,
+    bottom: float = 0.0,
+    top: float = 1.0,
+    min_bin_width: float = LEAST,
+    min_bin_height: float = LEAST,
+    min_derivative: float = LEAST,
+) -> tuple[Tensor, Tensor]:
+    r"""Applies the spline of other libraries on a box, in the place of their
+    ``rational_quadratic_spline``. Outside of the box, where theirs has no values, it is the
+    straight line through two of its corners.
+
+    Arguments:
+        inputs: The input, with shape :math:`(*)`.
+        unnormalized_widths: The logits of the widths of all bins, with shape :math:`(*, K)`.
+        unnormalized_heights: The logits of the heights, with shape :math:`(*, K)`.
+        unnormalized_derivatives: The slopes at all knots before the softplus, with shape
+            :math:`(*, K + 1)`.
+        inverse: Whether to apply the inverse map.
+        left: Where the box begins.
+        right: Where it ends.
+        bottom: The value at its left end.
+        top: The value at its right end.
+        min_bin_width: The least width of a bin, as a share of the box.
+        min_bin_height: The least height of a bin, as a share of the box.
+        min_derivative: The least slope at a knot.
+
+    Raises:
+        TypeError: If an input is not a floating point tensor.
+        ValueError: If the box is empty; and what :func:`unconstrained_rational_quadratic_spline`
+            refuses.
+
+    Example:
+        >>> x = torch.rand(3)
+        >>> widths, heights, derivatives = torch.randn(3, 25).split([8, 8, 9], dim=-1)
+        >>> y, ladj = straight_rational_quadratic_spline(x, widths, heights, derivatives)
+        >>> bool(((y > 0) & (y < 1)).all())
+        True
+    """
+    width, height = right - left, top - bottom
+    if not (0 < width < math.inf and 0 < height < math.inf):
+        raise ValueError(
+            "the box must have a positive, finite width and height; got"
+            f" [{left}, {right}] x [{bottom}, {top}]"
+        )
+    steep = height / width
+    start, size, to, grown = (
+        (bottom, height, left, width) if inverse else (left, width, bottom, height)
+    )
+    dtype = _result_dtype(inputs)
+    x = inputs.to(torch.promote_types(dtype, torch.float32))
+    y, ladj = softmax_spline(
+        (x - start) * (2 / size) - 1,
+        unnormalized_widths,
+        unnormalized_heights,
+        unnormalized_derivatives,
+        bound=1.0,
+        least=(min_bin_width, min_bin_height, min_derivative),
+        gain=1 / steep,
+        inverse=inverse,
+    )
+    y = to + (y + 1) * (grown / 2)
+    return y.to(dtype), (ladj + math.log(grown / size)).to(dtype)
+
+
+def softmax_spline(
+    x: Tensor,
+    widths: Tensor,
+    heights: Tensor,
+    derivatives: Tensor,
+    *,
+    bound: float,
+    least: tuple[float, float, float] = (LEAST, LEAST, LEAST),
+    gain: float = 1.0,
+    clip: float | None = None,
+    inverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    r"""The spline on :math:`[-B, B]` whose sizes of bins come from a softmax over all of them, and
+    the identity outside. Slopes come from a softplus or, clipped, from an exponential.
+
+    Arguments:
+        x: The input, with shape :math:`(*)`, whose dtype the results have.
+        widths: The logits of the widths, with shape :math:`(*, K)`.
+        heights: The logits of the heights, with shape :math:`(*, K)`.
+        derivatives: The raw slopes at the inner knots, with shape :math:`(*, K - 1)`, with ones at
+            the ends of the box; or those at all knots, with shape :math:`(*, K + 1)`.
+        bound: The bound :math:`B` of the box.
+        least: The least width and height, as shares of the box, and the least slope at a knot.
+        gain: What the slopes are multiplied by, the least one too.
+        clip: If not None, :math:`c` in the slopes :math:`\exp(d / (1 + |d / c|))` and the logits
+            :math:`w / (1 + |2 w / c|)`, instead of softplus and logits as they are.
+        inverse: Whether to apply the inverse map.
+
+    Raises:
+        TypeError: If an input is not a floating point tensor.
+        ValueError: If the numbers of bins do not agree, if the shapes cannot be broadcast, or if
+            `bound` or `least` is out of range.
+    """
+    check_bound(bound)
+    _check_usual(widths, heights, derivatives, least)
+    dtype = _result_dtype(x)
+    _result_dtype(widths, heights, derivatives)
+    shape = broadcast_shape(x, widths, heights, derivatives)
+    work = torch.promote_types(_result_dtype(x, widths, heights, derivatives), torch.float32)
+    # A bin without a size has no slope; of a share that is this small no digit of the box is seen.
+    tiny = torch.finfo(work).eps
+    w, h, d = (max(number, tiny) for number in least)
+    usual = Usual(w, h, d * gain, gain, clip)
+    params = [
+        _expand(p, (*shape, p.shape[-1])).movedim(-1, 0) for p in (widths, heights, derivatives)
+    ]
+    options = Options(work, bound, None, inverse=inverse, usual=usual)
+    y, ladj = autograd.apply(_expand(x, shape), (params[0], params[1], params[2]), None, options)
+    return y.to(dtype), ladj.to(dtype)
 
 
 def affine(
@@ -423,6 +662,43 @@ def check_spline(
         raise ValueError(
             "widths, heights and derivatives must hold K - 1 numbers each in their last dimension,"
             f" for K >= 2 bins; got {sizes[0]}, {sizes[1]} and {sizes[2]}"
+        )
+
+
+def _check_usual(
+    widths: Tensor, heights: Tensor, derivatives: Tensor, least: Sequence[float]
+) -> None:
+    r"""Refuses numbers of bins that disagree, and least sizes and slopes that are out of range."""
+    params = widths, heights, derivatives
+    if not all(isinstance(p, Tensor) for p in params):
+        kinds = ", ".join(type(p).__name__ for p in params)
+        raise TypeError(f"widths, heights and derivatives must be tensors; got {kinds}")
+    bins, other, slopes = (p.shape[-1] if p.dim() else 0 for p in params)
+    if bins < 1 or other != bins or slopes not in (bins - 1, bins + 1):
+        raise ValueError(
+            "widths and heights must hold K >= 1 numbers each in their last dimension, and"
+            " derivatives as many as there are knots with a slope of their own: K - 1 for linear"
+            " tails, K for circular ones, K + 1 for a list of both or a spline on a box;"
+            f" got {bins} and {other}, and slopes at {slopes} knots"
+        )
+    width, height, slope = least
+    for name, share in (("width", width), ("height", height)):
+        if not 0 <= share * bins <= 1:
+            raise ValueError(
+                f"the least {name} of a bin must be a share of the box in [0, 1 / K]; got {share}"
+                f" for K = {bins} bins"
+            )
+    if slopes < bins:
+        check_least_slope(slope)
+    elif not 0 <= slope < math.inf:
+        raise ValueError(f"the least slope must be finite and not negative; got {slope}")
+
+
+def check_least_slope(slope: float) -> None:
+    r"""Refuses a least slope that leaves no room for the one at the ends of the box."""
+    if not 0 <= slope < 1:
+        raise ValueError(
+            f"the least slope must lie in [0, 1), as it is one at the ends of the box; got {slope}"
         )
 
 

@@ -2,8 +2,9 @@ r"""The libraries that flowguard plugs into: the only place of the core that nam
 
 The adapters (``flowguard.integrations.<host>``) import the core, so the core looks for them only
 when it is asked to. An adapter is a package named after its host. It imports the host at its own
-top and holds ``EXPORTS``, which maps a namespace of the host to the names that belong there; its
-rules of bounds are in its module ``rules``, its surgeon for migrations in ``migration``.
+top and holds ``EXPORTS``, which maps a namespace of the host to the names that belong there, and
+``SPLINES``, the switch for its splines, if it has any; its rules of bounds are in its module ``rules``, its
+surgeon for migrations in ``migration``.
 """
 
 __all__ = ["HOSTS", "load", "missing", "register", "unregister"]
@@ -39,20 +40,28 @@ def load(model: Any, part: Literal["rules", "migration"]) -> None:
             import_module(f"{ADAPTERS}.{library}.{part}")
 
 
-def register(host: str | None = None) -> None:
+def register(host: str | None = None, *, splines: bool = False) -> None:
     r"""Puts the public names of an adapter into the namespaces of its host.
 
     ``register("zuko")`` puts :class:`flowguard.RobustSpline` into ``zuko.transforms`` and
     ``RobustNSF`` and others into ``zuko.flows``. It can be called again and taken back with
     :func:`unregister`. Either all names are put in place, or none.
 
+    With `splines`, the host's own rational-quadratic splines are computed by flowguard from then
+    on, in all threads: the same map of the same parameters, without its assertions, and faster.
+    ``flowguard.integrations.nflows.splines()``, and likewise of ``normflows`` and ``zuko``, does so
+    for a while.
+
     Arguments:
         host: ``"zuko"``, ``"nflows"`` or ``"normflows"``. If :py:`None`, all that are installed.
+        splines: Whether to replace what computes the host's splines too. Without it nothing changes
+            in that respect.
 
     Raises:
         ValueError: If there is no host of that name.
         ImportError: If the host is not installed, or none is.
-        RuntimeError: If the host has something else under one of the names.
+        RuntimeError: If the host has something else under one of the names; or if its splines are
+            to be replaced and are not those that flowguard knows.
 
     Example:
         >>> flowguard.register("zuko")
@@ -74,6 +83,16 @@ def register(host: str | None = None) -> None:
                 f"{namespace.__name__} has a {name} of its own, which flowguard does not hide;"
                 f" nothing was registered. Import flowguard's from {ours.__module__}."
             )
+    if splines:
+        switches = {h: getattr(_adapter(h), "SPLINES", None) for h in hosts}
+        for h, switch in switches.items():
+            if switch is None:
+                raise RuntimeError(
+                    f"flowguard replaces no splines of {h}; nothing was registered. Leave `splines` out."
+                )
+            switch.check()
+        for switch in switches.values():
+            switch.turn_on()
     for namespace, name, ours in names:
         setattr(namespace, name, ours)
         listed = getattr(namespace, "__all__", None)
@@ -82,7 +101,8 @@ def register(host: str | None = None) -> None:
 
 
 def unregister(host: str | None = None) -> None:
-    r"""Takes the names of an adapter out of its host again; does nothing if there are none.
+    r"""Takes the names of an adapter out of its host again, and gives the host its own splines back;
+    does nothing if there is nothing to be taken back.
 
     What the host or the user has put under one of the names meanwhile stays.
 
@@ -101,6 +121,9 @@ def unregister(host: str | None = None) -> None:
     """
     for h in HOSTS if host is None else [_known(host)]:
         adapter = sys.modules.get(f"{ADAPTERS}.{h}")
+        switch = getattr(adapter, "SPLINES", None)
+        if switch is not None:
+            switch.turn_off()
         for namespace, name, ours in () if adapter is None else _exports(adapter):
             if getattr(namespace, name, None) is ours:
                 delattr(namespace, name)

@@ -18,6 +18,8 @@ from flowguard.functional import (
     bounded,
     rational_quadratic_spline,
     reparametrized_affine,
+    straight_rational_quadratic_spline,
+    unconstrained_rational_quadratic_spline,
 )
 from flowguard.spline import autograd
 from flowguard.spline.inplace import pieces
@@ -536,3 +538,121 @@ def test_errors(change, error, match):
     args = {"x": torch.zeros(3), "widths": zeros, "heights": zeros, "derivatives": zeros}
     with pytest.raises(error, match=match):
         rational_quadratic_spline(**{**args, "bound": BOUND, **change})
+
+
+def usual(shape, bins=4, more=-1, dtype=torch.float32):
+    sizes = bins, bins, bins + more
+    return [
+        torch.randn(*shape, dtype=dtype),
+        *(torch.randn(*shape, k, dtype=dtype) for k in sizes),
+    ]
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (7,), (2, 0), (2, 3), (2, 3, 4, 5)], ids=str)
+@pytest.mark.parametrize("bound", [1.0, torch.tensor(1.0)], ids=["number", "tensor"])
+def test_the_unconstrained_spline_takes_any_shape(bound, shape):
+    y, ladj = unconstrained_rational_quadratic_spline(*usual(shape), tail_bound=bound)
+    assert y.shape == ladj.shape == shape
+
+
+def test_the_unconstrained_spline_broadcasts():
+    x, w, h, d = usual((5, 3))
+    whole = unconstrained_rational_quadratic_spline(x, w[:1].expand_as(w), h, d[0].expand_as(d))
+    parts = unconstrained_rational_quadratic_spline(x, w[:1], h, d[0])
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("bound", [1.5, torch.tensor(1.5)], ids=["number", "tensor"])
+def test_the_unconstrained_spline_has_the_dtype_of_its_inputs(bound, dtype):
+    x, *params = usual((50,), dtype=dtype)
+    y, ladj = unconstrained_rational_quadratic_spline(x, *params, tail_bound=bound)
+    assert y.dtype == ladj.dtype == dtype
+    wide = unconstrained_rational_quadratic_spline(
+        x, *(p.float() for p in params), tail_bound=bound
+    )
+    assert torch.equal(y, wide[0])  # what is narrow was computed in single precision
+    assert torch.equal(ladj, wide[1])
+
+
+def test_a_tensor_of_bounds_is_a_bound_for_each():
+    x, *params = usual((200, 2), dtype=torch.float64)
+    bounds = torch.tensor([0.5, 2.0], dtype=x.dtype, requires_grad=True)
+    y, ladj = unconstrained_rational_quadratic_spline(3 * x, *params, tail_bound=bounds)
+    for k, bound in enumerate((0.5, 2.0)):
+        column = [p[:, k] for p in params]
+        one = unconstrained_rational_quadratic_spline(3 * x[:, k], *column, tail_bound=bound)
+        assert torch.allclose(y[:, k], one[0], atol=1e-12)
+        assert torch.allclose(ladj[:, k], one[1], atol=1e-11)
+    far = torch.tensor([[math.inf, -1e30]], dtype=x.dtype)
+    few = [p[:1] for p in params]
+    y, ladj = unconstrained_rational_quadratic_spline(far, *few, tail_bound=bounds)
+    assert torch.equal(y, far)
+    assert not ladj.any()
+    (grad,) = torch.autograd.grad(y.sum() + ladj.sum(), bounds)
+    assert grad.isfinite().all()
+    far[0, 0] = math.nan
+    for made in unconstrained_rational_quadratic_spline(far, *few, tail_bound=bounds):
+        assert made.isnan().tolist() == [[True, False]]
+
+
+def test_a_list_of_one_kind_is_that_kind():
+    x, w, h, d = usual((50, 2), more=1, dtype=torch.float64)
+    spline = partial(unconstrained_rational_quadratic_spline, x, w, h, tail_bound=2.0)
+    lists = spline(d, tails=["linear", "linear"]), spline(d, tails=["circular"] * 2)
+    ones = spline(d[..., 1:-1], tails="linear"), spline(d[..., :-1], tails="circular")
+    for a, b in zip(lists, ones, strict=True):
+        assert torch.allclose(a[0], b[0], atol=1e-12)
+        assert torch.allclose(a[1], b[1], atol=1e-12)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_the_straight_spline_keeps_corners_and_goes_on(inverse):
+    x, w, h, d = usual((50,), more=1, dtype=torch.float64)
+    box = {"left": -1.0, "right": 3.0, "bottom": 10.0, "top": 11.0}
+    spline = partial(straight_rational_quadratic_spline, **box)
+    start, stop, low, high = (10.0, 11.0, -1.0, 3.0) if inverse else (-1.0, 3.0, 10.0, 11.0)
+    x = torch.linspace(start, stop, 50, dtype=x.dtype)
+    y, ladj = spline(x, w, h, d, inverse)
+    assert torch.allclose(y[[0, -1]], torch.tensor([low, high], dtype=x.dtype))
+    back, against = spline(y, w, h, d, not inverse)
+    assert torch.allclose(back, x, atol=1e-9)
+    assert torch.allclose(ladj, -against, atol=1e-8)
+    beyond = x + (stop - start) + 1e-9
+    y, ladj = spline(beyond, w, h, d, inverse)
+    slope = (high - low) / (stop - start)
+    assert torch.allclose(y, low + (beyond - start) * slope)
+    assert torch.allclose(ladj, torch.full_like(ladj, math.log(slope)))
+
+
+USUAL = dict(zip("xwhd", usual((3,)), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"x": torch.ones(3, dtype=torch.int64)}, TypeError, "floating point"),
+        ({"w": [1.0]}, TypeError, "must be tensors; got list"),
+        ({"h": torch.zeros(3, 5)}, ValueError, "got 4 and 5, and slopes at 3 knots"),
+        ({"d": torch.zeros(3, 4)}, ValueError, "K - 1 for linear tails, K for circular"),
+        ({"w": torch.zeros(4, 4)}, ValueError, "must broadcast"),
+        ({"tails": "round"}, ValueError, "tails must be 'linear' or 'circular'.*got 'round'"),
+        ({"tails": None}, ValueError, "tails must be 'linear' or 'circular'.*got None"),
+        ({"tails": ["linear", "round"]}, ValueError, "got .'linear', 'round'"),
+        ({"tails": ["linear", "circular"]}, ValueError, "got 2 for inputs of shape"),
+        ({"tail_bound": 0.0}, ValueError, "bound must be positive and finite; got 0"),
+        ({"min_bin_width": 0.3}, ValueError, r"width of a bin .* got 0.3 for K = 4 bins"),
+        ({"min_bin_height": -0.1}, ValueError, r"height of a bin .* got -0.1"),
+        ({"min_derivative": 1.0}, ValueError, r"least slope must lie in \[0, 1\).*got 1.0"),
+    ],
+)
+def test_the_unconstrained_spline_refuses(change, error, match):
+    given = {**USUAL, **change}
+    tensors = [given.pop(name) for name in "xwhd"]
+    with pytest.raises(error, match=match):
+        unconstrained_rational_quadratic_spline(*tensors, **given)
+
+
+def test_the_straight_spline_refuses_an_empty_box():
+    with pytest.raises(ValueError, match=r"positive, finite width and height; got \[1.0, 1.0\]"):
+        straight_rational_quadratic_spline(*usual((3,), more=1), left=1.0, right=1.0)

@@ -71,6 +71,40 @@ def test_unregister_leaves_what_others_put_there(host, monkeypatch):
     monkeypatch.undo()
 
 
+@pytest.mark.parametrize("host", ADAPTERS)
+def test_splines_are_replaced_on_demand_and_taken_back(host):
+    switch = hosts._adapter(host).SPLINES
+    register(host)
+    assert not switch.active
+    register(host, splines=True)
+    register(host, splines=True)
+    register(host)
+    assert switch.active
+    unregister(host)
+    unregister(host)
+    assert not switch.active
+
+
+@pytest.mark.parametrize("host", ADAPTERS)
+def test_where_splines_are_refused_nothing_is_registered(host, monkeypatch):
+    adapter = hosts._adapter(host)
+
+    def check():
+        raise RuntimeError("another one")
+
+    monkeypatch.setattr(adapter.SPLINES, "check", check)
+    with pytest.raises(RuntimeError, match="another one"):
+        register(splines=True)
+    monkeypatch.undo()
+    monkeypatch.delattr(adapter, "SPLINES")
+    with pytest.raises(RuntimeError, match=f"replaces no splines of {host}; nothing was"):
+        register(splines=True)
+    assert not any(hasattr(space, name) for h in ADAPTERS for space, name, _ in exports(h))
+    assert not any(hosts._adapter(h).SPLINES.active for h in ADAPTERS if h != host)
+    register(host)  # without them it can do
+    unregister(host)
+
+
 @pytest.mark.skipif(not ADAPTERS, reason="no host is installed")
 def test_register_without_a_name_takes_all_that_are_installed():
     hosts.register()

@@ -1,8 +1,9 @@
 r"""The rational-quadratic spline as one operation with closed-form gradients.
 
-:mod:`flowguard.functional` holds the public function, :mod:`flowguard.spline.two` and
-:mod:`flowguard.spline.many` the maths, written for plain tensors of one common shape, and
-:mod:`flowguard.spline.inplace` the same for eager mode, several times as fast. Here alone it is
+:mod:`flowguard.functional` holds the public functions, :mod:`flowguard.spline.two`,
+:mod:`flowguard.spline.many` and :mod:`flowguard.spline.usual` the maths, written for plain tensors
+of one common shape, and :mod:`flowguard.spline.inplace` the same for eager mode, several times as
+fast. Here alone it is
 decided which of them computes.
 """
 
@@ -17,19 +18,22 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from flowguard.spline import bin as rq
-from flowguard.spline import many, two
+from flowguard.spline import many, two, usual
 from flowguard.spline.bin import Params
 from flowguard.spline.inplace import many as inplace_many
 from flowguard.spline.inplace import pieces
 from flowguard.spline.inplace import two as inplace_two
+from flowguard.spline.inplace import usual as inplace_usual
 from flowguard.spline.options import Options
 
 #: Whether eager mode computes in place; benchmarks turn it off.
 INPLACE = True
 
 
-def _kernels(widths: Tensor) -> tuple[ModuleType, ModuleType]:
+def _kernels(widths: Tensor, o: Options) -> tuple[ModuleType, ModuleType]:
     r"""What computes splines of as many bins: formulas to be traced, and the same in place."""
+    if o.usual is not None:
+        return usual, inplace_usual
     return (two, inplace_two) if len(widths) == 1 else (many, inplace_many)
 
 
@@ -52,7 +56,7 @@ def apply(x: Tensor, params: Params, shift: Tensor | None, o: Options) -> tuple[
     if _in_place() and not forward_mode:
         watched = torch.is_grad_enabled()
         if not (watched and any(t is not None and t.requires_grad for t in inputs)):
-            return pieces.evaluate(_kernels(params[0])[1], inputs, o)
+            return pieces.evaluate(_kernels(params[0], o)[1], inputs, o)
         if not o.prepared:
             return _InPlace.apply(*inputs, o)
     function = RationalQuadratic if torch.compiler.is_compiling() else _Forward
@@ -64,7 +68,7 @@ def apply(x: Tensor, params: Params, shift: Tensor | None, o: Options) -> tuple[
 def prepare(outs: Sequence[Tensor], params: Params, shift: Tensor, o: Options) -> None:
     r"""Writes what there is to know of parameters of two bins and of a shift, taken as constants:
     the knot, the slope there and the shift, which may take the place of the parameters."""
-    pieces.prepare(_kernels(params[0])[1], outs, (None, *params, shift), o)
+    pieces.prepare(_kernels(params[0], o)[1], outs, (None, *params, shift), o)
 
 
 def evaluate(
@@ -77,7 +81,7 @@ def evaluate(
         by = (rq.from_arc if o.prepared else rq.squash)(shift.to(o.work), o.shift_bound)
     if o.inverse and by is not None:
         v = v - by
-    out, steep = _kernels(w)[0].evaluate(v, (w, h, d), o)
+    out, steep = _kernels(w, o)[0].evaluate(v, (w, h, d), o)
     return out if o.inverse or by is None else out + by, steep
 
 
@@ -85,7 +89,7 @@ def _pull_back(
     o: Options, x: Tensor, w: Tensor, h: Tensor, d: Tensor, shift: Tensor | None, *grads: Tensor
 ) -> tuple[Tensor | None, ...]:
     x, w, h, d = (t.to(o.work) for t in (x, w, h, d))
-    to_x, *to_params = _kernels(w)[0].pull_back(x, (w, h, d), grads, o)
+    to_x, *to_params = _kernels(w, o)[0].pull_back(x, (w, h, d), grads, o)
     to_shift = None
     if shift is not None:
         to_by = -to_x if o.inverse else grads[0]
@@ -142,7 +146,7 @@ class _InPlace(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         *tensors, o = inputs
-        outs = pieces.evaluate(_kernels(tensors[1])[1], tensors, o)
+        outs = pieces.evaluate(_kernels(tensors[1], o)[1], tensors, o)
         RationalQuadratic.setup_context(ctx, inputs, outs)
         return outs
 
@@ -155,7 +159,9 @@ class _InPlace(torch.autograd.Function):
         if torch.is_grad_enabled() or batched or not _in_place():
             return RationalQuadratic.backward(ctx, *grads)
         tensors = ctx.saved_tensors
-        made = pieces.pull_back(_kernels(tensors[1])[1], (*tensors, *grads), ctx.options)
+        made = pieces.pull_back(
+            _kernels(tensors[1], ctx.options)[1], (*tensors, *grads), ctx.options
+        )
         return _narrowed(ctx, made)
 
 

@@ -92,9 +92,10 @@ def squash_pullback(x: Tensor, grad: Tensor, bound: float | None) -> Tensor:
     return grad / (y * y + 1)
 
 
-def finish(v: Tensor, out: Tensor, slope: Tensor, bound: float) -> Pair:
-    r"""The identity outside the box; and the logarithm of the slope."""
-    inside = v.abs() < bound
+def finish(v: Tensor, out: Tensor, slope: Tensor, bound: float, *, closed: bool = False) -> Pair:
+    r"""The identity outside the box, to which its ends belong if it is `closed`; and the logarithm
+    of the slope."""
+    inside = v.abs() <= bound if closed else v.abs() < bound
     # Rounding may land an ulp outside of the box, and certificates rely on it.
     out = out.clamp(-bound, bound)
     # What is added is zero, or NaN where a parameter is.

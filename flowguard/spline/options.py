@@ -1,6 +1,6 @@
 r"""How a spline is to be computed, and what follows from that for its parameterisation."""
 
-__all__ = ["Options"]
+__all__ = ["Options", "Usual"]
 
 import math
 from typing import NamedTuple
@@ -9,6 +9,19 @@ import torch
 
 MIN_FRACTION = 1e-3  # the least width and height of a bin, as a share of the box (published: 1e-3)
 MOST_LEAN = 1 - 1e-5  # for the slope at the knot to stay finite in single precision
+
+
+class Usual(NamedTuple):
+    r"""The usual parameterisation: a softmax over all bins for their sizes, and slopes that are
+    raised by a least one (Durkan et al., 2019)."""
+
+    width: float  # the least width of a bin, as a share of the box
+    height: float
+    slope: float  # the least slope at a knot
+    gain: float = 1.0  # of the softplus that comes on top
+    # If not None, slopes are exponentials instead, of what is clipped to this smoothly; logits are
+    # clipped to the half of it.
+    clip: float | None = None
 
 
 class Options(NamedTuple):
@@ -21,6 +34,7 @@ class Options(NamedTuple):
     inverse: bool = False  # whether to apply the inverse map
     steep: bool = True  # whether the logarithm of the slope is wanted
     prepared: bool = False  # whether the parameters are what was made of those of two bins ahead
+    usual: Usual | None = None  # the parameterisation, if it is not ours
 
     def least(self, bins: int) -> float:
         r"""The least width and height of a bin, as a share of the box."""

@@ -10,6 +10,7 @@ fork ``glasflow.nflows``. ``flowguard.register("nflows")`` puts the names into
 __all__ = [
     "EXPORTS",
     "HOST",
+    "SPLINES",
     "ConditionalMultiscaleTransform",
     "MaskedRobustSplineAutoregressiveTransform",
     "MultiscaleNormal",
@@ -18,6 +19,7 @@ __all__ = [
     "RobustSplineCDF",
     "RobustSplineCouplingTransform",
     "pack_maps",
+    "splines",
     "unpack_maps",
 ]
 
@@ -27,6 +29,7 @@ from .coupling import RobustSplineCDF, RobustSplineCouplingTransform
 from .host import HOST
 from .image import ConditionalMultiscaleTransform, RobustFlowStep
 from .maps import PackMaps, pack_maps, unpack_maps
+from .standin import SPLINES, splines
 
 EXPORTS = {
     f"{HOST}.distributions": ("MultiscaleNormal",),

@@ -13,7 +13,7 @@ from flowguard.functional import SLOPE
 from flowguard.image import Robust
 from flowguard.numerics import cut
 
-from .host import part
+from .host import kin, part
 from .spline import (
     SHIFT_BOUND,
     TAIL_BOUND,
@@ -25,7 +25,6 @@ from .spline import (
 )
 
 Transform: Any = part("transforms.base").Transform
-CouplingTransform: Any = part("transforms.coupling").CouplingTransform
 
 
 class RobustSplineCDF(Transform):
@@ -83,7 +82,7 @@ class RobustSplineCDF(Transform):
         return self._run(inputs, inverse=True)
 
 
-class RobustSplineCouplingTransform(CouplingTransform):
+class RobustSplineCouplingTransform(*kin("transforms.coupling", "CouplingTransform")):  # type: ignore[misc]
     r"""Creates a coupling with robust splines, whose inverse cannot explode whatever the context.
 
     It takes the place of nflows' ``PiecewiseRationalQuadraticCouplingTransform``. Features where

@@ -12,12 +12,14 @@ __all__ = [
     "MaskedFormula",
     "MigratedAutoregressiveTransform",
     "MigratedCouplingTransform",
+    "NamedActivation",
     "ShiftHead",
 ]
 
 import abc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib import import_module
 from typing import Any, Self
 
 import torch
@@ -49,6 +51,44 @@ DEFAULT_LAMBDA = "MaskedAffineAutoregressiveTransform.__init__.<locals>.<lambda>
 Activation = Callable[[Tensor], Tensor]
 
 
+#: Where glasflow keeps those that have names.
+ACTIVATIONS = "glasflow.transforms.utils"
+
+
+class NamedActivation:
+    r"""Creates an activation of glasflow's that is saved by its name, as it is a lambda there.
+
+    Arguments:
+        name: The name, as glasflow's couplings take it.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.function: Activation = import_module(ACTIVATIONS).get_scale_activation(name)
+
+    @classmethod
+    def of(cls, activation: Activation | None) -> Activation | None:
+        r"""Returns the activation by its name if it has one, else as it is.
+
+        Arguments:
+            activation: The activation of a layer.
+        """
+        if getattr(activation, "__module__", None) != ACTIVATIONS:
+            return activation
+        known = vars(import_module(ACTIVATIONS))["SCALE_ACTIVATIONS"].items()
+        names = [name for name, function in known if function is activation]
+        # The others are made anew for each scale, which they hold.
+        held = getattr(activation, "__closure__", None) or ()
+        names += [f"log{cell.cell_contents!r}" for cell in held]
+        return cls(names[0]) if names else activation
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+    def __reduce__(self) -> tuple[type, tuple[str]]:
+        return type(self), (self.name,)
+
+
 class CouplingFormula:
     r"""Creates a function from the outputs of a network to the scale and shift of a coupling, by
     the formula of the host's own class.
@@ -63,6 +103,7 @@ class CouplingFormula:
         self.activation: Activation | None = getattr(old, ACTIVATION, None)
         if self.activation is getattr(self.source, "DEFAULT_SCALE_ACTIVATION", None):
             self.activation = None
+        self.activation = NamedActivation.of(self.activation)
 
     @property
     def scale_activation(self) -> Activation:
@@ -88,6 +129,7 @@ class MaskedFormula:
         self.activation: Activation | None = getattr(old, ACTIVATION, None)
         if getattr(self.activation, "__qualname__", "") == DEFAULT_LAMBDA:
             self.activation = None
+        self.activation = NamedActivation.of(self.activation)
 
     def __call__(self, raw: Tensor) -> tuple[Tensor, Tensor]:
         unconstrained, shift = raw.unflatten(1, (-1, 2)).unbind(-1)

@@ -8,13 +8,16 @@ and ``zuko.transforms``; importing this module changes nothing there.
 
 __all__ = [
     "EXPORTS",
+    "SPLINES",
     "ConditionalMultiscaleTransform",
     "GuardedFlow",
+    "InPlaceRQSTransform",
     "MultiscaleFlow",
     "MultiscaleTransform",
     "RobustCouplingFlow",
     "RobustNSF",
     "RobustSpline",
+    "splines",
 ]
 
 from flowguard.hosts import missing
@@ -27,6 +30,7 @@ except ImportError as error:
 
 from .flows import GuardedFlow, RobustCouplingFlow, RobustNSF
 from .image import ConditionalMultiscaleTransform, MultiscaleFlow, MultiscaleTransform
+from .standin import SPLINES, InPlaceRQSTransform, splines
 
 EXPORTS = {
     "zuko.transforms": ("MultiscaleTransform", "RobustSpline"),

@@ -30,6 +30,7 @@ from flowguard.spline.invert import unconstrain
 from flowguard.transforms import RobustSpline, Univariate
 
 from .bases import BoundedNormal, depends, normal_of
+from .standin import InPlaceRQSTransform
 
 T = zuko.transforms
 
@@ -39,7 +40,7 @@ ADDITIVE: tuple[type, ...] = tuple(
     getattr(T, name) for name in ("AdditiveTransform",) if hasattr(T, name)
 )
 INSCRIBED = (T.MonotonicAffineTransform, *ADDITIVE)
-UNIVARIATES = (*INSCRIBED, T.MonotonicRQSTransform)
+UNIVARIATES = (*INSCRIBED, T.MonotonicRQSTransform, InPlaceRQSTransform)
 CONTAINERS = (zuko.lazy.LazyComposedTransform, zuko.lazy.LazyInverse)
 LARGEST = 1e20  # what parameters are cut at: zuko's soft clips make NaN of what is infinite
 

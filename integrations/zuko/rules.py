@@ -49,6 +49,7 @@ from .bases import BoundedNormal
 from .flows import GuardedFlow
 from .image import ConditionalMultiscaleTransform, MultiscaleFlow, MultiscaleTransform
 from .migration import CarriedSpline, InscribedUnivariate
+from .standin import InPlaceRQSTransform
 
 T = zuko.transforms
 #: What constructs the maps of layers after a migration.
@@ -296,6 +297,10 @@ NARROW = 1e-3
 # What follows holds whatever the parameters of a transform are: it is for conditional univariates,
 # and for constant ones that no rule above bounds by their constants.
 
+#: As it is, and as it is computed inside of :func:`flowguard.integrations.zuko.splines`. What bounds
+#: the arithmetic of the first holds for the second, which does not leave the box at all.
+THEIR_SPLINES = T.MonotonicRQSTransform, InPlaceRQSTransform
+
 BISECTED = (
     T.BernsteinTransform,
     T.BoundedBernsteinTransform,
@@ -306,7 +311,7 @@ BISECTED = (
 )
 
 
-@rule(T.MonotonicRQSTransform)
+@rule(*THEIR_SPLINES)
 def _constant_spline(f: Any, sampling: bool) -> Iterator[Step]:
     bound = max(t.detach().abs().max().item() for t in (f.horizontal, f.vertical))
     unit = torch.finfo(f.horizontal.dtype).eps / 2
@@ -368,7 +373,7 @@ def _free(f: Any, sampling: bool) -> Envelope:
     return Envelope(gain, math.inf, reason="its shift is free")
 
 
-@envelope_rule(T.MonotonicRQSTransform)
+@envelope_rule(*THEIR_SPLINES)
 def _spline(f: Any, sampling: bool) -> Envelope:
     return Envelope(
         1.0,

@@ -40,10 +40,10 @@ Made = tuple[Tensor, Tensor | None]  # value and slope
 
 
 @functools.lru_cache(maxsize=256)
-def _below(bound: float, double: bool) -> float:
-    r"""The next number below the bound, as the dtype sees it."""
+def _beside(bound: float, towards: float, double: bool) -> float:
+    r"""The number next to the bound, as the dtype sees it."""
     kind = np.float64 if double else np.float32
-    return float(np.nextafter(kind(bound), kind(0)))
+    return float(np.nextafter(kind(bound), kind(towards)))
 
 
 def squash(m: Rows, x: Tensor, bound: float | None, out: Tensor) -> Tensor:
@@ -77,13 +77,23 @@ def squash_pullback(m: Rows, x: Tensor, grad: Tensor, bound: float | None, out: 
 
 
 def finish(
-    m: Rows, outs: Tensors, v: Tensor, made: Made, bound: float, *, factor: float, even: bool
+    m: Rows,
+    outs: Tensors,
+    v: Tensor,
+    made: Made,
+    bound: float,
+    *,
+    factor: float = 1.0,
+    even: bool = False,
+    closed: bool = False,
 ) -> None:
-    r"""Writes the value times a factor, or the identity outside the box; and the logarithm of the
-    slope, if there is one, which may be known to be `even` with one outside. Overwrites both."""
+    r"""Writes the value times a factor, or the identity outside the box, to which its ends belong
+    if it is `closed`; and the logarithm of the slope, if there is one, which may be known to be
+    `even` with one outside. Overwrites both."""
     value, slope = made
-    # What is not below the bound, else zero.
-    outside = torch.hardshrink(v, _below(bound, v.dtype == torch.float64), out=m.take())
+    # What is not below the bound, or is above it, else zero.
+    limit = bound if closed else _beside(bound, 0.0, v.dtype == torch.float64)
+    outside = torch.hardshrink(v, limit, out=m.take())
     inside = torch.eq(outside, m.number(0.0), out=m.take())
     # Rounding may land an ulp outside of the box, and certificates rely on it.
     limit = bound / factor
@@ -159,9 +169,13 @@ def published_pullback(m: Rows, grad: Tensor, raw: Tensor, share: Tensor, out: T
     torch.lt(raw, m.number(rq.MAX_LOGIT[raw.dtype]), out=out).mul_(share)
 
 
-def masked(m: Rows, outs: Tensors, x: Tensor, grads: Tensors, bound: float) -> Tensors:
-    r"""Both gradients inside the box. Writes what the gradient to `x` is outside, where it is that
-    to the value."""
+def masked(
+    m: Rows, outs: Tensors, x: Tensor, grads: Tensors, bound: float, *, closed: bool = False
+) -> Tensors:
+    r"""Both gradients inside the box, to which its ends belong if it is `closed`. Writes what the
+    gradient to `x` is outside, where it is that to the value."""
+    if closed:
+        bound = _beside(bound, math.inf, x.dtype == torch.float64)
     mask = torch.ops.aten.hardtanh_backward.grad_input
     gy, gl = (mask(g, x, -bound, bound, grad_input=m.take()) for g in grads)
     torch.sub(grads[0], gy, out=outs[0])

@@ -21,9 +21,10 @@ from flowguard.spline.options import Options
 RAW = 1e3  # beyond, all maps of a raw slope are constant; a sum of these is finite
 
 
-def layout(bins: int) -> Layout:
-    r"""The memory that the functions need: blocks for both softmaxes, padded, for their sums, for
+def layout(rows: int) -> Layout:
+    r"""The memory that the functions need for as many rows of widths: blocks for both softmaxes, padded, for their sums, for
     the knots, for the raw slopes and for masks of the bins."""
+    bins = rows + 1
     blocks = (2, bins + 2), (2, bins), (bins - 1,), (bins + 1,), (bins,)
     return Layout(pairs=23, singles=17, blocks=blocks)
 
@@ -211,7 +212,7 @@ def evaluate(m: Rows, outs: Tensors, v: Tensor, params: Params, o: Options) -> N
     same = torch.eq(value, back, out=m.take())
     value.lerp_(x, same)
     m.give(back, same, x)
-    rq.finish(m, outs, v, (value, grown), o.bound, factor=1.0, even=False)
+    rq.finish(m, outs, v, (value, grown), o.bound)
 
 
 def pull_back(

@@ -17,7 +17,7 @@ from flowguard.spline.inplace.memory import Layout, Pair, Rows, Tensors
 from flowguard.spline.options import Options
 
 
-def layout(bins: int) -> Layout:
+def layout(rows: int) -> Layout:
     r"""The memory that the functions need."""
     return Layout(pairs=6, singles=17)
 

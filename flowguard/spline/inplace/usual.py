@@ -1,0 +1,189 @@
+r"""The spline in its usual parameterisation in eager mode, without gradients recorded: in place.
+
+The numbers are those of :mod:`flowguard.spline.usual`, computed as in
+:mod:`flowguard.spline.inplace.bin`. What belongs to the bin of an element is fetched by its index.
+"""
+
+__all__ = ["evaluate", "layout", "pull_back"]
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flowguard.spline.bin import LOG2_E, Cell, Params
+from flowguard.spline.inplace import bin as rq
+from flowguard.spline.inplace.memory import Layout, Pair, Rows, Tensors
+from flowguard.spline.options import Options, Usual
+from flowguard.spline.usual import FAR, STEEPEST, THRESHOLD, at_ends, sizes
+
+
+def layout(rows: int) -> Layout:
+    r"""The memory that the functions need for as many bins: blocks for the softmaxes, for the
+    knots, for the raw slopes, for masks of the knots and for what the softmax was clipped by."""
+    blocks = (2, rows), (2, rows), (rows + 1,), (rows + 1,), (rows,)
+    return Layout(pairs=13, singles=17, blocks=blocks)
+
+
+class _Located(NamedTuple):
+    r"""All that is known of each element's bin. Pairs are of widths and of heights, or of the
+    knots to the left and to the right."""
+
+    own: Pair  # softmaxes of the bin
+    left: Pair  # their sums over all bins to the left
+    size: Pair
+    corner: Pair
+    raw: Pair
+
+
+@functools.lru_cache(maxsize=64)
+def _floors(bins: int, floor: float, bound: float, dtype: torch.dtype) -> Tensor:
+    r"""What the floors of all bins to its left add to each inner knot."""
+    with torch.inference_mode(False):
+        floors = torch.arange(1, bins, dtype=torch.float64, device="cpu") * floor - bound
+        return floors.to(dtype)
+
+
+def _locate(m: Rows, x: Tensor, params: Params, o: Options, vertical: bool) -> _Located:
+    *logits, derivatives = params
+    u, bins = o.usual, len(logits[0])
+    assert u is not None
+    scaled = sizes(bins, o)
+    shares, sums, passed, raws, spare = m.blocks
+    for part, rows in zip(sums.unbind(), logits, strict=True):
+        # copies with bins first in memory: far faster by way of this operation than by a copy
+        torch.clamp(rows, -FAR, FAR, out=part)
+        if u.clip is not None:
+            part.div_(_denominator(m, part, u.clip / 2, spare))
+    torch.ops.aten._softmax.out(sums, 1, False, out=shares)
+
+    before, *rest = sums.unbind(1)  # over all bins to the left, for each bin
+    before.zero_()
+    for share, out in zip(shares.unbind(1), rest, strict=False):
+        before = torch.add(before, share, out=out)
+    # A one for each knot to the left, or on which it lies; that at the left end comes first.
+    inner = passed[1:-1]
+    passed[0].fill_(1.0)
+    passed[-1].zero_()
+    scale, floor = scaled[vertical]
+    floors = _floors(bins, floor, o.bound, x.dtype).to(x.device)
+    floors = floors.view(-1, *(1,) * x.dim())
+    torch.addcmul(floors, sums[int(vertical), 1:], m.number(scale), out=inner)
+    torch.ge(x, inner, out=inner)
+    number = torch.sum(inner, 0, out=m.take())
+    place = m.places(number, bins + 1)
+
+    inner = raws
+    if len(derivatives) < bins:
+        raws[::bins].fill_(at_ends(u))
+        inner = raws[1:-1]
+    torch.clamp(derivatives, -STEEPEST, STEEPEST, out=inner)
+    own, left, size, corner, raw = (m.pair() for _ in range(5))
+    fetched = (*shares, own), (*sums, left), (raws, raws[1:], raw)
+    for first, second, (_, one, other) in fetched:
+        torch.index_select(first.view(-1), 0, place, out=one.view(-1))
+        torch.index_select(second.view(-1), 0, place, out=other.view(-1))
+    # A NaN anywhere is one of the element: those of the logits are in every bin already.
+    bad = torch.sum(raws, 0, out=m.take()).mul_(m.number(0.0))
+    raw[0].add_(bad)
+    for k, (scale, floor) in enumerate(scaled, 1):
+        torch.addcmul(m.number(floor), own[k], m.number(scale), out=size[k])
+        torch.add(m.number(-o.bound), number, alpha=floor, out=corner[k])
+        corner[k].addcmul_(left[k], m.number(scale))
+    m.give(bad)
+    return _Located(own, left, size, corner, raw)
+
+
+def _denominator(m: Rows, x: Tensor, limit: float, out: Tensor) -> Tensor:
+    r"""What is clipped smoothly is to be divided by, and its gradient twice."""
+    torch.abs(x, out=out)
+    return torch.addcmul(m.number(1.0), out, m.number(1 / limit), out=out)
+
+
+def _slopes(m: Rows, raw: Pair, u: Usual, out: Pair) -> None:
+    r"""Writes the slopes at both knots."""
+    if u.clip is not None:
+        _denominator(m, raw[0], u.clip, out[0])
+        torch.div(raw[0], out[0], out=out[0]).mul_(m.number(LOG2_E)).exp2_()
+        return
+    torch.ops.aten.softplus.out(raw[0], 1.0, THRESHOLD, out=out[0])
+    torch.addcmul(m.number(u.slope), out[0], m.number(u.gain), out=out[0])
+
+
+def _slope_pullback(m: Rows, grad: Pair, raw: Pair, d: Pair, u: Usual) -> Tensor:
+    r"""The gradients to both raw slopes. Overwrites all."""
+    if u.clip is not None:
+        below = _denominator(m, raw[0], u.clip, raw[0])
+        return grad[0].mul_(d[0]).div_(below).div_(below)
+    uncut = torch.lt(raw[0], m.number(STEEPEST), out=d[0])
+    uncut.mul_(grad[0]).mul_(m.number(u.gain))
+    back = torch.ops.aten.softplus_backward.grad_input
+    return back(uncut, raw[0], 1.0, THRESHOLD, grad_input=grad[0])
+
+
+def evaluate(m: Rows, outs: Tensors, v: Tensor, params: Params, o: Options) -> None:
+    r"""Writes the spline or its inverse, and the logarithm of its slope if that is wanted."""
+    assert o.usual is not None
+    x = torch.clamp(v, -o.bound, o.bound, out=m.take())
+    at = _locate(m, x, params, o, o.inverse)
+    (_, x0, y0), (_, w, h), d = at.corner, at.size, m.pair()
+    _slopes(m, at.raw, o.usual, d)
+    cell = Cell(x0, y0, w, h, *d[1:])
+    start, size = (y0, h) if o.inverse else (x0, w)
+    z = x.sub_(start)
+    torch.clamp(z, m.number(0.0), size, out=z)
+    if o.inverse:
+        made = rq.solve(m, z, cell, o.steep)
+    else:
+        made = rq.advance(m, z, torch.div(h, w, out=m.take()), cell, o.steep)
+    rq.finish(m, outs, v, made, o.bound, closed=True)
+
+
+def pull_back(
+    m: Rows, outs: Tensors, x: Tensor, params: Params, grads: Tensors, o: Options
+) -> None:
+    r"""Writes the gradients to the input and to all parameters; see :func:`flowguard.spline.bin.pull_back`."""
+    u, bins, one = o.usual, len(params[0]), m.number(1.0)
+    assert u is not None
+    z = torch.clamp(x, -o.bound, o.bound, out=m.take())
+    at = _locate(m, z, params, o, False)
+    d = m.pair()
+    _slopes(m, at.raw, u, d)
+    cell = Cell(*at.corner[1:], *at.size[1:], *d[1:])
+    inside = rq.masked(m, outs, x, grads, o.bound, closed=True)
+    torch.clamp(z.sub_(cell.x), m.number(0.0), cell.w, out=z)
+    s = torch.div(cell.h, cell.w, out=m.take())
+    pull = rq.pull_back(m, z, s, cell, inside, o.inverse)
+    outs[0].add_(pull.grad)
+    to_raw = _slope_pullback(m, pull.d, at.raw, d, u)
+
+    # To the sizes of the bin, and of all bins to its left, which push it.
+    to_own, to_left = m.pair(), m.pair()
+    torch.div(pull.log_s, at.size[0], out=to_own[0])
+    to_own[1].addcmul_(pull.z, pull.t).neg_()
+    to_own[2].addcmul_(pull.y, torch.sub(one, pull.rest, out=pull.rest))
+    torch.neg(pull.z, out=to_left[1])
+    to_left[2].copy_(pull.y)
+
+    # To the bins that they belong to, and through the softmax.
+    shares, sums, passed, own, spare = m.blocks
+    own = torch.sub(passed[:-1], passed[1:], out=own[:-1])
+    for k, (scale, _) in enumerate(sizes(bins, o)):
+        to_own[k + 1].mul_(m.number(scale))
+        to_left[k + 1].mul_(m.number(scale))
+    mean = at.own[0].mul_(to_own[0]).addcmul_(at.left[0], to_left[0]).neg_()
+    for k in range(2):
+        pulled = torch.addcmul(mean[k], own, to_own[k + 1], out=sums[k])
+        pulled.addcmul_(passed[1:], to_left[k + 1])
+        out = torch.mul(pulled, shares[k], out=outs[k + 1])
+        if u.clip is not None:
+            torch.clamp(params[k], -FAR, FAR, out=sums[k])
+            below = _denominator(m, sums[k], u.clip / 2, spare)
+            out.div_(below).div_(below)
+    inner = outs[3]
+    if len(inner) > bins:
+        torch.mul(own[0], to_raw[0], out=inner[0])
+        torch.mul(own[-1], to_raw[1], out=inner[-1])
+        inner = inner[1:-1]
+    torch.mul(own[1:], to_raw[0], out=inner).addcmul_(own[:-1], to_raw[1])
