@@ -24,9 +24,9 @@ Sampler = Callable[[Tensors, Tensors], Tensor]
 FARTHEST = 1e30
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Attack:
-    r"""What an attack has reached; see :func:`attack`.
+    r"""What an attack has reached; see :func:`attack`. It equals itself alone.
 
     Arguments:
         value: The largest absolute value of a sample, :math:`\infty` if one was not finite.

@@ -69,11 +69,12 @@ class Table(list[Row]):
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Certificate:
     r"""What a flow can be proved to do to noise, whatever the condition is; see :func:`certify`.
 
-    It holds for the weights that the model had when it was made.
+    It holds for the weights that the model had when it was made, and equals itself alone: to
+    compare two of them, compare their :meth:`to_dict`.
 
     Arguments:
         model: The class of the model.
