@@ -6,7 +6,7 @@ top and holds ``EXPORTS``, which maps a namespace of the host to the names that 
 rules of bounds are in its module ``rules``, its surgeon for migrations in ``migration``.
 """
 
-__all__ = ["HOSTS", "load", "missing", "register", "unregister"]
+__all__ = ["HOSTS", "load", "missing", "of_a_host", "register", "unregister"]
 
 import sys
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 ADAPTERS = "flowguard.integrations"
-HOSTS = ("nflows", "normflows", "zuko")
+HOSTS = ("nflows", "normflows", "pyro", "zuko")
 
 #: The packages that an adapter can work with, where that is not the one it is named after alone.
 PACKAGES = {"nflows": ("nflows", "glasflow")}
@@ -39,6 +39,16 @@ def load(model: Any, part: Literal["rules", "migration"]) -> None:
             import_module(f"{ADAPTERS}.{library}.{part}")
 
 
+def of_a_host(part: Any) -> bool:
+    r"""Whether the class of an object, or one of its bases, is of a library that has an adapter.
+
+    Arguments:
+        part: The object.
+    """
+    libraries = {c.__module__.partition(".")[0] for c in type(part).__mro__}
+    return not libraries.isdisjoint({*HOSTS, *FORKS})
+
+
 def register(host: str | None = None) -> None:
     r"""Puts the public names of an adapter into the namespaces of its host.
 
@@ -47,7 +57,7 @@ def register(host: str | None = None) -> None:
     :func:`unregister`. Either all names are put in place, or none.
 
     Arguments:
-        host: ``"zuko"``, ``"nflows"`` or ``"normflows"``. If :py:`None`, all that are installed.
+        host: ``"zuko"``, ``"nflows"``, ``"normflows"`` or ``"pyro"``. If :py:`None`, all that are installed.
 
     Raises:
         ValueError: If there is no host of that name.
@@ -87,7 +97,7 @@ def unregister(host: str | None = None) -> None:
     What the host or the user has put under one of the names meanwhile stays.
 
     Arguments:
-        host: ``"zuko"``, ``"nflows"`` or ``"normflows"``. If :py:`None`, all of them.
+        host: ``"zuko"``, ``"nflows"``, ``"normflows"`` or ``"pyro"``. If :py:`None`, all of them.
 
     Raises:
         ValueError: If there is no host of that name.

@@ -8,11 +8,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn as nn
 from torch import Tensor
-from torch.distributions import Distribution, Transform
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
+from flowguard.bounds.parts import gather, parts
 from flowguard.bounds.regions import Region
 from flowguard.bounds.relaxation import Chain
 from flowguard.bounds.rules import steps
@@ -303,7 +302,7 @@ def certify(model: Any, *, roundoff: float | None = None) -> Certificate:
         layer  type          bound in  bound out  depends on the condition
                RobustSpline  4         9          within a box of 5 and a shift of 5
     """
-    tensors = list(_tensors(model))
+    tensors = [part for part in parts(model) if isinstance(part, Tensor)]
     dtypes = _dtypes(tensors)
     if roundoff is None:
         # The certificate itself is computed in float64, whose own rounding shall not count.
@@ -345,18 +344,6 @@ def _dtypes(tensors: Iterable[Tensor]) -> set[torch.dtype]:
     return found
 
 
-def _tensors(part: Any, seen: frozenset[int] = frozenset()) -> Iterator[Tensor]:
-    r"""Goes over the tensors of a model, which may also be a transform or a distribution."""
-    if isinstance(part, Tensor):
-        yield part
-    elif isinstance(part, nn.Module):
-        yield from part.parameters()
-        yield from part.buffers()
-    elif isinstance(part, list | tuple | Transform | Distribution) and id(part) not in seen:
-        for inner in part if isinstance(part, list | tuple) else vars(part).values():
-            yield from _tensors(inner, seen | {id(part)})
-
-
 def _reduced(tensors: Iterable[Tensor], convolution: bool) -> float:
     r"""To which relative error the matrix units round the factors of float32 products."""
     if not any(t.dtype == torch.float32 for t in tensors):
@@ -383,8 +370,7 @@ def _mode(device: str, kind: str) -> str:
 
 def _broken(model: Any) -> Iterator[tuple[str, str]]:
     r"""Goes over the names of the tensors that spoil all samples."""
-    if not isinstance(model, nn.Module):
-        return
+    model = gather(model)
     for name, parameter in model.named_parameters():
         # A sum is finite only if all that it adds is; where it overflows, each is looked at.
         if not bool(parameter.sum().isfinite()) and not bool(parameter.isfinite().all()):

@@ -188,7 +188,7 @@ def _lookup(rules: dict[type, Any], layer: Any) -> Any:
     r"""The rule for a layer, or in words why there is none."""
     mro = type(layer).__mro__
     base = next((c for c in mro if c in rules), None)
-    if base is None:
+    if base is not mro[0]:  # its library may have a rule for the class itself
         load(layer, "rules")
         base = next((c for c in mro if c in rules), None)
     if base is None:

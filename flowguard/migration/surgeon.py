@@ -3,7 +3,7 @@ r"""What it takes to operate on a model: the sites of its layers, and who knows 
 __all__ = ["Site", "Surgeon", "holder", "no_density", "surgeon"]
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import singledispatch
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch.nn as nn
 from torch import Tensor
 
+from flowguard.bounds.parts import parts
 from flowguard.hosts import load
 from flowguard.migration.exchange import exchange
 from flowguard.migration.imitate import AnyTransform, RescaledSpline
@@ -47,6 +48,16 @@ class Surgeon(abc.ABC):
         r"""Returns the samples of some noise, if :meth:`encode` gives any; raises
         :py:`NotImplementedError` where there is no inverse."""
         raise NotImplementedError
+
+    @property
+    def subject(self) -> Any:
+        r"""What was asked to be migrated: the model, or what it holds the modules of."""
+        return self.model
+
+    @property
+    def places(self) -> Sequence[Any]:
+        r"""The objects that refer to layers and are no modules."""
+        return ()
 
     def tuning(self) -> AbstractContextManager[None]:
         r"""Holds while the model is fine-tuned."""
@@ -141,7 +152,9 @@ class Site(abc.ABC):
         Arguments:
             new: What :meth:`carry` or :meth:`build` returned.
         """
-        self.operation.model = exchange(self.operation.model, self.layer, new)
+        self.operation.model = exchange(
+            self.operation.model, self.layer, new, self.operation.places
+        )
         self.robust = new
 
     def learned(self) -> list[nn.Parameter]:
@@ -188,7 +201,9 @@ def surgeon(model: Any) -> Surgeon:
     load(model, "migration")
     if len(surgeon.registry) > before and surgeon.dispatch(type(model)) is not _UNKNOWN:
         return surgeon(model)
-    for part in model.modules() if isinstance(model, nn.Module) else ():
+    for part in parts(model):
+        if isinstance(part, Tensor):
+            continue
         load(part, "migration")
         for cls in type(part).__mro__:
             if cls in _HOLDERS:
