@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
+from flowguard.bounds.holders import steps_within
 from flowguard.bounds.parts import gather, parts
 from flowguard.bounds.regions import Region
 from flowguard.bounds.relaxation import Chain
-from flowguard.bounds.rules import steps
 from flowguard.bounds.steps import Linear, Noise, Refused, Step
 
 #: A radius beside which all shifts vanish, and whose square is finite.
@@ -281,7 +281,8 @@ def certify(model: Any, *, roundoff: float | None = None) -> Certificate:
         | https://arxiv.org/abs/2212.04319
 
     Arguments:
-        model: A flow or a layer of flowguard, or of a library that it has rules for. Of a
+        model: A flow or a layer of flowguard, or of a library that it has rules for, or a module
+            that holds one, and whose source shows that it hands on its samples as they are. Of a
             :class:`flowguard.models.SuperResolutionFlow`, the residual over the upsampled
             condition is bounded.
         roundoff: The relative error of one operation of the model, for which the bound allows.
@@ -322,7 +323,7 @@ def certify(model: Any, *, roundoff: float | None = None) -> Certificate:
         walk.append(Refused(kind="torch.nn.Module", reason=reason))
     if not walk:
         reduced = {conv: _reduced(tensors, conv) for conv in (False, True)}
-        walk = [_told(step, roundoff, reduced) for step in steps(model)]
+        walk = [_told(step, roundoff, reduced) for step in steps_within(model)]
     return _certificate(model, walk, roundoff, min(torch.finfo(d).max for d in dtypes))
 
 

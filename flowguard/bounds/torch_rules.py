@@ -24,8 +24,9 @@ from torch.distributions import (
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from flowguard.bounds.holders import steps_within
 from flowguard.bounds.regions import Envelope
-from flowguard.bounds.rules import departure, envelope, envelope_rule, rule, steps, within
+from flowguard.bounds.rules import departure, envelope, envelope_rule, named, rule, steps, within
 from flowguard.bounds.steps import Noise, Refused, Scale, Step, constant
 from flowguard.bounds.univariate import conditional
 from flowguard.hosts import load
@@ -34,13 +35,13 @@ from flowguard.transforms import InverseTransform
 
 @rule(nn.DataParallel, DistributedDataParallel, AveragedModel)
 def _wrapped(wrapper: Any, sampling: bool) -> Iterator[Step]:
-    yield from within("module", wrapper.module, sampling)
+    yield from named("module", steps_within(wrapper.module, sampling))
 
 
 @rule(nn.Sequential)
 def _sequential(stack: nn.Sequential, sampling: bool) -> Iterator[Step]:
     if len(stack) == 1:
-        yield from within("0", stack[0], sampling)
+        yield from named("0", steps_within(stack[0], sampling))
     else:
         reason = "of a Sequential only that of one flow alone is known: certify the flow in it"
         yield Refused(reason=reason)

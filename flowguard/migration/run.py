@@ -14,12 +14,14 @@ import torch.nn as nn
 from torch import Tensor
 
 from flowguard.bounds.certificate import certify
+from flowguard.bounds.holders import unwrapped
 from flowguard.bounds.parts import gather
 from flowguard.functional import FINE_SLOPE, check_bound, check_shift_bound, check_slope
 from flowguard.migration.imitate import SAME, SMALLEST, RescaledSpline, compare, imitate, units
 from flowguard.migration.inscribe import single
 from flowguard.migration.report import Migration, Replacement, SampleError
 from flowguard.migration.surgeon import Site, Surgeon, surgeon
+from flowguard.migration.wrapped import Wrapped
 from flowguard.numerics import evaluating
 from flowguard.ood import unguarded
 from flowguard.transforms import SHIFT_BOUND
@@ -145,9 +147,13 @@ def migrate(
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         x, context = _ordinary(x), _ordinary(context)
-        operation = surgeon(_copied(model))
+        wrappers, inner = unwrapped(model)
+        operation = surgeon(_copied(inner))
+        if wrappers:
+            operation = Wrapped(model, ".".join(wrappers), operation)  # type: ignore[arg-type]
         if state_dict is not None:
-            operation.model.load_state_dict(state_dict)
+            loaded = operation.subject if wrappers else operation.model
+            loaded.load_state_dict(state_dict)
         if dry_run:  # what is tried out shall not move the caller's random numbers
             stack.enter_context(torch.random.fork_rng())
         stack.enter_context(unguarded(operation.model))

@@ -35,7 +35,6 @@ from flowguard.migration import Site, Surgeon, holder, surgeon
 from flowguard.migration.exchange import instead
 from flowguard.migration.imitate import AffineMap, AnyTransform, RescaledSpline
 from flowguard.migration.inscribe import InscribedAffine
-from flowguard.migration.surgeon import no_density
 from flowguard.numerics import normal_log_prob
 
 from .migrated import (
@@ -190,7 +189,7 @@ class _Pyro(Surgeon):
                 ladj: Tensor = f.log_abs_det_jacobian(z, x)
                 return normal_log_prob(z) - ladj
             if not hasattr(subject, "log_prob"):
-                raise no_density(subject)
+                return self.held_log_prob(x, context)
             density: Tensor = (
                 subject.log_prob(x) if context is None else subject.log_prob(x, context)
             )
