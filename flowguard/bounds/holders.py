@@ -147,7 +147,9 @@ def _why_not(model: nn.Module, path: str, flow: Any) -> str:
     handing: set[str] = set()  # the methods that return what the flow returned
     while True:
         known = len(handing)
-        for cls in type(model).__mro__[: type(model).__mro__.index(nn.Module)]:
+        for cls in type(model).__mro__:
+            if cls in (nn.Module, object):
+                continue
             theirs = cls.__module__.partition(".")[0] != own
             for name, function in _functions(cls):
                 if name == "__init__" or (theirs and not _uses(function, path, handing)):

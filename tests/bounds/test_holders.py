@@ -272,9 +272,9 @@ WRAPPERS = {
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
-@pytest.mark.parametrize("holding", [False, True])
-def test_wrappers_are_as_what_they_hold(wrap, holding):
+def test_wrappers_are_as_what_they_hold(wrap):
     flow = zuko.flows.MAF(D, CONTEXT, transforms=2, hidden_features=(16,))
+    holding = wrap is WRAPPERS["averaged"]
     inner = Given(flow) if holding else flow
     model = wrap(inner)
     x, y = torch.randn(512, D), torch.randn(512, 5 if holding else CONTEXT)
@@ -286,7 +286,7 @@ def test_wrappers_are_as_what_they_hold(wrap, holding):
     assert report.replaced[0].name.startswith(".".join(names))
     assert report.certificate_after.certified
     assert certify(robust).bound(4.0) == certify(found).bound(4.0)
-    value = attack(robust, y[:4], steps=5, restarts=1).value
+    value = attack(robust, y[:4], steps=2, restarts=1).value
     assert value <= certify(robust).bound(4.0)
     assert torch.equal(robust(y[:3]).log_prob(x[:3]), found(y[:3]).log_prob(x[:3]))
     assert certify(unwrapped(model)[1]).certified is False  # the model itself is not changed
@@ -346,6 +346,7 @@ def test_a_monitor_finds_the_conditioners_within(wrap):
     assert len(watch.report.flagged) == 2
 
 
+@pytest.mark.slow
 def test_a_lightning_module_that_holds_a_flow_is_certified_and_migrated():
     lightning = pytest.importorskip("lightning")
 
@@ -392,7 +393,7 @@ class Standardised(Density):
 def test_the_density_of_a_holder_is_checked_against_that_of_its_flow():
     flow = zuko.flows.MAF(D, D, transforms=1, hidden_features=(16,))
     x, y = torch.randn(256, D), torch.randn(256, D)  # of one shape: the order is told by the flow
-    robust, report = migrate(Density(flow), x, y)
+    _, report = migrate(Density(flow), x, y)
     with torch.no_grad():
         assert report.nll_before == pytest.approx(-flow(y).log_prob(x).mean().item(), abs=1e-4)
     with pytest.raises(TypeError, match=r"does more than hold its flow.*migrate model\.flow"):
