@@ -7,7 +7,7 @@ top and holds ``EXPORTS``, which maps a namespace of the host to the names that 
 surgeon for migrations in ``migration``.
 """
 
-__all__ = ["HOSTS", "load", "missing", "register", "unregister"]
+__all__ = ["HOSTS", "load", "missing", "of_a_host", "register", "unregister"]
 
 import sys
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 ADAPTERS = "flowguard.integrations"
-HOSTS = ("nflows", "normflows", "zuko")
+HOSTS = ("nflows", "normflows", "pyro", "zuko")
 
 #: The packages that an adapter can work with, where that is not the one it is named after alone.
 PACKAGES = {"nflows": ("nflows", "glasflow")}
@@ -40,6 +40,16 @@ def load(model: Any, part: Literal["rules", "migration"]) -> None:
             import_module(f"{ADAPTERS}.{library}.{part}")
 
 
+def of_a_host(part: Any) -> bool:
+    r"""Whether the class of an object, or one of its bases, is of a library that has an adapter.
+
+    Arguments:
+        part: The object.
+    """
+    libraries = {c.__module__.partition(".")[0] for c in type(part).__mro__}
+    return not libraries.isdisjoint({*HOSTS, *FORKS})
+
+
 def register(host: str | None = None, *, splines: bool = False) -> None:
     r"""Puts the public names of an adapter into the namespaces of its host.
 
@@ -53,7 +63,8 @@ def register(host: str | None = None, *, splines: bool = False) -> None:
     for a while.
 
     Arguments:
-        host: ``"zuko"``, ``"nflows"`` or ``"normflows"``. If :py:`None`, all that are installed.
+        host: ``"zuko"``, ``"nflows"``, ``"normflows"`` or ``"pyro"``. If :py:`None`, all that are
+            installed.
         splines: Whether to replace what computes the host's splines too. Without it nothing changes
             in that respect.
 
@@ -86,12 +97,13 @@ def register(host: str | None = None, *, splines: bool = False) -> None:
     if splines:
         switches = {h: getattr(_adapter(h), "SPLINES", None) for h in hosts}
         for h, switch in switches.items():
-            if switch is None:
+            if switch is not None:
+                switch.check()
+            elif host is not None:
                 raise RuntimeError(
                     f"flowguard replaces no splines of {h}; nothing was registered. Leave `splines` out."
                 )
-            switch.check()
-        for switch in switches.values():
+        for switch in filter(None, switches.values()):
             switch.turn_on()
     for namespace, name, ours in names:
         setattr(namespace, name, ours)
@@ -107,7 +119,7 @@ def unregister(host: str | None = None) -> None:
     What the host or the user has put under one of the names meanwhile stays.
 
     Arguments:
-        host: ``"zuko"``, ``"nflows"`` or ``"normflows"``. If :py:`None`, all of them.
+        host: ``"zuko"``, ``"nflows"``, ``"normflows"`` or ``"pyro"``. If :py:`None`, all of them.
 
     Raises:
         ValueError: If there is no host of that name.

@@ -56,7 +56,7 @@ SHARED_NAMES = {"ConditionalMultiscaleFlow", "ConditionalMultiscaleTransform"}
 #: whose names we have given to something too.
 THEIRS = {"_replace", "_inv", "_transform", "_shape", "_shift", "_permutation"}
 THEIRS |= {"_elementwise_forward", "_transform_dim_multiplier", "_output_dim_multiplier"}
-THEIRS |= {"_compute_params"}
+THEIRS |= {"_compute_params", "_cached_x_y"}
 
 #: What imports a module whose name it is given.
 IMPORTERS = r"(^|\.)(import_module|__import__)$"

@@ -17,12 +17,13 @@ import torch.nn as nn
 
 import flowguard.integrations.nflows.glasflow
 import flowguard.integrations.normflows.rules
+import flowguard.integrations.pyro.rules
 import flowguard.integrations.zuko.rules
 import flowguard.models.rules  # noqa: F401
 from flowguard.bounds import certify, rules
 from flowguard.migration.imitate import Rescaled
 
-from . import images, lazy, normflows_layers, transforms
+from . import images, lazy, normflows_layers, pyro_layers, transforms
 from .judge import Verdict, judge
 from .maker import DTYPES, Case, Maker
 from .nflows_layers import HOSTS, case_of_nflows, nflows_tables
@@ -33,11 +34,12 @@ FAMILIES = {
     "zuko": (lazy.case_of_lazy, {*lazy.LAZY, *lazy.GIVEN, Rescaled}),
     **{name: (partial(case_of_nflows, name=name), nflows_tables()) for name in HOSTS},
     "normflows": (normflows_layers.case_of_normflows, normflows_layers.normflows_tables()),
+    "pyro": (pyro_layers.case_of_pyro, {*pyro_layers.PYRO, *pyro_layers.DISTRIBUTIONS}),
     "images": (images.case_of_images, images.IMAGES),
 }
 
 #: Whose classes have to be covered.
-LIBRARIES = {"flowguard", "glasflow", "nflows", "normflows", "torch", "zuko"}
+LIBRARIES = {"flowguard", "glasflow", "nflows", "normflows", "pyro", "torch", "zuko"}
 
 
 def covered() -> set[type]:
@@ -70,7 +72,7 @@ def make(random: Random, wanted: type | None = None, plain: bool = False) -> tup
     anything = wanted is None or wanted in WRAPPERS
     names = [n for n, (_, classes) in FAMILIES.items() if anything or wanted in classes]
     if wanted in WRAPPERS:
-        names.remove("transforms")
+        names = [n for n in names if n not in ("transforms", "pyro")]  # which are no modules
         maker.wanted = None
     library = "" if wanted is None else wanted.__module__.partition(".")[0]
     if library in {name.partition(".")[0] for name in HOSTS}:

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn.utils import parametrizations, parametrize
 from torch.optim.swa_utils import AveragedModel
 
+from flowguard.bounds.parts import parts
+
 from .maker import Case, Maker
 
 LOUDER = 1e3
@@ -178,8 +180,9 @@ def tampered(m: Maker, case: Case) -> Case:
         part: Any = m.pick([*case.model.modules()])
         words = m.pick(WAYS)(m, part)
     else:
-        part = case.model
-        words = m.pick([_override, _instance])(m, part)
+        part = m.pick([p for p in parts(case.model) if not isinstance(p, Tensor)])
+        ways = WAYS if isinstance(part, nn.Module) else [_override, _instance]
+        words = m.pick(ways)(m, part)
     if words:
         case.tampered = f"{words} in {type(part).__mro__[0].__name__}"
     return case

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from flowguard.bounds.holders import Conditions, held, unwrapped
 from flowguard.hosts import load
 from flowguard.numerics import evaluation_mode
 from flowguard.ood import unguarded
@@ -24,9 +25,9 @@ Sampler = Callable[[Tensors, Tensors], Tensor]
 FARTHEST = 1e30
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Attack:
-    r"""What an attack has reached; see :func:`attack`.
+    r"""What an attack has reached; see :func:`attack`. It equals itself alone.
 
     Arguments:
         value: The largest absolute value of a sample, :math:`\infty` if one was not finite.
@@ -62,6 +63,18 @@ def sampler(model: Any, context: Tensors) -> tuple[Sampler, Tensors]:
     load(model, "rules")
     if len(sampler.registry) > before:
         return sampler(model, context)
+    wrappers, inner = unwrapped(model)
+    if wrappers:
+        return sampler(inner, context)
+    found = held(model)
+    if found is not None and not found.reason:
+        told = Conditions(model, found.path)
+        draw, latents = sampler(found.flow, told(context))
+        return (lambda z, y: draw(z, told(y))), latents
+    if found is not None:
+        raise TypeError(
+            f"flowguard does not know how to sample from {type(model).__name__}: {found.reason}"
+        )
     raise TypeError(
         f"flowguard does not know how to sample from {type(model).__name__};"
         " give a function (noise, context) -> samples, and latents, an example of its noise"

@@ -8,14 +8,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn as nn
 from torch import Tensor
-from torch.distributions import Distribution, Transform
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
+from flowguard.bounds.holders import steps_within
+from flowguard.bounds.parts import gather, parts
 from flowguard.bounds.regions import Region
 from flowguard.bounds.relaxation import Chain
-from flowguard.bounds.rules import steps
 from flowguard.bounds.steps import Linear, Noise, Refused, Step
 
 #: A radius beside which all shifts vanish, and whose square is finite.
@@ -69,11 +68,12 @@ class Table(list[Row]):
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Certificate:
     r"""What a flow can be proved to do to noise, whatever the condition is; see :func:`certify`.
 
-    It holds for the weights that the model had when it was made.
+    It holds for the weights that the model had when it was made, and equals itself alone: to
+    compare two of them, compare their :meth:`to_dict`.
 
     Arguments:
         model: The class of the model.
@@ -281,7 +281,8 @@ def certify(model: Any, *, roundoff: float | None = None) -> Certificate:
         | https://arxiv.org/abs/2212.04319
 
     Arguments:
-        model: A flow or a layer of flowguard, or of a library that it has rules for. Of a
+        model: A flow or a layer of flowguard, or of a library that it has rules for, or a module
+            that holds one, and whose source shows that it hands on its samples as they are. Of a
             :class:`flowguard.models.SuperResolutionFlow`, the residual over the upsampled
             condition is bounded.
         roundoff: The relative error of one operation of the model, for which the bound allows.
@@ -302,7 +303,7 @@ def certify(model: Any, *, roundoff: float | None = None) -> Certificate:
         layer  type          bound in  bound out  depends on the condition
                RobustSpline  4         9          within a box of 5 and a shift of 5
     """
-    tensors = list(_tensors(model))
+    tensors = [part for part in parts(model) if isinstance(part, Tensor)]
     dtypes = _dtypes(tensors)
     if roundoff is None:
         # The certificate itself is computed in float64, whose own rounding shall not count.
@@ -322,7 +323,7 @@ def certify(model: Any, *, roundoff: float | None = None) -> Certificate:
         walk.append(Refused(kind="torch.nn.Module", reason=reason))
     if not walk:
         reduced = {conv: _reduced(tensors, conv) for conv in (False, True)}
-        walk = [_told(step, roundoff, reduced) for step in steps(model)]
+        walk = [_told(step, roundoff, reduced) for step in steps_within(model)]
     return _certificate(model, walk, roundoff, min(torch.finfo(d).max for d in dtypes))
 
 
@@ -342,18 +343,6 @@ def _dtypes(tensors: Iterable[Tensor]) -> set[torch.dtype]:
     kinds = {t.device.type for t in tensors} or {"cpu"}
     found |= {torch.get_autocast_dtype(k) for k in kinds if torch.is_autocast_enabled(k)}
     return found
-
-
-def _tensors(part: Any, seen: frozenset[int] = frozenset()) -> Iterator[Tensor]:
-    r"""Goes over the tensors of a model, which may also be a transform or a distribution."""
-    if isinstance(part, Tensor):
-        yield part
-    elif isinstance(part, nn.Module):
-        yield from part.parameters()
-        yield from part.buffers()
-    elif isinstance(part, list | tuple | Transform | Distribution) and id(part) not in seen:
-        for inner in part if isinstance(part, list | tuple) else vars(part).values():
-            yield from _tensors(inner, seen | {id(part)})
 
 
 def _reduced(tensors: Iterable[Tensor], convolution: bool) -> float:
@@ -382,8 +371,7 @@ def _mode(device: str, kind: str) -> str:
 
 def _broken(model: Any) -> Iterator[tuple[str, str]]:
     r"""Goes over the names of the tensors that spoil all samples."""
-    if not isinstance(model, nn.Module):
-        return
+    model = gather(model)
     for name, parameter in model.named_parameters():
         # A sum is finite only if all that it adds is; where it overflows, each is looked at.
         if not bool(parameter.sum().isfinite()) and not bool(parameter.isfinite().all()):

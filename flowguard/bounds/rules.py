@@ -9,7 +9,17 @@ The rules of another library's layers live in ``flowguard.integrations.<library>
 imported when the first of its layers is met.
 """
 
-__all__ = ["departure", "envelope", "envelope_rule", "rule", "steps", "within"]
+__all__ = [
+    "departure",
+    "envelope",
+    "envelope_rule",
+    "has_rule",
+    "hooks_of",
+    "named",
+    "rule",
+    "steps",
+    "within",
+]
 
 import math
 from collections.abc import Callable, Iterable
@@ -95,10 +105,20 @@ def steps(layer: Any, sampling: bool = True) -> list[Step]:
     wrapper = layer
     layer = getattr(layer, "_orig_mod", layer)  # what torch.compile wraps
     kind = type(layer).__name__
-    found = _hooked(wrapper) or _lookup(_RULES, layer)
+    found = hooks_of(wrapper) or _lookup(_RULES, layer)
     if isinstance(found, str):
         return [Refused(kind=kind, reason=found)]
     return [s if s.kind else replace(s, kind=kind) for s in found(layer, sampling)]
+
+
+def has_rule(layer: Any) -> bool:
+    r"""Whether there is a rule for the class of a layer, or for one that it is derived from.
+
+    Arguments:
+        layer: The layer.
+    """
+    load(layer, "rules")
+    return any(cls in _RULES for cls in type(layer).__mro__)
 
 
 def envelope(transform: Any, sampling: bool = True) -> Envelope:
@@ -119,6 +139,16 @@ def envelope(transform: Any, sampling: bool = True) -> Envelope:
     return Envelope(reason=found)
 
 
+def named(name: str, found: Iterable[Step]) -> list[Step]:
+    r"""Returns steps with their names prefixed by the name of a part.
+
+    Arguments:
+        name: The name of the part.
+        found: Its steps.
+    """
+    return [replace(s, name=f"{name}.{s.name}" if s.name else name) for s in found]
+
+
 def within(name: str, layer: Any, sampling: bool = True) -> list[Step]:
     r"""Returns the steps of a part of a layer, their names prefixed by the name of the part.
 
@@ -127,9 +157,7 @@ def within(name: str, layer: Any, sampling: bool = True) -> list[Step]:
         layer: The part.
         sampling: Whether it runs towards data; see :func:`rule`.
     """
-    return [
-        replace(s, name=f"{name}.{s.name}" if s.name else name) for s in steps(layer, sampling)
-    ]
+    return named(name, steps(layer, sampling))
 
 
 def departure(part: Any, cls: type) -> str:
@@ -162,7 +190,7 @@ def departure(part: Any, cls: type) -> str:
     for name in getattr(part, "__dict__", ()):
         if name in _methods(kind):  # type: ignore[arg-type]  # classes are hashable
             return f"it has a {name} of its own in place of that of {_full(kind)}"
-    return _hooked(part)
+    return hooks_of(part)
 
 
 @cache
@@ -174,8 +202,12 @@ def _methods(kind: type) -> set[str]:
     return {n for n, value in found.items() if callable(value) or isinstance(value, classmethod)}
 
 
-def _hooked(part: Any) -> str:
-    r"""Which hooks a module has that might change what it returns."""
+def hooks_of(part: Any) -> str:
+    r"""Says which hooks a module has that might change what it returns; empty for none.
+
+    Arguments:
+        part: The module, or an object that has no hooks.
+    """
     for kind in ("_forward_hooks", "_forward_pre_hooks"):
         for hook in getattr(part, kind, {}).values():
             # What records scores changes nothing.
@@ -188,7 +220,7 @@ def _lookup(rules: dict[type, Any], layer: Any) -> Any:
     r"""The rule for a layer, or in words why there is none."""
     mro = type(layer).__mro__
     base = next((c for c in mro if c in rules), None)
-    if base is None:
+    if base is not mro[0]:  # its library may have a rule for the class itself
         load(layer, "rules")
         base = next((c for c in mro if c in rules), None)
     if base is None:

@@ -26,9 +26,10 @@ from flowguard.bounds.regions import Envelope, Region
 from flowguard.bounds.relaxation import Course, Joined, Link, Product, Rearranged, Unfolded
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Step:
-    r"""What one part of a layer does on the way from noise to data.
+    r"""What one part of a layer does on the way from noise to data. It equals itself alone: tensors
+    have no equality that is a single truth.
 
     Arguments:
         name: The name of the layer within the model.
@@ -89,7 +90,7 @@ class Step:
             cls.link = Step.link  # type: ignore[method-assign]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Noise(Step):
     r"""The noise that a flow starts from, at each of its positions.
 
@@ -117,7 +118,7 @@ class Noise(Step):
         return Rearranged(torch.arange(region.box.shape[1]))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Linear(Step):
     r"""A constant linear map :math:`x \mapsto W x` of the features of a position.
 
@@ -162,7 +163,7 @@ class Linear(Step):
         return matrix, matrix.abs() if self.error is None else constant(self.error)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Scale(Step):
     r"""A constant elementwise map :math:`x_i \mapsto s_i x_i + b_i`."""
 
@@ -195,7 +196,7 @@ class Scale(Step):
         return factor, offset
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Permute(Step):
     r"""A permutation: feature `i` of the output is feature `order[i]` of the input."""
 
@@ -215,7 +216,7 @@ class Permute(Step):
         return Rearranged(self.order.detach().cpu())
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Pointwise(Step):
     r"""A univariate map of some features, with parameters that depend on anything.
 
@@ -257,7 +258,7 @@ class Pointwise(Step):
         return everywhere if self.mask is None else self.mask.detach().cpu()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Join(Step):
     r"""The inverse of a split: further features :math:`m + e^s z` come in, with bounded m and s.
 
@@ -287,7 +288,7 @@ class Join(Step):
         return largest * (1 + (8 + self.scale_bound) * roundoff)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Unsqueeze(Step):
     r"""The inverse of a squeeze: features become positions."""
 
@@ -302,7 +303,7 @@ class Unsqueeze(Step):
         return None if region.box.shape[1] % self.factor**2 else Unfolded(self.factor)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Flatten(Step):
     r"""The end of a layer after which features are no longer told apart, as those of an image."""
 
@@ -311,7 +312,7 @@ class Flatten(Step):
         return Region.cube(region.box.new_full((1, 1), region.largest))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Remark(Step):
     r"""A row in the table for what the bound leaves out, such as an image that is added last."""
 
@@ -324,7 +325,7 @@ class Remark(Step):
         return Rearranged(torch.arange(region.box.shape[1]))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Refused(Step):
     r"""A layer that no bound is known for.
 

@@ -1,42 +1,135 @@
 r"""The rules of torch's own transforms, with constants, of what combines transforms, and of the
-modules that hold one other and do nothing but call it."""
+modules that hold one other and do nothing but call it.
 
-__all__ = ["affine", "after", "squashed"]
+A transform alone is taken to go from data to noise; a distribution runs its transforms the other
+way, as they are called.
+"""
+
+__all__ = ["affine", "after", "base_steps", "composed", "known_bases", "squashed", "transformed"]
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial, reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import transforms
+from torch.distributions import (
+    Distribution,
+    Independent,
+    Normal,
+    TransformedDistribution,
+    transforms,
+)
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from flowguard.bounds.holders import steps_within
 from flowguard.bounds.regions import Envelope
-from flowguard.bounds.rules import envelope, envelope_rule, rule, steps, within
-from flowguard.bounds.steps import Refused, Scale, Step, constant
+from flowguard.bounds.rules import departure, envelope, envelope_rule, named, rule, steps, within
+from flowguard.bounds.steps import Noise, Refused, Scale, Step, constant
 from flowguard.bounds.univariate import conditional
+from flowguard.hosts import load
 from flowguard.transforms import InverseTransform
 
 
 @rule(nn.DataParallel, DistributedDataParallel, AveragedModel)
 def _wrapped(wrapper: Any, sampling: bool) -> Iterator[Step]:
-    yield from within("module", wrapper.module, sampling)
+    yield from named("module", steps_within(wrapper.module, sampling))
 
 
 @rule(nn.Sequential)
 def _sequential(stack: nn.Sequential, sampling: bool) -> Iterator[Step]:
     if len(stack) == 1:
-        yield from within("0", stack[0], sampling)
+        yield from named("0", steps_within(stack[0], sampling))
     else:
         reason = "of a Sequential only that of one flow alone is known: certify the flow in it"
         yield Refused(reason=reason)
 
 
+#: The classes of normal distributions, and of what makes independent dimensions an event.
+_NORMALS: set[type] = {Normal}
+_EVENTS: set[type] = {Independent}
+
+
+def known_bases(normals: Iterable[type] = (), events: Iterable[type] = ()) -> None:
+    r"""Registers classes of a host that sample as torch's do.
+
+    Arguments:
+        normals: Normal distributions with `loc` and `scale`.
+        events: What makes independent dimensions of its `base_dist` an event.
+    """
+    _NORMALS.update(normals)
+    _EVENTS.update(events)
+
+
+@rule(TransformedDistribution)
+def transformed(d: Any, sampling: bool) -> Iterator[Step]:
+    r"""The rule of a distribution of transforms, from noise to data, with the constants that it has.
+
+    Arguments:
+        d: The distribution.
+        sampling: Whether it is run towards data.
+    """
+    if not sampling:
+        yield Refused(reason="a distribution is bounded in its sampling direction only")
+        return
+    yield from base_steps("base_dist", d.base_dist)
+    for i, part in enumerate(d.transforms):
+        yield from within(f"transforms.{i}", part, False)
+
+
+def base_steps(name: str, base: Distribution) -> Iterator[Step]:
+    r"""The noise of a base whose parameters are constants. Of one that is normal, feature by
+    feature, it is standard normal; of any other one, its samples are the noise.
+
+    Arguments:
+        name: The name of the base.
+        base: The base.
+    """
+    kind = type(base).__name__
+    shape = base.event_shape or base.batch_shape
+    size, event = (shape[-1], shape.numel()) if shape else (1, 1)
+    loc = scale = None
+    while cls := _known(base):
+        if why := departure(base, cls):
+            yield Refused(name=name, kind=kind, reason=why)
+            return
+        if cls in _NORMALS:
+            loc, scale = _rows(base.loc), _rows(base.scale)  # type: ignore[attr-defined]
+            break
+        base = base.base_dist  # type: ignore[attr-defined]
+    if loc is None or scale is None:
+        yield Noise(name=name, kind=kind, size=size, event=event, normal=False)
+        return
+    yield Noise(name=name, kind=kind, size=size, event=event)
+    if bool(loc.ne(0).any()) or bool(scale.ne(1).any()):
+        yield Scale(name=name, kind=kind, factor=scale, offset=loc)
+
+
+def _known(base: Distribution) -> type | None:
+    r"""The class of normal distributions, or of events, that a base is of or derived from."""
+    load(base, "rules")
+    return next((c for c in type(base).__mro__ if c in _NORMALS or c in _EVENTS), None)
+
+
+def _rows(t: Tensor) -> Tensor | None:
+    r"""The numbers of the last dimension, if they are the same along all others."""
+    if not t.dim():
+        return constant(t)
+    rows = t.detach().reshape(-1, t.shape[-1])
+    same = len(rows) > 0 and bool(rows.eq(rows[:1]).all())
+    return constant(rows[0]) if same else None
+
+
 @rule(transforms.ComposeTransform)
-def _compose(f: transforms.ComposeTransform, sampling: bool) -> Iterator[Step]:
+def composed(f: Any, sampling: bool) -> Iterator[Step]:
+    r"""The rule of transforms one after another.
+
+    Arguments:
+        f: What holds them in its `parts`.
+        sampling: Whether they are run towards data, inverted.
+    """
     parts = list(enumerate(f.parts))
     for i, part in reversed(parts) if sampling else parts:
         yield from within(f"parts.{i}", part, sampling)

@@ -15,6 +15,10 @@ INSTANT = 0.1  # seconds that the cores are watched for
 CHOICES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # what else says how many threads there shall be
 STAT = Path("/proc/stat")
 GROUP = Path("/sys/fs/cgroup/cpu.max")  # what a container may use: microseconds, of as many
+OLD_GROUPS = (
+    Path("/sys/fs/cgroup/cpu"),
+    Path("/sys/fs/cgroup/cpu,cpuacct"),
+)  # version one has two
 
 
 def add_machine(parser: Parser) -> None:
@@ -85,7 +89,8 @@ def free_cores() -> tuple[int, int]:
     not tell, the load says how many are not.
     """
     usable = usable_cores()
-    most = min(len(usable), group_limit(GROUP) or len(usable))
+    limits = (group_limit(GROUP), *map(old_group_limit, OLD_GROUPS))
+    most = min(len(usable), *(limit for limit in limits if limit is not None), len(usable))
     before = idle_and_total(STAT)
     if before:
         time.sleep(INSTANT)
@@ -119,10 +124,32 @@ def group_limit(file: Path) -> int | None:
         file: The file of the control group.
     """
     try:
-        quota, period = file.read_text(encoding="ascii").split()
-        return max(1, int(quota) // int(period))
-    except (OSError, ValueError, ZeroDivisionError):  # there is none, or it says max
+        return _cores(*file.read_text(encoding="ascii").split())
+    except (OSError, ValueError, TypeError):  # there is none, or it says something else
         return None
+
+
+def old_group_limit(folder: Path) -> int | None:
+    r"""Returns how many cores' time a container of version one of control groups may use;
+    :py:`None` for no limit.
+
+    Arguments:
+        folder: The folder of the group's processor time.
+    """
+    try:
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        return _cores(*((folder / name).read_text(encoding="ascii") for name in names))
+    except (OSError, ValueError):
+        return None
+
+
+def _cores(quota: str, period: str) -> int | None:
+    r"""As many cores as a quota of each period is the time of; :py:`None` where it says max or -1."""
+    try:
+        whole_cores = int(quota) // int(period)
+    except (ValueError, ZeroDivisionError):
+        return None
+    return None if int(quota) < 0 else max(1, whole_cores)
 
 
 Times = dict[int, tuple[int, int]]

@@ -54,7 +54,9 @@ def successor(
     return new
 
 
-def exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+def exchange(
+    model: nn.Module, old: nn.Module, new: nn.Module, places: Iterable[Any] = ()
+) -> nn.Module:
     r"""Puts a module where another one is: wherever a module within the model refers to it, as a
     child, an attribute, or in a list or a dictionary of its own.
 
@@ -62,11 +64,12 @@ def exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
         model: The model, which is changed.
         old: The module that goes.
         new: The module that comes.
+        places: Other objects that refer to modules of the model.
 
     Returns:
         The model; the new module, if the model is the old one.
     """
-    for holder in list(model.modules()):
+    for holder in [*model.modules(), *places]:
         own = vars(holder)
         for place in (own, *own.values()):
             if isinstance(place, MutableMapping):

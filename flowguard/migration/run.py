@@ -14,16 +14,19 @@ import torch.nn as nn
 from torch import Tensor
 
 from flowguard.bounds.certificate import certify
+from flowguard.bounds.holders import unwrapped
+from flowguard.bounds.parts import gather
 from flowguard.functional import FINE_SLOPE, check_bound, check_shift_bound, check_slope
 from flowguard.migration.imitate import SAME, SMALLEST, RescaledSpline, compare, imitate, units
 from flowguard.migration.inscribe import single
 from flowguard.migration.report import Migration, Replacement, SampleError
 from flowguard.migration.surgeon import Site, Surgeon, surgeon
+from flowguard.migration.wrapped import Wrapped
 from flowguard.numerics import evaluating
 from flowguard.ood import unguarded
 from flowguard.transforms import SHIFT_BOUND
 
-Model = TypeVar("Model", bound=nn.Module)
+Model = TypeVar("Model")
 
 FIT_ROWS = 4096  # calibration pairs that the imitation is fitted on; fine-tuning takes all
 FIT_NUMBERS = 2**20  # numbers that these may have in all, so that images fit into the memory
@@ -88,7 +91,7 @@ def migrate(
     The model itself is not changed. Its mode (training or evaluation) is that of the copy.
 
     Arguments:
-        model: The trained flow, or any module that holds layers of one.
+        model: The trained flow, or any module that holds layers of one; of Pyro, a distribution.
         x: Calibration data, best some thousand pairs that the flow was trained on, with shape
             :math:`(N, D)`, or :math:`(N, C, H, W)` for images.
         context: Their contexts, with :math:`N` rows, or :py:`None`. If the model takes a list of
@@ -144,17 +147,20 @@ def migrate(
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         x, context = _ordinary(x), _ordinary(context)
-        result = copy.deepcopy(model)
+        wrappers, inner = unwrapped(model)
+        operation = surgeon(_copied(inner))
+        if wrappers:
+            operation = Wrapped(model, ".".join(wrappers), operation)  # type: ignore[arg-type]
         if state_dict is not None:
-            result.load_state_dict(state_dict)
+            loaded = operation.subject if wrappers else operation.model
+            loaded.load_state_dict(state_dict)
         if dry_run:  # what is tried out shall not move the caller's random numbers
             stack.enter_context(torch.random.fork_rng())
-        stack.enter_context(unguarded(result))
-        operation = surgeon(result)
+        stack.enter_context(unguarded(operation.model))
         density: Density = operation.log_prob
         if log_prob is not None:
             told = log_prob
-            density = lambda x, context: told(operation.model, x, context)  # noqa: E731
+            density = lambda x, context: told(operation.subject, x, context)  # noqa: E731
         plan = Plan(
             {"bound": bound, "shift_bound": shift_bound, "slope": slope},
             bins,
@@ -184,9 +190,20 @@ def migrate(
             report = replace(
                 report,
                 nll_after=_nll(operation.model, density, x, context),
-                certificate_after=certify(operation.model),
+                certificate_after=certify(operation.subject),
             )
-    return (model if dry_run else operation.model), report  # type: ignore[return-value]
+    return (model if dry_run else operation.subject), report
+
+
+def _copied(model: Model) -> Model:
+    r"""A copy, without the graphs of what some modules remember of their last call."""
+    memo: dict[int, Any] = {}
+    for module in gather(model).modules():
+        for value in vars(module).values():
+            for t in value if isinstance(value, tuple) else (value,):
+                if isinstance(t, Tensor) and not t.is_leaf:
+                    memo[id(t)] = t.detach().clone()
+    return copy.deepcopy(model, memo)
 
 
 class Plan(NamedTuple):
@@ -253,7 +270,7 @@ def _announce(operation: Surgeon, plan: Plan) -> Migration:
         None,
         None,
         None,
-        certify(operation.model),
+        certify(operation.subject),
         None,
         _told(kept),
         dry_run=True,
@@ -269,7 +286,7 @@ def _operate(
     operation: Surgeon, density: Density, x: Tensor, context: Any, before: Tensor, plan: Plan
 ) -> Migration:
     r"""Replaces the layers of a model that gives the data these log-densities before."""
-    certificate = certify(operation.model)
+    certificate = certify(operation.subject)
     sites, kept = _sites(operation, plan)
     trial = _Trial(operation, x, context)
     rows = torch.randperm(len(x), device=x.device)[: _at_once(x)]
@@ -296,7 +313,7 @@ def _operate(
         -after.mean().item(),
         None,
         certificate,
-        certify(operation.model) if replaced else certificate,
+        certify(operation.subject) if replaced else certificate,
         _told(kept),
         trial.error(),
         cut=moved.double().mean().item(),
@@ -322,7 +339,7 @@ def hooked(model: nn.Module) -> tuple[str, ...]:
     )
 
 
-def _without_density(model: nn.Module, error: NotImplementedError) -> TypeError:
+def _without_density(model: Any, error: NotImplementedError) -> TypeError:
     return TypeError(
         "a flow is migrated by the log-density of calibration data, but"
         f" {type(model).__name__} does not go from data to noise: {error or 'a layer has no inverse'}"

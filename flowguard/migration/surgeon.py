@@ -3,14 +3,17 @@ r"""What it takes to operate on a model: the sites of its layers, and who knows 
 __all__ = ["Site", "Surgeon", "holder", "no_density", "surgeon"]
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import singledispatch
 from typing import Any
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 
+from flowguard.bounds.holders import Conditions, held
+from flowguard.bounds.parts import parts
 from flowguard.hosts import load
 from flowguard.migration.exchange import exchange
 from flowguard.migration.imitate import AnyTransform, RescaledSpline
@@ -26,6 +29,18 @@ class Surgeon(abc.ABC):
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self._holding: Holding | None = None
+
+    def held_log_prob(self, x: Tensor, context: Any) -> Tensor:
+        r"""Returns the log-density of each row of a model that tells none itself, but holds a flow
+        and does nothing more.
+
+        Raises:
+            TypeError: If it does not, or does more.
+        """
+        if self._holding is None:
+            self._holding = Holding(self.model)
+        return self._holding.log_prob(x, context)
 
     @abc.abstractmethod
     def log_prob(self, x: Tensor, context: Any) -> Tensor:
@@ -48,9 +63,66 @@ class Surgeon(abc.ABC):
         :py:`NotImplementedError` where there is no inverse."""
         raise NotImplementedError
 
+    @property
+    def subject(self) -> Any:
+        r"""What was asked to be migrated: the model, or what it holds the modules of."""
+        return self.model
+
+    @property
+    def places(self) -> Sequence[Any]:
+        r"""The objects that refer to layers and are no modules."""
+        return ()
+
     def tuning(self) -> AbstractContextManager[None]:
         r"""Holds while the model is fine-tuned."""
         return nullcontext()
+
+
+class Holding:
+    r"""Creates the density of a module that only holds a flow, and has no method `log_prob`.
+
+    Arguments:
+        model: The module.
+
+    Raises:
+        TypeError: If it holds none, or several, or does more than hold it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        found = held(model)
+        if found is None:
+            raise no_density(model)
+        if found.reason:
+            raise TypeError(f"{no_density(model)}: {found.reason}")
+        self.model, self.path = model, found.path
+        self.told = Conditions(model, found.path)
+        self.checked = False
+
+    def log_prob(self, x: Tensor, context: Any) -> Tensor:
+        r"""Returns the log-density of the flow, given what the module tells it of a context."""
+        density = surgeon(self.model.get_submodule(self.path)).log_prob
+        found = density(x, self.told(context, x))
+        if not self.checked:
+            self._check(x, context, found.detach())
+            self.checked = True
+        return found
+
+    def _check(self, x: Tensor, context: Any, found: Tensor) -> None:
+        r"""Refuses a module that returns another density than the flow, or none at all."""
+        way = self.told.way
+        with torch.no_grad():
+            says = self.model(x) if way is None else way(context, x)
+            says = says.log_prob(x) if hasattr(says, "log_prob") else says
+        if isinstance(says, Tensor):
+            known = found if says.dim() else found.mean()
+            for sign in (1, -1):  # a density or a loss
+                if says.shape == known.shape and torch.allclose(sign * says, known, 1e-4, 1e-3):
+                    return
+        raise TypeError(
+            f"{type(self.model).__name__} does more than hold its {self.path}: what it returns is"
+            f" not the density that {self.path} has of the same data; migrate model.{self.path}, or"
+            " give migrate(..., log_prob=lambda model, x, context: ...)"
+        )
 
 
 class Site(abc.ABC):
@@ -141,7 +213,9 @@ class Site(abc.ABC):
         Arguments:
             new: What :meth:`carry` or :meth:`build` returned.
         """
-        self.operation.model = exchange(self.operation.model, self.layer, new)
+        self.operation.model = exchange(
+            self.operation.model, self.layer, new, self.operation.places
+        )
         self.robust = new
 
     def learned(self) -> list[nn.Parameter]:
@@ -188,7 +262,9 @@ def surgeon(model: Any) -> Surgeon:
     load(model, "migration")
     if len(surgeon.registry) > before and surgeon.dispatch(type(model)) is not _UNKNOWN:
         return surgeon(model)
-    for part in model.modules() if isinstance(model, nn.Module) else ():
+    for part in parts(model):
+        if isinstance(part, Tensor):
+            continue
         load(part, "migration")
         for cls in type(part).__mro__:
             if cls in _HOLDERS:

@@ -27,10 +27,9 @@ from flowguard.models.checkpoints import (
     plan_flow,
     plan_module,
 )
-from flowguard.models.ranges import advice, mistaken
+from flowguard.models.ranges import ImageConditioner, advice, mistaken
 from flowguard.models.store import Pretrained
 from flowguard.numerics import normal_log_prob, repeat_rows
-from flowguard.ood import OODConditioner
 
 BITS = ("dim", "pixel")
 METHODS = ("condition", "forward", "nll", "encode", "decode", "latent_shapes", "sample")
@@ -115,7 +114,7 @@ class ImageModel(Pretrained, nn.Module):
             raise ValueError(f"there must be at least 2 grey levels; got quant={quant}")
         self.quant = quant
         self.import_report: ImportReport | None = None
-        self.conditioner = OODConditioner(encoder, required=False)
+        self.conditioner = ImageConditioner(encoder, required=False)
         self.flow = flow
 
     # -- what a model may say of itself ----------------------------------------------------------

@@ -1,11 +1,14 @@
 r"""Images that have the values of files, 0 to 255 say, where models take those in [0, 1]."""
 
-__all__ = ["advice", "mistaken"]
+__all__ = ["ImageConditioner", "advice", "mistaken"]
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from flowguard.ood import OODConditioner
 
 MOST = 2**16 - 1  # of the whole numbers of a picture, with 16 bits
 HIGH = 2.0  # up to here, a value can be one of [0, 1] that was resized, or made brighter
@@ -68,3 +71,32 @@ def advice(name: str, high: float) -> str:
     """
     by = 255 if high <= 255 else MOST
     return f"{name} must have values in [0, 1]; got a maximum of {high:g}: divide by {by}"
+
+
+class ImageConditioner(OODConditioner):
+    r"""Creates the conditioner of an image model, which takes images of values in [0, 1]: it is
+    neither fitted to nor calibrated with others. Its arguments are those of
+    :class:`flowguard.OODConditioner`.
+
+    Example:
+        >>> conditioner = ImageConditioner(policy="report")
+        >>> conditioner.fit(255 * torch.rand(64, 3, 4, 4), progress=False)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        ValueError: the conditions must have values in [0, 1]; got a maximum of ...: divide by 255
+    """
+
+    def check(self, y: Any) -> None:
+        r"""Refuses images that look as if they were not divided by 255.
+
+        Arguments:
+            y: The images; what there is beside three channels has a range of its own.
+
+        Raises:
+            ValueError: If they look so.
+        """
+        if not isinstance(y, Tensor) or not y.is_floating_point():
+            return
+        (high,) = mistaken([y[:, :3] if y.dim() == 4 else y])
+        if high:
+            raise ValueError(advice("the conditions", high))

@@ -268,6 +268,7 @@ class OODConditioner(nn.Module):
         guard = self.guard.fresh()
         with evaluating(self.encoder):
             for y in contexts(batches, context, device_of(self.encoder), progress, "fit"):
+                self.check(y)
                 guard.update(self._embed(y)[1])
         guard.finalize(fingerprint(self.encoder), distributed)
         self.guard, self._last.value = guard, None
@@ -302,10 +303,19 @@ class OODConditioner(nn.Module):
         calibrators = self.guard.calibrators()
         with evaluating(self.encoder):
             for y in contexts(batches, context, device_of(self.encoder), progress, "calibrate"):
+                self.check(y)
                 self.guard.add(calibrators, self._embed(y)[1])
         self.guard.set_calibration(calibrators, self.alpha, distributed)
         self._off, self._last.value = False, None
         return self
+
+    def check(self, y: Any) -> None:
+        r"""Refuses contexts that the conditioner shall be neither fitted to nor calibrated with;
+        here none. For subclasses that know more of their contexts.
+
+        Arguments:
+            y: A batch of contexts.
+        """
 
     # -- use ---------------------------------------------------------------------------------
 

@@ -8,9 +8,11 @@ __all__ = [
     "BoundedMADEMoG",
     "base_sites",
     "bounded_base",
+    "farthest",
     "why_kept",
 ]
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,6 +35,9 @@ MixtureOfGaussiansMADE: Any = part("nn.nde").MixtureOfGaussiansMADE
 
 #: The bases whose samples no condition reaches.
 CONSTANT = ("normal.StandardNormal", "normal.DiagonalNormal", "uniform.BoxUniform")
+
+#: The weight, as a share of the largest, from which on a component of a mixture is met in samples.
+LIKELY = 0.01
 
 
 class BoundedDiagonalNormal(ConditionalDiagonalNormal):
@@ -205,6 +210,27 @@ def bounded_base(name: str, base: Any) -> Iterator[Step]:
         made = base._made
         yield Noise(name=name, kind=kind, size=made.features, event=made.features)
         yield from worst_component(made).steps(name, kind)
+
+
+def farthest(made: Any, z: Tensor, context: Tensor | None) -> Tensor:
+    r"""Returns what a mixture makes of noise, feature after feature, by those of its likely
+    components that lie farthest out.
+
+    Arguments:
+        made: The network of a mixture.
+        z: The noise, with shape :math:`(N, D)`.
+        context: The context, or :py:`None`.
+    """
+    features: list[Tensor] = []
+    rest = torch.zeros_like(z)
+    for i in range(made.features):
+        x = torch.cat((*features, rest[:, i:]), dim=1)
+        logits, mean, raw = (t[:, i] for t in split(made, made.forward(x, context)))
+        values = mean + scale_of(made, raw) * z[:, i : i + 1]
+        likely = logits >= logits.amax(1, keepdim=True) + math.log(LIKELY)
+        chosen = torch.where(likely, values.abs(), -1.0).argmax(1, keepdim=True)
+        features.append(values.gather(1, chosen))
+    return torch.cat(features, dim=1)
 
 
 def worst_component(made: BoundedMADE) -> BoundedMoments:

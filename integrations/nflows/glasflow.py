@@ -12,19 +12,24 @@ from flowguard.bounds import rule
 from flowguard.bounds.attack import Sampler, Tensors, sampler
 
 from . import rules as nflows
+from .bases import farthest
 from .migration import operate_on
 
 
 def _sample(model: Any, context: Tensors) -> tuple[Sampler, Tensors]:
     base = model._distribution
-    if not nflows.is_base(base, "StandardNormal"):
+    mixed = nflows.is_mixture(base)
+    if not (mixed or nflows.is_base(base, "StandardNormal")):
         raise nflows.unknown_noise(base)
 
     def draw(z: Tensor, y: Tensors) -> Any:
+        if mixed:
+            z = farthest(base._made, z, y)
         return model._transform.inverse(z, context=y)[0]
 
+    shape = (base._made.features,) if mixed else base._shape
     like = context if isinstance(context, Tensor) else context[0]
-    return draw, like.new_zeros(like.shape[0], *base._shape)
+    return draw, like.new_zeros(like.shape[0], *shape)
 
 
 operate_on("glasflow.nflows")

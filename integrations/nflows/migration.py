@@ -19,7 +19,6 @@ from flowguard.migration.exchange import overhear
 from flowguard.migration.imitate import AffineMap, AnyTransform, RescaledSpline
 from flowguard.migration.inscribe import InscribedAffine, InscribedShift
 from flowguard.migration.knots import HostSpline, Knots, width_of
-from flowguard.migration.surgeon import no_density
 from flowguard.numerics import normal_log_prob
 
 from .bases import base_sites, why_kept
@@ -200,7 +199,7 @@ class _NFlows(Surgeon):
         if hasattr(model, "log_prob"):
             return model.log_prob(x) if context is None else model.log_prob(x, context)
         if not _is_transform(model):
-            raise no_density(model)
+            return self.held_log_prob(x, context)
         # A lone transform is taken to standard normal noise.
         z, ladj = model(x, context)
         return ladj + normal_log_prob(z)

@@ -43,7 +43,7 @@ from flowguard.image import Robust
 from . import rules_linear as linear
 from .autoregressive import MaskedRobustSplineAutoregressiveTransform
 from .base import MultiscaleNormal
-from .bases import BoundedDiagonalNormal, BoundedMADEMoG, bounded_base
+from .bases import BoundedDiagonalNormal, BoundedMADEMoG, bounded_base, farthest
 from .coupling import RobustSplineCDF, RobustSplineCouplingTransform
 from .host import CANDIDATES, HOST, part
 from .image import ConditionalMultiscaleTransform, RobustFlowStep
@@ -105,14 +105,15 @@ def _base(base: Any, size: int) -> Iterator[Step]:
         yield Refused(name=name, kind=kind, reason=reason)
 
 
-def is_base(base: Any, name: str) -> bool:
+def is_base(base: Any, name: str, module: str = "normal") -> bool:
     r"""Whether a base is of a host's own class of this name, nothing derived from it.
 
     Arguments:
         base: The base.
-        name: The name of a class of the hosts' ``distributions.normal``.
+        name: The name of a class of the hosts' distributions.
+        module: The module of that class.
     """
-    modules = (sys.modules.get(f"{host}.distributions.normal") for host in CANDIDATES)
+    modules = (sys.modules.get(f"{host}.distributions.{module}") for host in CANDIDATES)
     return any(type(base) is getattr(module, name, None) for module in modules)
 
 
@@ -388,7 +389,8 @@ def _sample(model: Any, context: Tensors) -> tuple[Sampler, Tensors]:
     base = model._distribution
     given, sized = is_base(base, "ConditionalDiagonalNormal"), isinstance(base, MultiscaleNormal)
     given = given or type(base) is BoundedDiagonalNormal
-    if not (given or sized or is_base(base, "StandardNormal")):
+    mixed = is_mixture(base)
+    if not (given or sized or mixed or is_base(base, "StandardNormal")):
         raise unknown_noise(base)
     with torch.no_grad():
         embedded = model._embedding_net(context)
@@ -399,11 +401,25 @@ def _sample(model: Any, context: Tensors) -> tuple[Sampler, Tensors]:
         if given:
             mean, log_std = base._compute_params(c)
             z = mean + torch.exp(log_std) * z
+        elif mixed:
+            z = farthest(base._made, z, c)
         x: Tensor = model._transform.inverse(z, context=c)[0]
         return x
 
-    shape = (base.latent_size(embedded),) if sized else base._shape
+    if mixed:
+        shape = (base._made.features,)
+    else:
+        shape = (base.latent_size(embedded),) if sized else base._shape
     return draw, like.new_zeros(like.shape[0], *shape)
+
+
+def is_mixture(base: Any) -> bool:
+    r"""Whether a base is a host's mixture of normal distributions, bounded or not.
+
+    Arguments:
+        base: The base.
+    """
+    return type(base) is BoundedMADEMoG or is_base(base, "MADEMoG", "mixture")
 
 
 def unknown_noise(base: Any) -> TypeError:

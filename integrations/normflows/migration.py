@@ -38,7 +38,6 @@ from normflows.flows.neural_spline.coupling import (
 from torch import Tensor
 
 from flowguard.migration import Site, Surgeon, holder, surgeon
-from flowguard.migration.surgeon import no_density
 from flowguard.numerics import normal_log_prob
 
 from .adapter import ContextAdapter
@@ -152,7 +151,7 @@ class _Normflows(Surgeon):
         if hasattr(model, "log_prob"):
             return model.log_prob(x) if context is None else model.log_prob(x, context)
         if not isinstance(model, Flow):
-            raise no_density(model)
+            return self.held_log_prob(x, context)
         # A lone layer is taken to standard normal noise.
         z, ladj = model.inverse(x) if context is None else model.inverse(x, context)
         return ladj + normal_log_prob(z)

@@ -21,7 +21,7 @@ from zuko.nn import Linear, MaskedLinear
 from zuko.transforms import MonotonicRQSTransform
 from zuko.utils import unpack
 
-from flowguard.migration import Site, Surgeon, surgeon
+from flowguard.migration import Site, Surgeon, holder, surgeon
 from flowguard.migration.exchange import successor
 from flowguard.migration.imitate import Rescaled, RescaledSpline
 from flowguard.migration.inscribe import InscribedAffine, InscribedShift
@@ -352,10 +352,15 @@ def _bases(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 class _Zuko(Surgeon):
-    r"""What it takes to operate on zuko's lazy distributions."""
+    r"""What it takes to operate on zuko's lazy distributions, and on what holds some."""
 
     def log_prob(self, x: Tensor, context: Any) -> Tensor:
-        return self.model(context).log_prob(x)
+        model: Any = self.model
+        if isinstance(model, zuko.lazy.LazyDistribution):
+            return model(context).log_prob(x)
+        if hasattr(model, "log_prob"):
+            return model.log_prob(x) if context is None else model.log_prob(x, context)
+        return self.held_log_prob(x, context)
 
     def sites(self) -> list[Site]:
         layers = [
@@ -385,6 +390,5 @@ class _Zuko(Surgeon):
         }
 
 
-@surgeon.register
-def _(model: zuko.lazy.LazyDistribution) -> Surgeon:
-    return _Zuko(model)
+surgeon.register(zuko.lazy.LazyDistribution, _Zuko)
+holder(zuko.lazy.LazyDistribution, zuko.lazy.LazyTransform)(_Zuko)

@@ -37,9 +37,10 @@ from flowguard.bounds import (
     within,
 )
 from flowguard.bounds.attack import Sampler, Tensors, sampler
+from flowguard.bounds.holders import conditioned
 from flowguard.bounds.rational import constant_spline
 from flowguard.bounds.solution import solution
-from flowguard.bounds.torch_rules import affine, after, squashed
+from flowguard.bounds.torch_rules import affine, after, known_bases, squashed
 from flowguard.bounds.univariate import undetermined
 from flowguard.migration.imitate import RescaledSpline
 from flowguard.migration.inscribe import InscribedAffine, InscribedShift
@@ -60,6 +61,8 @@ ADDITIVE: tuple[type, ...] = tuple(
     getattr(T, name) for name in ("AdditiveTransform",) if hasattr(T, name)
 )
 
+conditioned(zuko.lazy.LazyDistribution)
+known_bases(events=[zuko.distributions.DiagNormal])
 
 SAMPLING_ONLY = "a flow is bounded in its sampling direction only"
 

@@ -196,3 +196,11 @@ def test_wrong_arguments_are_refused(options, error, match):
 def test_an_unknown_model_is_refused_with_the_way_out():
     with pytest.raises(TypeError, match="does not know how to sample from Linear"):
         attack(nn.Linear(2, 2), torch.zeros(1, 2))
+
+
+def test_what_an_attack_has_reached_equals_itself_alone():
+    result = attack(product, torch.ones(2, 3), latents=torch.zeros(2, 3), steps=1, restarts=1)
+    assert result == result
+    assert result != attack(
+        product, torch.ones(2, 3), latents=torch.zeros(2, 3), steps=1, restarts=1
+    )

@@ -791,3 +791,14 @@ def test_a_spline_of_a_box_beyond_its_dtype_has_a_bound():
     f = RobustSpline(*half, torch.ones((), dtype=torch.float16), bound=1.0, shift_bound=1e6)
     assert f.shift.isfinite()
     assert certify(f).bound(1.0) >= 1.0
+
+
+def test_a_certificate_equals_itself_alone():
+    flow = ConditionalMultiscaleFlow(3, 8, levels=1, steps=1, hidden=8)
+    certificate = certify(flow)
+    assert certificate == certificate
+    assert certificate != certify(flow)
+    assert len({certificate, certificate, certificate.tighten(0)}) == 2
+    step = certificate.steps[1]
+    assert step == step
+    assert step in certificate.steps

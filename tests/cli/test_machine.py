@@ -91,6 +91,7 @@ def test_a_file_that_says_something_else(tmp_path):
 def test_where_only_the_load_is_known(load, free, tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "STAT", tmp_path / "absent")
     monkeypatch.setattr(machine, "GROUP", tmp_path / "absent")
+    monkeypatch.setattr(machine, "OLD_GROUPS", ())
     monkeypatch.setattr(machine, "usable_cores", lambda: {0, 1, 2, 3})
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 0, 0), raising=False)
     assert machine.free_cores() == (free, 4)
@@ -103,6 +104,7 @@ def test_where_nothing_is_known_all_cores_are_free(error, tmp_path, monkeypatch)
 
     monkeypatch.setattr(machine, "STAT", tmp_path / "absent")
     monkeypatch.setattr(machine, "GROUP", tmp_path / "absent")
+    monkeypatch.setattr(machine, "OLD_GROUPS", ())
     monkeypatch.setattr(machine, "usable_cores", lambda: {0, 1, 2, 3})
     monkeypatch.setattr(os, "getloadavg", nothing, raising=False)
     assert machine.free_cores() == (4, 4)
@@ -113,6 +115,7 @@ def test_where_no_time_is_counted_the_load_is_asked(tmp_path, monkeypatch):
     (tmp_path / "stat").write_text(stat(0, 0, 0, 0, total=0))
     monkeypatch.setattr(machine, "STAT", tmp_path / "stat")
     monkeypatch.setattr(machine, "GROUP", tmp_path / "absent")
+    monkeypatch.setattr(machine, "OLD_GROUPS", ())
     monkeypatch.setattr(machine, "usable_cores", lambda: {0, 1, 2, 3})
     monkeypatch.setattr(os, "getloadavg", lambda: (1.0, 0, 0), raising=False)
     assert machine.free_cores() == (3, 4)
@@ -130,4 +133,28 @@ def test_a_container_has_no_more_than_its_share(tmp_path, monkeypatch):
         "sleep",
         lambda _: monkeypatch.setattr(machine, "idle_and_total", lambda file: later),
     )
+    assert machine.free_cores() == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("quota", "period", "wanted"),
+    [("-1", "100000", None), ("200000", "100000", 2), ("50000", "100000", 1), ("1", "", None)],
+)
+def test_the_limit_of_a_container_in_the_older_groups(quota, period, wanted, tmp_path):
+    """The first version of control groups has two files, in one of several places."""
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text(f"{period}\n")
+    assert machine.old_group_limit(tmp_path / "cpu") == wanted
+    assert machine.old_group_limit(tmp_path / "absent") is None
+
+
+def test_a_container_of_the_older_groups_has_no_more_than_its_share(tmp_path, monkeypatch):
+    (tmp_path / "cpu.cfs_quota_us").write_text("200000")
+    (tmp_path / "cpu.cfs_period_us").write_text("100000")
+    monkeypatch.setattr(machine, "STAT", tmp_path / "absent")
+    monkeypatch.setattr(machine, "GROUP", tmp_path / "absent")
+    monkeypatch.setattr(machine, "OLD_GROUPS", (tmp_path / "nowhere", tmp_path))
+    monkeypatch.setattr(machine, "usable_cores", lambda: {0, 1, 2, 3})
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0, 0), raising=False)
     assert machine.free_cores() == (2, 2)

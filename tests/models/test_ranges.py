@@ -3,7 +3,9 @@ r"""Which images look as if they were not divided by 255."""
 import pytest
 import torch
 
+from flowguard.models import SuperResolutionFlow
 from flowguard.models.ranges import advice, mistaken
+from flowguard.ood import OODConditioner
 
 FILES = {
     "bytes": lambda: torch.randint(0, 256, (2, 3, 4, 4)).float(),
@@ -58,3 +60,22 @@ def test_the_device_is_waited_for_once(monkeypatch):
 def test_the_advice_names_the_divisor():
     assert advice("hr", 255.0).endswith("got a maximum of 255: divide by 255")
     assert advice("hr", 60000.0).endswith("got a maximum of 60000: divide by 65535")
+
+
+@pytest.mark.parametrize("method", ["fit", "calibrate"])
+def test_the_guard_of_an_image_model_is_not_made_of_values_of_files(method):
+    guard = SuperResolutionFlow(scale=2, levels=1, steps=1, hidden=8).eval().conditioner
+    images = torch.rand(64, 3, 8, 8)
+    whole = (255 * images).round()
+    guard.fit(images, progress=False)
+    with pytest.raises(ValueError, match=r"in \[0, 1\]; got a maximum of 255: divide by 255"):
+        getattr(guard, method)(whole, progress=False)
+    assert guard.fitted
+    assert not guard.calibrated
+    guard.calibrate(images, progress=False)  # what else it is asked is scored
+    assert guard.score(whole[:2]).flagged.all()
+
+
+def test_a_guard_of_something_else_takes_any_values():
+    guard = OODConditioner().fit((255 * torch.rand(64, 3)).round(), progress=False)
+    assert guard.fitted

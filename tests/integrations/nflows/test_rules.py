@@ -299,6 +299,21 @@ def test_attack_on_a_conditional_base(host):
     assert flowguard.attack(flow, torch.randn(1, CONTEXT), steps=20, restarts=1).value > 100
 
 
+def test_attack_on_a_mixture_takes_the_farthest_of_its_likely_components(host):
+    base = host.distributions.MADEMoG(D, 16, CONTEXT, num_mixture_components=3)
+    flow, c = host.flow(host.T.IdentityTransform()), torch.randn(8, CONTEXT)
+    flow._distribution = base
+    with torch.no_grad():
+        x = flow.sample(400, c).flatten(0, 1)
+        still = flowguard.attack(flow, c, radius=0.0, steps=0, restarts=20, noise=4.0).value
+    # Nothing was ascended: it is among the farthest of what is sampled for these contexts.
+    assert x.abs().quantile(0.99) < still
+    robust, report = flowguard.migrate(flow, x, c.repeat_interleave(400, 0))
+    bound = report.certificate_after.bound(4.0)
+    assert 0.2 * bound < flowguard.attack(robust, c, steps=30, restarts=1).value <= bound
+    assert bound < flowguard.attack(flow, c, steps=30, restarts=1).value
+
+
 def test_attack_refuses_an_unknown_base(host):
     flow = host.Flow(host.T.IdentityTransform(), host.distributions.DiagonalNormal([D]))
     with pytest.raises(TypeError, match="noise of a DiagonalNormal"):

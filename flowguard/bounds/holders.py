@@ -1,0 +1,544 @@
+r"""The flow inside of what holds one: wrappers of torch's, and modules of users' own.
+
+A wrapper of torch's calls what it holds, and does nothing else. Of a module of a user's own, the
+source tells whether what the flow samples is handed on as it is: an expression of its methods that
+makes something of a sample is a reason to refuse it, and so is one that cannot be read.
+"""
+
+__all__ = [
+    "Conditions",
+    "Held",
+    "conditioned",
+    "held",
+    "steps_within",
+    "unwrapped",
+    "wrapped_again",
+]
+
+import ast
+import copy
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import CodeType, FunctionType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from flowguard.bounds.rules import departure, has_rule, hooks_of, steps, within
+from flowguard.bounds.steps import Refused, Remark, Step
+
+#: What samples, what scores, what only rearranges a sample, and what concerns the weights alone.
+SAMPLING = {"rsample", "rsample_and_log_prob", "sample", "sample_and_log_prob"}
+SCORING = {"forward_kld", "log_prob", "reverse_kld"}
+SHAPING = {"cpu", "detach", "flatten", "movedim", "numpy", "permute", "reshape", "squeeze"}
+SHAPING |= {"swapaxes", "transpose", "unbind", "unflatten", "unsqueeze", "view"}
+WEIGHTS = {"batch_shape", "buffers", "eval", "event_shape", "named_parameters", "parameters"}
+WEIGHTS |= {"requires_grad_", "state_dict", "train", "training"}
+
+#: Decorators that leave what a method returns as it is.
+HARMLESS = ("property", "torch.no_grad", "torch.inference_mode", "torch.enable_grad", "override")
+
+#: What reaches parts of a module in ways that its source does not show.
+HIDDEN = {"__dict__", "_modules", "children", "eval", "exec", "get_submodule", "getattr"}
+HIDDEN |= {"modules", "named_children", "named_modules", "setattr", "vars"}
+OPAQUE = {"__getattr__", "__getattribute__", "__setattr__"}
+
+_CONDITIONED: list[type] = []
+
+
+class Held(NamedTuple):
+    r"""What a module holds.
+
+    Arguments:
+        path: The name of the flow within it; empty where there is none.
+        flow: The flow; the module itself where there is none.
+        reason: Why the flow does not stand for the module, in words; empty if it does.
+    """
+
+    path: str
+    flow: Any
+    reason: str = ""
+
+
+def conditioned(*classes: type) -> None:
+    r"""Registers flows that are called with a condition alone, and return a distribution.
+
+    Arguments:
+        classes: The classes of a library.
+    """
+    _CONDITIONED.extend(classes)
+
+
+def unwrapped(model: Any) -> tuple[tuple[str, ...], Any]:
+    r"""Returns the names of the wrappers of torch's around a model, from the outside in, and what
+    they hold: compiled modules, data-parallel and averaged ones, and a `Sequential` of one.
+
+    Arguments:
+        model: The model.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 2)
+        >>> names, inner = unwrapped(torch.nn.Sequential(torch.nn.DataParallel(layer)))
+        >>> names, inner is layer
+        (('0', 'module'), True)
+    """
+    names: list[str] = []
+    while name := _wrapped(model):
+        names.append(name)
+        model = getattr(model, name) if name != "0" else model[0]
+    return tuple(names), model
+
+
+def _wrapped(model: Any) -> str:
+    if "_orig_mod" in getattr(model, "_modules", ()):
+        return "_orig_mod"
+    if isinstance(model, nn.DataParallel | DistributedDataParallel | AveragedModel):
+        return "module"
+    return "0" if type(model) is nn.Sequential and len(model) == 1 else ""
+
+
+def held(model: Any) -> Held | None:
+    r"""Returns the flow that a module of a user's own holds, and whether its samples are those of
+    the module; :py:`None` for what is a flow or a layer itself, and for what holds none.
+
+    Arguments:
+        model: The model.
+    """
+    module = type(model).__module__.partition(".")[0]
+    if not isinstance(model, nn.Module) or module in ("torch", "flowguard") or has_rule(model):
+        return None
+    found = list(_outermost("", model))
+    if not found:
+        return None
+    if len(found) > 1:
+        names = ", ".join(name for name, _ in found[:4]) + (", ..." if len(found) > 4 else "")
+        return Held("", model, f"it holds several parts that have a rule: {names}{_advice(found)}")
+    ((path, flow),) = found
+    reason = departure(model, type(model)) or _why_not(model, path, flow)
+    return Held(path, flow, f"{reason}{_advice(found)}" if reason else "")
+
+
+def _advice(found: list[tuple[str, Any]]) -> str:
+    return f"; give the one that is meant, such as model.{found[0][0]}"
+
+
+def _outermost(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    r"""The outermost parts that have a rule; that torch's containers have one says nothing."""
+    for name, part in module.named_children():
+        of_torch = type(part).__module__.startswith("torch.")
+        if not of_torch and has_rule(part):
+            yield prefix + name, part
+        else:
+            yield from _outermost(f"{prefix}{name}.", part)
+
+
+def _why_not(model: nn.Module, path: str, flow: Any) -> str:
+    r"""Says why the samples of a module may not be those of the flow in it."""
+    if "." in path:
+        return f"{path} is a part of a part, and what is made of its samples is not looked at"
+    own = type(model).__module__.partition(".")[0]
+    conditional = isinstance(flow, tuple(_CONDITIONED))
+    handing: set[str] = set()  # the methods that return what the flow returned
+    while True:
+        known = len(handing)
+        for cls in type(model).__mro__:
+            if cls in (nn.Module, object):
+                continue
+            theirs = cls.__module__.partition(".")[0] != own
+            for name, function in _functions(cls):
+                if name == "__init__" or (theirs and not _uses(function, path, handing)):
+                    continue
+                if name in OPAQUE:
+                    return f"it has a {name} of its own"
+                why, hands = _reads(function, path, conditional, frozenset(handing))
+                if why:
+                    return f"its {name} {why}"
+                handing |= {name} if hands else set()
+        if len(handing) == known:
+            return ""
+
+
+def _uses(function: FunctionType | None, path: str, handing: set[str]) -> bool:
+    r"""Whether a method of a library's base class may have to do with the flow."""
+    if function is None:
+        return False
+    return not _names(function.__code__).isdisjoint({path, *SAMPLING, *handing} - {"forward"})
+
+
+def _functions(cls: type) -> Iterator[tuple[str, FunctionType | None]]:
+    r"""The methods of a class, and what its properties call; nothing where that is not known."""
+    for name, member in vars(cls).items():
+        properties = isinstance(member, property)
+        for function in (member.fget, member.fset) if properties else (member,):
+            function = inspect.unwrap(getattr(function, "__func__", function))
+            if isinstance(function, FunctionType):
+                yield name, function
+            elif hasattr(member, "__get__") and not name.startswith("__") and function is not None:
+                yield name, None
+
+
+def _names(code: CodeType) -> set[str]:
+    r"""The names that a function uses, and those within it."""
+    inner = (const for const in code.co_consts if isinstance(const, CodeType))
+    return {*code.co_names}.union(*map(_names, inner))
+
+
+def _reads(
+    function: FunctionType | None, path: str, conditional: bool, handing: frozenset[str]
+) -> tuple[str, bool]:
+    r"""Says what a method makes of a sample, if anything, and whether it returns one."""
+    if function is None:
+        return "is no plain method", False
+    if hidden := HIDDEN & _names(function.__code__):
+        return f"reaches parts by {min(hidden)}, which may be the flow", False
+    try:
+        (node,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return "has no source that can be read", False
+    if not isinstance(node, ast.FunctionDef):
+        return "is no plain method", False
+    decorators = [ast.unparse(d) for d in node.decorator_list]
+    if strange := [d for d in decorators if not d.startswith(HARMLESS)]:
+        return f"is decorated by {strange[0]}, which may change what it returns", False
+    if not node.args.args:
+        return "", False
+    reader = _Reader(node, path, conditional, handing)
+    return reader.complaint, reader.hands
+
+
+class _Reader(ast.NodeVisitor):
+    r"""What a method does with the flow that its module holds, statement by statement.
+
+    Whatever comes of the flow and is no density may be named, returned, and reshaped.
+    """
+
+    def __init__(
+        self, node: ast.FunctionDef, path: str, conditional: bool, handing: frozenset[str]
+    ) -> None:
+        self.me, self.path, self.conditional = node.args.args[0].arg, path, conditional
+        self.handing = handing
+        self.hands = False
+        every = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+        self.given = {arg.arg for arg in every}
+        self.made: set[str] = set()  # names of what comes of the flow
+        self.complaint = ""
+        # A name that is given something in a loop may have been used before: twice is enough.
+        for statement in (*node.body, *node.body):
+            self.visit(statement)
+
+    def _complain(self, node: ast.AST) -> None:
+        words = f"does more than hand on what {self.path} samples: {ast.unparse(node)[:60]}"
+        self.complaint = self.complaint or words
+
+    def comes_of_it(self, node: ast.AST | None) -> bool:
+        r"""Whether an expression is the flow, or what it returned, and nothing made of that."""
+        match node:
+            case ast.Name(id=name):
+                return name in self.made
+            case ast.Attribute(value=ast.Name(id=self.me), attr=self.path):
+                return isinstance(node.ctx, ast.Load)
+            case ast.Subscript(value=value, slice=index):
+                self.visit(index)
+                return self.comes_of_it(value)
+            case ast.Tuple(elts=parts) | ast.List(elts=parts):
+                found = [self.comes_of_it(part) for part in parts]
+                for part, comes in zip(parts, found, strict=True):
+                    if not comes:
+                        self.visit(part)
+                return any(found)
+            case ast.IfExp(test=test, body=one, orelse=other):
+                self.visit(test)
+                return self.comes_of_it(ast.Tuple(elts=[one, other]))
+            case ast.Call(func=called) if self._is_own(called):
+                for part in (*node.args, *(keyword.value for keyword in node.keywords)):
+                    self.visit(part)
+                return True
+            case ast.Call(func=called):
+                return self._called(node, called)
+            case ast.Attribute():
+                return self._is_own(node)  # a property
+        return False
+
+    def _is_own(self, node: ast.expr) -> bool:
+        r"""Whether it is one of the methods that return what the flow returned."""
+        match node:
+            case ast.Name(id=self.me):
+                return "forward" in self.handing
+            case ast.Attribute(value=ast.Name(id=self.me), attr=name):
+                return name in self.handing
+            case ast.Attribute(value=ast.Call(func=ast.Name(id="super")), attr=name):
+                return name in self.handing
+        return False
+
+    def _called(self, node: ast.Call, called: ast.expr) -> bool:
+        rest = [*node.args, *(keyword.value for keyword in node.keywords)]
+        if isinstance(called, ast.Attribute) and self.comes_of_it(called.value):
+            name = called.attr
+            known = name in SAMPLING | SCORING | SHAPING | WEIGHTS or self._plain(name, node)
+        elif self.comes_of_it(called):
+            name, known = "", self.conditional or self._plain("inverse", node)
+        else:
+            return False
+        if not known:
+            self._complain(node)
+        for part in rest:
+            self.visit(part)
+        return name not in SCORING | WEIGHTS
+
+    def _plain(self, name: str, node: ast.Call) -> bool:
+        r"""Whether noise is handed to the flow as it was given."""
+        first = node.args[0] if node.args else None
+        plain = isinstance(first, ast.Name) and first.id in self.given - self.made
+        return name == "inverse" and plain
+
+    def visit_Name(self, node: ast.Name) -> None:
+        r"""Refuses what comes of the flow where it is not handed on, and the whole module."""
+        if isinstance(node.ctx, ast.Load) and (node.id in self.made or node.id == self.me):
+            self._complain(node)
+        elif isinstance(node.ctx, ast.Store):
+            self.given.discard(node.id)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        r"""Refuses the flow itself where it is not called, and what else it returned."""
+        if self.comes_of_it(node.value) and node.attr in WEIGHTS:
+            return
+        if isinstance(node.value, ast.Name) and node.value.id == self.me:
+            if node.attr == self.path:
+                self._complain(node)
+        else:
+            self.visit(node.value)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        r"""Looks at a call whose result is put to use."""
+        if ast.unparse(node.func) == "super":
+            return
+        if self.comes_of_it(node):
+            self._complain(node)
+        elif isinstance(node.func, ast.Name) and node.func.id == self.me:
+            for part in (*node.args, *(keyword.value for keyword in node.keywords)):
+                self.visit(part)
+        elif not self._is_known(node):
+            self.generic_visit(node)
+
+    def _is_known(self, node: ast.Call) -> bool:
+        r"""Whether a call is one of the flow that gives a density, and was looked at."""
+        called = node.func
+        return isinstance(called, ast.Attribute) and self.comes_of_it(called.value)
+
+    def visit_Return(self, node: ast.Return) -> None:
+        r"""Notes whether what comes of the flow is returned."""
+        if self.comes_of_it(node.value):
+            self.hands = True
+        elif node.value is not None:
+            self.visit(node.value)
+
+    def visit_Expr(self, node: ast.Expr) -> None:
+        r"""Looks at a call whose result is dropped."""
+        if not self.comes_of_it(node.value):
+            self.visit(node.value)
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> None:
+        r"""Refuses what changes a sample."""
+        self.visit(node.value)
+        if isinstance(node.target, ast.Name) and node.target.id in self.made:
+            self._complain(node)
+
+    def _refuse_inner(self, node: ast.AST) -> None:
+        r"""Refuses functions within the method that may have to do with the flow."""
+        names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+        if names & {self.me, *self.made}:
+            self._complain(node)
+
+    visit_FunctionDef = visit_AsyncFunctionDef = visit_Lambda = visit_ClassDef = _refuse_inner
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        r"""Remembers the names of what comes of the flow."""
+        comes = self.comes_of_it(node.value)
+        if not comes:
+            self.visit(node.value)
+        for target in node.targets:
+            self._name(target, comes)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        r"""Remembers the name of what comes of the flow."""
+        comes = self.comes_of_it(node.value)
+        if node.value is not None and not comes:
+            self.visit(node.value)
+        self._name(node.target, comes)
+
+    def _name(self, target: ast.expr, comes: bool) -> None:
+        r"""Once a name is that of a sample, it stays one."""
+        if isinstance(target, ast.Tuple | ast.List):
+            for part in target.elts:
+                self._name(part, comes)
+        elif isinstance(target, ast.Name):
+            self.given.discard(target.id)
+            if comes:
+                self.made.add(target.id)
+        elif comes:
+            self._complain(target)
+        else:
+            self.visit(target)
+
+
+def steps_within(model: Any, sampling: bool = True) -> list[Step]:
+    r"""Returns the steps of a model; of a module that only holds a flow, those of the flow.
+
+    Arguments:
+        model: The model.
+        sampling: Whether it runs towards data. A holder tells of nothing else.
+    """
+    inner = getattr(model, "_orig_mod", model)
+    found = held(inner) if sampling and not hooks_of(model) else None
+    if found is None:
+        return steps(model, sampling)
+    kind = type(inner).__name__
+    if found.reason:
+        return [Refused(kind=kind, reason=found.reason)]
+    remark = Remark(kind=kind, depends=f"hands on what its {found.path} samples")
+    return [*within(found.path, found.flow), remark]
+
+
+def wrapped_again(wrapper: nn.Module, inner: nn.Module) -> nn.Module:
+    r"""Returns a wrapper, or several, as another one is, around another model.
+
+    Arguments:
+        wrapper: The wrapper, which stays as it is.
+        inner: The model that comes into the innermost one.
+    """
+    _, old = unwrapped(wrapper)
+    return copy.deepcopy(wrapper, {id(old): inner})
+
+
+class Conditions:
+    r"""Creates a function from the condition of a holder to that of the flow in it.
+
+    The holder is called as its users do, with the condition, or with data and the condition in
+    either order, until it calls the flow; what the flow is told then must not depend on the data.
+
+    Arguments:
+        model: The holder.
+        path: The name of the flow.
+    """
+
+    def __init__(self, model: Any, path: str) -> None:
+        self.model, self.path = model, path
+        self.way: Callable[[Any, Any], Any] | None = None
+
+    def __call__(self, y: Any, x: Tensor | None = None) -> Any:
+        r"""Returns what the flow is told.
+
+        Arguments:
+            y: The condition of the holder.
+            x: The data; if :py:`None`, some zeros.
+
+        Raises:
+            TypeError: If no way to call the holder is found.
+        """
+        if y is None:
+            return None
+        if x is None:
+            first = y if isinstance(y, Tensor) else y[0]
+            x = first.new_zeros(len(first), 1)
+        if self.way is None:
+            self.way = self._found(y, x)
+        return self._told(self.way, y, x)
+
+    def ways(self) -> list[Callable[[Any, Any], Any]]:
+        r"""Returns how the holder may be called with a condition and data."""
+        model = self.model
+        return [
+            lambda y, x: model(y),
+            lambda y, x: model(x, y),
+            lambda y, x: model(y, x),
+            lambda y, x: model.log_prob(x, y),
+            lambda y, x: model.sample(y),
+        ]
+
+    def _found(self, y: Any, x: Tensor) -> Callable[[Any, Any], Any]:
+        for way in self.ways():
+            try:
+                with torch.no_grad():
+                    one, other = (self._told(way, y, data) for data in (x, x + 1))
+            except (AttributeError, LookupError, NotImplementedError, TypeError):
+                continue
+            except (RuntimeError, ValueError):  # shapes that do not go together
+                continue
+            if one is not None and _same(one, other):
+                return way
+        raise TypeError(
+            f"flowguard does not see how {type(self.model).__name__} tells its {self.path} of a"
+            f" condition; give model.{self.path}, and what it is told"
+        )
+
+    def _told(self, way: Callable[[Any, Any], Any], y: Any, x: Any) -> Any:
+        flow = self.model.get_submodule(self.path)
+        heard = _listen(flow, lambda: way(y, x))
+        if heard is None:
+            raise LookupError(f"{self.path} was not called")
+        name, arguments, options = heard
+        given = (*arguments, *options.values())
+        alone = name == "forward" and isinstance(flow, tuple(_CONDITIONED))
+        return given[0 if alone else 1]
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and torch.equal(one, other)
+    return all(map(_same, one, other))
+
+
+def _listen(flow: Any, call: Callable[[], Any]) -> "Heard | None":
+    r"""What a flow is called with by some call. The flow is not run."""
+    with ExitStack() as stack:
+        for name in ("forward", *sorted(SAMPLING | SCORING)):
+            if hasattr(flow, name):
+                stack.enter_context(_stopping(flow, name))
+        try:
+            call()
+        except _Stop as stop:
+            return stop.heard
+    return None
+
+
+class Heard(NamedTuple):
+    r"""What a flow was called with, when its holder was called.
+
+    Arguments:
+        method: The name of its method.
+        arguments: The arguments, without the flow.
+        options: The arguments by name.
+    """
+
+    method: str
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+class _Stop(Exception):
+    r"""What ends a call of a holder, as soon as it calls the flow."""
+
+    def __init__(self, heard: Heard) -> None:
+        super().__init__()
+        self.heard = heard
+
+
+@contextmanager
+def _stopping(flow: Any, name: str) -> Iterator[None]:
+    def stop(*arguments: Any, **options: Any) -> Any:
+        raise _Stop(Heard(name, arguments, options))
+
+    own = vars(flow)
+    before = {name: own[name]} if name in own else {}
+    own[name] = stop
+    try:
+        yield
+    finally:
+        del own[name]
+        own.update(before)

@@ -1,0 +1,427 @@
+r"""The flow within a wrapper of torch's, or a module of a user's own, stands for it, or is refused."""
+
+import copy
+import functools
+
+import pytest
+import torch
+import torch.nn as nn
+
+from flowguard import monitor
+from flowguard.bounds import attack, certify
+from flowguard.bounds.holders import held, unwrapped
+from flowguard.migration import migrate
+from flowguard.ood import OODConditioner
+
+zuko = pytest.importorskip("zuko")
+
+from flowguard.integrations.zuko import RobustNSF  # noqa: E402
+
+D, CONTEXT = 2, 3
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    with torch.random.fork_rng():
+        yield torch.random.manual_seed(0)
+
+
+def scaled(model, y):
+    return 10 * model.flow(model.embed(y)).sample()
+
+
+class Mixin:
+    """A base class of some library's, as far as its module tells."""
+
+    __module__ = "library.mixins"
+
+    def louder(self, y):
+        return 10 * self(y).sample()
+
+
+class Holder(nn.Module):
+    """What most users write."""
+
+    def __init__(self, flow):
+        super().__init__()
+        self.embed = nn.Linear(5, CONTEXT)
+        self.flow = flow
+
+    def forward(self, x, y):
+        return self.flow(self.embed(y)).log_prob(x)
+
+
+class Given(Holder):
+    def forward(self, y):
+        return self.flow(self.embed(y))
+
+    @torch.no_grad()
+    def sample(self, y, n=1):
+        d = self.flow(self.embed(y))
+        x = d.sample((n,))
+        return x.transpose(0, 1)
+
+    def loss(self, x, y):
+        return -self(y).log_prob(x).mean() + 0.1 * self.embed.weight.square().sum()
+
+    def optimizer(self):
+        return torch.optim.Adam(self.flow.parameters())
+
+
+class Scaled(Holder):
+    def sample(self, y):
+        return 10 * self.flow(self.embed(y)).sample()
+
+
+class ScaledLater(Given):
+    def rescaled(self, y):
+        x = self.sample(y)
+        x *= 10
+        return x
+
+
+class ScaledBySuper(Given):
+    def sample(self, y, n=1):
+        return 10 * super().sample(y, n)
+
+
+class InPlace(Holder):
+    def sample(self, y):
+        x = self.flow(self.embed(y)).sample()
+        x.mul_(10)
+        return x
+
+
+class HandedAway(Holder):
+    def sample(self, y):
+        return scaled(self, y)
+
+
+class Nested(Holder):
+    def sample(self, y):
+        def inner():
+            return self.flow(self.embed(y)).sample()
+
+        return 10 * inner()
+
+
+class ByName(Holder):
+    def sample(self, y):
+        return 10 * getattr(self, "fl" + "ow")(self.embed(y)).sample()
+
+
+def decorated(f):
+    return lambda *args: 10 * f(*args)
+
+
+def wrapping(f):
+    @functools.wraps(f)
+    def louder(*args):
+        return 10 * f(*args)
+
+    return louder
+
+
+class Decorated(Holder):
+    @decorated
+    def sample(self, y):
+        return self.flow(self.embed(y)).sample()
+
+
+class Wrapping(Holder):
+    @wrapping
+    def sample(self, y):
+        return self.flow(self.embed(y)).sample()
+
+
+class Partial(Given):
+    louder = functools.partialmethod(scaled)
+
+
+class Mixed(Given, Mixin):
+    pass
+
+
+class TransformOnly(Holder):
+    def decode(self, z, y):
+        return self.flow(self.embed(y)).transform.inv(10 * z)
+
+
+class Opaque(Holder):
+    def __getattr__(self, name):
+        return super().__getattr__(name)
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.prior, self.posterior = RobustNSF(D, 0), RobustNSF(D, CONTEXT)
+
+
+class Deep(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Given(RobustNSF(D, CONTEXT, transforms=1))
+
+
+@pytest.mark.parametrize("cls", [Holder, Given])
+def test_a_module_that_only_holds_a_flow_is_certified_as_that(cls):
+    model = cls(RobustNSF(D, CONTEXT))
+    certificate = certify(model)
+    assert certificate.certified
+    assert certificate.model == cls.__name__
+    assert certificate.bound(4.0) == certify(model.flow).bound(4.0)
+    assert certificate.bound(confidence=0.999) == certify(model.flow).bound(confidence=0.999)
+    row = certificate.table()[-1]
+    assert "hands on" in row.depends
+    assert certificate.table()[1].name.startswith("flow.")
+
+
+DEPARTING = {
+    Scaled: "sample does more than hand on what flow samples",
+    ScaledLater: "rescaled does more",
+    ScaledBySuper: "sample does more",
+    InPlace: "sample does more",
+    HandedAway: "sample does more",
+    Nested: "sample does more",
+    ByName: "by getattr",
+    Decorated: "no plain method",
+    Wrapping: "decorated by wrapping",
+    Partial: "louder is no plain method",
+    Mixed: "louder does more",
+    TransformOnly: "decode does more",
+    Opaque: "__getattr__",
+}
+
+
+@pytest.mark.parametrize("cls", DEPARTING)
+def test_a_module_that_does_more_than_hold_is_refused_with_advice(cls):
+    model = cls(RobustNSF(D, CONTEXT))
+    (refused,) = certify(model).refused
+    assert DEPARTING[cls] in refused.reason
+    assert "model.flow" in refused.reason
+    for call in (
+        lambda: migrate(model, torch.randn(64, D), torch.randn(64, 5)),
+        lambda: attack(model, torch.randn(2, 5), steps=1),
+    ):
+        with pytest.raises(TypeError, match=r"model\.flow"):
+            call()
+
+
+def test_holders_of_several_flows_and_of_hidden_ones_are_refused_with_advice():
+    (refused,) = certify(Two()).refused
+    assert "prior, posterior" in refused.reason
+    (refused,) = certify(Deep()).refused
+    assert "model.inner.flow" in refused.reason
+    with pytest.raises(TypeError, match="several"):
+        migrate(Two(), torch.randn(64, D), torch.randn(64, 5))
+    assert held(nn.Linear(2, 2)) is None
+
+
+def test_a_holder_whose_instance_or_hooks_change_it_is_refused():
+    model = Given(RobustNSF(D, CONTEXT))
+    model.sample = lambda y: scaled(model, y)
+    assert "sample of its own" in certify(model).refused[0].reason
+    model = Given(RobustNSF(D, CONTEXT))
+    model.register_forward_hook(lambda *a: None)
+    assert "hooks" in certify(model).refused[0].reason
+
+
+@pytest.mark.parametrize("cls", [Holder, Given])
+@pytest.mark.parametrize("kind", ["MAF", "NSF"])
+def test_a_holder_is_migrated_as_a_whole(cls, kind):
+    model = cls(getattr(zuko.flows, kind)(D, CONTEXT, transforms=2, hidden_features=(16,)))
+    x, y = torch.randn(1024, D), torch.randn(1024, 5)
+    before = copy.deepcopy(model.state_dict())
+    robust, report = migrate(model, x, y)
+    assert type(robust) is cls
+    assert robust is not model
+    assert [r.name for r in report.replaced] == [f"flow.transform.transforms.{i}" for i in (0, 1)]
+    assert certify(robust).certified
+    assert report.certificate_after.bound(4.0) == certify(robust).bound(4.0)
+    assert not report.certificate_before.certified
+    score = lambda m: m(x, y) if cls is Holder else m(y).log_prob(x)  # noqa: E731
+    with torch.no_grad():
+        assert (score(robust) - score(model)).mean().abs() < 1e-3
+    assert report.sample_error is None or report.sample_error.median < 1e-4
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    tuned, report = migrate(model, x, y, steps=5)
+    assert report.nll_after < report.nll_swapped
+    assert not torch.equal(tuned.embed.weight, model.embed.weight)  # it is trained with the flow
+    assert attack(robust, y[:4], steps=5, restarts=1).value <= certify(robust).bound(4.0)
+
+
+def test_the_attack_ascends_the_condition_that_the_holder_takes():
+    model = Given(zuko.flows.MAF(D, CONTEXT, transforms=3))
+    y = torch.randn(4, 5)
+    result = attack(model, y, steps=20, restarts=1)
+    assert result.context.shape == (1, 5)
+    with torch.no_grad():
+        again = model(result.context).transform.inv(result.noise)
+    assert again.abs().max().item() == pytest.approx(result.value, rel=1e-4)
+    assert result.trace[0, -1] > 10 * result.trace[0, 0]
+
+
+WRAPPERS = {
+    "compiled": lambda m: torch.compile(m, backend="eager"),
+    "parallel": nn.DataParallel,
+    "averaged": torch.optim.swa_utils.AveragedModel,
+    "sequential": nn.Sequential,
+    "several": lambda m: nn.DataParallel(torch.optim.swa_utils.AveragedModel(m)),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_wrappers_are_as_what_they_hold(wrap):
+    flow = zuko.flows.MAF(D, CONTEXT, transforms=2, hidden_features=(16,))
+    holding = wrap is WRAPPERS["averaged"]
+    inner = Given(flow) if holding else flow
+    model = wrap(inner)
+    x, y = torch.randn(512, D), torch.randn(512, 5 if holding else CONTEXT)
+    robust, report = migrate(model, x, y)
+    assert type(robust) is type(model)
+    names, found = unwrapped(robust)
+    assert names == unwrapped(model)[0]
+    assert type(found) is type(inner)
+    assert report.replaced[0].name.startswith(".".join(names))
+    assert report.certificate_after.certified
+    assert certify(robust).bound(4.0) == certify(found).bound(4.0)
+    value = attack(robust, y[:4], steps=2, restarts=1).value
+    assert value <= certify(robust).bound(4.0)
+    assert torch.equal(robust(y[:3]).log_prob(x[:3]), found(y[:3]).log_prob(x[:3]))
+    assert certify(unwrapped(model)[1]).certified is False  # the model itself is not changed
+
+
+def test_distributed_models_are_wrapped_again(tmp_path):
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        flow = zuko.flows.MAF(D, CONTEXT, transforms=2, hidden_features=(16,))
+        model = nn.parallel.DistributedDataParallel(flow)
+        robust, report = migrate(model, torch.randn(512, D), torch.randn(512, CONTEXT), bins=4,
+                                 fit_steps=5)  # fmt: skip
+        assert type(robust) is type(model)
+        assert report.certificate_after.certified
+        (-robust(torch.randn(8, CONTEXT)).log_prob(torch.randn(8, D)).mean()).backward()
+        assert all(p.grad is not None for p in robust.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_weights_of_a_wrapper_load_and_the_users_own_density_gets_the_wrapper():
+    flow = zuko.flows.MAF(D, CONTEXT, transforms=2, hidden_features=(16,))
+    model, other = nn.DataParallel(flow), nn.DataParallel(copy.deepcopy(flow))
+    nn.init.normal_(next(other.parameters()))
+    seen = []
+
+    def log_prob(m, x, y):
+        seen.append(type(m))
+        return m.module(y).log_prob(x)
+
+    x, y = torch.randn(256, D), torch.randn(256, CONTEXT)
+    robust, _ = migrate(model, x, y, state_dict=other.state_dict(), log_prob=log_prob)
+    assert set(seen) == {nn.DataParallel}
+    first = next(robust.parameters())
+    assert torch.equal(first, next(other.parameters()))
+
+
+@pytest.mark.parametrize("wrap", [Given, nn.DataParallel, nn.Sequential])
+def test_a_monitor_finds_the_conditioners_within(wrap):
+    class Encoded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.guard = OODConditioner(nn.Linear(5, CONTEXT), policy="report")
+
+        def forward(self, y):
+            return self.guard(y)
+
+    inner = Encoded()
+    inner.guard.fit(torch.randn(256, 5), progress=False).calibrate(
+        torch.randn(1024, 5), progress=False
+    )
+    model = wrap(inner)
+    call = model.flow if wrap is Given else model
+    with monitor(model) as watch:
+        call(torch.randn(2, 5))
+    assert len(watch.report.flagged) == 2
+
+
+@pytest.mark.slow
+def test_a_lightning_module_that_holds_a_flow_is_certified_and_migrated():
+    lightning = pytest.importorskip("lightning")
+
+    class Lit(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Linear(5, CONTEXT)
+            self.flow = zuko.flows.MAF(D, CONTEXT, transforms=1, hidden_features=(16,))
+
+        def forward(self, y):
+            return self.flow(self.embed(y))
+
+        def training_step(self, batch, index):
+            x, y = batch
+            loss = -self(y).log_prob(x).mean()
+            self.log("loss", loss)
+            return loss
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters())
+
+    model = Lit()
+    robust, report = migrate(model, torch.randn(256, D), torch.randn(256, 5))
+    assert type(robust) is Lit
+    assert report.certificate_after.certified
+
+
+class Density(nn.Module):
+    """A loss, with data and condition in the other order."""
+
+    def __init__(self, flow):
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, y, x):
+        return -self.flow(y).log_prob(x).mean()
+
+
+class Standardised(Density):
+    def forward(self, y, x):
+        return self.flow(y).log_prob(x / 2) - 2 * torch.tensor(2.0).log()
+
+
+def test_the_density_of_a_holder_is_checked_against_that_of_its_flow():
+    flow = zuko.flows.MAF(D, D, transforms=1, hidden_features=(16,))
+    x, y = torch.randn(256, D), torch.randn(256, D)  # of one shape: the order is told by the flow
+    _, report = migrate(Density(flow), x, y)
+    with torch.no_grad():
+        assert report.nll_before == pytest.approx(-flow(y).log_prob(x).mean().item(), abs=1e-4)
+    with pytest.raises(TypeError, match=r"does more than hold its flow.*migrate model\.flow"):
+        migrate(Standardised(flow), x, y)
+
+
+def test_holders_of_flows_of_other_libraries():
+    nflows = pytest.importorskip("nflows")
+    from nflows.distributions import StandardNormal
+    from nflows.flows import Flow
+    from nflows.transforms import MaskedAffineAutoregressiveTransform as Masked
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Linear(5, CONTEXT)
+            self.flow = Flow(Masked(D, 16, context_features=CONTEXT), StandardNormal([D]))
+
+        def forward(self, x, y):
+            return self.flow.log_prob(x, context=self.embed(y))
+
+        def sample(self, n, y):
+            return self.flow.sample(n, self.embed(y))
+
+    assert nflows
+    model, x, y = Model(), torch.randn(256, D), torch.randn(256, 5)
+    robust, report = migrate(model, x, y)
+    assert report.certificate_after.certified
+    assert attack(robust, y[:4], steps=3, restarts=1).value <= certify(robust).bound(4.0)
+    with torch.no_grad():
+        assert (robust(x, y) - model(x, y)).mean().abs() < 1e-3
