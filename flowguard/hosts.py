@@ -4,19 +4,35 @@ The adapters (``flowguard.integrations.<host>``) import the core, so the core lo
 when it is asked to. An adapter is a package named after its host. It imports the host at its own
 top and holds ``EXPORTS``, which maps a namespace of the host to the names that belong there; its
 rules of bounds are in its module ``rules``, its surgeon for migrations in ``migration``.
+
+Some libraries hold flows of the hosts in classes of their own (:data:`WRAPPERS`). Their adapters
+have rules and surgeons too, but no names to register.
 """
 
-__all__ = ["HOSTS", "load", "missing", "register", "unregister"]
+__all__ = [
+    "HOSTS",
+    "WRAPPERS",
+    "Opened",
+    "load",
+    "missing",
+    "opened",
+    "register",
+    "unregister",
+]
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import singledispatch
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 ADAPTERS = "flowguard.integrations"
 HOSTS = ("nflows", "normflows", "zuko")
+
+#: The libraries whose classes hold flows of the hosts.
+WRAPPERS = ("sbi",)
 
 #: The packages that an adapter can work with, where that is not the one it is named after alone.
 PACKAGES = {"nflows": ("nflows", "glasflow")}
@@ -32,11 +48,44 @@ def load(model: Any, part: Literal["rules", "migration"]) -> None:
         model: The object of that class.
         part: The module of the adapter.
     """
-    for library in {c.__module__.partition(".")[0] for c in type(model).__mro__}:
+    for library in _libraries(model):
         if library in FORKS:
             import_module(f"{ADAPTERS}.{FORKS[library]}")
-        elif library in HOSTS:
+        elif library in HOSTS or library in WRAPPERS:
             import_module(f"{ADAPTERS}.{library}.{part}")
+
+
+def _libraries(model: Any) -> set[str]:
+    return {c.__module__.partition(".")[0] for c in type(model).__mro__}
+
+
+class Opened(NamedTuple):
+    r"""A module, and how to put another one in its place.
+
+    Arguments:
+        module: The module.
+        closed: What makes the same of another module.
+    """
+
+    module: Any
+    closed: Callable[[Any], Any]
+
+
+@singledispatch
+def opened(model: Any) -> Opened:
+    r"""Returns the module in what is no module itself but holds one, such as a posterior, and how to
+    put another one there; of anything else, the thing itself. Adapters register the classes of
+    their library here, in their package.
+
+    Arguments:
+        model: The model, or what holds one.
+    """
+    before = len(opened.registry)
+    for library in _libraries(model) & set(WRAPPERS):
+        import_module(f"{ADAPTERS}.{library}")
+    if len(opened.registry) > before:
+        return opened(model)
+    return Opened(model, lambda module: module)
 
 
 def register(host: str | None = None) -> None:
