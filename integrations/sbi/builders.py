@@ -142,7 +142,7 @@ def posterior_nn(
         raise ValueError(f"model must be one of {', '.join(map(repr, MODELS))}; got {model!r}")
     kwargs.pop("num_components", None)  # of mixtures, which sbi ignores for flows too
     bins = MODELS[model].bins if num_bins is None else num_bins
-    options = {"bound": tail_bound, "shift_bound": shift_bound, "slope": slope}
+    options: dict[str, Any] = {"bound": tail_bound, "shift_bound": shift_bound, "slope": slope}
     builder = EstimatorBuilder(
         model,
         nn.Identity() if embedding_net is None else embedding_net,
@@ -162,7 +162,8 @@ def posterior_nn(
 
 def _try(builder: EstimatorBuilder, options: Mapping[str, Any]) -> None:
     r"""Builds something small, so that what is wrong is told now, and not when training begins."""
-    RobustSpline(*(torch.zeros(s) for s in builder.options["shapes"]), **options)
+    parameters: Any = [torch.zeros(shape) for shape in builder.options["shapes"]]
+    RobustSpline(*parameters, **options)
     if builder.options["num_transforms"] < 1:
         raise ValueError(
             f"num_transforms must be positive; got {builder.options['num_transforms']}"

@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("sbi")
 
+import sbi
 from sbi.inference import NPE, NPE_A, NPE_B, DirectPosterior, MCMCPosterior
 from sbi.neural_nets.estimators import ZukoFlow
 from sbi.utils import BoxUniform
@@ -18,6 +19,8 @@ from flowguard.integrations.sbi import posterior_nn
 from flowguard.integrations.sbi.builders import MODELS
 
 PRIOR = BoxUniform(-torch.ones(2), torch.ones(2))
+#: sbi 0.25 trains none of zuko's flows by NPE_C in a second round.
+KINDS = [NPE_B] if sbi.__version__.startswith("0.25.") else [NPE, NPE_B]
 SMALL = {"hidden_features": 8, "num_transforms": 2}
 
 
@@ -99,7 +102,7 @@ def test_the_trainer_itself_pickles():
     assert type(pickle.loads(pickle.dumps(trainer)).build_posterior()) is DirectPosterior
 
 
-@pytest.mark.parametrize("kind", [NPE, NPE_B])
+@pytest.mark.parametrize("kind", KINDS)
 def test_it_is_trained_in_several_rounds(kind):
     torch.manual_seed(1)
     trainer = kind(PRIOR, density_estimator=posterior_nn("robust_nsf", **SMALL))
