@@ -36,7 +36,7 @@ def test_it_keeps_its_likelihood_and_is_certified(build):
     certificate = flowguard.certify(robust)
     assert certificate.certified
     assert all(row.name.startswith("flow.") for row in certificate.table())
-    assert flowguard.attack(robust, x[:2], steps=10).value <= certificate.bound(4.0)
+    assert flowguard.attack(robust, x[:2], steps=10, restarts=1).value <= certificate.bound(4.0)
     again = pickle.loads(pickle.dumps(robust))
     assert torch.equal(again(theta, x), robust(theta, x))
 
