@@ -21,7 +21,7 @@ def _log_prob(model: Any, x: Tensor, context: Any) -> Tensor:
 
 def _check(model: Any, x: Tensor, context: Any) -> None:
     r"""Refuses pairs that are not those of the estimator, above all the other way round."""
-    one = next(iter(model.estimators)) if isinstance(model, Ensemble) else model
+    one: Any = next(iter(model.estimators)) if isinstance(model, Ensemble) else model
     wanted = one.input_shape, one.condition_shape
     given = x.shape[1:], getattr(context, "shape", (0,))[1:]
     if given != wanted:
