@@ -5,19 +5,36 @@ when it is asked to. An adapter is a package named after its host. It imports th
 top and holds ``EXPORTS``, which maps a namespace of the host to the names that belong there, and
 ``SPLINES``, the switch for its splines, if it has any; its rules of bounds are in its module ``rules``, its
 surgeon for migrations in ``migration``.
+
+Some libraries hold flows of the hosts in classes of their own (:data:`WRAPPERS`). Their adapters
+have rules and surgeons too, but no names to register.
 """
 
-__all__ = ["HOSTS", "load", "missing", "of_a_host", "register", "unregister"]
+__all__ = [
+    "HOSTS",
+    "WRAPPERS",
+    "Opened",
+    "load",
+    "missing",
+    "of_a_host",
+    "opened",
+    "register",
+    "unregister",
+]
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import singledispatch
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 ADAPTERS = "flowguard.integrations"
 HOSTS = ("nflows", "normflows", "pyro", "zuko")
+
+#: The libraries whose classes hold flows of the hosts.
+WRAPPERS = ("dingo", "lampe", "sbi")
 
 #: The packages that an adapter can work with, where that is not the one it is named after alone.
 PACKAGES = {"nflows": ("nflows", "glasflow")}
@@ -33,10 +50,10 @@ def load(model: Any, part: Literal["rules", "migration"]) -> None:
         model: The object of that class.
         part: The module of the adapter.
     """
-    for library in {c.__module__.partition(".")[0] for c in type(model).__mro__}:
+    for library in _libraries(model):
         if library in FORKS:
             import_module(f"{ADAPTERS}.{FORKS[library]}")
-        elif library in HOSTS:
+        elif library in HOSTS or library in WRAPPERS:
             import_module(f"{ADAPTERS}.{library}.{part}")
 
 
@@ -46,8 +63,40 @@ def of_a_host(part: Any) -> bool:
     Arguments:
         part: The object.
     """
-    libraries = {c.__module__.partition(".")[0] for c in type(part).__mro__}
-    return not libraries.isdisjoint({*HOSTS, *FORKS})
+    return not _libraries(part).isdisjoint({*HOSTS, *FORKS})
+
+
+def _libraries(model: Any) -> set[str]:
+    return {c.__module__.partition(".")[0] for c in type(model).__mro__}
+
+
+class Opened(NamedTuple):
+    r"""A module, and how to put another one in its place.
+
+    Arguments:
+        module: The module.
+        closed: What makes the same of another module.
+    """
+
+    module: Any
+    closed: Callable[[Any], Any]
+
+
+@singledispatch
+def opened(model: Any) -> Opened:
+    r"""Returns the module in what is no module itself but holds one, such as a posterior, and how to
+    put another one there; of anything else, the thing itself. Adapters register the classes of
+    their library here, in their package.
+
+    Arguments:
+        model: The model, or what holds one.
+    """
+    before = len(opened.registry)
+    for library in _libraries(model) & set(WRAPPERS):
+        import_module(f"{ADAPTERS}.{library}")
+    if len(opened.registry) > before:
+        return opened(model)
+    return Opened(model, lambda module: module)
 
 
 def register(host: str | None = None, *, splines: bool = False) -> None:

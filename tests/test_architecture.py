@@ -46,7 +46,7 @@ KERNEL_USERS += ("flowguard.migration", KERNELS)
 FOR_ADAPTERS = {w for wings in LADDER[: LADDER.index({"models"})] for w in wings} - {"spline"}
 FOR_ADAPTERS |= {"ood"}
 
-HOSTS = {host: {host, *hosts.PACKAGES.get(host, ())} for host in (*hosts.HOSTS, "sbi")}
+HOSTS = {host: {host, *hosts.PACKAGES.get(host, ())} for host in (*hosts.HOSTS, *hosts.WRAPPERS)}
 LIBRARIES = set().union(*HOSTS.values())
 
 #: The names of the contract that two hosts, or a host and the core, have in common.

@@ -18,6 +18,7 @@ import torch.nn as nn
 import flowguard.integrations.nflows.glasflow
 import flowguard.integrations.normflows.rules
 import flowguard.integrations.pyro.rules
+import flowguard.integrations.sbi.rules
 import flowguard.integrations.zuko.rules
 import flowguard.models.rules  # noqa: F401
 from flowguard.bounds import certify, rules
@@ -27,6 +28,7 @@ from . import images, lazy, normflows_layers, pyro_layers, transforms
 from .judge import Verdict, judge
 from .maker import DTYPES, Case, Maker
 from .nflows_layers import HOSTS, case_of_nflows, nflows_tables
+from .sbi_estimators import ESTIMATORS, case_of_sbi
 from .tampering import WRAPPERS, tampered, wrapped
 
 FAMILIES = {
@@ -35,6 +37,7 @@ FAMILIES = {
     **{name: (partial(case_of_nflows, name=name), nflows_tables()) for name in HOSTS},
     "normflows": (normflows_layers.case_of_normflows, normflows_layers.normflows_tables()),
     "pyro": (pyro_layers.case_of_pyro, {*pyro_layers.PYRO, *pyro_layers.DISTRIBUTIONS}),
+    "sbi": (case_of_sbi, ESTIMATORS),
     "images": (images.case_of_images, images.IMAGES),
 }
 

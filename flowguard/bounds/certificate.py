@@ -16,6 +16,7 @@ from flowguard.bounds.parts import gather, parts
 from flowguard.bounds.regions import Region
 from flowguard.bounds.relaxation import Chain
 from flowguard.bounds.steps import Linear, Noise, Refused, Step
+from flowguard.hosts import opened
 
 #: A radius beside which all shifts vanish, and whose square is finite.
 FAR = 1e60
@@ -281,8 +282,9 @@ def certify(model: Any, *, roundoff: float | None = None) -> Certificate:
         | https://arxiv.org/abs/2212.04319
 
     Arguments:
-        model: A flow or a layer of flowguard, or of a library that it has rules for, or a module
-            that holds one, and whose source shows that it hands on its samples as they are. Of a
+        model: A flow or a layer of flowguard, or of a library that it has rules for; or what
+            samples from one, such as a posterior of sbi, or a module that holds one and whose
+            source shows that it hands on its samples as they are. Of a
             :class:`flowguard.models.SuperResolutionFlow`, the residual over the upsampled
             condition is bounded.
         roundoff: The relative error of one operation of the model, for which the bound allows.
@@ -303,7 +305,8 @@ def certify(model: Any, *, roundoff: float | None = None) -> Certificate:
         layer  type          bound in  bound out  depends on the condition
                RobustSpline  4         9          within a box of 5 and a shift of 5
     """
-    tensors = [part for part in parts(model) if isinstance(part, Tensor)]
+    inner = opened(model).module
+    tensors = [part for part in parts(inner) if isinstance(part, Tensor)]
     dtypes = _dtypes(tensors)
     if roundoff is None:
         # The certificate itself is computed in float64, whose own rounding shall not count.
@@ -316,7 +319,7 @@ def certify(model: Any, *, roundoff: float | None = None) -> Certificate:
         raise ValueError(f"roundoff must lie between 0 and {COARSEST}; got {roundoff}")
     # Where weights are broken, so is all that rules would make of them: they alone are told.
     walk: list[Step] = [
-        Refused(name=name, kind=what, reason=BROKEN) for name, what in _broken(model)
+        Refused(name=name, kind=what, reason=BROKEN) for name, what in _broken(inner)
     ]
     if _global_forward_hooks or _global_forward_pre_hooks:
         reason = "hooks of all modules, which may change what they return, are registered"

@@ -17,6 +17,7 @@ from flowguard.bounds.certificate import certify
 from flowguard.bounds.holders import unwrapped
 from flowguard.bounds.parts import gather
 from flowguard.functional import FINE_SLOPE, check_bound, check_shift_bound, check_slope
+from flowguard.hosts import opened
 from flowguard.migration.imitate import SAME, SMALLEST, RescaledSpline, compare, imitate, units
 from flowguard.migration.inscribe import single
 from flowguard.migration.report import Migration, Replacement, SampleError
@@ -91,7 +92,9 @@ def migrate(
     The model itself is not changed. Its mode (training or evaluation) is that of the copy.
 
     Arguments:
-        model: The trained flow, or any module that holds layers of one; of Pyro, a distribution.
+        model: The trained flow, or any module that holds layers of one; of Pyro, a distribution;
+            or what holds that, such as a posterior of sbi. What it holds is made robust then, in a
+            copy of the same class.
         x: Calibration data, best some thousand pairs that the flow was trained on, with shape
             :math:`(N, D)`, or :math:`(N, C, H, W)` for images.
         context: Their contexts, with :math:`N` rows, or :py:`None`. If the model takes a list of
@@ -147,10 +150,11 @@ def migrate(
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         x, context = _ordinary(x), _ordinary(context)
-        wrappers, inner = unwrapped(model)
+        whole, closed = opened(model)
+        wrappers, inner = unwrapped(whole)
         operation = surgeon(_copied(inner))
         if wrappers:
-            operation = Wrapped(model, ".".join(wrappers), operation)  # type: ignore[arg-type]
+            operation = Wrapped(whole, ".".join(wrappers), operation)
         if state_dict is not None:
             loaded = operation.subject if wrappers else operation.model
             loaded.load_state_dict(state_dict)
@@ -192,7 +196,7 @@ def migrate(
                 nll_after=_nll(operation.model, density, x, context),
                 certificate_after=certify(operation.subject),
             )
-    return (model if dry_run else operation.subject), report
+    return (model if dry_run else closed(operation.subject)), report
 
 
 def _copied(model: Model) -> Model:

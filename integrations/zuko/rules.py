@@ -32,6 +32,7 @@ from flowguard.bounds import (
     departure,
     envelope,
     envelope_rule,
+    has_rule,
     rule,
     steps,
     within,
@@ -156,6 +157,9 @@ def _constant_map(
     while type(constructor) is partial:
         constructor = constructor.func
     migrated = isinstance(constructor, MIGRATED) and not undetermined(constructor, MIGRATED)
+    if not isinstance(constructor, type) and not migrated and has_rule(constructor):
+        yield from steps(constructor, sampling)  # which says what it makes
+        return
     if not isinstance(constructor, type) and not migrated:
         name = getattr(constructor, "__name__", type(constructor).__name__)
         reason = f"{name} is no class, and may make another one at each call"
