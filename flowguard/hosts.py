@@ -144,15 +144,12 @@ def register(host: str | None = None, *, splines: bool = False) -> None:
                 f" nothing was registered. Import flowguard's from {ours.__module__}."
             )
     if splines:
-        switches = {h: getattr(_adapter(h), "SPLINES", None) for h in hosts}
-        for h, switch in switches.items():
-            if switch is not None:
-                switch.check()
-            elif host is not None:
-                raise RuntimeError(
-                    f"flowguard replaces no splines of {h}; nothing was registered. Leave `splines` out."
-                )
-        for switch in filter(None, switches.values()):
+        # Of one host it is asked for, of all only where there is one.
+        having = [h for h in hosts if host is not None or hasattr(_adapter(h), "SPLINES")]
+        switches = [_switch(h) for h in having]
+        for switch in switches:
+            switch.check()
+        for switch in switches:
             switch.turn_on()
     for namespace, name, ours in names:
         setattr(namespace, name, ours)
@@ -222,6 +219,15 @@ def _adapter(host: str) -> ModuleType:
     if find_spec(name) is None:
         raise ImportError(f"this version of flowguard has no adapter for {host}", name=name)
     return import_module(name)
+
+
+def _switch(host: str) -> Any:
+    switch = getattr(_adapter(host), "SPLINES", None)
+    if switch is None:
+        raise RuntimeError(
+            f"flowguard replaces no splines of {host}; nothing was registered. Leave `splines` out."
+        )
+    return switch
 
 
 def _exports(adapter: ModuleType) -> Iterator[tuple[ModuleType, str, type]]:

@@ -541,11 +541,8 @@ def test_errors(change, error, match):
 
 
 def usual(shape, bins=4, more=-1, dtype=torch.float32):
-    sizes = bins, bins, bins + more
-    return [
-        torch.randn(*shape, dtype=dtype),
-        *(torch.randn(*shape, k, dtype=dtype) for k in sizes),
-    ]
+    shapes = [shape, *((*shape, size) for size in (bins, bins, bins + more))]
+    return [torch.randn(size, dtype=dtype) for size in shapes]
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (7,), (2, 0), (2, 3), (2, 3, 4, 5)], ids=str)

@@ -6,7 +6,6 @@ The numbers are those of :mod:`flowguard.spline.usual`, computed as in
 
 __all__ = ["evaluate", "layout", "pull_back"]
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -23,55 +22,50 @@ def layout(rows: int) -> Layout:
     r"""The memory that the functions need for as many bins: blocks for the softmaxes, for the
     knots, for the raw slopes, for masks of the knots and for what the softmax was clipped by."""
     blocks = (2, rows), (2, rows), (rows + 1,), (rows + 1,), (rows,)
-    return Layout(pairs=13, singles=17, blocks=blocks)
+    return Layout(pairs=12, singles=17, blocks=blocks)
 
 
 class _Located(NamedTuple):
     r"""All that is known of each element's bin. Pairs are of widths and of heights, or of the
     knots to the left and to the right."""
 
-    own: Pair  # softmaxes of the bin
-    left: Pair  # their sums over all bins to the left
     size: Pair
     corner: Pair
     raw: Pair
-
-
-@functools.lru_cache(maxsize=64)
-def _floors(bins: int, floor: float, bound: float, dtype: torch.dtype) -> Tensor:
-    r"""What the floors of all bins to its left add to each inner knot."""
-    with torch.inference_mode(False):
-        floors = torch.arange(1, bins, dtype=torch.float64, device="cpu") * floor - bound
-        return floors.to(dtype)
+    number: Tensor
 
 
 def _locate(m: Rows, x: Tensor, params: Params, o: Options, vertical: bool) -> _Located:
     *logits, derivatives = params
     u, bins = o.usual, len(logits[0])
     assert u is not None
-    scaled = sizes(bins, o)
-    shares, sums, passed, raws, spare = m.blocks
-    for part, rows in zip(sums.unbind(), logits, strict=True):
+    shares, before, passed, raws, spare = m.blocks
+    total, most = m.pair(), m.pair()
+    for part, rows in zip(shares.unbind(), logits, strict=True):
         # copies with bins first in memory: far faster by way of this operation than by a copy
         torch.clamp(rows, -FAR, FAR, out=part)
         if u.clip is not None:
             part.div_(_denominator(m, part, u.clip / 2, spare))
-    torch.ops.aten._softmax.out(sums, 1, False, out=shares)
+    torch.amax(shares, 1, out=most[0])
+    # A power of two takes a third of the time of an exponential.
+    shares.sub_(most[0].unsqueeze(1)).mul_(m.number(LOG2_E)).exp2_()
+    torch.sum(shares, 1, out=total[0])
+    scaled = zip(shares.unbind(), total[1:], sizes(bins, o), strict=True)
+    for part, whole, (scale, floor) in scaled:
+        weight = torch.div(m.number(scale), whole, out=whole)
+        torch.addcmul(m.number(floor), part, weight, out=part)
+    m.give_pair(most)
+    m.give_pair(total)
 
-    before, *rest = sums.unbind(1)  # over all bins to the left, for each bin
-    before.zero_()
-    for share, out in zip(shares.unbind(1), rest, strict=False):
-        before = torch.add(before, share, out=out)
+    first, *rest = before.unbind(1)
+    first.fill_(-o.bound)
+    for size, out in zip(shares.unbind(1), rest, strict=False):
+        first = torch.add(first, size, out=out)
     # A one for each knot to the left, or on which it lies; that at the left end comes first.
-    inner = passed[1:-1]
     passed[0].fill_(1.0)
     passed[-1].zero_()
-    scale, floor = scaled[vertical]
-    floors = _floors(bins, floor, o.bound, x.dtype).to(x.device)
-    floors = floors.view(-1, *(1,) * x.dim())
-    torch.addcmul(floors, sums[int(vertical), 1:], m.number(scale), out=inner)
-    torch.ge(x, inner, out=inner)
-    number = torch.sum(inner, 0, out=m.take())
+    torch.ge(x, before[int(vertical), 1:], out=passed[1:-1])
+    number = torch.sum(passed[1:-1], 0, out=m.take())
     place = m.places(number, bins + 1)
 
     inner = raws
@@ -79,20 +73,19 @@ def _locate(m: Rows, x: Tensor, params: Params, o: Options, vertical: bool) -> _
         raws[::bins].fill_(at_ends(u))
         inner = raws[1:-1]
     torch.clamp(derivatives, -STEEPEST, STEEPEST, out=inner)
-    own, left, size, corner, raw = (m.pair() for _ in range(5))
-    fetched = (*shares, own), (*sums, left), (raws, raws[1:], raw)
-    for first, second, (_, one, other) in fetched:
+    size, corner, raw = m.pair(), m.pair(), m.pair()
+    for first, second, (_, one, other) in (
+        (*shares, size),
+        (*before, corner),
+        (raws, raws[1:], raw),
+    ):
         torch.index_select(first.view(-1), 0, place, out=one.view(-1))
         torch.index_select(second.view(-1), 0, place, out=other.view(-1))
     # A NaN anywhere is one of the element: those of the logits are in every bin already.
     bad = torch.sum(raws, 0, out=m.take()).mul_(m.number(0.0))
     raw[0].add_(bad)
-    for k, (scale, floor) in enumerate(scaled, 1):
-        torch.addcmul(m.number(floor), own[k], m.number(scale), out=size[k])
-        torch.add(m.number(-o.bound), number, alpha=floor, out=corner[k])
-        corner[k].addcmul_(left[k], m.number(scale))
     m.give(bad)
-    return _Located(own, left, size, corner, raw)
+    return _Located(size, corner, raw, number)
 
 
 def _denominator(m: Rows, x: Tensor, limit: float, out: Tensor) -> Tensor:
@@ -167,19 +160,20 @@ def pull_back(
     to_left[2].copy_(pull.y)
 
     # To the bins that they belong to, and through the softmax.
-    shares, sums, passed, own, spare = m.blocks
+    shares, before, passed, own, spare = m.blocks
     own = torch.sub(passed[:-1], passed[1:], out=own[:-1])
-    for k, (scale, _) in enumerate(sizes(bins, o)):
-        to_own[k + 1].mul_(m.number(scale))
-        to_left[k + 1].mul_(m.number(scale))
-    mean = at.own[0].mul_(to_own[0]).addcmul_(at.left[0], to_left[0]).neg_()
-    for k in range(2):
-        pulled = torch.addcmul(mean[k], own, to_own[k + 1], out=sums[k])
+    for k, (scale, floor) in enumerate(sizes(bins, o)):
+        size, corner, share, out = at.size[k + 1], at.corner[k + 1], shares[k], outs[k + 1]
+        # The floors are constants: they are taken off again.
+        corner.add_(m.number(o.bound)).sub_(at.number, alpha=floor)
+        mean = size.sub_(m.number(floor)).mul_(to_own[k + 1]).addcmul_(corner, to_left[k + 1])
+        mean.mul_(m.number(-1 / scale))
+        pulled = torch.addcmul(mean, own, to_own[k + 1], out=before[k])
         pulled.addcmul_(passed[1:], to_left[k + 1])
-        out = torch.mul(pulled, shares[k], out=outs[k + 1])
+        torch.mul(pulled, share.sub_(m.number(floor)), out=out)
         if u.clip is not None:
-            torch.clamp(params[k], -FAR, FAR, out=sums[k])
-            below = _denominator(m, sums[k], u.clip / 2, spare)
+            torch.clamp(params[k], -FAR, FAR, out=share)
+            below = _denominator(m, share, u.clip / 2, spare)
             out.div_(below).div_(below)
     inner = outs[3]
     if len(inner) > bins:
