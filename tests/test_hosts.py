@@ -120,7 +120,7 @@ def test_register_without_a_name_takes_all_that_are_installed():
 @pytest.mark.parametrize("call", [register, unregister, hosts.register, hosts.unregister])
 def test_unknown_host(call):
     with pytest.raises(
-        ValueError, match="one of nflows, normflows, zuko, or None; got 'zucchini'"
+        ValueError, match="one of nflows, normflows, pyro, zuko, or None; got 'zucchini'"
     ):
         call("zucchini")
 
