@@ -6,7 +6,6 @@ import torch
 pytest.importorskip("nflows")
 
 
-
 @pytest.fixture(params=["nflows", "glasflow.nflows"])
 def splines(request):
     pytest.importorskip(request.param.partition(".")[0])

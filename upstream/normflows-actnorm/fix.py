@@ -1,8 +1,8 @@
 r"""An `ActNorm` whose flag stays where it is and that evaluation leaves alone, for normflows 1.7.3.
 
-    with applied():
-        model.eval()
-        samples, log_q = model.sample(1)
+with applied():
+    model.eval()
+    samples, log_q = model.sample(1)
 """
 
 from collections.abc import Iterator

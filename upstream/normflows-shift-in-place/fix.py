@@ -1,7 +1,7 @@
 r"""A `Shift` that leaves the caller's data alone, for normflows 1.7.3.
 
-    with applied():
-        loss = model.forward_kld(images)
+with applied():
+    loss = model.forward_kld(images)
 """
 
 from collections.abc import Iterator
