@@ -39,7 +39,9 @@ def _fails(host, release, raises):
 
 def load(folder: Path):
     r"""The module `fix.py` of a contribution's folder."""
-    spec = importlib.util.spec_from_file_location(f"fix_{folder.name}".replace("-", "_"), folder / "fix.py")
+    spec = importlib.util.spec_from_file_location(
+        f"fix_{folder.name}".replace("-", "_"), folder / "fix.py"
+    )
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # who compiles its functions looks there
     spec.loader.exec_module(module)

@@ -1,7 +1,7 @@
 r"""Coupling transforms of either copy of nflows, for glasflow 0.4.1.
 
-    with applied():
-        flow = CouplingFlow(nflows.transforms.AffineCouplingTransform, n_inputs=2, n_transforms=4)
+with applied():
+    flow = CouplingFlow(nflows.transforms.AffineCouplingTransform, n_inputs=2, n_transforms=4)
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,7 @@
 r"""Affine flows that can be pickled, for glasflow 0.4.1.
 
-    with applied():
-        torch.save(flow, "flow.pt")
+with applied():
+    torch.save(flow, "flow.pt")
 """
 
 from collections.abc import Callable, Iterator

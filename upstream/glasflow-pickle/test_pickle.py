@@ -12,7 +12,9 @@ NAMES = ["nflows", "nflows_general", "wide", "log1", "log2", "log3", "log1.5"]
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.wound(
-    "glasflow", "0.4.1", raises=(pickle.PicklingError, AttributeError)  # local ones in `logN`
+    "glasflow",
+    "0.4.1",
+    raises=(pickle.PicklingError, AttributeError),  # local ones in `logN`
 )
 def test_a_flow_comes_back_from_its_pickle(change, name):
     torch.manual_seed(0)

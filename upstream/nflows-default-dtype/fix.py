@@ -1,7 +1,7 @@
 r"""Normal distributions without a constant in float64, for nflows 0.14 and glasflow 0.4.1.
 
-    with applied():
-        flow = Flow(transform, StandardNormal([8])).to("mps")
+with applied():
+    flow = Flow(transform, StandardNormal([8])).to("mps")
 """
 
 import math

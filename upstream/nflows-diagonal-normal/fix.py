@@ -1,7 +1,7 @@
 r"""A mean and samples of nflows' `DiagonalNormal`, for nflows 0.14 and glasflow 0.4.1.
 
-    with applied():
-        samples = Flow(transform, DiagonalNormal([8])).sample(1000)
+with applied():
+    samples = Flow(transform, DiagonalNormal([8])).sample(1000)
 """
 
 from collections.abc import Iterator

@@ -65,9 +65,7 @@ def rational_quadratic_spline(
     d = min_derivative + F.softplus(unnormalized_derivatives, beta=beta)
 
     k = (inputs[..., None] >= y[..., 1:-1]).sum(-1, keepdim=True)
-    x0, x1, y0, y1, d0, d1 = (
-        of.gather(-1, k + i).squeeze(-1) for of in (x, y, d) for i in (0, 1)
-    )
+    x0, x1, y0, y1, d0, d1 = (of.gather(-1, k + i).squeeze(-1) for of in (x, y, d) for i in (0, 1))
     w, h, u = x1 - x0, y1 - y0, inputs - y0
     s = h / w
     bend = d0 + d1 - 2 * s

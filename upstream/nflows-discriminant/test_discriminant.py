@@ -7,6 +7,8 @@ from torch.nn import functional as F
 pytest.importorskip("nflows")
 
 BOUND = 3.0
+#: The bare assertion of the discriminant, and none of ours.
+BARE = pytest.RaisesExc(AssertionError, check=lambda error: not str(error))
 
 
 @pytest.fixture(params=["nflows", "glasflow.nflows"])
@@ -36,15 +38,11 @@ def inverse(splines, y, parameters):
     )
 
 
-@pytest.mark.wound("nflows", "0.14", raises=AssertionError)
+@pytest.mark.wound("nflows", "0.14", raises=BARE)
 def test_the_inverse_at_a_flat_knot_raises_no_assertion(change, splines):
     parameters = logits(4000)
     y = below_a_knot(parameters[1])
-    try:
-        x, ladj = inverse(splines, y, parameters)
-    except AssertionError as error:
-        assert not str(error)  # the bare one of the discriminant, and no other
-        raise
+    x, ladj = inverse(splines, y, parameters)
     exact = inverse(splines, y.double(), [p.double() for p in parameters])[0]
     assert x.isfinite().all()
     assert ladj.isfinite().all()
@@ -52,7 +50,7 @@ def test_the_inverse_at_a_flat_knot_raises_no_assertion(change, splines):
     assert (x - exact).abs().max() < 5e-3
 
 
-@pytest.mark.wound("nflows", "0.14", raises=AssertionError)
+@pytest.mark.wound("nflows", "0.14", raises=BARE)
 def test_its_gradients_are_finite(change, splines):
     parameters = [p.requires_grad_() for p in logits(4000)]
     y = below_a_knot(parameters[1].detach()).requires_grad_()

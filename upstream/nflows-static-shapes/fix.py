@@ -1,7 +1,7 @@
 r"""A rational-quadratic spline of static shapes, for nflows 0.14 and its fork in glasflow 0.4.1.
 
-    with applied():
-        flow = torch.compile(flow, fullgraph=True)
+with applied():
+    flow = torch.compile(flow, fullgraph=True)
 """
 
 import math
@@ -55,9 +55,7 @@ def unconstrained_rational_quadratic_spline(
 
     v = inputs.clamp(-tail_bound, tail_bound)
     k = (v[..., None] >= (y if inverse else x)[..., 1:-1]).sum(-1, keepdim=True)
-    x0, x1, y0, y1, d0, d1 = (
-        of.gather(-1, k + i).squeeze(-1) for of in (x, y, d) for i in (0, 1)
-    )
+    x0, x1, y0, y1, d0, d1 = (of.gather(-1, k + i).squeeze(-1) for of in (x, y, d) for i in (0, 1))
     value, ladj = (_backward if inverse else _forward)(v, x0, x1, y0, y1, d0, d1)
     outputs = torch.where(inside, value, inputs)
     return outputs, torch.where(inside, -ladj if inverse else ladj, 0.0)

@@ -1,12 +1,13 @@
 r"""An `ActNorm` whose flag stays where it is and that evaluation leaves alone, for normflows 1.7.3.
 
-    with applied():
-        model.eval()
-        samples, log_q = model.sample(1)
+with applied():
+    model.eval()
+    samples, log_q = model.sample(1)
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest.mock import patch
 
 from normflows.flows import ActNorm
@@ -14,7 +15,7 @@ from normflows.flows.affine.coupling import AffineConstFlow
 from torch import Tensor
 
 
-def forward(self: ActNorm, z: Tensor) -> tuple[Tensor, Tensor]:
+def forward(self: ActNorm, z: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
     if _is_due(self, z):
         scale = _deviation(self, z)
         self.s.data.copy_(-scale.log())
@@ -23,7 +24,7 @@ def forward(self: ActNorm, z: Tensor) -> tuple[Tensor, Tensor]:
     return AffineConstFlow.forward(self, z)
 
 
-def inverse(self: ActNorm, z: Tensor) -> tuple[Tensor, Tensor]:
+def inverse(self: ActNorm, z: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
     if _is_due(self, z):
         self.s.data.copy_(_deviation(self, z).log())
         self.t.data.copy_(z.mean(self.batch_dims, keepdim=True))

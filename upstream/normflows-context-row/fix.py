@@ -1,7 +1,7 @@
 r"""Many samples for one condition, for normflows 1.7.3.
 
-    with applied():
-        samples, log_q = model.sample(1000, context=x)  # x of shape (1, ...)
+with applied():
+    samples, log_q = model.sample(1000, context=x)  # x of shape (1, ...)
 """
 
 from collections.abc import Callable, Iterator

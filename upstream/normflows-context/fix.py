@@ -15,7 +15,6 @@ from inspect import signature
 from typing import Any
 from unittest.mock import patch
 
-
 from normflows import distributions, flows, transforms
 from torch import Tensor, nn
 
@@ -120,7 +119,9 @@ def with_networks(method: Callable, *names: str) -> Callable:
 
     @wraps(method)
     def ours(self: Any, z: Any, context: Any = None) -> Result:
-        return method(_Seen(self, {name: given(getattr(self, name), context) for name in names}), z)
+        return method(
+            _Seen(self, {name: given(getattr(self, name), context) for name in names}), z
+        )
 
     return ours
 
@@ -170,5 +171,3 @@ def applied() -> Iterator[None]:
         cc = flows.CCAffineConst
         put(cc, forward=by_class(cc.forward), inverse=by_class(cc.inverse))
         yield
-
-

@@ -37,7 +37,9 @@ VECTORS = {
 IMAGES = {
     "GlowBlock": lambda: nf.flows.GlowBlock(4, 8),
     "Invertible1x1Conv": lambda: nf.flows.Invertible1x1Conv(4),
-    "Squeeze": lambda: nf.flows.Composite([nf.flows.Squeeze(), nf.flows.Reverse(nf.flows.Squeeze())]),
+    "Squeeze": lambda: nf.flows.Composite(
+        [nf.flows.Squeeze(), nf.flows.Reverse(nf.flows.Squeeze())]
+    ),
 }
 REFUSED = pytest.RaisesExc(TypeError, match="unexpected keyword argument 'context'")
 
@@ -69,12 +71,15 @@ def test_radial_samples(change):
     assert flow.sample(5, torch.randn(5, 3))[0].shape == (5, 2)
 
 
-@pytest.mark.parametrize("make", [
-    lambda: nf.flows.AffineCouplingBlock(Conditional(1, 3, 2)),
-    lambda: nf.flows.MaskedAffineFlow(
-        torch.tensor([1.0, 0]), Conditional(2, 3, 2), Conditional(2, 3, 2)
-    ),
-])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nf.flows.AffineCouplingBlock(Conditional(1, 3, 2)),
+        lambda: nf.flows.MaskedAffineFlow(
+            torch.tensor([1.0, 0]), Conditional(2, 3, 2), Conditional(2, 3, 2)
+        ),
+    ],
+)
 @pytest.mark.wound("normflows", "1.7.3", raises=REFUSED)
 def test_couplings_give_it_to_networks_that_take_one(change, make):
     torch.manual_seed(0)

@@ -5,6 +5,8 @@ from torch.nn import functional as F
 splines = pytest.importorskip("normflows.utils.splines")
 
 BOUND = 3.0
+#: The bare assertion of the discriminant, and none of ours.
+BARE = pytest.RaisesExc(AssertionError, check=lambda error: not str(error))
 
 
 def logits(rows, width=3.0, slope=-8.0, dtype=torch.float32, seed=0):
@@ -28,15 +30,11 @@ def inverse(y, parameters):
     )
 
 
-@pytest.mark.wound("normflows", "1.7.3", raises=AssertionError)
+@pytest.mark.wound("normflows", "1.7.3", raises=BARE)
 def test_the_inverse_at_a_flat_knot_raises_no_assertion(change):
     parameters = logits(4000)
     y = below_a_knot(parameters[1])
-    try:
-        x, ladj = inverse(y, parameters)
-    except AssertionError as error:
-        assert not str(error)  # the bare one of the discriminant, and no other
-        raise
+    x, ladj = inverse(y, parameters)
     exact = inverse(y.double(), [p.double() for p in parameters])[0]
     assert x.isfinite().all()
     assert ladj.isfinite().all()
@@ -44,7 +42,7 @@ def test_the_inverse_at_a_flat_knot_raises_no_assertion(change):
     assert (x - exact).abs().max() < 5e-3
 
 
-@pytest.mark.wound("normflows", "1.7.3", raises=AssertionError)
+@pytest.mark.wound("normflows", "1.7.3", raises=BARE)
 def test_its_gradients_are_finite(change):
     parameters = [p.requires_grad_() for p in logits(4000)]
     y = below_a_knot(parameters[1].detach()).requires_grad_()

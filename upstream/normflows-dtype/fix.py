@@ -1,7 +1,7 @@
 r"""Determinants in the dtype, and on the device, of the data, for normflows 1.7.3.
 
-    with applied():
-        loss = model.double().forward_kld(x)
+with applied():
+    loss = model.double().forward_kld(x)
 """
 
 from collections.abc import Iterable, Iterator
@@ -55,7 +55,7 @@ def conditional_forward_kld(
     return -self.log_prob(x, context).mean()
 
 
-def _given(func: torch.nn.Module, context: Tensor | None):  # noqa: ANN202
+def _given(func: torch.nn.Module, context: Tensor | None):
     return lambda z: func(z, context=context)
 
 

@@ -61,9 +61,7 @@ def prior(self: MultiscaleFlow, level: int, kept: Any, context: Any, y: Any) -> 
     return given(context) | ({"y": y} if self.class_cond else {})
 
 
-def log_prob(
-    self: MultiscaleFlow, x: Tensor, y: Any = None, context: Context = None
-) -> Tensor:
+def log_prob(self: MultiscaleFlow, x: Tensor, y: Any = None, context: Context = None) -> Tensor:
     z, log_q = x, x.new_zeros(len(x))
     levels = at_levels(self, context)
     if self.transform is not None:

@@ -72,7 +72,9 @@ def test_latents_go_there_and_back(change):
     torch.testing.assert_close(log_back, -log_det)
 
 
-@pytest.mark.wound("normflows", "1.7.3", raises=pytest.RaisesExc(TypeError, match="condition_priors"))
+@pytest.mark.wound(
+    "normflows", "1.7.3", raises=pytest.RaisesExc(TypeError, match="condition_priors")
+)
 def test_a_prior_may_depend_on_what_is_kept(change):
     q0, layers, merges = parts(Prior(2))
     for level in layers:

@@ -1,7 +1,7 @@
 r"""Relative Mahalanobis scores of feature maps, for pytorch-ood 0.4.0.
 
-    with applied():
-        RMD(encoder=None).fit_features(z, y).predict_features(maps)
+with applied():
+    RMD(encoder=None).fit_features(z, y).predict_features(maps)
 """
 
 from collections.abc import Iterator

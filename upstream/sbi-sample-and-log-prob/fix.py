@@ -1,7 +1,7 @@
 r"""Samples of several conditions in their own rows, for sbi 0.27.0.
 
-    with applied():
-        samples, log_probs = estimator.sample_and_log_prob((1000,), x)
+with applied():
+    samples, log_probs = estimator.sample_and_log_prob((1000,), x)
 """
 
 from collections.abc import Iterator

@@ -3,7 +3,7 @@ import torch
 
 pytest.importorskip("sbi")
 
-from sbi.neural_nets import posterior_nn  # noqa: E402
+from sbi.neural_nets import posterior_nn
 
 
 def estimator():

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 TIMES = torch.linspace(0, 4, 32)
 PRIOR = BoxUniform(torch.tensor([0.5, 0.1]), torch.tensor([2.0, 1.0]))
-ALPHA, EACH, SHUFFLES, ROWS = 0.05, 100, 200, 500
+ALPHA, EACH, SHUFFLES, ROWS = 0.05, 100, 200, 300
+EPOCHS = 20
 
 
 def simulate(theta: Tensor) -> Tensor:
@@ -53,17 +54,19 @@ def main() -> None:
     fix = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fix)
 
-    theta = PRIOR.sample((10_000,))
+    theta = PRIOR.sample((4000,))
     x = simulate(theta)
-    net = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+    net = nn.Sequential(
+        nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)
+    )
     build = posterior_nn("maf", embedding_net=net)
     inference = NPE(PRIOR, density_estimator=build, show_progress_bars=False)
-    estimator = inference.append_simulations(theta, x).train(max_num_epochs=30)
+    estimator = inference.append_simulations(theta, x).train(max_num_epochs=EPOCHS)
     embed = estimator.embedding_net.eval()
 
     started = time.process_time()
     marginal = MarginalTrainer(density_estimator="nsf")
-    marginal = marginal.append_samples(x).train(max_num_epochs=30)
+    marginal = marginal.append_samples(x).train(max_num_epochs=EPOCHS)
     print(f"the marginal flow took {time.process_time() - started:.0f} s of training")
 
     held_out = simulate(PRIOR.sample((2000,)))
@@ -98,7 +101,12 @@ def main() -> None:
         started = time.process_time()
         rates = [(test(o) < ALPHA).float().mean().item() for o in observed.values()]
         took = (time.process_time() - started) / len(KINDS)
-        print(f"| {name} |", " | ".join(f"{100 * r:.0f} %" for r in rates), f"| {took:.2g} |", flush=True)
+        print(
+            f"| {name} |",
+            " | ".join(f"{100 * r:.0f} %" for r in rates),
+            f"| {took:.2g} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

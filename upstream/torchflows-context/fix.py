@@ -1,8 +1,8 @@
 r"""Multiscale flows that read their context, for torchflows 1.2.1.
 
-    with applied():
-        flow = Flow(MultiscaleRealNVP((3, 16, 16), context_shape=(4,)))
-        flow.log_prob(x, context=c)
+with applied():
+    flow = Flow(MultiscaleRealNVP((3, 16, 16), context_shape=(4,)))
+    flow.log_prob(x, context=c)
 """
 
 import math

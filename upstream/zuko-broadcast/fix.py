@@ -1,7 +1,7 @@
 r"""Affine flows and couplings that broadcast an input against many conditions, for zuko 1.6.0.
 
-    with applied():
-        flow(c).log_prob(x)  # x of shape (features,), c of shape (7, context): shape (7,)
+with applied():
+    flow(c).log_prob(x)  # x of shape (features,), c of shape (7, context): shape (7,)
 """
 
 from collections.abc import Iterator

@@ -14,7 +14,9 @@ FLOWS = {
 
 @pytest.mark.parametrize("shapes", [((3,), (7, 2)), ((5, 1, 3), (7, 2)), ((7, 3), (5, 1, 2))])
 @pytest.mark.parametrize("name", FLOWS)
-@pytest.mark.wound("zuko", "1.6.0", raises=pytest.RaisesExc(RuntimeError, match="expand|broadcast"))
+@pytest.mark.wound(
+    "zuko", "1.6.0", raises=pytest.RaisesExc(RuntimeError, match="expand|broadcast")
+)
 def test_an_input_meets_many_conditions(change, name, shapes):
     torch.manual_seed(0)
     flow = FLOWS[name]()

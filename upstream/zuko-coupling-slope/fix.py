@@ -1,7 +1,7 @@
 r"""The least slope of affine couplings as an argument, for zuko 1.6.0.
 
-    with applied():
-        flow = zuko.flows.RealNVP(8, context=4, slope=0.1)
+with applied():
+    flow = zuko.flows.RealNVP(8, context=4, slope=0.1)
 """
 
 from collections.abc import Callable, Iterator

@@ -1,7 +1,7 @@
 r"""An inverse of zuko's spline without NaN, for zuko 1.6.0.
 
-    with applied():
-        samples = flow(c).sample((1000,))
+with applied():
+    samples = flow(c).sample((1000,))
 """
 
 from collections.abc import Iterator
