@@ -6,7 +6,7 @@ observations :math:`x` as *condition*; its log-densities have shape ``(sample, b
 ``flowguard.migrate(posterior, theta, x)``.
 """
 
-__all__ = ["estimators", "flow_of", "with_estimators"]
+__all__ = ["GuardedPosterior", "estimators", "flow_of", "protect", "with_estimators"]
 
 from flowguard.hosts import missing
 
@@ -16,3 +16,4 @@ except ImportError as error:
     raise missing("sbi") from error
 
 from .estimators import estimators, flow_of, with_estimators
+from .guard import GuardedPosterior, protect
