@@ -50,6 +50,18 @@ ASKED = (
 #: Where the potentials of posteriors keep a network that is conditioned on the observation.
 CONDITIONED = ("posterior_estimator", "vector_field_estimator")
 
+#: What estimators call the shapes of parameters and observations, by what potentials call them.
+SHAPES = {
+    ("posterior_estimator", "x"): "condition_shape",
+    ("posterior_estimator", "theta"): "input_shape",
+    ("vector_field_estimator", "x"): "condition_shape",
+    ("vector_field_estimator", "theta"): "input_shape",
+    ("likelihood_estimator", "x"): "input_shape",
+    ("likelihood_estimator", "theta"): "condition_shape",
+    ("ratio_estimator", "x"): "x_shape",
+    ("ratio_estimator", "theta"): "theta_shape",
+}
+
 #: What estimators call the network that an observation goes through before anything else.
 EMBEDDING = ("embedding_net", "condition_embedding")
 
@@ -239,10 +251,11 @@ def protect(
         >>> prior = BoxUniform(-torch.ones(2), torch.ones(2))
         >>> theta = prior.sample((400,))
         >>> x = theta + 0.1 * torch.randn(400, 2)
-        >>> inference = NPE(prior, density_estimator="maf")
-        >>> _ = inference.append_simulations(theta, x).train(max_num_epochs=1)
-        >>> posterior = protect(inference.build_posterior(), theta, x, policy="shrink")
-        >>> posterior.ood_score(torch.tensor([[0.1, 0.2], [30.0, 0.0]])).flagged
+        >>> inference = NPE(prior, density_estimator="maf").append_simulations(theta, x)
+        >>> _ = inference.train()  # doctest: +SKIP
+        >>> posterior = inference.build_posterior()  # doctest: +SKIP
+        >>> posterior = protect(posterior, theta, x, policy="shrink")  # doctest: +SKIP
+        >>> posterior.ood_score(torch.tensor([[0.1, 0.2], [30.0, 0.0]])).flagged  # doctest: +SKIP
         tensor([False,  True])
     """
     if not isinstance(posterior, NeuralPosterior):
@@ -258,6 +271,7 @@ def protect(
         raise ValueError("robust=True needs the parameters theta of the simulations; got None")
     _check_options(policy, alpha, held_out, time_limit)
     theta, x = _simulations(theta, x)
+    _check_shapes(posterior, theta, x)
     migrations: list[Migration] = []
     posterior = _unguarded(posterior)
     if robust:
@@ -269,7 +283,8 @@ def protect(
     data = _put_watches(posterior, alpha)
     vars(posterior)[_GUARD] = Guard(data, "report", alpha, time_limit, x.shape[1:], migrations)
     _fit(_watches(posterior), x.to(vars(posterior)["_device"]), alpha, held_out, seed)
-    posterior.__class__ = guarded_class(type(posterior))
+    cls: Any = type(posterior)
+    posterior.__class__ = guarded_class(cls)
     posterior.ood_policy = policy
     return posterior
 
@@ -321,7 +336,7 @@ class GuardedPosterior:
         return guard.judge(_watches(self), guard.rows(x, vars(self)["_device"])).report
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        state = dict(self.__getstate__())  # type: ignore[misc, call-overload]
+        state = dict(self.__getstate__())  # type: ignore[call-overload]
         state[_GUARD] = replace(state[_GUARD], report=None)
         return _empty, (type(self).__bases__[1],), state
 
@@ -331,7 +346,7 @@ def _guard(posterior: Any) -> Guard:
 
 
 @cache
-def guarded_class(cls: type) -> type:
+def guarded_class(cls: Any) -> Any:
     r"""Returns the subclass of a posterior that consults its guard first.
 
     Arguments:
@@ -540,6 +555,29 @@ def _simulations(theta: Any, x: Any) -> tuple[Tensor | None, Tensor]:
     return theta, x
 
 
+def _check_shapes(posterior: Any, theta: Tensor | None, x: Tensor) -> None:
+    for name, estimator in _held(posterior):
+        for what, given in (("x", x), ("theta", theta)):
+            expected = getattr(estimator, SHAPES.get((name, what), ""), None)
+            if given is not None and expected is not None and given.shape[1:] != expected:
+                raise ValueError(
+                    f"{what} must have shape (N, {', '.join(map(str, expected))}), as the "
+                    f"estimator was made for; got {tuple(given.shape)}"
+                )
+
+
+def _held(posterior: Any) -> list[tuple[str, nn.Module]]:
+    r"""Returns the estimators that the potentials of a posterior hold, and what they call them."""
+    potential = posterior.potential_fn
+    found = {
+        id(part): (name, part)
+        for one in getattr(potential, "potential_fns", (potential,))
+        for name, part in vars(one).items()
+        if isinstance(part, nn.Module)
+    }
+    return list(found.values())
+
+
 def _unguarded(posterior: Any) -> Any:
     r"""Returns a copy of a posterior, without the guard that it may have."""
     posterior = copy.deepcopy(posterior)
@@ -556,14 +594,7 @@ def _conditioned(posterior: Any) -> list[nn.Module]:
     r"""Returns the estimators of a posterior that are conditioned on observations."""
     if any(isinstance(p, VIPosterior) for p in _members(posterior)):
         return []  # what it samples from is fitted to one observation, or embeds it on its own
-    potential = posterior.potential_fn
-    found = {
-        id(part): part
-        for one in getattr(potential, "potential_fns", (potential,))
-        for name, part in vars(one).items()
-        if name in CONDITIONED and isinstance(part, nn.Module)
-    }
-    return list(found.values())
+    return [estimator for name, estimator in _held(posterior) if name in CONDITIONED]
 
 
 def _embedding(estimator: nn.Module) -> nn.Module | None:
@@ -581,8 +612,8 @@ def _exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 def _put_watches(posterior: Any, alpha: float) -> Watch | None:
     r"""Puts watches into the estimators of a posterior, and returns one of the data if needed."""
-    pairs = [(e, _embedding(e)) for e in _conditioned(posterior)]
-    pairs = [(e, net) for e, net in pairs if net is not None]
+    nets = [(e, _embedding(e)) for e in _conditioned(posterior)]
+    pairs = [(e, net) for e, net in nets if net is not None]
     rest = len(_members(posterior)) > len(pairs)
     share = alpha / (len(pairs) + rest)
     for estimator, net in pairs:

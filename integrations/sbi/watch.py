@@ -2,6 +2,7 @@ r"""What stands between an observation and the network that is conditioned on it
 
 __all__ = ["Watch", "deadline", "merge_trials"]
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from flowguard.numerics import evaluating
-from flowguard.ood import OODConditioner, OODReport, StreamingGaussian
+from flowguard.ood import OODConditioner, OODReport
 from flowguard.ood.fingerprint import Seal, fingerprint
+from flowguard.ood.levels import Level
 from flowguard.ood.state import supports_float64
 
 #: How many simulations are remembered: at most, in all numbers of theirs, and at least.
@@ -79,14 +81,16 @@ class Watch(nn.Module):
     mean: Tensor
     scale: Tensor
     known: Tensor
+    whitened: Tensor
 
     def __init__(self, net: nn.Module | None, alpha: float) -> None:
         super().__init__()
         self.net = nn.Identity() if net is None else net
         self.conditioner = OODConditioner(None, "report", alpha=alpha)
-        for name in ("mean", "scale", "known"):
+        for name in ("mean", "scale", "known", "whitened"):
             self.register_buffer(name, torch.empty(0, dtype=torch.float64))
         self.shrinks = False
+        self.threshold = math.inf
         self.event = torch.Size()
         r"""The shape of one embedding."""
         self._fingerprint = ""
@@ -110,23 +114,30 @@ class Watch(nn.Module):
             embedding: The embeddings, with shape :math:`(*, *E)`, :math:`E` that of one.
         """
         rows = self._standardised(embedding.detach())
-        ((_, level),) = self.conditioner.guard.items()
-        (told,) = self.conditioner.score(rows).levels.values()
-        if not bool(told.flagged.any()):
+        flagged = self._level.scores(rows) > self.threshold
+        if not bool(flagged.any()):
             return embedding
         # Samplers ask for the same observation many times over.
-        outside, place = rows[told.flagged].unique(dim=0, return_inverse=True)
-        on = level.pull(outside, level.gaussian.mahalanobis(outside), told.threshold)
-        back = self.known[self._nearest(on, level.gaussian)] * self.scale + self.mean
+        outside, place = rows[flagged].unique(dim=0, return_inverse=True)
         moved = embedding.reshape(rows.shape).clone()
-        moved[told.flagged] = back.to(moved.dtype)[place]
+        moved[flagged] = self.known[self._nearest(outside)].to(moved)[place]
         return moved.reshape(embedding.shape)
 
-    def _nearest(self, rows: Tensor, gaussian: StreamingGaussian) -> Tensor:
-        mean, whitening = gaussian.kernel(rows.device, rows.dtype)
-        known = (self.known.to(mean) - mean) @ whitening.T
-        parts = ((rows.to(mean) - mean) @ whitening.T).split(256)
-        return torch.cat([torch.cdist(part, known).argmin(dim=1) for part in parts])
+    def _nearest(self, outside: Tensor) -> Tensor:
+        r"""Returns the places of the simulations that are nearest to rows on the threshold."""
+        on = self._level.pull(outside, self._level.scores(outside), self.threshold)
+        return torch.cat(
+            [torch.cdist(r, self.whitened).argmin(dim=1) for r in self._whiten(on).split(256)]
+        )
+
+    @property
+    def _level(self) -> Level:
+        ((_, level),) = self.conditioner.guard.items()
+        return level
+
+    def _whiten(self, rows: Tensor) -> Tensor:
+        mean, whitening = self._level.gaussian.kernel(rows.device, rows.dtype)
+        return (rows.to(mean) - mean) @ whitening.T
 
     @torch.no_grad()
     def embed(self, x: Tensor) -> Tensor:
@@ -154,9 +165,11 @@ class Watch(nn.Module):
         self.scale = torch.where(deviation > 0, deviation, 1.0)
         self.conditioner.fit(self._standardised(fitted), progress=False)
         self.conditioner.calibrate(self._standardised(held_out), progress=False)
-        rows = self._standardised(fitted)
-        ordinary = rows[~self.conditioner.score(rows).flagged]
+        report = self.conditioner.score(self._standardised(fitted))
+        self.threshold = report.levels[self.conditioner.guard.names[0]].threshold
+        ordinary = fitted.flatten(1)[~report.flagged]
         self.known = ordinary[: max(LEAST, min(MOST, NUMBERS // ordinary.shape[1]))]
+        self.whitened = self._whiten(self._standardised(self.known))
         self._fingerprint = fingerprint(self.net)
 
     def score(self, embedding: Tensor) -> OODReport:

@@ -94,6 +94,9 @@ POSTERIORS = {
     "ratio": lambda: of_ratio(proposal=PRIOR, **MCMC),
 }
 
+#: Those that sample by chains, which takes its time.
+CHAINS = ("mcmc", "likelihood", "ratio")
+
 NEAR = torch.tensor([[0.3, 0.1, 0.3]])
 FAR = 1000 * NEAR
 
@@ -103,10 +106,8 @@ def heard():
     r"""Records the guard's warnings."""
 
     class Heard(list):
-        def __init__(self):
-            self.catch = warnings.catch_warnings(record=True)
-
         def __enter__(self):
+            self.catch = warnings.catch_warnings(record=True)
             self.all = self.catch.__enter__()
             warnings.simplefilter("always")
             return self
@@ -136,16 +137,15 @@ def test_an_honest_observation_is_answered_bit_for_bit(kind, heard):
     posterior = POSTERIORS[kind]()
     guarded = protect(posterior, THETA, X)
     asked = {
-        "sample": lambda p: p.sample((8,), x=NEAR, **QUIET),
-        "log_prob": lambda p: p.log_prob(THETA[:4], x=NEAR),
         "potential": lambda p: p.potential(THETA[:4], x=NEAR),
-        "sample by default": lambda p: p.set_default_x(NEAR).sample((8,), **QUIET),
-        "sample_batched": lambda p: p.sample_batched((8,), x=X[:3], **QUIET),
+        "default": lambda p: p.set_default_x(NEAR).potential(THETA[:4]),
     }
-    if kind in ("importance", "likelihood", "ratio", "mcmc"):
-        del asked["log_prob"]
-    if kind == "importance":
-        del asked["sample_batched"]
+    if kind not in CHAINS:
+        asked["sample"] = lambda p: p.sample((8,), **QUIET)
+        asked["another"] = lambda p: p.sample((8,), x=X[:1], **QUIET)
+    if kind not in (*CHAINS, "importance"):
+        asked["log_prob"] = lambda p: p.log_prob(THETA[:4], x=NEAR)
+        asked["sample_batched"] = lambda p: p.sample_batched((8,), x=X[:3], **QUIET)
     with heard:
         for ask in asked.values():
             plain, told = seeded(lambda: ask(posterior)), seeded(lambda: ask(guarded))  # noqa: B023
@@ -154,12 +154,13 @@ def test_an_honest_observation_is_answered_bit_for_bit(kind, heard):
     assert isinstance(guarded, type(posterior))
 
 
-@pytest.mark.parametrize("kind", POSTERIORS)
+@pytest.mark.parametrize("kind", [k for k in POSTERIORS if k not in ("mcmc", "ratio")])
 def test_a_far_observation_is_answered_after_shrinking_with_one_warning(kind, heard):
     guarded = protect(POSTERIORS[kind](), THETA, X, policy="shrink")
+    count = 4 if kind in CHAINS else 500
     with heard:
-        samples = guarded.sample((500,), x=FAR, **QUIET)
-    assert samples.shape == (500, 2)
+        samples = guarded.sample((count,), x=FAR, **QUIET)
+    assert samples.shape == (count, 2)
     assert (PRIOR.log_prob(samples) > -torch.inf).all()
     (message,) = heard
     assert "The observation [300, 100, 300] is not like the simulations: p = 0.00" in message
@@ -181,7 +182,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("kind", ["maf", "zuko_maf", "ensemble"])
+@pytest.mark.parametrize("kind", ["zuko_maf", "ensemble"])
 def test_each_question_is_looked_at_once(kind, name, heard):
     posterior = POSTERIORS[kind]()
     if not hasattr(posterior, name):
@@ -201,17 +202,19 @@ def test_each_question_is_looked_at_once(kind, name, heard):
         METHODS[name](guarded)
 
 
-@pytest.mark.parametrize("kind", ["maf", "zuko_maf", "mcmc", "likelihood"])
+@pytest.mark.parametrize("kind", ["maf", "zuko_maf", "mcmc"])
 def test_shrinking_answers_as_for_a_simulation(kind):
-    guarded = protect(POSTERIORS[kind](), THETA, X, policy="shrink")
+    posterior = POSTERIORS[kind]()
+    guarded = protect(posterior, THETA, X, policy="shrink")
     with pytest.warns(OODContextWarning):
         far = guarded.potential(THETA[:4], x=FAR)
-    answers = torch.stack([guarded.potential(THETA[:4], x=row) for row in X if near(guarded, row)])
-    assert ((answers - far).abs().amax(1) < 1e-4 * (1 + far.abs().max())).any()
-
-
-def near(guarded, row):
-    return not guarded.ood_score(row).flagged.any()
+    theta = THETA[:4, None].expand(4, len(X), 2)
+    with torch.no_grad():
+        simulated = posterior.potential_fn.posterior_estimator.log_prob(theta, X)
+    differing = (simulated - far[:, None]).abs().amax(0)
+    closest = int(differing.argmin())
+    assert differing[closest] < 1e-4
+    assert not guarded.ood_score(X[closest]).flagged.any()
 
 
 def test_a_default_observation_stays_what_the_user_gave():
@@ -219,7 +222,8 @@ def test_a_default_observation_stays_what_the_user_gave():
         guarded = protect(POSTERIORS[kind](), THETA, X, policy="shrink")
         with pytest.warns(OODContextWarning):
             guarded.set_default_x(FAR)
-            guarded.sample((4,), **QUIET)
+        with pytest.warns(OODContextWarning):
+            assert guarded.potential(THETA[:4]).shape == (4,)
         assert torch.equal(guarded.default_x, FAR)
 
 
@@ -254,7 +258,10 @@ def test_the_limit_is_for_flagged_observations_alone_and_the_users_own_goes_befo
     with pytest.warns(OODContextWarning), pytest.raises(RuntimeError, match="given up after 0"):
         guarded.sample((8,), x=1.5 * X.abs().amax(0), **QUIET)
     if not OLD:
-        with pytest.warns(OODContextWarning), pytest.raises(RuntimeError, match="max_sampling_time"):
+        with (
+            pytest.warns(OODContextWarning),
+            pytest.raises(RuntimeError, match="max_sampling_time"),
+        ):
             guarded.sample((10**6,), x=FAR, max_sampling_time=1e-9, **QUIET)
 
 
@@ -275,10 +282,16 @@ def test_with_report_nothing_is_said():
 
 @pytest.mark.parametrize("kind", POSTERIORS)
 def test_a_guarded_posterior_is_copied_pickled_and_saved(kind, tmp_path):
+    def answer(posterior):
+        if kind in CHAINS:
+            return posterior.potential(THETA[:4])
+        return posterior.sample((8,), **QUIET)
+
     guarded = protect(POSTERIORS[kind](), THETA, X, policy="shrink")
     with pytest.warns(OODContextWarning):
         guarded.set_default_x(FAR)
-        expected = seeded(lambda: guarded.sample((8,), **QUIET))
+    with pytest.warns(OODContextWarning):
+        expected = seeded(lambda: answer(guarded))
     torch.save(guarded, tmp_path / "guarded.pt")
     copies = [
         copy.deepcopy(guarded),
@@ -290,7 +303,7 @@ def test_a_guarded_posterior_is_copied_pickled_and_saved(kind, tmp_path):
         assert type(other) is type(guarded)
         assert other.ood_report is None
         with pytest.warns(OODContextWarning):
-            assert torch.equal(seeded(lambda: other.sample((8,), **QUIET)), expected)  # noqa: B023
+            assert torch.equal(seeded(lambda: answer(other)), expected)  # noqa: B023
     copies[0].ood_policy = "report"
     assert guarded.ood_policy == "shrink"
 
@@ -392,16 +405,16 @@ def test_trials_of_one_observation_are_judged_together(kind, heard):
     honest = torch.cat((THETA[:1], THETA[:1, :1]), 1) + 0.1 * torch.randn(10, 3)
     drifted = honest + torch.tensor([0.0, 0.0, 1.0])
     with heard:
-        guarded.sample((4,), x=honest, **QUIET)
+        guarded.set_default_x(honest)
     assert heard == []
     assert len(guarded.ood_report) == 10
     with heard:
-        guarded.sample((4,), x=drifted, **QUIET)
+        guarded.set_default_x(drifted)
     assert len(heard) == 1
     assert "The observation of 10 trials is not like the simulations" in heard[0]
     guarded.ood_policy = "shrink"
     with pytest.warns(OODContextWarning):
-        assert guarded.sample((4,), x=drifted, **QUIET).shape == (4, 2)
+        assert guarded.potential(THETA[:4]).shape == (4,)
 
 
 @pytest.mark.parametrize("kind", POSTERIORS)
@@ -410,7 +423,7 @@ def test_what_is_not_finite_is_refused(kind):
     for value in (torch.nan, torch.inf):
         x = NEAR.clone()
         x[0, 1] = value
-        with pytest.raises(ValueError, match="must be finite.* in 1 of 1"):
+        with pytest.raises(ValueError, match=r"must be finite.* in 1 of 1"):
             guarded.sample((4,), x=x, **QUIET)
     with pytest.raises(ValueError, match=r"in 2 of 4 \(at 1, 3\)"):
         guarded.sample_batched((4,), x=torch.stack((NEAR, x, NEAR, x)).squeeze(1), **QUIET)
@@ -431,17 +444,19 @@ def test_observations_come_as_sbi_takes_them():
 
 
 def test_float64_as_the_default_changes_nothing():
-    posterior = direct()
+    posterior = direct("zuko_maf")  # nflows' flows need the default that they were made under
     expected = protect(posterior, THETA, X).ood_score(X).levels["embedding"].score
     torch.set_default_dtype(torch.float64)
     try:
-        guarded = protect(posterior, THETA.double(), X.double(), policy="shrink")
-        assert torch.allclose(guarded.ood_score(X).levels["embedding"].score, expected)
-        with pytest.warns(OODContextWarning):
-            samples = guarded.sample((8,), x=FAR.double(), **QUIET)
+        exact = posterior_nn("zuko_maf", hidden_features=8)(THETA.double(), X.double())
+        for given in (posterior, DirectPosterior(exact, PRIOR)):
+            guarded = protect(given, THETA.double(), X.double(), policy="shrink")
+            score = guarded.ood_score(X).levels["embedding"].score
+            assert torch.allclose(score, expected, rtol=1e-3)
+            with pytest.warns(OODContextWarning):
+                assert guarded.sample((8,), x=FAR.double(), **QUIET).isfinite().all()
     finally:
         torch.set_default_dtype(torch.float32)
-    assert samples.isfinite().all()
 
 
 def test_simulations_that_are_not_finite_are_left_out():
@@ -552,7 +567,11 @@ def test_robust_migrates_the_flow_and_certifies_it(model, heard):
 
 
 REFUSED = {
-    "no posterior": (lambda p: protect(nn.Linear(1, 1), THETA, X), TypeError, "of sbi.*got Linear"),
+    "no posterior": (
+        lambda p: protect(nn.Linear(1, 1), THETA, X),
+        TypeError,
+        "of sbi.*got Linear",
+    ),
     "policy": (lambda p: protect(p, THETA, X, "drop"), ValueError, "policy must be one of warn"),
     "alpha": (lambda p: protect(p, THETA, X, alpha=0), ValueError, "alpha must lie between"),
     "held out": (lambda p: protect(p, THETA, X, held_out=1), ValueError, "held_out must lie"),
@@ -562,19 +581,23 @@ REFUSED = {
         ValueError,
         "alpha=0.01 needs 99 simulations.*got 99.*larger alpha",
     ),
-    "rows": (lambda p: protect(p, THETA[:9], X), ValueError, r"got \(9, 2\) for x of shape \(1000"),
+    "rows": (
+        lambda p: protect(p, THETA[:9], X),
+        ValueError,
+        r"got \(9, 2\) for x of shape \(1000",
+    ),
     "one row": (lambda p: protect(p, THETA, X[0]), ValueError, r"shape \(N, ...\); got \(3,\)"),
     "no theta": (lambda p: protect(p, None, X, robust=True), ValueError, "needs the parameters"),
     "options": (lambda p: protect(p, THETA, X, steps=9), TypeError, "steps.* need robust=True"),
     "another x": (
         lambda p: protect(p, THETA, X[:, :2]),
         ValueError,
-        r"conditioned on observations of shape \(3,\); got simulations of shape \(2,\)",
+        r"x must have shape \(N, 3\), as the estimator was made for; got \(1000, 2\)",
     ),
     "another theta": (
         lambda p: protect(p, THETA[:, :1], X, robust=True),
         ValueError,
-        r"parameters of shape \(2,\); got \(1,\)",
+        r"theta must have shape \(N, 2\), as the estimator was made for; got \(1000, 1\)",
     ),
 }
 

@@ -42,7 +42,7 @@ def test_what_is_not_flagged_is_left_bit_for_bit():
 
 
 def test_embeddings_that_are_not_finite_move_to_the_middle():
-    found, known = fitted()
+    found, _ = fitted()
     found.shrinks = True
     moved = found(torch.tensor([[torch.inf, 0.0, 0.0]]))
     assert moved.isfinite().all()
