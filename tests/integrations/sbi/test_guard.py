@@ -414,7 +414,7 @@ def test_trials_of_one_observation_are_judged_together(kind, heard):
     assert "The observation of 10 trials is not like the simulations" in heard[0]
     guarded.ood_policy = "shrink"
     with pytest.warns(OODContextWarning):
-        assert guarded.potential(THETA[:4]).shape == (4,)
+        assert guarded.log_prob(THETA[:4]).shape == (4,)
 
 
 @pytest.mark.parametrize("kind", POSTERIORS)
