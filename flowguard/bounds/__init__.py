@@ -22,6 +22,7 @@ __all__ = [
     "departure",
     "envelope",
     "envelope_rule",
+    "known",
     "rule",
     "sampler",
     "steps",
@@ -32,7 +33,15 @@ from flowguard.bounds import torch_rules as torch_rules
 from flowguard.bounds.attack import Attack, attack, sampler
 from flowguard.bounds.certificate import Certificate, certify
 from flowguard.bounds.regions import Envelope
-from flowguard.bounds.rules import departure, envelope, envelope_rule, rule, steps, within
+from flowguard.bounds.rules import (
+    departure,
+    envelope,
+    envelope_rule,
+    known,
+    rule,
+    steps,
+    within,
+)
 from flowguard.bounds.steps import (
     Flatten,
     Join,

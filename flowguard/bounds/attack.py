@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from flowguard.hosts import load
+from flowguard.hosts import load, opened
 from flowguard.numerics import evaluation_mode
 from flowguard.ood import unguarded
 
@@ -101,8 +101,8 @@ def attack(
         | https://arxiv.org/abs/1706.06083
 
     Arguments:
-        model: A flow of flowguard, or of a library that it has rules for; or any function from
-            noise and condition to samples.
+        model: A flow of flowguard, or of a library that it has rules for, or what holds one, such
+            as a posterior of sbi; or any function from noise and condition to samples.
         context: The condition :math:`y_0`, a tensor or a list of tensors with one batch.
         radius: The radius :math:`\epsilon` of the ball around the condition. If :py:`None`, the
             condition is not restricted.
@@ -126,6 +126,7 @@ def attack(
         torch.Size([1, 6])
     """
     _check(radius, norm, noise, steps, restarts)
+    model = opened(model).module
     with unguarded(model):
         draw, latents = sampler(model, context) if latents is None else (model, latents)
     ball = Ball([t.detach() for t in _listed(context)], radius, norm)

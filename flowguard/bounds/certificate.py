@@ -17,6 +17,7 @@ from flowguard.bounds.regions import Region
 from flowguard.bounds.relaxation import Chain
 from flowguard.bounds.rules import steps
 from flowguard.bounds.steps import Linear, Noise, Refused, Step
+from flowguard.hosts import opened
 
 #: A radius beside which all shifts vanish, and whose square is finite.
 FAR = 1e60
@@ -281,7 +282,8 @@ def certify(model: Any, *, roundoff: float | None = None) -> Certificate:
         | https://arxiv.org/abs/2212.04319
 
     Arguments:
-        model: A flow or a layer of flowguard, or of a library that it has rules for. Of a
+        model: A flow or a layer of flowguard, or of a library that it has rules for, or what
+            samples from one, such as a posterior of sbi. Of a
             :class:`flowguard.models.SuperResolutionFlow`, the residual over the upsampled
             condition is bounded.
         roundoff: The relative error of one operation of the model, for which the bound allows.
@@ -302,7 +304,8 @@ def certify(model: Any, *, roundoff: float | None = None) -> Certificate:
         layer  type          bound in  bound out  depends on the condition
                RobustSpline  4         9          within a box of 5 and a shift of 5
     """
-    tensors = list(_tensors(model))
+    inner = opened(model).module
+    tensors = list(_tensors(inner))
     dtypes = _dtypes(tensors)
     if roundoff is None:
         # The certificate itself is computed in float64, whose own rounding shall not count.
@@ -315,7 +318,7 @@ def certify(model: Any, *, roundoff: float | None = None) -> Certificate:
         raise ValueError(f"roundoff must lie between 0 and {COARSEST}; got {roundoff}")
     # Where weights are broken, so is all that rules would make of them: they alone are told.
     walk: list[Step] = [
-        Refused(name=name, kind=what, reason=BROKEN) for name, what in _broken(model)
+        Refused(name=name, kind=what, reason=BROKEN) for name, what in _broken(inner)
     ]
     if _global_forward_hooks or _global_forward_pre_hooks:
         reason = "hooks of all modules, which may change what they return, are registered"

@@ -9,7 +9,7 @@ The rules of another library's layers live in ``flowguard.integrations.<library>
 imported when the first of its layers is met.
 """
 
-__all__ = ["departure", "envelope", "envelope_rule", "rule", "steps", "within"]
+__all__ = ["departure", "envelope", "envelope_rule", "known", "rule", "steps", "within"]
 
 import math
 from collections.abc import Callable, Iterable
@@ -130,6 +130,16 @@ def within(name: str, layer: Any, sampling: bool = True) -> list[Step]:
     return [
         replace(s, name=f"{name}.{s.name}" if s.name else name) for s in steps(layer, sampling)
     ]
+
+
+def known(layer: Any) -> bool:
+    r"""Whether there is a rule for the class of a layer, or for one that it is derived from.
+
+    Arguments:
+        layer: The layer.
+    """
+    load(layer, "rules")
+    return any(cls in _RULES for cls in type(layer).__mro__)
 
 
 def departure(part: Any, cls: type) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flowguard.bounds.certificate import certify
 from flowguard.functional import FINE_SLOPE, check_bound, check_shift_bound, check_slope
+from flowguard.hosts import opened
 from flowguard.migration.imitate import SAME, SMALLEST, RescaledSpline, compare, imitate, units
 from flowguard.migration.inscribe import single
 from flowguard.migration.report import Migration, Replacement, SampleError
@@ -23,7 +24,7 @@ from flowguard.numerics import evaluating
 from flowguard.ood import unguarded
 from flowguard.transforms import SHIFT_BOUND
 
-Model = TypeVar("Model", bound=nn.Module)
+Model = TypeVar("Model")
 
 FIT_ROWS = 4096  # calibration pairs that the imitation is fitted on; fine-tuning takes all
 FIT_NUMBERS = 2**20  # numbers that these may have in all, so that images fit into the memory
@@ -88,7 +89,8 @@ def migrate(
     The model itself is not changed. Its mode (training or evaluation) is that of the copy.
 
     Arguments:
-        model: The trained flow, or any module that holds layers of one.
+        model: The trained flow, or any module that holds layers of one, or what holds that, such
+            as a posterior of sbi. What it holds is made robust then, in a copy of the same class.
         x: Calibration data, best some thousand pairs that the flow was trained on, with shape
             :math:`(N, D)`, or :math:`(N, C, H, W)` for images.
         context: Their contexts, with :math:`N` rows, or :py:`None`. If the model takes a list of
@@ -144,7 +146,8 @@ def migrate(
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         x, context = _ordinary(x), _ordinary(context)
-        result = copy.deepcopy(model)
+        inner, closed = opened(model)
+        result = copy.deepcopy(inner)
         if state_dict is not None:
             result.load_state_dict(state_dict)
         if dry_run:  # what is tried out shall not move the caller's random numbers
@@ -186,7 +189,7 @@ def migrate(
                 nll_after=_nll(operation.model, density, x, context),
                 certificate_after=certify(operation.model),
             )
-    return (model if dry_run else operation.model), report  # type: ignore[return-value]
+    return (model if dry_run else closed(operation.model)), report
 
 
 class Plan(NamedTuple):
@@ -322,7 +325,7 @@ def hooked(model: nn.Module) -> tuple[str, ...]:
     )
 
 
-def _without_density(model: nn.Module, error: NotImplementedError) -> TypeError:
+def _without_density(model: Any, error: NotImplementedError) -> TypeError:
     return TypeError(
         "a flow is migrated by the log-density of calibration data, but"
         f" {type(model).__name__} does not go from data to noise: {error or 'a layer has no inverse'}"

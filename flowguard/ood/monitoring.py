@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.hooks import RemovableHandle
 
+from flowguard.hosts import opened
 from flowguard.numerics import evaluating
 from flowguard.ood import recording
 from flowguard.ood.conditioner import OODConditioner
@@ -77,7 +78,7 @@ class Monitor(nn.Module):
     Conditioners in a compiled model are recorded.
 
     Arguments:
-        model: The model.
+        model: The model, or what holds it, such as a posterior of sbi.
         levels: The submodules to hook, or the conditioner levels to record.
         alpha: The share of false alarms, for hooked levels.
         shrinkage: See :class:`OODConditioner`, for hooked levels.
@@ -99,6 +100,7 @@ class Monitor(nn.Module):
         statistic: Statistic = "mean",
     ) -> None:
         super().__init__()
+        model = opened(model).module
         self._model = (model,)  # in a tuple, so that it is not registered as a submodule
         self.alpha = alpha
         self.guard = LevelSet(shrinkage, normalize, statistic)

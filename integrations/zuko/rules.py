@@ -32,6 +32,7 @@ from flowguard.bounds import (
     departure,
     envelope,
     envelope_rule,
+    known,
     rule,
     steps,
     within,
@@ -152,6 +153,9 @@ def _constant_map(
     while type(constructor) is partial:
         constructor = constructor.func
     migrated = isinstance(constructor, MIGRATED) and not undetermined(constructor, MIGRATED)
+    if not isinstance(constructor, type) and not migrated and known(constructor):
+        yield from steps(constructor, sampling)  # which says what it makes
+        return
     if not isinstance(constructor, type) and not migrated:
         name = getattr(constructor, "__name__", type(constructor).__name__)
         reason = f"{name} is no class, and may make another one at each call"

@@ -126,3 +126,25 @@ def test_a_network_is_overheard_before_anyone_writes_into_it():
     assert torch.equal(told[0][3], layer.net(x))
     assert not set(vars(layer)) & {"forward", "inverse"}
     assert not layer.net._forward_hooks
+
+
+class Called(nn.Module):
+    r"""A network that is called past the hooks of its module."""
+
+    def __call__(self, x):
+        return 3 * x
+
+
+def test_a_network_that_is_called_past_its_hooks_is_heard():
+    layer = Layer()
+    layer.net = Called()
+    layer.forward = lambda x: layer.net(x)
+    told = []
+    with overhear(layer, layer.net, lambda *all: told.append(all)):
+        layer(torch.ones(1, 2))
+    ((direction, _, _, said),) = told
+    assert direction == "forward"
+    assert torch.equal(said, torch.full((1, 2), 3.0))
+    assert type(layer.net) is Called
+    layer(torch.ones(1, 2))
+    assert len(told) == 1

@@ -1,0 +1,130 @@
+r"""How sbi's estimators and posteriors are bounded, for :func:`flowguard.certify`, and sampled, for
+attacks.
+
+A direct posterior is bounded as its estimator is: it draws from it, and rejects some. Those that
+sample by other means are refused, as what bounds the flow says nothing of their samples.
+"""
+
+__all__: list[str] = []
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from sbi.inference.posteriors import (
+    DirectPosterior,
+    EnsemblePosterior,
+    ImportanceSamplingPosterior,
+    MCMCPosterior,
+    RejectionPosterior,
+    VIPosterior,
+)
+from sbi.neural_nets.estimators import NFlowsFlow, ZukoFlow, ZukoUnconditionalFlow
+from sbi.utils.sbiutils import CallableTransform
+from torch import Tensor
+
+from flowguard.bounds import Certificate, Noise, Refused, Step, certify, rule, steps, within
+from flowguard.bounds.attack import Sampler, Tensors, sampler
+from flowguard.bounds.regions import Region
+
+from .estimators import Ensemble, estimators
+
+SAMPLING_ONLY = "an estimator is bounded in its sampling direction only"
+
+
+@rule(NFlowsFlow, ZukoFlow, ZukoUnconditionalFlow)
+def _estimator(estimator: Any, sampling: bool) -> Iterator[Step]:
+    if sampling:
+        yield from within("net", estimator.net)
+    else:
+        yield Refused(reason=SAMPLING_ONLY)
+
+
+@rule(CallableTransform)
+def _transform_of_prior(constructor: Any, sampling: bool) -> Iterator[Step]:
+    r"""What ``z_score_theta="transform_to_unconstrained"`` puts before a flow."""
+    yield from steps(constructor(), sampling)
+
+
+@rule(DirectPosterior)
+def _direct(posterior: Any, sampling: bool) -> Iterator[Step]:
+    yield from within("posterior_estimator", posterior.posterior_estimator)
+
+
+@rule(ImportanceSamplingPosterior, MCMCPosterior, RejectionPosterior, VIPosterior)
+def _otherwise(posterior: Any, sampling: bool) -> Iterator[Step]:
+    (estimator, *_) = estimators(posterior)
+    yield Refused(
+        reason="its samples do not come from the flow, so that what bounds this does not bound"
+        f" them: certify its {type(estimator).__name__}, which flowguard.integrations.sbi"
+        ".estimators(posterior) finds"
+    )
+
+
+@rule(EnsemblePosterior)
+def _ensemble_posterior(posterior: Any, sampling: bool) -> Iterator[Step]:
+    yield from _any("posteriors", posterior.posteriors)
+
+
+@rule(Ensemble)
+def _ensemble(ensemble: Ensemble, sampling: bool) -> Iterator[Step]:
+    yield from _any("estimators", list(ensemble.estimators))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Either(Step):
+    r"""What draws each sample from one of several flows, from noise to data in a single step.
+
+    Arguments:
+        members: The certificates of the flows.
+    """
+
+    members: tuple[Certificate, ...]
+
+    def through(self, region: Region, radius: float, roundoff: float) -> Region:
+        r"""Returns a cube that holds the samples of all members."""
+        bounds = [
+            # The whole decides what it can hold.
+            replace(c, roundoff=max(c.roundoff, roundoff), largest=math.inf).bound(radius)
+            for c in self.members
+        ]
+        return Region.cube(torch.full_like(region.box, max(bounds)))
+
+
+def _any(name: str, members: list[Any]) -> Iterator[Step]:
+    r"""The steps of what draws each sample from one of its members."""
+    parts = [within(f"{name}.{i}", member) for i, member in enumerate(members)]
+    if refused := [step for steps in parts for step in steps if isinstance(step, Refused)]:
+        yield from refused
+        return
+    certificates = tuple(certify(member) for member in members)
+    noises = [step for steps in parts for step in steps if isinstance(step, Noise)]
+    sizes = {certificate.event_size for certificate in certificates}
+    event = sizes.pop() if len(sizes) == 1 else None
+    normal = all(noise.normal for noise in noises)
+    yield Noise(name=name, size=event or 1, event=event, normal=normal)
+    yield Either(name=name, members=certificates, depends="as its members do")
+
+
+@sampler.register(NFlowsFlow)
+def _sample_nflows(model: Any, context: Tensors) -> tuple[Sampler, Tensors]:
+    return sampler(model.net, context)
+
+
+@sampler.register(ZukoFlow)
+def _sample_zuko(model: Any, context: Tensors) -> tuple[Sampler, Tensors]:
+    with torch.no_grad():
+        draw, noise = sampler(model.net, model.embedding_net(context))
+    return lambda z, y: draw(z, model.embedding_net(y)), noise
+
+
+@sampler.register(Ensemble)
+def _sample_ensemble(model: Ensemble, context: Tensors) -> tuple[Sampler, Tensors]:
+    draws, noises = zip(*(sampler(e, context) for e in model.estimators), strict=True)
+
+    def draw(z: list[Tensor], y: Tensors) -> Tensor:
+        return torch.stack([draw(n, y) for draw, n in zip(draws, z, strict=True)], dim=1)
+
+    return draw, list(noises)
