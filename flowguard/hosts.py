@@ -32,7 +32,7 @@ ADAPTERS = "flowguard.integrations"
 HOSTS = ("nflows", "normflows", "zuko")
 
 #: The libraries whose classes hold flows of the hosts.
-WRAPPERS = ("sbi",)
+WRAPPERS = ("dingo", "lampe", "sbi")
 
 #: The packages that an adapter can work with, where that is not the one it is named after alone.
 PACKAGES = {"nflows": ("nflows", "glasflow")}

@@ -11,7 +11,7 @@ import torch
 import flowguard
 import flowguard.integrations
 
-HOSTS = ("zuko", "nflows", "glasflow", "normflows", "sbi")
+HOSTS = ("zuko", "nflows", "glasflow", "normflows", "sbi", "lampe", "dingo")
 
 
 def modules():

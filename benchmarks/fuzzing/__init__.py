@@ -17,6 +17,7 @@ import torch.nn as nn
 
 import flowguard.integrations.nflows.glasflow
 import flowguard.integrations.normflows.rules
+import flowguard.integrations.sbi.rules
 import flowguard.integrations.zuko.rules
 import flowguard.models.rules  # noqa: F401
 from flowguard.bounds import certify, rules
@@ -26,6 +27,7 @@ from . import images, lazy, normflows_layers, transforms
 from .judge import Verdict, judge
 from .maker import DTYPES, Case, Maker
 from .nflows_layers import HOSTS, case_of_nflows, nflows_tables
+from .sbi_estimators import ESTIMATORS, case_of_sbi
 from .tampering import WRAPPERS, tampered, wrapped
 
 FAMILIES = {
@@ -33,6 +35,7 @@ FAMILIES = {
     "zuko": (lazy.case_of_lazy, {*lazy.LAZY, *lazy.GIVEN, Rescaled}),
     **{name: (partial(case_of_nflows, name=name), nflows_tables()) for name in HOSTS},
     "normflows": (normflows_layers.case_of_normflows, normflows_layers.normflows_tables()),
+    "sbi": (case_of_sbi, ESTIMATORS),
     "images": (images.case_of_images, images.IMAGES),
 }
 

@@ -1,6 +1,6 @@
 r"""Random lazy transforms and flows of zuko."""
 
-__all__ = ["LAZY", "case_of_lazy"]
+__all__ = ["LAZY", "case_of_lazy", "flow_of_zuko"]
 
 from collections.abc import Callable
 from functools import partial
@@ -118,7 +118,13 @@ def _base(m: Maker, d: int) -> Any:
     return Lazy.UnconditionalDistribution(normal, zeros, ones, buffer=True)
 
 
-def _flow(m: Maker, d: int) -> Any:
+def flow_of_zuko(m: Maker, d: int) -> Any:
+    r"""Returns a flow of some features.
+
+    Arguments:
+        m: What chooses.
+        d: The number of features.
+    """
     match m.integer(0, 5):
         case 0:
             return RobustNSF(d, m.context, bins=m.integer(2, 4), bound=m.positive(),
@@ -147,7 +153,9 @@ def _migrated(m: Maker, d: int) -> Any:
 
 
 def _guarded(m: Maker, d: int) -> Any:
-    return GuardedFlow(_flow(m, d), OODConditioner(nn.Linear(CONTEXT, CONTEXT), policy="report"))
+    return GuardedFlow(
+        flow_of_zuko(m, d), OODConditioner(nn.Linear(CONTEXT, CONTEXT), policy="report")
+    )
 
 
 LAZY: dict[type, Callable[[Maker, int], Any]] = {
@@ -157,7 +165,7 @@ LAZY: dict[type, Callable[[Maker, int], Any]] = {
     Lazy.UnconditionalTransform: _unconditional,
     Lazy.LazyInverse: _inverse,
     Lazy.LazyComposedTransform: _composed,
-    Lazy.Flow: _flow,
+    Lazy.Flow: flow_of_zuko,
     GuardedFlow: _guarded,
     ConditionalMultiscaleTransform: _multiscale,
     MultiscaleFlow: _image_flow,
@@ -205,7 +213,7 @@ def case_of_lazy(m: Maker, dtype: torch.dtype) -> Case:
     elif m.context and m.flip(0.1):
         model = _guarded(m, d)
     else:
-        model = _flow(m, d)
+        model = flow_of_zuko(m, d)
     m.note(model)
     m.spread(model)
     model.to(dtype)

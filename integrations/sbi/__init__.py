@@ -1,4 +1,5 @@
-r"""flowguard in sbi: its estimators and posteriors are certified, attacked, watched and migrated.
+r"""flowguard in sbi: robust estimators to train, and what sbi's own are certified, attacked, watched
+and migrated by.
 
 sbi's conventions hold: an estimator of the posterior takes parameters :math:`\theta` as *input* and
 observations :math:`x` as *condition*; its log-densities have shape ``(sample, batch)``, its samples
@@ -6,7 +7,15 @@ observations :math:`x` as *condition*; its log-densities have shape ``(sample, b
 ``flowguard.migrate(posterior, theta, x)``.
 """
 
-__all__ = ["GuardedPosterior", "estimators", "flow_of", "protect", "with_estimators"]
+__all__ = [
+    "GuardedPosterior",
+    "calibrate",
+    "estimators",
+    "flow_of",
+    "posterior_nn",
+    "protect",
+    "with_estimators",
+]
 
 from flowguard.hosts import missing
 
@@ -15,5 +24,7 @@ try:
 except ImportError as error:
     raise missing("sbi") from error
 
+from .builders import posterior_nn
+from .conditioners import calibrate
 from .estimators import estimators, flow_of, with_estimators
 from .guard import GuardedPosterior, protect

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-for host in ("glasflow", "nflows", "normflows", "zuko"):
+for host in ("glasflow", "nflows", "normflows", "sbi", "zuko"):
     pytest.importorskip(host)
 
 from fuzzing import covered, fuzz, registered  # noqa: E402
