@@ -102,9 +102,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
                     "model": model,
                     "factor": factor,
                     "stock": draw_within(posterior, factor * honest, options.count, options.limit),
-                    "migrated": draw_within(
-                        robust, factor * honest, options.count, options.limit
-                    ),
+                    "migrated": draw_within(robust, factor * honest, options.count, options.limit),
                     "protected": draw(guarded, factor * honest, options.count),
                 }
                 rows.append(row)

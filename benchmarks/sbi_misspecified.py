@@ -80,9 +80,7 @@ def traces(theta: Tensor, dt: float = 0.025, every: int = 8) -> Tensor:
         current = 5e-4 / area if 10 <= step * dt < 110 else 0.0
         conductances = [leak, g_na * m**3 * h, g_k * n**4, g_m * p]
         whole: Any = sum(conductances)
-        drive = sum(
-            c * e for c, e in zip(conductances, (e_leak, e_na, e_k, e_k), strict=True)
-        )
+        drive = sum(c * e for c, e in zip(conductances, (e_leak, e_na, e_k, e_k), strict=True))
         noise = 0.1 * torch.randn_like(v) / dt**0.5
         end = (drive + current + noise) / whole
         v = end + (v - end) * (-dt * whole).exp()
@@ -113,7 +111,9 @@ def gaussian_of(offset: float) -> Callable[[int], tuple[Tensor, Tensor, Any, Ten
     return draw
 
 
-def neuron(read: Callable[[Tensor], Tensor]) -> Callable[[int], tuple[Tensor, Tensor, Any, Tensor]]:
+def neuron(
+    read: Callable[[Tensor], Tensor],
+) -> Callable[[int], tuple[Tensor, Tensor, Any, Tensor]]:
     def draw(count: int) -> tuple[Tensor, Tensor, Any, Tensor]:
         prior = BoxUniform(torch.tensor([0.5, 1e-4]), torch.tensor([40.0, 5.0]))
         other = BoxUniform(torch.tensor([40.0, 5.0]), torch.tensor([80.0, 15.0]))

@@ -140,7 +140,9 @@ def plot(result: Result, path: Path) -> None:
             axis.legend(loc="lower left", fontsize=6, markerscale=3, frameon=False)
             if not row:
                 axis.set_title(f"drift {drift:g}: p = {result.p_values[i]:.2g}", fontsize=10)
-    figure.suptitle("Two moons: samples of the parameters as an observation drifts; boxed: the prior")
+    figure.suptitle(
+        "Two moons: samples of the parameters as an observation drifts; boxed: the prior"
+    )
     figure.savefig(path, dpi=110)
     print(f"wrote {path}")
 
