@@ -4,7 +4,7 @@ A posterior holds its estimator twice or more: as an attribute, in its potential
 cached. All of these become the new one here, in a copy.
 """
 
-__all__ = ["Ensemble", "estimators", "flow_of", "with_estimators"]
+__all__ = ["FLOWS", "Ensemble", "estimators", "flow_of", "with_estimators"]
 
 import copy
 from collections.abc import Iterator, Sequence

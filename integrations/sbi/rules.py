@@ -21,7 +21,7 @@ from sbi.inference.posteriors import (
     RejectionPosterior,
     VIPosterior,
 )
-from sbi.neural_nets.estimators import NFlowsFlow, ZukoFlow, ZukoUnconditionalFlow
+from sbi.neural_nets.estimators import NFlowsFlow, ZukoFlow
 from sbi.utils.sbiutils import CallableTransform
 from torch import Tensor
 
@@ -29,12 +29,12 @@ from flowguard.bounds import Certificate, Noise, Refused, Step, certify, rule, s
 from flowguard.bounds.attack import Sampler, Tensors, sampler
 from flowguard.bounds.regions import Region
 
-from .estimators import Ensemble, estimators
+from .estimators import FLOWS, Ensemble, estimators
 
 SAMPLING_ONLY = "an estimator is bounded in its sampling direction only"
 
 
-@rule(NFlowsFlow, ZukoFlow, ZukoUnconditionalFlow)
+@rule(*FLOWS)
 def _estimator(estimator: Any, sampling: bool) -> Iterator[Step]:
     if sampling:
         yield from within("net", estimator.net)
@@ -56,11 +56,15 @@ def _direct(posterior: Any, sampling: bool) -> Iterator[Step]:
 @rule(ImportanceSamplingPosterior, MCMCPosterior, RejectionPosterior, VIPosterior)
 def _otherwise(posterior: Any, sampling: bool) -> Iterator[Step]:
     (estimator, *_) = estimators(posterior)
-    yield Refused(
-        reason="its samples do not come from the flow, so that what bounds this does not bound"
-        f" them: certify its {type(estimator).__name__}, which flowguard.integrations.sbi"
-        ".estimators(posterior) finds"
-    )
+    kind = type(estimator).__name__
+    if isinstance(estimator, FLOWS):
+        reason = (
+            "its samples do not come from the flow, so that what bounds this does not bound them:"
+            f" certify its {kind}, which flowguard.integrations.sbi.estimators(posterior) finds"
+        )
+    else:
+        reason = f"it samples by means of a {kind}, which bounds nothing"
+    yield Refused(reason=reason)
 
 
 @rule(EnsemblePosterior)

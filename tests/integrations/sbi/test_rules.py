@@ -13,8 +13,9 @@ from sbi.inference import (
     EnsemblePosterior,
     MCMCPosterior,
     posterior_estimator_based_potential,
+    ratio_estimator_based_potential,
 )
-from sbi.neural_nets import posterior_nn
+from sbi.neural_nets import classifier_nn, posterior_nn
 from sbi.utils import BoxUniform
 from torch import nn
 
@@ -101,6 +102,13 @@ def test_the_samples_of_mcmc_are_not_bounded_by_the_flow():
     (step,) = certificate.refused
     assert "its samples do not come from the flow" in step.reason
     assert "certify its ZukoFlow" in step.reason
+
+
+def test_a_posterior_from_a_ratio_is_refused():
+    ratio = classifier_nn("mlp", hidden_features=8)(*pairs())
+    potential, transform = ratio_estimator_based_potential(ratio, PRIOR, x_o=None)
+    (step,) = flowguard.certify(MCMCPosterior(potential, PRIOR, transform)).refused
+    assert step.reason == "it samples by means of a RatioEstimator, which bounds nothing"
 
 
 def test_an_ensemble_is_bounded_by_its_worst_member():
