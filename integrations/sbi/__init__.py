@@ -7,7 +7,15 @@ observations :math:`x` as *condition*; its log-densities have shape ``(sample, b
 ``flowguard.migrate(posterior, theta, x)``.
 """
 
-__all__ = ["calibrate", "estimators", "flow_of", "posterior_nn", "with_estimators"]
+__all__ = [
+    "GuardedPosterior",
+    "calibrate",
+    "estimators",
+    "flow_of",
+    "posterior_nn",
+    "protect",
+    "with_estimators",
+]
 
 from flowguard.hosts import missing
 
@@ -19,3 +27,4 @@ except ImportError as error:
 from .builders import posterior_nn
 from .conditioners import calibrate
 from .estimators import estimators, flow_of, with_estimators
+from .guard import GuardedPosterior, protect
