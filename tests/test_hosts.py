@@ -15,6 +15,7 @@ ADAPTERS = [
     for host in HOSTS
     if hosts._available(host)  # installed, and flowguard has an adapter for it
 ]
+WITH_SPLINES = [host for host in ADAPTERS if host != "pyro"]
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +72,7 @@ def test_unregister_leaves_what_others_put_there(host, monkeypatch):
     monkeypatch.undo()
 
 
-@pytest.mark.parametrize("host", ADAPTERS)
+@pytest.mark.parametrize("host", WITH_SPLINES)
 def test_splines_are_replaced_on_demand_and_taken_back(host):
     switch = hosts._adapter(host).SPLINES
     register(host)
@@ -85,7 +86,7 @@ def test_splines_are_replaced_on_demand_and_taken_back(host):
     assert not switch.active
 
 
-@pytest.mark.parametrize("host", ADAPTERS)
+@pytest.mark.parametrize("host", WITH_SPLINES)
 def test_where_splines_are_refused_nothing_is_registered(host, monkeypatch):
     adapter = hosts._adapter(host)
 
@@ -98,11 +99,19 @@ def test_where_splines_are_refused_nothing_is_registered(host, monkeypatch):
     monkeypatch.undo()
     monkeypatch.delattr(adapter, "SPLINES")
     with pytest.raises(RuntimeError, match=f"replaces no splines of {host}; nothing was"):
-        register(splines=True)
+        register(host, splines=True)
     assert not any(hasattr(space, name) for h in ADAPTERS for space, name, _ in exports(h))
-    assert not any(hosts._adapter(h).SPLINES.active for h in ADAPTERS if h != host)
+    assert not any(hosts._adapter(h).SPLINES.active for h in WITH_SPLINES if h != host)
     register(host)  # without them it can do
     unregister(host)
+
+
+@pytest.mark.skipif(len(ADAPTERS) < 2, reason="two hosts are needed")
+def test_of_all_hosts_those_that_have_splines_get_others():
+    register(splines=True)
+    assert all(hosts._adapter(h).SPLINES.active for h in WITH_SPLINES)
+    unregister()
+    assert not any(hosts._adapter(h).SPLINES.active for h in WITH_SPLINES)
 
 
 @pytest.mark.skipif(not ADAPTERS, reason="no host is installed")

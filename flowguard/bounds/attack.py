@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from flowguard.bounds.holders import Conditions, held, unwrapped
+from flowguard.bounds.holders import HeldConditions, held, unwrapped
 from flowguard.hosts import load, opened
 from flowguard.numerics import evaluation_mode
 from flowguard.ood import unguarded
@@ -68,7 +68,7 @@ def sampler(model: Any, context: Tensors) -> tuple[Sampler, Tensors]:
         return sampler(inner, context)
     found = held(model)
     if found is not None and not found.reason:
-        told = Conditions(model, found.path)
+        told = HeldConditions(model, found.path)
         draw, latents = sampler(found.flow, told(context))
         return (lambda z, y: draw(z, told(y))), latents
     if found is not None:

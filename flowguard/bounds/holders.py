@@ -6,7 +6,7 @@ makes something of a sample is a reason to refuse it, and so is one that cannot 
 """
 
 __all__ = [
-    "Conditions",
+    "HeldConditions",
     "Held",
     "conditioned",
     "held",
@@ -416,7 +416,7 @@ def wrapped_again(wrapper: nn.Module, inner: nn.Module) -> nn.Module:
     return copy.deepcopy(wrapper, {id(old): inner})
 
 
-class Conditions:
+class HeldConditions:
     r"""Creates a function from the condition of a holder to that of the flow in it.
 
     The holder is called as its users do, with the condition, or with data and the condition in

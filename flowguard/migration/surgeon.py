@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from flowguard.bounds.holders import Conditions, held
+from flowguard.bounds.holders import HeldConditions, held
 from flowguard.bounds.parts import parts
 from flowguard.hosts import load
 from flowguard.migration.exchange import exchange
@@ -95,7 +95,7 @@ class Holding:
         if found.reason:
             raise TypeError(f"{no_density(model)}: {found.reason}")
         self.model, self.path = model, found.path
-        self.told = Conditions(model, found.path)
+        self.told = HeldConditions(model, found.path)
         self.checked = False
 
     def log_prob(self, x: Tensor, context: Any) -> Tensor:
