@@ -337,7 +337,7 @@ def _resume(args: Any) -> None:
         version = saved.pop("version")
     except FileNotFoundError:
         raise UserError(f"--resume must name a run folder; {place} has no config.yaml") from None
-    except (yaml.YAMLError, AttributeError, KeyError, UnicodeDecodeError):
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError, UnicodeDecodeError):
         raise UserError(f"--resume: {place / 'config.yaml'} cannot be read") from None
     if version > VERSION:
         raise UserError(f"--resume: {place} was written by a newer flowguard; got {version}")
@@ -357,10 +357,9 @@ def _resume(args: Any) -> None:
 
 
 def _train(args: Any) -> int:
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
     from flowguard.training.callbacks import Interrupted
     from flowguard.training.module import Diverged
+    from flowguard.training.run import WrongMachine
 
     try:
         return _run(args)
@@ -378,8 +377,8 @@ def _train(args: Any) -> int:
         if isinstance(stop.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
         raise
-    except MisconfigurationException as error:
-        raise UserError(" ".join(str(error).split())) from None
+    except WrongMachine as error:
+        raise UserError(f"--accelerator, --devices, --strategy: {error}") from None
     except OSError as error:
         raise UserError(
             f"cannot write to {args.out}: {error.strerror or error}; what was saved before is"
@@ -419,9 +418,12 @@ def _run(args: Any) -> int:
         batches, training, held_out = _pictures(args, model.scale)
     except (ValueError, FileNotFoundError) as error:
         raise UserError(str(error)) from None
-    if first_process():
-        writable(args.out, "--out")
-        _write_config(args, place.config)
+
+    def begin() -> None:
+        if first_process():
+            writable(args.out, "--out")
+            _write_config(args, place.config)
+
     optimization = Optimization(
         steps=args.steps,
         lr=args.lr,
@@ -450,6 +452,7 @@ def _run(args: Any) -> int:
         num_nodes=args.num_nodes,
         strategy=args.strategy,
         accelerator=args.accelerator,
+        begin=begin,
     )
     if first_process():
         _name(batches.pairs.broken(), "corrupt")
