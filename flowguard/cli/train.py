@@ -10,6 +10,7 @@ from typing import Any
 
 from flowguard.cli.machine import threads, usable_cores
 from flowguard.cli.parsing import (
+    IfGiven,
     Parser,
     UserError,
     folder,
@@ -21,6 +22,7 @@ from flowguard.cli.parsing import (
 )
 
 HELP = "train a flow on pictures"
+TASKS = ("superres", "lowlight")
 VERSION = 1  # of what a run folder holds
 LISTED = 20  # files that are named one by one
 #: What a run may be resumed with, other than what it began with: it changes no step that is made.
@@ -46,8 +48,8 @@ def parser() -> Parser:
     train.add_argument(
         "task",
         nargs="?",
-        default="superres",
-        choices=("superres", "lowlight"),
+        choices=TASKS,
+        action=IfGiven,
         help="what the flow is for (default: superres)",
     )
     _add_run(train)
@@ -288,6 +290,7 @@ def run(args: Any) -> int:
         args: The arguments.
     """
     need(("lightning", "lightning"), ("PIL", "Pillow"), extra="train")
+    args.task = args.task or TASKS[0]
     if args.resume is not None:
         _resume(args)
     else:
@@ -342,7 +345,7 @@ def _resume(args: Any) -> None:
     if version > VERSION:
         raise UserError(f"--resume: {place} was written by a newer flowguard; got {version}")
     for name, value in given.items():
-        if name in ("resume", "given"):
+        if name == "resume":
             continue
         value = os.path.abspath(value) if name in ("data", "pairs", "val", "val_pairs") else value
         if name not in HARMLESS and saved.get(name) != value:
@@ -413,6 +416,8 @@ def _run(args: Any) -> int:
             blocks=args.encoder_blocks,
         )
         multiple = model.scale * model.multiple
+        if args.precision == "64-true":
+            model = model.double()  # with its averages
         if args.crop % multiple:
             raise UserError(f"--crop must be a multiple of {multiple}; got {args.crop}")
         batches, training, held_out = _pictures(args, model.scale)

@@ -170,7 +170,7 @@ def made(**options: Any) -> pl.Trainer:
     """
     try:
         return pl.Trainer(**options)
-    except (ValueError, RuntimeError, MisconfigurationException) as error:
+    except (ValueError, RuntimeError, ImportError, MisconfigurationException) as error:
         raise WrongMachine(" ".join(str(error).split())) from error
 
 
