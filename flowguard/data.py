@@ -8,6 +8,7 @@ __all__ = [
     "AlignedCrops",
     "Corruption",
     "PairedCrops",
+    "Pictures",
     "corruptions",
     "crop_to_multiple",
     "delinearize",
@@ -21,6 +22,7 @@ __all__ = [
 import importlib.resources
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -99,7 +101,86 @@ def crop_to_multiple(image: Tensor, multiple: int) -> Tensor:
     return image[..., :h, :w]
 
 
-class AlignedCrops:
+class Pictures(Protocol):
+    r"""Pictures of which parts can be had, such as :class:`flowguard.io.folder.PictureFiles`."""
+
+    sizes: Sequence[tuple[int, int]]
+
+    def window(self, index: int, top: int, left: int, height: int, width: int) -> Tensor:
+        r"""Returns a part of a picture, with shape :math:`(3, H, W)`."""
+
+
+class _Held:
+    r"""Pictures that are tensors."""
+
+    def __init__(self, images: Sequence[Tensor]) -> None:
+        self.images = list(images)
+        self.sizes = [(image.shape[-2], image.shape[-1]) for image in images]
+
+    def window(self, index: int, top: int, left: int, height: int, width: int) -> Tensor:
+        return self.images[index][:, top : top + height, left : left + width]
+
+
+class _Crops:
+    r"""An endless stream of aligned random crops, of which :meth:`_pair` makes each.
+
+    Attributes:
+        sizes: The rows and columns of each condition.
+    """
+
+    def __init__(
+        self,
+        targets: Sequence[tuple[int, int]],
+        conditions: Sequence[tuple[int, int]],
+        *,
+        scale: int,
+        size: int,
+        batch: int,
+        seed: int,
+    ) -> None:
+        if size < 1 or size % scale:
+            raise ValueError(f"size must be a multiple of the scale {scale}; got {size}")
+        if not targets:
+            raise ValueError("there must be at least one image; got none")
+        for target, condition in zip(targets, conditions, strict=True):
+            if min(target) < size:
+                raise ValueError(
+                    f"images must have at least {size} rows and columns; got {target}"
+                )
+            if tuple(scale * n for n in condition) != target:
+                raise ValueError(
+                    f"a target must have {scale} times the rows and columns of its condition;"
+                    f" got {target} and {condition}"
+                )
+        self.sizes = list(conditions)
+        self.scale = scale
+        self.size = size
+        self.batch = batch
+        self.seed = seed
+
+    def _pair(self, index: int, i: int, j: int) -> list[Tensor]:
+        r"""The crops of target and condition at a place of the condition."""
+        raise NotImplementedError
+
+    def _crop(self, rng: np.random.Generator, shares: np.ndarray[Any, Any]) -> list[Tensor]:
+        index = int(rng.choice(len(self.sizes), p=shares))
+        n = self.size // self.scale
+        i, j = (int(rng.integers(0, m - n + 1)) for m in self.sizes[index])
+        pair = self._pair(index, i, j)
+        if rng.integers(2):
+            pair = [p.flip(-1) for p in pair]
+        turns = int(rng.integers(4))
+        return [torch.rot90(p, turns, (-2, -1)) for p in pair]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        rng = np.random.default_rng(self.seed)
+        areas = np.array([h * w for h, w in self.sizes], dtype=float)
+        while True:
+            pairs = [self._crop(rng, areas / areas.sum()) for _ in range(self.batch)]
+            yield torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs])
+
+
+class AlignedCrops(_Crops):
     r"""Creates an endless stream of aligned random crops of image pairs.
 
     Crops are flipped and turned at random. Larger images are asked more often.
@@ -131,58 +212,28 @@ class AlignedCrops:
         batch: int,
         seed: int,
     ) -> None:
-        if size < 1 or size % scale:
-            raise ValueError(f"size must be a multiple of the scale {scale}; got {size}")
-        if not pairs:
-            raise ValueError("there must be at least one image; got none")
-        for target, condition in pairs:
-            if min(target.shape[-2:]) < size:
-                raise ValueError(
-                    f"images must have at least {size} rows and columns;"
-                    f" got {tuple(target.shape[-2:])}"
-                )
-            if tuple(scale * n for n in condition.shape[-2:]) != tuple(target.shape[-2:]):
-                raise ValueError(
-                    f"a target must have {scale} times the rows and columns of its condition;"
-                    f" got {tuple(target.shape[-2:])} and {tuple(condition.shape[-2:])}"
-                )
+        targets, conditions = ([(p[k].shape[-2], p[k].shape[-1]) for p in pairs] for k in (0, 1))
+        super().__init__(targets, conditions, scale=scale, size=size, batch=batch, seed=seed)
         self.pairs = list(pairs)
-        self.scale = scale
-        self.size = size
-        self.batch = batch
-        self.seed = seed
 
-    def _crop(self, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        areas = np.array([y.shape[-1] * y.shape[-2] for _, y in self.pairs], dtype=float)
-        target, condition = self.pairs[rng.choice(len(self.pairs), p=areas / areas.sum())]
-        n = self.size // self.scale
-        i, j = (int(rng.integers(0, m - n + 1)) for m in condition.shape[-2:])
-        s = self.scale
-        pair = [
+    def _pair(self, index: int, i: int, j: int) -> list[Tensor]:
+        s, n = self.scale, self.size // self.scale
+        target, condition = self.pairs[index]
+        return [
             target[:, s * i : s * i + self.size, s * j : s * j + self.size],
             condition[:, i : i + n, j : j + n],
         ]
-        if rng.integers(2):
-            pair = [p.flip(-1) for p in pair]
-        turns = int(rng.integers(4))
-        first, second = (torch.rot90(p, turns, (-2, -1)) for p in pair)
-        return first, second
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        rng = np.random.default_rng(self.seed)
-        while True:
-            pairs = [self._crop(rng) for _ in range(self.batch)]
-            yield torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs])
 
 
-class PairedCrops(AlignedCrops):
+class PairedCrops(_Crops):
     r"""Creates an endless stream of aligned random crops of HR images and their LR images.
 
-    The LR image is made of the whole photograph, so that its crops know what lies beyond their
-    border. Crops are flipped and turned at random.
+    A crop of the LR image is that of the whole photograph's, so that it knows what lies beyond
+    its border; no more of it is made. Crops are flipped and turned at random.
 
     Arguments:
-        images: HR images, with shape :math:`(3, H, W)` each.
+        images: HR images, with shape :math:`(3, H, W)` each, or a source of them, such as
+            :class:`flowguard.io.folder.PictureFiles`.
         scale: The downsampling factor.
         size: The height and width of an HR crop, a multiple of `scale`.
         batch: The number of crops in a batch.
@@ -196,11 +247,30 @@ class PairedCrops(AlignedCrops):
     """
 
     def __init__(
-        self, images: Sequence[Tensor], *, scale: int, size: int, batch: int, seed: int
+        self,
+        images: Sequence[Tensor] | Pictures,
+        *,
+        scale: int,
+        size: int,
+        batch: int,
+        seed: int,
     ) -> None:
-        cut = [crop_to_multiple(image, scale) for image in images]
-        pairs = [(hr, downsample(hr[None], scale)[0]) for hr in cut]
-        super().__init__(pairs, scale=scale, size=size, batch=batch, seed=seed)
+        self.images = _Held(images) if isinstance(images, Sequence) else images
+        small = [(h // scale, w // scale) for h, w in self.images.sizes]
+        large = [(scale * h, scale * w) for h, w in small]
+        super().__init__(large, small, scale=scale, size=size, batch=batch, seed=seed)
+
+    def _pair(self, index: int, i: int, j: int) -> list[Tensor]:
+        s, n, (rows, columns) = self.scale, self.size // self.scale, self.sizes[index]
+        # The cubic kernel reaches two pixels of the LR image to each side of a centre.
+        top, left = max(0, i - 2), max(0, j - 2)
+        height, width = min(rows, i + n + 2) - top, min(columns, j + n + 2) - left
+        hr = self.images.window(index, s * top, s * left, s * height, s * width)
+        i, j = i - top, j - left
+        return [
+            hr[:, s * i : s * i + self.size, s * j : s * j + self.size],
+            downsample(hr[None], s)[0, :, i : i + n, j : j + n],
+        ]
 
 
 def linearize(image: Tensor) -> Tensor:

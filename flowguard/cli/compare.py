@@ -119,32 +119,34 @@ def _loaded(args: Any) -> dict[str, Any]:
     return found
 
 
-def _images(path: Path | None) -> tuple[list[Any], list[str]]:
-    r"""The pictures of a folder, and what is said of those that are left out."""
+def _images(path: Path | None) -> tuple[Any, list[Any]]:
+    r"""The pictures of a folder, and those that are left out."""
     from flowguard.demo.compare import LEAST
-    from flowguard.io import pictures
+    from flowguard.io.folder import Columns, Fault, PictureFiles, find, survey
+    from flowguard.io.pictures import ImageError
 
     if path is None:
-        return [], []
+        return (), []
     if not path.is_dir():
         raise UserError(f"--images: there is no folder {path}")
-    images, left = [], []
-    for file in sorted(p for p in path.iterdir() if p.suffix.lower() in pictures.SUFFIXES):
+    found = survey(find(path), rows=LEAST[0], columns=LEAST[1])
+    files = PictureFiles(found.files, found.headers)
+    # The last one is held out, and has to be whole; others may turn out not to be in training.
+    count = len(files)
+    while count:
         try:
-            colour = pictures.read(file).colour
-        except pictures.ImageError as error:
-            left.append(f"{file}: {error}")
-            continue
-        if colour.shape[-2] < LEAST[0] or colour.shape[-1] < LEAST[1]:
-            left.append(f"{file}: it is smaller than {LEAST[0]} × {LEAST[1]}")
+            files.whole(count - 1)
+        except ImageError as error:
+            found.faults.append(Fault(files.files[count - 1], str(error)))
+            count -= 1
         else:
-            images.append(colour)
-    if len(images) < 2:
+            break
+    if count < 2:
         raise UserError(
             f"--images: there must be two pictures or more of at least {LEAST[0]} rows and"
-            f" {LEAST[1]} columns in {path}; got {len(images)}"
+            f" {LEAST[1]} columns in {path}; got {count}"
         )
-    return images, left
+    return Columns(files, numbers=range(count)), found.faults
 
 
 def run(args: Any) -> int:
@@ -187,13 +189,15 @@ def run(args: Any) -> int:
         device=args.device,
         quick=args.quick,
     )
-    with threads(args.threads):
+    with threads(args.threads), pictures.at_most(args.max_pixels):
         result = compare.compare(options)
     print(compare_report.table(result))
     try:
         files = compare_report.write(result, out)
     except (OSError, PretrainedError) as error:
         raise UserError(f"--out: cannot write to {args.out}: {error}") from None
+    if len(images):
+        left += [f"{images.files[i]}: it is corrupt" for i in images.broken()]
     for line in left:
         print(f"left out: {line}")
     print(f"\nOpen {files[0]} for the pictures; the models are in {args.out}.")

@@ -27,7 +27,9 @@ VERSION = 1  # of what a run folder holds
 LISTED = 20  # files that are named one by one
 #: What a run may be resumed with, other than what it began with: it changes no step that is made.
 HARMLESS = {"steps", "validate_every", "checkpoint_minutes", "guard_pictures", "threads"}
-HARMLESS |= {"workers", "cache", "accelerator", "devices", "num_nodes", "strategy"}
+HARMLESS |= {"ood", "workers", "cache", "accelerator", "devices", "num_nodes", "strategy"}
+#: Options that name a folder to read.
+FOLDERS = ("data", "pairs", "val", "val_pairs", "ood")
 #: What is no option of a run: it says which run is meant.
 MEANT = ("out", "resume", "config", "print_config", "given")
 #: Where processes that work together find their number.
@@ -98,6 +100,15 @@ def _add_data(train: Parser) -> None:
         type=folder,
         metavar="DIR",
         help="folder of their conditions; it may be that of --val: NAME_HR.png, NAME_LRx4.png",
+    )
+    train.add_argument(
+        "--ood",
+        type=folder,
+        metavar="DIR",
+        help=(
+            "folder of pictures that the flow is asked to take as conditions at each validation,"
+            " beside corrupted ones (default: these alone)"
+        ),
     )
     train.add_argument(
         "--batch",
@@ -310,7 +321,7 @@ def first_process() -> bool:
 def _begin(args: Any) -> None:
     if args.data is None or args.out is None:
         raise UserError("--data and --out must be given, or --resume; got neither or one")
-    for name in ("data", "pairs", "val", "val_pairs"):
+    for name in FOLDERS:
         if getattr(args, name) is not None:
             setattr(args, name, os.path.abspath(getattr(args, name)))
     paths(args, "out")
@@ -347,7 +358,7 @@ def _resume(args: Any) -> None:
     for name, value in given.items():
         if name == "resume":
             continue
-        value = os.path.abspath(value) if name in ("data", "pairs", "val", "val_pairs") else value
+        value = os.path.abspath(value) if name in FOLDERS else value
         if name not in HARMLESS and saved.get(name) != value:
             option = name if name == "task" else f"--{name.replace('_', '-')}"
             raise UserError(
@@ -392,9 +403,12 @@ def _train(args: Any) -> int:
 def _run(args: Any) -> int:
     import torch
 
+    from flowguard.demo import training_report
     from flowguard.training import build
+    from flowguard.training.board import Board, Gallery
     from flowguard.training.guard import Conditions
     from flowguard.training.module import FlowModule, Optimization
+    from flowguard.training.outside import Outside, questions
     from flowguard.training.run import Loading, Run, fit, steps_done
     from flowguard.training.validation import Wholes
 
@@ -421,11 +435,14 @@ def _run(args: Any) -> int:
         if args.crop % multiple:
             raise UserError(f"--crop must be a multiple of {multiple}; got {args.crop}")
         batches, training, held_out = _pictures(args, model.scale)
+        judged = Wholes(held_out, args.seed)
+        asked, faults = questions(judged, folder=args.ood, size=96 // model.scale, seed=args.seed)
     except (ValueError, FileNotFoundError) as error:
         raise UserError(str(error)) from None
 
     def begin() -> None:
         if first_process():
+            _name(faults, "left out")
             writable(args.out, "--out")
             _write_config(args, place.config)
 
@@ -437,17 +454,18 @@ def _run(args: Any) -> int:
         clip=args.clip,
         seed=args.seed,
     )
+    conditions = Conditions(
+        Wholes(training, args.seed),
+        judged,
+        most=args.guard_pictures,
+        size=96 // model.scale,
+        seed=args.seed,
+    )
     told = fit(
         FlowModule(model, optimization, compiled=args.compile),
-        Loading(batches, Wholes(held_out, args.seed), args.workers),
+        Loading(batches, judged, args.workers),
         place,
-        Conditions(
-            Wholes(training, args.seed),
-            Wholes(held_out, args.seed),
-            most=args.guard_pictures,
-            size=96 // model.scale,
-            seed=args.seed,
-        ),
+        conditions,
         validate_every=args.validate_every,
         minutes=args.checkpoint_minutes,
         decay=args.average,
@@ -458,11 +476,17 @@ def _run(args: Any) -> int:
         strategy=args.strategy,
         accelerator=args.accelerator,
         begin=begin,
+        callbacks=[
+            Outside(args.out / "outside.csv", asked, conditions, args.seed),
+            Gallery(args.out / "pictures", judged, args.seed),
+            Board(args.out / "tensorboard"),
+        ],
     )
     if first_process():
         _name(batches.pairs.broken(), "corrupt")
         print("; ".join(f"{name} {value:.4g}" for name, value in told.items()))
-        print(f"The model is in {place.model}, the best one in {place.best}.")
+        print(f"The model is in {place.model}, the best one in {place.best};")
+        print(f"open {training_report.write(args.out)} for the curves.")
     return 0
 
 

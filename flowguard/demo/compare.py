@@ -5,7 +5,7 @@ __all__ = ["COUPLINGS", "CompareOptions", "Compared", "Comparison", "compare"]
 import dataclasses
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -17,9 +17,10 @@ from flowguard import data, metrics
 from flowguard.bounds import certify
 from flowguard.demo.lowlight import HELD_OUT, LowLightTask
 from flowguard.demo.run import TASKS, Sampled, artefact_mask, bits_of, last_bits, split
-from flowguard.demo.task import CALIBRATION_CROPS, NOISE, Model, Question, Task
+from flowguard.demo.task import CALIBRATION_CROPS, NOISE, Model, Parts, Question, Task
 from flowguard.image.maps import Elementwise, Robust
 from flowguard.io.atomic import strict_json
+from flowguard.io.folder import Columns, PictureFiles
 from flowguard.models import SuperResolutionFlow
 from flowguard.training.loop import train
 
@@ -43,8 +44,9 @@ class CompareOptions:
     Arguments:
         couplings: The names of the couplings to train.
         loaded: Models that are compared as they are, by name.
-        images: The pictures to learn from, the last of which is held out, with shape
-            :math:`(3, H, W)` each; if there are none, the built-in photographs.
+        images: The pictures to learn from, the last of which is held out: tensors with shape
+            :math:`(3, H, W)`, or pictures in files, of which no more is in memory than these
+            keep; if there are none, the built-in photographs.
         task: ``"superres"`` or ``"lowlight"``.
         steps: The training steps of each.
         samples: The number of samples for each condition.
@@ -56,7 +58,7 @@ class CompareOptions:
 
     couplings: tuple[str, ...] = tuple(COUPLINGS)
     loaded: Mapping[str, Model] = field(default_factory=dict)
-    images: Sequence[Tensor] = ()
+    images: Parts = ()
     task: str = "superres"
     steps: int = 400
     samples: int = 5
@@ -82,11 +84,10 @@ class CompareOptions:
             )
         if len(self.images) == 1:
             raise ValueError("there must be two pictures or more: the last one is held out; got 1")
-        for image in self.images:
-            if image.shape[-2] < LEAST[0] or image.shape[-1] < LEAST[1]:
+        for size in _sizes(self.images):
+            if size[0] < LEAST[0] or size[1] < LEAST[1]:
                 raise ValueError(
-                    f"pictures must have at least {LEAST[0]} rows and {LEAST[1]} columns;"
-                    f" got {tuple(image.shape[-2:])}"
+                    f"pictures must have at least {LEAST[0]} rows and {LEAST[1]} columns; got {size}"
                 )
 
 
@@ -136,16 +137,31 @@ class Comparison:
         return plain
 
 
-def _parts(options: CompareOptions) -> list[tuple[Tensor, Tensor]]:
-    r"""Of each picture the part to train with and the part to calibrate with."""
+def _sizes(images: Parts) -> list[tuple[int, int]]:
+    if isinstance(images, PictureFiles):
+        return images.sizes
+    return [(image.shape[-2], image.shape[-1]) for image in images]
+
+
+def _parts(options: CompareOptions) -> tuple[Parts, Parts]:
+    r"""The parts of the pictures to train with, and the parts to calibrate with."""
+    if isinstance(options.images, PictureFiles):
+        numbers = range(len(options.images) - 1)
+        first = Columns(options.images, last=3 / 4, numbers=numbers)
+        return first, Columns(options.images, first=3 / 4, numbers=numbers)
     images = list(options.images[:-1]) or [data.photograph(n) for n in data.TRAINING_PHOTOGRAPHS]
-    return [split(image) for image in images]
+    parts = [split(image) for image in images]
+    return [part for part, _ in parts], [rest for _, rest in parts]
 
 
 def _held_out(task: Task, options: CompareOptions) -> tuple[Tensor, Tensor]:
-    if not options.images:
+    if not len(options.images):
         return task.held_out(options.seed)
-    image = options.images[-1]
+    if isinstance(options.images, PictureFiles):
+        last = len(options.images) - 1
+        image = options.images.window(last, 0, 0, *options.images.sizes[last])
+    else:
+        image = options.images[-1]
     if isinstance(task, LowLightTask):
         generator = torch.Generator().manual_seed(options.seed)
         return image[None], data.expose(image[None], HELD_OUT, generator)
@@ -154,13 +170,14 @@ def _held_out(task: Task, options: CompareOptions) -> tuple[Tensor, Tensor]:
     return hr, data.downsample(hr, scale)
 
 
-def _guard(task: Task, model: Model, parts: list[tuple[Tensor, Tensor]], seed: int) -> None:
+def _guard(task: Task, model: Model, parts: tuple[Parts, Parts], seed: int) -> None:
     r"""Fits and calibrates the guard, unless it is."""
     if model.conditioner.calibrated:
         return
-    model.conditioner.fit(task.contexts([p for p, _ in parts], seed), progress=False)
+    first, rest = parts
+    model.conditioner.fit(task.contexts(first, seed), progress=False)
     model.conditioner.calibrate(
-        task.calibration([rest for _, rest in parts], seed + 1, CALIBRATION_CROPS), progress=False
+        task.calibration(rest, seed + 1, CALIBRATION_CROPS), progress=False
     )
 
 
@@ -255,13 +272,13 @@ def compare(options: CompareOptions) -> Comparison:
 
 
 def _model(
-    name: str, task: Task, parts: list[tuple[Tensor, Tensor]], o: CompareOptions
+    name: str, task: Task, parts: tuple[Parts, Parts], o: CompareOptions
 ) -> tuple[Model, Any]:
     if name in o.loaded:
         return o.loaded[name].to(o.device).eval(), None
     torch.manual_seed(o.seed)
     model = task.build(COUPLINGS[name], o.quick).to(o.device)
-    crops = task.crops([part for part, _ in parts], o.seed)
+    crops = task.crops(parts[0], o.seed)
     width = max(map(len, (*o.couplings, *o.loaded)))
     training = train(model, crops, steps=o.steps, name=f"{name:>{width}}", progress=o.progress)
     return model, training

@@ -95,7 +95,7 @@ def page(result: Comparison, panels: list[bytes]) -> str:
     """
     o = result.options
     pictures = figures((c.name for c in result.conditions), panels)
-    learned = f"{len(o.images)} pictures" if o.images else "the built-in photographs"
+    learned = f"{len(o.images)} pictures" if len(o.images) else "the built-in photographs"
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>flowguard compare</title>'
         f"<style>{STYLE}</style><h1>flowguard compare</h1>"

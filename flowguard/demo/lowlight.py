@@ -3,7 +3,7 @@ r"""The demo's second task: photographs taken in the dark."""
 __all__ = ["HELD_OUT", "LowLightTask", "jpeg"]
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,21 +11,14 @@ import torch
 from torch import Tensor
 
 from flowguard import data, metrics
-from flowguard.demo.task import (
-    BATCH,
-    CALIBRATION_BATCH,
-    CROP,
-    Question,
-    Task,
-    other_worlds,
-)
+from flowguard.demo.task import Question, Task, other_worlds
 from flowguard.image.maps import Elementwise
+from flowguard.io.folder import PictureFiles
 from flowguard.io.pictures import read_image, to_uint8
 from flowguard.models import LowLightEncoder, LowLightFlow
 from flowguard.models.encoders.lowlight import low_light_input
+from flowguard.training.pictures import BRIGHTEST, DARKEST, DarkenedPairs, Pairs
 
-#: The exposures of training, as shares of that of the bright photograph: of light, not of sRGB.
-DARKEST, BRIGHTEST = 1 / 24, 1 / 12
 HELD_OUT = 1 / 17
 SHOTS = 3  # how often each photograph is taken in the dark
 
@@ -70,6 +63,7 @@ class LowLightTask(Task):
     baseline = "exact gain"
     headline = "lamp 5"
     temperature = 0.5
+    calibration_crop = 64
     steps = 400
     columns = {  # noqa: RUF012  # never changed
         "psnr": ("PSNR", ".2f"),
@@ -90,7 +84,7 @@ class LowLightTask(Task):
             levels=2, steps=steps, hidden=hidden, coupling=coupling, encoder=encoder
         )
 
-    def _shots(self, parts: list[Tensor], seed: int) -> list[tuple[Tensor, Tensor]]:
+    def _shots(self, parts: Sequence[Tensor], seed: int) -> list[tuple[Tensor, Tensor]]:
         r"""Each photograph, taken in the dark several times and prepared as a whole."""
         rng = np.random.default_rng(seed)
         generator = torch.Generator().manual_seed(seed)
@@ -102,21 +96,20 @@ class LowLightTask(Task):
                 pairs.append((part, low_light_input(dark[None])[0]))
         return pairs
 
-    def crops(self, parts: list[Tensor], seed: int) -> Iterable[tuple[Tensor, Tensor]]:
-        r"""Returns an endless stream of batches of aligned crops of bright photographs and
-        prepared dark ones, all 32×32."""
-        return data.AlignedCrops(self._shots(parts, seed), size=CROP, batch=BATCH, seed=seed)
+    def pairs(self, files: PictureFiles) -> Pairs:
+        r"""Returns pictures in files and dark shots of them, prepared."""
+        return DarkenedPairs(files, darkest=DARKEST, brightest=BRIGHTEST)
 
-    def contexts(self, parts: list[Tensor], seed: int) -> list[Tensor]:
+    def crops_of(
+        self, parts: Sequence[Tensor], seed: int, size: int, batch: int
+    ) -> Iterable[tuple[Tensor, Tensor]]:
+        r"""Returns an endless stream of batches of aligned crops of bright photographs and
+        prepared dark ones."""
+        return data.AlignedCrops(self._shots(parts, seed), size=size, batch=batch, seed=seed)
+
+    def contexts_of(self, parts: Sequence[Tensor], seed: int) -> list[Tensor]:
         r"""Returns dark shots of each part, prepared, with shape :math:`(1, C, H, W)`."""
         return [dark[None] for _, dark in self._shots(parts, seed)]
-
-    def calibration(self, parts: list[Tensor], seed: int, count: int) -> Iterator[Tensor]:
-        r"""Yields batches of prepared dark crops of 64×64 pixels, `count` crops in all."""
-        pairs = self._shots(parts, seed)
-        crops = data.AlignedCrops(pairs, size=64, batch=CALIBRATION_BATCH, seed=seed)
-        for _, (_, dark) in zip(range(count // CALIBRATION_BATCH), crops, strict=False):
-            yield dark
 
     def held_out(self, seed: int) -> tuple[Tensor, Tensor]:
         r"""Returns the held-out photograph and a dark shot of it, with a batch of one."""

@@ -2,17 +2,18 @@ r"""The demo's first task: photographs enlarged four times."""
 
 __all__ = ["SuperResolutionTask"]
 
-import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flowguard import data, metrics
-from flowguard.demo.task import BATCH, CALIBRATION_BATCH, CROP, Question, Task, other_worlds
+from flowguard.demo.task import Question, Task, other_worlds
 from flowguard.image.maps import Elementwise
+from flowguard.io.folder import PictureFiles
 from flowguard.models import SuperResolutionFlow
+from flowguard.training.pictures import Pairs, ReducedPairs
 
 
 class SuperResolutionTask(Task):
@@ -25,6 +26,7 @@ class SuperResolutionTask(Task):
     baseline = "bicubic"
     headline = "gain 5"
     temperature = 0.8
+    calibration_crop = 96
     steps = 400
     columns = {  # noqa: RUF012  # never changed
         "psnr": ("PSNR", ".2f"),
@@ -45,23 +47,21 @@ class SuperResolutionTask(Task):
             coupling=coupling,
         )
 
-    def crops(self, parts: list[Tensor], seed: int) -> Iterable[tuple[Tensor, Tensor]]:
-        r"""Returns an endless stream of batches of aligned HR and LR crops, 32×32 and 8×8."""
-        return data.PairedCrops(parts, scale=self.scale, size=CROP, batch=BATCH, seed=seed)
+    def pairs(self, files: PictureFiles) -> Pairs:
+        r"""Returns pictures in files and their LR images."""
+        return ReducedPairs(files, self.scale)
 
-    def contexts(self, parts: list[Tensor], seed: int) -> list[Tensor]:
+    def crops_of(
+        self, parts: Sequence[Tensor], seed: int, size: int, batch: int
+    ) -> Iterable[tuple[Tensor, Tensor]]:
+        r"""Returns an endless stream of batches of aligned HR and LR crops."""
+        return data.PairedCrops(parts, scale=self.scale, size=size, batch=batch, seed=seed)
+
+    def contexts_of(self, parts: Sequence[Tensor], seed: int) -> list[Tensor]:
         r"""Returns the LR image of each part as a whole, with shape :math:`(1, 3, H, W)`."""
         return [
             data.downsample(data.crop_to_multiple(part, 8)[None], self.scale) for part in parts
         ]
-
-    def calibration(self, parts: list[Tensor], seed: int, count: int) -> Iterator[Tensor]:
-        r"""Yields batches of LR crops of 24×24 pixels, `count` crops in all."""
-        crops = data.PairedCrops(
-            parts, scale=self.scale, size=96, batch=CALIBRATION_BATCH, seed=seed
-        )
-        for _, lr in itertools.islice(crops, count // CALIBRATION_BATCH):
-            yield lr
 
     def held_out(self, seed: int) -> tuple[Tensor, Tensor]:
         r"""Returns the held-out photograph and its LR image, with a batch of one."""

@@ -8,13 +8,16 @@ __all__ = [
     "NOISE",
     "QUANTILE",
     "Model",
+    "Parts",
     "Question",
     "Task",
     "other_worlds",
 ]
 
 import abc
-from collections.abc import Iterable, Iterator
+import contextlib
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +27,11 @@ from torch import Tensor
 from flowguard import data
 from flowguard.bounds import attack
 from flowguard.image.maps import Elementwise
+from flowguard.io.folder import PictureFiles
+from flowguard.io.pictures import ImageError
 from flowguard.models import LowLightFlow, SuperResolutionFlow
+from flowguard.training.pictures import CropBatches, Pairs
+from flowguard.training.validation import Wholes
 
 CROP = 32  # rows and columns of a target in training
 BATCH = 16
@@ -33,7 +40,11 @@ CALIBRATION_BATCH = 8
 NOISE = 4.0  # the largest noise that certificate and attack allow
 QUANTILE = 0.99  # the calibrated quantile that flags a condition, at each level
 
+FITTED = 64  # pictures in files that the conditioner is fitted to, at most
+
 Model = SuperResolutionFlow | LowLightFlow
+#: The parts of photographs to learn from: tensors of shape (3, H, W), or those in files.
+Parts = Sequence[Tensor] | PictureFiles
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,7 @@ class Task(abc.ABC):
     baseline: str  # the name of the restoration without a model
     headline: str  # the condition of the report's first picture
     temperature: float
+    calibration_crop: int  # rows and columns of a target in calibration
     steps: int  # of training, such that the demo takes less than five minutes on two cores
     columns: dict[str, tuple[str, str]]  # for each measure its heading and its format
 
@@ -80,31 +92,86 @@ class Task(abc.ABC):
         """
 
     @abc.abstractmethod
-    def crops(self, parts: list[Tensor], seed: int) -> Iterable[tuple[Tensor, Tensor]]:
+    def pairs(self, files: PictureFiles) -> Pairs:
+        r"""Returns the pairs of targets and conditions that are made of pictures in files.
+
+        Arguments:
+            files: The pictures.
+        """
+
+    def crops(self, parts: Parts, seed: int) -> Iterable[tuple[Tensor, Tensor]]:
         r"""Returns an endless stream of batches of targets and conditions to train with.
 
         Arguments:
-            parts: The parts of photographs to take them from, with shape :math:`(3, H, W)` each.
+            parts: The parts of photographs to take them from.
             seed: The seed.
         """
+        if isinstance(parts, PictureFiles):
+            return self._stream(parts, CROP, BATCH, seed)
+        return self.crops_of(parts, seed, CROP, BATCH)
 
-    @abc.abstractmethod
-    def contexts(self, parts: list[Tensor], seed: int) -> list[Tensor]:
-        r"""Returns the conditions that the conditioner is fitted to.
+    def contexts(self, parts: Parts, seed: int) -> Iterable[Tensor]:
+        r"""Returns the conditions that the conditioner is fitted to, with a batch of one each. Of
+        pictures in files they are taken evenly.
 
         Arguments:
-            parts: The parts of photographs to take them from, with shape :math:`(3, H, W)` each.
+            parts: The parts of photographs to take them from.
             seed: The seed.
         """
+        if not isinstance(parts, PictureFiles):
+            return self.contexts_of(parts, seed)
+        return self._wholes(parts, seed)
 
-    @abc.abstractmethod
-    def calibration(self, parts: list[Tensor], seed: int, count: int) -> Iterator[Tensor]:
+    def _wholes(self, files: PictureFiles, seed: int) -> Iterator[Tensor]:
+        wholes = Wholes(self.pairs(files), seed)
+        count = min(len(wholes), FITTED)
+        for i in range(count):
+            with contextlib.suppress(ImageError):  # corrupt: it was not trained with either
+                yield wholes[i * len(wholes) // count][1][None]
+
+    def calibration(self, parts: Parts, seed: int, count: int) -> Iterator[Tensor]:
         r"""Yields batches of conditions that the conditioner is calibrated with.
 
         Arguments:
-            parts: The parts of photographs to take them from, with shape :math:`(3, H, W)` each.
+            parts: The parts of photographs to take them from.
             seed: The seed.
             count: The number of crops.
+        """
+        size, batch = self.calibration_crop, CALIBRATION_BATCH
+        stream: Iterable[tuple[Tensor, Tensor]]
+        if isinstance(parts, PictureFiles):
+            stream = self._stream(parts, size, batch, seed)
+        else:
+            stream = self.crops_of(parts, seed, size, batch)
+        for _, condition in itertools.islice(stream, count // batch):
+            yield condition
+
+    def _stream(
+        self, files: PictureFiles, size: int, batch: int, seed: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        batches = CropBatches(self.pairs(files), size=size, batch=batch, seed=seed)
+        return (batches[number] for number in itertools.count())
+
+    @abc.abstractmethod
+    def crops_of(
+        self, parts: Sequence[Tensor], seed: int, size: int, batch: int
+    ) -> Iterable[tuple[Tensor, Tensor]]:
+        r"""Returns an endless stream of batches of crops of photographs and their conditions.
+
+        Arguments:
+            parts: The parts of photographs, with shape :math:`(3, H, W)` each.
+            seed: The seed.
+            size: The rows and columns of a target's crop.
+            batch: The number of crops in a batch.
+        """
+
+    @abc.abstractmethod
+    def contexts_of(self, parts: Sequence[Tensor], seed: int) -> list[Tensor]:
+        r"""Returns the conditions of photographs as wholes, with a batch of one each.
+
+        Arguments:
+            parts: The parts of photographs, with shape :math:`(3, H, W)` each.
+            seed: The seed.
         """
 
     @abc.abstractmethod

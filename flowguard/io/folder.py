@@ -1,11 +1,11 @@
 r"""Folders of pictures: what is in them, and crops of it, in little memory."""
 
-__all__ = ["BUDGET", "Fault", "PictureFiles", "Survey", "find", "survey"]
+__all__ = ["BUDGET", "Columns", "Fault", "PictureFiles", "Survey", "find", "survey"]
 
 import os
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +95,8 @@ def survey(files: Iterable[Path], *, rows: int = 1, columns: int = 1) -> Survey:
             faults.append(Fault(file, str(error)))
             continue
         if header.height < rows or header.width < columns:
-            reason = (
-                f"it has {header.height} rows and {header.width} columns, and at least {rows} and"
-                f" {columns} are needed"
-            )
+            size = f"{header.height} × {header.width}"
+            reason = f"it is smaller than {rows} × {columns}: {size}"
             faults.append(Fault(file, reason))
             continue
         good.append(file)
@@ -203,3 +201,40 @@ class PictureFiles:
         r"""Returns the numbers of the pictures that this process or its children could not
         decode."""
         return self._shelf.all_refused()
+
+
+class Columns(PictureFiles):
+    r"""Creates a source of the same columns of all pictures of another, whose memory it shares.
+
+    Arguments:
+        source: The other source.
+        first: The share of the columns before the first one.
+        last: The share of the columns up to the last one.
+        numbers: The numbers of the pictures that are taken; all if there are none.
+    """
+
+    def __init__(
+        self,
+        source: PictureFiles,
+        first: float = 0.0,
+        last: float = 1.0,
+        numbers: Sequence[int] | None = None,
+    ) -> None:
+        self.source = source
+        self.numbers = list(range(len(source)) if numbers is None else numbers)
+        self.files = [source.files[i] for i in self.numbers]
+        whole = [source.headers[i] for i in self.numbers]
+        self._spans = [(int(first * h.width), int(last * h.width)) for h in whole]
+        self.headers = [
+            replace(h, width=b - a) for h, (a, b) in zip(whole, self._spans, strict=True)
+        ]
+        self.sizes = [(h.height, h.width) for h in self.headers]
+
+    def whole(self, index: int) -> Array:
+        r"""Returns the whole numbers of the columns of a picture."""
+        return self.source.whole(self.numbers[index])[:, :, slice(*self._spans[index])]
+
+    def broken(self) -> list[int]:
+        r"""Returns the numbers of the pictures that could not be decoded."""
+        lost = set(self.source.broken())
+        return [i for i, number in enumerate(self.numbers) if number in lost]

@@ -1,6 +1,8 @@
 r"""Batches of crops of pictures in folders: each is a function of the seed and its number."""
 
 __all__ = [
+    "BRIGHTEST",
+    "DARKEST",
     "CropBatches",
     "DarkPairs",
     "DarkenedPairs",
@@ -104,8 +106,11 @@ class Pairs(abc.ABC):
 
     def usable(self) -> bool:
         r"""Returns whether there is a pair of which no file is known to be corrupt."""
-        lost = {i for source in self.sources for i in source.broken()}
-        return len(lost) < len(self.sizes)
+        return len(self.lost()) < len(self.sizes)
+
+    def lost(self) -> set[int]:
+        r"""Returns the numbers of the pairs of which a file is known to be corrupt."""
+        return {i for source in self.sources for i in source.broken()}
 
 
 def _float(levels: Array) -> Tensor:
@@ -147,7 +152,7 @@ class ReducedPairs(Pairs):
         last = min(height, top + size + MARGIN), min(width, left + size + MARGIN)
         levels = self.files.whole(index)
         window = levels[:, s * first[0] : s * last[0], s * first[1] : s * last[1]]
-        return np.ascontiguousarray(window), top - first[0], left - first[1], size
+        return window.copy(), top - first[0], left - first[1], size
 
     def finish(self, fetched: Sequence[tuple[Array, int, int, int]]) -> list[Pair]:
         # Most windows have the same shape, and are reduced at once.
@@ -168,7 +173,7 @@ class ReducedPairs(Pairs):
 
     def whole(self, index: int, rng: np.random.Generator) -> Pair:
         h, w = (n * self.scale for n in self.sizes[index])
-        levels = np.ascontiguousarray(self.files.whole(index)[:, :h, :w])
+        levels = self.files.whole(index)[:, :h, :w].copy()
         return _float(levels), _reduced(levels, self.scale).expand(3, -1, -1)
 
 

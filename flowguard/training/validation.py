@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from flowguard import metrics
 from flowguard.io.folder import Fault
 from flowguard.io.pictures import ImageError, whole_numbers
 from flowguard.models.base import ImageModel
@@ -47,6 +48,11 @@ class Part(Pairs):
         self.pairs, self.numbers = pairs, list(numbers)
         self.scale, self.sources = pairs.scale, pairs.sources
         self.sizes = [pairs.sizes[i] for i in self.numbers]
+
+    def lost(self) -> set[int]:
+        r"""Returns the numbers of the pairs of which a file is known to be corrupt."""
+        lost = self.pairs.lost()
+        return {i for i, number in enumerate(self.numbers) if number in lost}
 
     def file(self, index: int) -> Path:
         r"""Returns the file of a target.
@@ -179,23 +185,38 @@ def restored(lr: Tensor, scale: int) -> Tensor:
     return F.interpolate(lr, scale_factor=float(scale), mode="bicubic")
 
 
+#: The temperature of the samples that are measured beside those at 0.
+TEMPERATURE = 0.8
+
+
 @torch.no_grad()
 def measure(model: ImageModel, x: Tensor, y: Tensor) -> Measured:
-    r"""Returns bits per dimension, and the PSNR of the luminance at temperature 0, beside that of
-    the bicubic enlargement where the model enlarges.
+    r"""Returns what is measured of a picture.
 
     Arguments:
         model: The model, in evaluation mode.
         x: The target, with shape :math:`(1, 3, sH, sW)`.
-        y: Its condition, with shape :math:`(1, 3, H, W)`.
+        y: Its condition, with shape :math:`(1, C, H, W)`.
+
+    Returns:
+        ``bits_per_dim``; of the sample at temperature 0 ``psnr`` of the colours, ``psnr_y`` of the
+        luminance without a border of the scale, and ``ssim``; of one at temperature 0.8 the same
+        as ``sample_psnr`` and so on. Where the model enlarges, ``lr_psnr`` of both, and the
+        ``bicubic_psnr_y`` beside.
     """
     scale = model.scale
-    border = scale if scale > 1 else 0
     with torch.autocast(x.device.type, enabled=False):
-        found = {
-            "bits_per_dim": float(model.nll(x, y).mean()),
-            "psnr_y": luma_psnr(model.sample(y, 1, 0.0)[0], x, border),
-        }
+        found = {"bits_per_dim": float(model.nll(x, y).mean())}
+        found |= _quality(model.sample(y, 1, 0.0)[0], x, y, scale)
         if scale > 1:
-            found["bicubic_psnr_y"] = luma_psnr(restored(y, scale), x, border)
+            found["bicubic_psnr_y"] = luma_psnr(restored(y, scale), x, scale)
+        sample = _quality(model.sample(y, 1, TEMPERATURE)[0], x, y, scale)
+    return found | {f"sample_{name}": value for name, value in sample.items()}
+
+
+def _quality(image: Tensor, x: Tensor, y: Tensor, scale: int) -> dict[str, float]:
+    found = {"psnr_y": luma_psnr(image, x, scale if scale > 1 else 0)}
+    found |= {"psnr": float(metrics.psnr(image, x)), "ssim": float(metrics.ssim(image, x))}
+    if scale > 1:
+        found["lr_psnr"] = float(metrics.lr_psnr(image, y, scale))
     return found

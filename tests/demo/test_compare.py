@@ -179,3 +179,49 @@ def test_a_mistake_gets_one_line_and_exit_code_2(
     assert (code, out) == (2, "")
     assert message in errors
     assert errors.count("\n") == 1
+
+
+def test_pictures_in_files_are_compared_without_being_held(pictures, monkeypatch, tmp_path):
+    """Whole ones are never made of those that are trained with, but for the conditions that the
+    guard is fitted to."""
+    from flowguard.io.folder import PictureFiles
+
+    files = PictureFiles([pictures / f"{i}.png" for i in range(3)], budget=0)
+    asked = []
+    window = PictureFiles.window
+
+    def watched(self, index, top, left, height, width):
+        asked.append((index, height, width))
+        return window(self, index, top, left, height, width)
+
+    monkeypatch.setattr(PictureFiles, "window", watched)
+    options = compare.CompareOptions(
+        couplings=("robust2",), images=files, steps=2, samples=1, quick=True, progress=False
+    )
+    result = compare.compare(options)
+    assert asked == [(2, 100, 400)]  # the one that is held out
+    assert result.to_dict()["options"]["images"] == 3
+    again = compare.compare(options)
+    numbers = [r.models["robust2"].numbers for r in (result, again)]
+    for name in ("psnr", "bits_per_dim", "train_bits_per_dim", "certificate"):
+        assert numbers[0][name] == numbers[1][name]
+
+
+@pytest.mark.parametrize("task", ["superres", "lowlight"])
+def test_parts_of_files_do_not_meet(pictures, task):
+    """Left three quarters to train with, the rest to calibrate with."""
+    from flowguard.io.folder import PictureFiles
+
+    files = PictureFiles([pictures / f"{i}.png" for i in range(3)])
+    options = compare.CompareOptions(couplings=("robust2",), images=files, task=task)
+    first, rest = compare._parts(options)
+    assert first.sizes == [(100, 300)] * 2
+    assert rest.sizes == [(100, 100)] * 2
+    target, condition = next(iter(TASKS[task].crops(first, 0)))
+    assert target.shape == (16, 3, 32, 32)
+    assert condition.shape[0] == 16
+    calibration = list(TASKS[task].calibration(rest, 1, 16))
+    assert len(calibration) == 2
+    contexts = list(TASKS[task].contexts(first, 0))
+    assert len(contexts) == 2
+    assert contexts[0].shape[1] == condition.shape[1]

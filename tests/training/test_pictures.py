@@ -105,7 +105,7 @@ def test_what_is_left_out_is_told_before_anything_is_decoded(folder, monkeypatch
     assert len(pairs.sizes) == 4
     assert [(f.path.name, f.reason.split(",")[0]) for f in left_out] == [
         ("none.png", "it is no picture"),
-        ("small.png", "it has 31 rows and 90 columns"),
+        ("small.png", "it is smaller than 32 × 32: 31 × 90"),
     ]
 
 
@@ -296,7 +296,7 @@ def test_pairs_of_other_sizes_are_left_out(two):
     put(lr / "good.png", 12, 16)
     pairs, left_out = pairs_of(hr, scale=4, crop=32, pairs=lr)
     assert {f.path.name: f.reason for f in left_out} == {
-        "0004.png": "it has 31 rows and 64 columns, and at least 32 and 32 are needed",
+        "0004.png": "it is smaller than 32 × 32: 31 × 64",
         "img_003_SRF_4_LR.png": "it is no picture, or of an unknown kind",
         "0001.png": "it must be 4 times as large as 0001x4.png; got (48, 64) and (13, 16)",
     }

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from flowguard import metrics
 from flowguard.models import SuperResolutionFlow
-from flowguard.training.pictures import pairs_of
+from flowguard.training.pictures import CropBatches, pairs_of
 from flowguard.training.validation import (
     Part,
     Wholes,
@@ -63,6 +64,24 @@ def test_corrupt_pictures_are_not_validated_with(tmp_path):
         sound(Part(pairs, [1]))
 
 
+def test_a_part_has_the_corrupt_pictures_that_are_in_it(tmp_path):
+    """One of two is enough to draw from, whatever is broken elsewhere."""
+    folder_of(tmp_path, 3)
+    for name in ("000", "002"):
+        whole = (tmp_path / f"{name}.png").read_bytes()
+        (tmp_path / f"{name}.png").write_bytes(whole[: len(whole) // 2])
+    pairs, _ = pairs_of(tmp_path, scale=4, crop=16)
+    training, held_out = split_off(pairs)
+    with pytest.raises(ValueError, match="got 1 that cannot"):
+        sound(held_out)
+    with pytest.warns(UserWarning, match=r"left out: .*000\.png"):
+        made = CropBatches(training, size=16, batch=20, seed=0)[0]
+    assert made[0].shape == (20, 3, 16, 16)
+    assert training.lost() == {0}
+    assert training.usable()
+    assert not held_out.usable()
+
+
 def test_dark_shots_are_the_same_whenever_they_are_asked_for(tmp_path):
     pairs, _ = pairs_of(folder_of(tmp_path, 2), task="lowlight", crop=16)
     first, again = Wholes(pairs, 3), Wholes(pairs, 3)
@@ -92,7 +111,16 @@ def test_an_untrained_model_measures_as_bicubic():
     model = SuperResolutionFlow(scale=4, levels=1, steps=1, hidden=8, features=8).eval()
     x, y = torch.rand(1, 3, 32, 24), torch.rand(1, 3, 8, 6)
     found = measure(model, x, y)
-    assert found.keys() == {"bits_per_dim", "psnr_y", "bicubic_psnr_y"}
+    quality = ("psnr_y", "psnr", "ssim", "lr_psnr")
+    samples = {f"sample_{name}" for name in quality}
+    assert found.keys() == {"bits_per_dim", "bicubic_psnr_y", *quality, *samples}
     assert found["psnr_y"] == pytest.approx(found["bicubic_psnr_y"], abs=0.1)
     assert found["bicubic_psnr_y"] == luma_psnr(restored(y, 4), x, 4)
-    assert math.isfinite(found["bits_per_dim"])
+    assert all(map(math.isfinite, found.values()))
+    mean = model.sample(y, 1, 0.0)[0]
+    assert found["psnr"] == float(metrics.psnr(mean, x))
+    assert found["ssim"] == float(metrics.ssim(mean, x))
+    assert found["lr_psnr"] == float(metrics.lr_psnr(mean, y, 4))
+    # Samples at temperature 0.8 are rougher.
+    assert found["sample_psnr"] < found["psnr"]
+    assert found["sample_lr_psnr"] < found["lr_psnr"]

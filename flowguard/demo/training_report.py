@@ -1,0 +1,180 @@
+r"""What a run of training tells in the end: its curves, numbers and pictures on one page."""
+
+__all__ = ["chart", "page", "write"]
+
+import csv
+import html
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from flowguard._version import __version__
+from flowguard.demo.report import STYLE, figures, html_table
+from flowguard.io.atomic import write_text
+
+Points = Sequence[tuple[float, float]]
+Rows = list[dict[str, str]]
+
+WIDTH, HEIGHT, LEFT, LOW = 460, 240, 62, 26  # of a chart, and of the room for its numbers
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
+POINTS = 400  # of a curve, at most: more are averaged
+
+#: The charts: a title, the table, and the columns that are drawn.
+CHARTS = (
+    ("training, bits/dim", "metrics", ("loss",)),
+    ("learning rate", "metrics", ("lr",)),
+    ("held out, bits/dim", "validation", ("bits_per_dim",)),
+    ("PSNR Y, dB", "validation", ("psnr_y", "sample_psnr_y", "bicubic_psnr_y")),
+    ("PSNR, dB", "validation", ("psnr", "sample_psnr")),
+    ("SSIM", "validation", ("ssim", "sample_ssim")),
+    ("LR-PSNR, dB", "validation", ("lr_psnr", "sample_lr_psnr")),
+    ("strange conditions: artefacts", "outside", ("artefacts", "folder_artefacts")),
+    ("strange conditions: not finite", "outside", ("non_finite", "folder_non_finite")),
+    ("guard: AUROC", "outside", ("auroc", "folder_auroc")),
+    ("bound and attack", "outside", ("certificate", "reached")),
+)
+
+
+def _rows(file: Path) -> Rows:
+    if not file.is_file():
+        return []
+    with file.open(encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def _points(rows: Rows, column: str) -> list[tuple[float, float]]:
+    r"""The finite numbers of a column, over the steps; many of them averaged."""
+    found = []
+    for row in rows:
+        try:
+            point = (float(row["step"]), float(row[column]))
+        except (KeyError, TypeError, ValueError):  # no such column, or nothing in it
+            continue
+        if math.isfinite(point[1]):
+            found.append(point)
+    many = -(-len(found) // POINTS) or 1
+    groups = [found[i : i + many] for i in range(0, len(found), many)]
+    return [(g[-1][0], sum(y for _, y in g) / len(g)) for g in groups]
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    r"""Some four round numbers within a range."""
+    raw = (high - low) / 4 or abs(high) / 4 or 1.0
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m for m in (1, 2, 5, 10) if m * power >= raw) * power
+    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def chart(title: str, series: Mapping[str, Points]) -> str:
+    r"""Returns curves as a picture in HTML; nothing if there are no points.
+
+    Arguments:
+        title: The title, which is escaped.
+        series: The points of each curve, by its name.
+
+    Example:
+        >>> chart("loss", {"bits/dim": [(1, 3.0), (2, 2.5)]}).count("<polyline")
+        1
+        >>> chart("loss", {"bits/dim": []})
+        ''
+    """
+    drawn = {name: points for name, points in series.items() if points}
+    if not drawn:
+        return ""
+    xs, ys = zip(*(p for points in drawn.values() for p in points), strict=True)
+    room = 0.05 * (max(ys) - min(ys)) or 0.05 * abs(max(ys)) or 1.0
+    low, high = min(ys) - room, max(ys) + room
+    first, last = min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = LEFT + (x - first) / (last - first) * (WIDTH - LEFT - 10)
+        return across, (HEIGHT - LOW) - (y - low) / (high - low) * (HEIGHT - LOW - 10)
+
+    parts = []
+    for tick in _ticks(low, high):
+        y = place(first, tick)[1]
+        parts.append(
+            f'<line x1="{LEFT}" x2="{WIDTH - 10}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>'
+            f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:.4g}</text>'
+        )
+    for tick in _ticks(first, last):
+        x = place(tick, low)[0]
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{tick:g}</text>')
+    for i, (name, points) in enumerate(drawn.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*p) for p in points))
+        parts.append(
+            f'<polyline fill="none" stroke="{colour}" stroke-width="1.6" points="{line}"/>'
+        )
+        if len(points) == 1:
+            x, y = place(*points[0])
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>')
+        parts.append(
+            f'<text x="{WIDTH - 14}" y="{22 + 15 * i}" text-anchor="end" fill="{colour}">'
+            f"{html.escape(name)}</text>"
+        )
+    return (
+        f'<figure style="display: inline-block; margin: .5em">'
+        f"<figcaption><b>{html.escape(title)}</b></figcaption>"
+        f'<svg width="{WIDTH}" height="{HEIGHT}" font-size="11">{"".join(parts)}</svg></figure>'
+    )
+
+
+def _last(rows: Rows) -> list[list[str]]:
+    r"""The last rows of a table, for people."""
+
+    def shown(value: str | None) -> str:
+        try:
+            return f"{float(value or ''):.5g}"
+        except ValueError:
+            return value or ""
+
+    return [list(rows[0]), *([shown(v) for v in row.values()] for row in rows[-5:])]
+
+
+def page(folder: Path) -> str:
+    r"""Returns the report of a run as one self-contained page.
+
+    Arguments:
+        folder: The folder of the run.
+    """
+    tables = {name: _rows(folder / f"{name}.csv") for name in ("metrics", "validation", "outside")}
+    charts = "".join(
+        chart(title, {column: _points(tables[table], column) for column in columns})
+        for title, table, columns in CHARTS
+    )
+    numbers = "".join(
+        f"<h2>{name}</h2>{html_table(_last(rows))}" for name, rows in tables.items() if rows
+    )
+    pictures = sorted((folder / "pictures").glob("*.png"))
+    words = {
+        "held-out": "held out: the condition, samples at temperature 0 and 0.8, and the truth",
+        "strange": "a sample of a condition that is five times too bright",
+    }
+    shown = figures(
+        (words.get(p.stem, p.stem) for p in pictures), (p.read_bytes() for p in pictures)
+    )
+    config = folder / "config.yaml"
+    options = config.read_text(encoding="utf-8") if config.is_file() else ""
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>flowguard train</title>'
+        f"<style>{STYLE}</style><h1>flowguard train</h1><p>flowguard {__version__}. PSNR and SSIM"
+        " of samples at temperature 0, and of those at 0.8 as sample_psnr and so on, by the"
+        " averaged weights. Strange conditions: held-out ones that were spoilt, and those of"
+        " --ood as folder_…; artefacts: the share of pixels that are not finite or more than 0.5"
+        " outside the range of [0, 1] and the condition; AUROC: how well the guard tells them from"
+        " held-out ones; certificate: a bound for all conditions and noise up to 4 (none is drawn"
+        " where there is none), and what a short attack reached.</p>"
+        f"{charts}{numbers}{shown}<h2>options</h2><pre>{html.escape(options)}</pre></html>\n"
+    )
+
+
+def write(folder: Path) -> Path:
+    r"""Writes the report of a run into its folder, and returns the file.
+
+    Arguments:
+        folder: The folder of the run.
+    """
+    file = folder / "report.html"
+    write_text(file, page(folder))
+    return file
