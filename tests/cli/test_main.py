@@ -643,6 +643,24 @@ def test_convert_an_encoder(tmp_path, capsys):
     assert run(capsys, *arguments, "--overwrite", "--scale", 4)[0] == 2
 
 
+def test_convert_a_network_of_another_format(ncnn, tmp_path, capsys):
+    torch.manual_seed(0)
+    encoder = RRDBEncoder(features=8, growth=4, blocks=2, stacked=(), long_skip="first")
+    file = ncnn.Writer(half=False).encoder(encoder).write(tmp_path)
+    arguments = ("convert", "ncnn", file.with_suffix(".bin"), tmp_path / "m", "--stacked", 0, 1)
+    code, told, errors = run(capsys, *arguments)
+    assert code == 0, errors
+    assert "SuperResolutionFlow" in told
+    loaded = SuperResolutionFlow.from_pretrained(tmp_path / "m").conditioner.encoder
+    y = torch.rand(1, 3, 5, 6)
+    assert torch.equal(loaded.image(y), encoder.image(y))
+    file.with_suffix(".bin").write_bytes(b"")
+    for mistake in (file, file.with_suffix(".pth"), tmp_path / "absent.bin"):
+        code, _, errors = run(capsys, "convert", "ncnn", mistake, tmp_path / "n")
+        assert (code, errors.count("\n")) == (2, 1), errors
+        assert not (tmp_path / "n").exists()
+
+
 CONVERTED = {
     "srflow": (SuperResolutionFlow, {}),
     "robustnf": (
