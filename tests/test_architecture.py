@@ -29,7 +29,8 @@ LADDER = [
     {"migration"},
     {"image"},
     {"models"},
-    {"training", "data"},
+    {"data"},
+    {"training"},
     {"demo"},
     {"cli"},
 ]
@@ -395,7 +396,7 @@ PLANTED = {
         "flowguard.bounds.planted",
         "import importlib as i\ni.import_module('flowguard.models.base')",
     ),
-    "sideways": (climbs, "flowguard.training.planted", "from flowguard import data"),
+    "one floor up": (climbs, "flowguard.data.planted", "from flowguard import training"),
     "the face": (climbs, "flowguard.demo.planted", "from flowguard import certify"),
     "ood beyond the ground": (climbs, "flowguard.ood.planted", "import flowguard.functional"),
     "kernels": (touches_kernels, "flowguard.image.planted", "from flowguard.spline import bin"),

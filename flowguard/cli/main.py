@@ -1,5 +1,5 @@
-r"""The command line: ``flowguard superres``, ``lowlight``, ``convert``, ``inspect``, ``compare``
-and ``demo``."""
+r"""The command line: ``flowguard superres``, ``lowlight``, ``train``, ``convert``, ``inspect``,
+``compare`` and ``demo``."""
 
 __all__ = ["main"]
 
@@ -70,6 +70,10 @@ def _run(argv: Sequence[str] | None) -> int:
     except AssertionError:  # where several choices are taken, jsonargparse asserts a list
         parser.error("config: what takes several values must be given a list of them")
     parsers[args.command].check(args[args.command])
+    if args.command == "train":  # where a run that goes on has its own options
+        args.train.given = parsers["train"].given(
+            sys.argv[1:] if argv is None else argv, args.train
+        )
     try:
         code: int = commands[args.command].run(args[args.command])
         return code

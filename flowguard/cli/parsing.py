@@ -6,7 +6,7 @@ import argparse
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -68,6 +68,22 @@ class Parser(jsonargparse.ArgumentParser):
                 self.error(f"{action.dest} must be given a value; got none")
             elif value is not None and several != isinstance(value, list):
                 self.error(f"{action.dest} must be {'a list' if several else 'one value'}")
+
+    def given(self, argv: Sequence[str], values: Any) -> dict[str, Any]:
+        r"""Returns the options that were given on the command line, and not by default.
+
+        Arguments:
+            argv: The arguments of the command.
+            values: The values that were read.
+        """
+        words = {word.partition("=")[0] for word in argv}
+        found = {}
+        for action in self._actions:
+            named = words & set(action.option_strings)
+            placed = not action.option_strings and values[action.dest] in words
+            if action.dest in values and (named or placed):
+                found[action.dest] = values[action.dest]
+        return found
 
     def add_config(self) -> None:
         r"""Lets a YAML file give options."""
@@ -164,11 +180,12 @@ def add_limit(parser: Parser) -> None:
     )
 
 
-def need(*packages: tuple[str, str]) -> None:
+def need(*packages: tuple[str, str], extra: str = "demo") -> None:
     r"""Refuses to go on without some packages, given as module and distribution.
 
     Arguments:
         packages: Pairs of module and distribution.
+        extra: The extra that they come with.
 
     Raises:
         UserError: If one is missing.
@@ -177,7 +194,7 @@ def need(*packages: tuple[str, str]) -> None:
         try:
             __import__(module)
         except ImportError:
-            raise UserError(f'{package} is missing: pip install "flowguard-nf[demo]"') from None
+            raise UserError(f'{package} is missing: pip install "flowguard-nf[{extra}]"') from None
 
 
 def writable(path: Path, option: str) -> Path:

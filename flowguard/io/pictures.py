@@ -3,9 +3,12 @@ r"""Pictures in files: 8 and 16 bits, grey and colour, with and without alpha, u
 __all__ = [
     "GREY",
     "SUFFIXES",
+    "Header",
     "ImageError",
     "Picture",
     "at_most",
+    "header",
+    "levels",
     "note_of",
     "png16",
     "read",
@@ -40,9 +43,12 @@ SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 #: The weights of red, green and blue in luminance.
 GREY = (0.299, 0.587, 0.114)
 SHALLOW = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr")
+GREYS = ("1", "L", "LA", "La")
 MPO = "MPO"  # JPEG with a second view behind the first, as some phones write it
 DEEP_PNG = ("RGB;16B", "RGBA;16B", "LA;16B")
 ORIENTATION = 0x0112  # the tag of EXIF and TIFF
+WIDTH, LENGTH = 0x0100, 0x0101  # the tags of TIFF
+TURNED = (5, 6, 7, 8)  # orientations that lie on their side
 SOFTWARE = "Software"  # the text of a PNG that says what made it; TIFF has a tag of that name
 TIFFS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how they begin
 
@@ -82,18 +88,97 @@ def read(path: str | os.PathLike[str]) -> Picture:
             whatever kind it is: then nothing is decoded.
         ImportError: If Pillow, or for a deep TIFF tifffile, is not installed.
     """
+    return _picture(*_pixels(path))
+
+
+@dataclass(frozen=True)
+class Header:
+    r"""What a file says of its picture before anything is decoded.
+
+    Arguments:
+        height: The rows, as the picture is seen: upright.
+        width: The columns.
+        grey: Whether it is a greyscale picture.
+        bits: The bits of a channel, 8 or 16.
+    """
+
+    height: int
+    width: int
+    grey: bool = False
+    bits: int = 8
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        r"""The shape of its :func:`levels`, :math:`(1, H, W)` or :math:`(3, H, W)`."""
+        return (1 if self.grey else 3, self.height, self.width)
+
+
+def header(path: str | os.PathLike[str]) -> Header:
+    r"""Returns the size and the kind of a picture, of which nothing is decoded.
+
+    Arguments:
+        path: The file, of any kind that :func:`read` takes.
+
+    Raises:
+        ImageError: If it is no such picture, as far as its header tells; what follows may be
+            broken all the same.
+        ImportError: If Pillow, or for a deep TIFF tifffile, is not installed.
+    """
     path = Path(path)
+    with _telling(path):
+        if _is_deep_tiff(path):
+            height, width, grey, orientation = _deep_tiff_header(path)
+            return _upright_header(height, width, grey, 16, orientation)
+        with _opened(path) as image:
+            _refuse_several(image)
+            # Some versions of Pillow give the upright size of a TIFF, others that in the file.
+            tags = image.tag_v2 if image.format == "TIFF" else {}
+            width, height = tags.get(WIDTH, image.size[0]), tags.get(LENGTH, image.size[1])
+            grey, bits = _kind(image)
+            return _upright_header(height, width, grey, bits, _orientation(image))
+
+
+def levels(path: str | os.PathLike[str]) -> Array:
+    r"""Reads the whole numbers of a picture's colours, upright: a quarter, or half, of the memory
+    that :func:`read` takes.
+
+    Arguments:
+        path: The file, of any kind that :func:`read` takes.
+
+    Returns:
+        The numbers, ``uint8`` or ``uint16`` with shape :math:`(1, H, W)` if it is grey, else
+        :math:`(3, H, W)`; divided by 255 or 65535 they are the colours of :func:`read`.
+
+    Raises:
+        ImageError: If :func:`read` raises it.
+        ImportError: If Pillow, or for a deep TIFF tifffile, is not installed.
+    """
+    pixels, grey, _, orientation, _ = _pixels(path)
+    colours = np.moveaxis(pixels[..., : 1 if grey else 3], -1, 0)
+    return np.ascontiguousarray(_upright(colours, orientation))
+
+
+def _pixels(path: str | os.PathLike[str]) -> tuple[Array, bool, int, int, bytes | None]:
+    r"""The whole numbers of a picture as they lie in the file, with shape (H, W, channels);
+    whether it is grey, its bits, its orientation and its colour profile."""
+    path = Path(path)
+    with _telling(path):
+        if _is_deep_tiff(path):
+            return _deep_tiff(path)
+        with _opened(path) as image:
+            _refuse_several(image)
+            return _read(image)
+
+
+@contextlib.contextmanager
+def _telling(path: Path) -> Iterator[None]:
+    r"""Makes of all that a broken file can raise an :class:`ImageError`."""
     if path.is_dir():
         raise ImageError("it is a folder")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of many pixels, odd EXIF: they are read all the same
-            if _is_deep_tiff(path):
-                return _deep_tiff(path)
-            with _opened(path) as image:
-                if getattr(image, "n_frames", 1) > 1 and image.format != MPO:
-                    raise ImageError(f"it holds {image.n_frames} pictures, not one")
-                return _read(image)
+            yield
     except (ImageError, ImportError):
         raise
     except Exception as error:  # a broken file makes Pillow raise nearly anything
@@ -102,6 +187,17 @@ def read(path: str | os.PathLike[str]) -> Picture:
         if "cannot identify" in reason:
             reason = "it is no picture, or of an unknown kind"
         raise ImageError(reason) from error
+
+
+def _refuse_several(image: Any) -> None:
+    if getattr(image, "n_frames", 1) > 1 and image.format != MPO:
+        raise ImageError(f"it holds {image.n_frames} pictures, not one")
+
+
+def _upright_header(height: int, width: int, grey: bool, bits: int, orientation: int) -> Header:
+    if orientation in TURNED:
+        height, width = width, height
+    return Header(height, width, grey, bits)
 
 
 def read_image(file: str | os.PathLike[str] | IO[bytes]) -> Tensor:
@@ -176,7 +272,23 @@ def _too_large(count: int) -> ImageError:
     )
 
 
-def _read(image: Any) -> Picture:
+def _kind(image: Any) -> tuple[bool, int]:
+    r"""Whether a picture is grey, and the bits of its channels, by its header."""
+    mode = image.mode
+    if image.format == "PNG" and image.tile and image.tile[0][3] in DEEP_PNG:
+        return image.tile[0][3] == "LA;16B", 16
+    if mode.startswith("I;16") or (mode == "I" and image.format == "PNG"):
+        return True, 16
+    _refuse_odd(mode)
+    return mode in GREYS, 8
+
+
+def _refuse_odd(mode: str) -> None:
+    if mode not in SHALLOW:
+        raise ImageError(f"pictures must have 8 or 16 bits per channel; got the mode {mode!r}")
+
+
+def _read(image: Any) -> tuple[Array, bool, int, int, bytes | None]:
     deep = _deep_png(image) if image.format == "PNG" else None
     mode = image.mode
     if deep is None and (mode.startswith("I;16") or (mode == "I" and image.format == "PNG")):
@@ -184,18 +296,18 @@ def _read(image: Any) -> Picture:
     profile = image.info.get("icc_profile") if mode not in ("CMYK", "YCbCr") else None
     if deep is None:
         pixels, grey = _shallow(image)
-        return _picture(pixels, grey, 8, _orientation(image), profile)
+        return pixels, grey, 8, _orientation(image), profile
     if "transparency" in image.info and deep.shape[-1] in (1, 3):
         opaque = (deep != np.asarray(image.info["transparency"])).any(-1, keepdims=True)
         deep = np.concatenate((deep, np.where(opaque, 65535, 0).astype(np.uint16)), -1)
-    return _picture(deep, deep.shape[-1] < 3, 16, _orientation(image), profile)
+    return deep, deep.shape[-1] < 3, 16, _orientation(image), profile
 
 
 def _picture(pixels: Array, grey: bool, bits: int, orientation: int, icc: bytes | None) -> Picture:
     r"""A picture of whole numbers with shape (H, W, channels)."""
     peak, planes = 2**bits - 1, np.empty((pixels.shape[-1], *pixels.shape[:-1]), np.float32)
     np.divide(np.moveaxis(pixels, -1, 0), peak, out=planes, dtype=np.float32)
-    exact = _upright(torch.from_numpy(planes), orientation).contiguous()
+    exact = torch.from_numpy(np.ascontiguousarray(_upright(planes, orientation)))
     count = 1 if grey else 3
     alpha = exact[count:] if len(exact) > count else None
     return Picture(exact[:count].expand(3, -1, -1).contiguous(), alpha, grey, bits, icc)
@@ -204,9 +316,8 @@ def _picture(pixels: Array, grey: bool, bits: int, orientation: int, icc: bytes 
 def _shallow(image: Any) -> tuple[Array, bool]:
     r"""The pixels of a picture of 8 bits, and whether it is grey."""
     mode = image.mode
-    if mode not in SHALLOW:
-        raise ImageError(f"pictures must have 8 or 16 bits per channel; got the mode {mode!r}")
-    grey = mode in ("1", "L", "LA", "La")
+    _refuse_odd(mode)
+    grey = mode in GREYS
     alpha = mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
     wanted = ("LA" if alpha else "L") if grey else ("RGBA" if alpha else "RGB")
     if wanted == "LA" and mode != "LA":  # Pillow goes there by way of RGBA only
@@ -251,25 +362,42 @@ def _is_deep_tiff(path: Path) -> bool:
         return bool(page.bitspersample > 8)
 
 
-def _deep_tiff(path: Path) -> Picture:
+def _deep_tiff_page(file: Any) -> tuple[Any, int]:
+    r"""The only page of a TIFF of 16 bits, and its channels but for the opacity.
+
+    All of this is known before anything is decoded."""
+    if len(file.pages) > 1:
+        raise ImageError(f"it holds {len(file.pages)} pictures, not one")
+    page: Any = file.pages[0]
+    axes, kind = page.axes, page.photometric.name
+    channels = {"MINISWHITE": 1, "MINISBLACK": 1, "RGB": 3}.get(kind, 0)
+    if page.dtype != np.uint16:
+        raise ImageError(f"pictures must have 8 or 16 bits per channel; got {page.dtype}")
+    count = {"YX": 1, "YXS": page.shape[-1], "SYX": page.shape[0]}.get(axes)
+    if not channels or count not in (channels, channels + 1):
+        raise ImageError(f"a TIFF of 16 bits must be grey or RGB; got {kind} {axes}")
+    most = _pillow().MAX_IMAGE_PIXELS
+    if most is not None and page.imagewidth * page.imagelength > 2 * most:
+        raise _too_large(page.imagewidth * page.imagelength)
+    return page, channels
+
+
+def _deep_tiff_header(path: Path) -> tuple[int, int, bool, int]:
     import tifffile
 
     with tifffile.TiffFile(path) as file:
-        if len(file.pages) > 1:
-            raise ImageError(f"it holds {len(file.pages)} pictures, not one")
-        page: Any = file.pages[0]
+        page, channels = _deep_tiff_page(file)
+        orientation = int(page.tags.valueof(ORIENTATION, default=1))
+        return page.imagelength, page.imagewidth, channels == 1, orientation
+
+
+def _deep_tiff(path: Path) -> tuple[Array, bool, int, int, bytes | None]:
+    import tifffile
+
+    with tifffile.TiffFile(path) as file:
+        page, channels = _deep_tiff_page(file)
         axes, kind = page.axes, page.photometric.name
         extra = [int(e) for e in page.extrasamples]
-        channels = {"MINISWHITE": 1, "MINISBLACK": 1, "RGB": 3}.get(kind, 0)
-        # All of this is known before anything is decoded.
-        if page.dtype != np.uint16:
-            raise ImageError(f"pictures must have 8 or 16 bits per channel; got {page.dtype}")
-        count = {"YX": 1, "YXS": page.shape[-1], "SYX": page.shape[0]}.get(axes)
-        if not channels or count not in (channels, channels + 1):
-            raise ImageError(f"a TIFF of 16 bits must be grey or RGB; got {kind} {axes}")
-        most = _pillow().MAX_IMAGE_PIXELS
-        if most is not None and page.imagewidth * page.imagelength > 2 * most:
-            raise _too_large(page.imagewidth * page.imagelength)
         pixels = page.asarray()
         orientation = int(page.tags.valueof(ORIENTATION, default=1))
         profile = page.iccprofile
@@ -283,7 +411,7 @@ def _deep_tiff(path: Path) -> Picture:
         opacity = np.maximum(pixels[..., channels:], 1) / 65535
         colours = np.minimum(pixels[..., :channels] / opacity, 65535).round().astype(np.uint16)
         pixels = np.concatenate((colours, pixels[..., channels:]), -1)
-    return _picture(pixels, channels == 1, 16, orientation, profile)
+    return pixels, channels == 1, 16, orientation, profile
 
 
 def _orientation(image: Any) -> int:
@@ -293,14 +421,15 @@ def _orientation(image: Any) -> int:
         return 1
 
 
-def _upright(pixels: Tensor, orientation: int) -> Tensor:
-    if orientation in (5, 6, 7, 8):
-        pixels = pixels.mT
+def _upright(planes: Array, orientation: int) -> Array:
+    r"""A view of pixels with shape (channels, H, W), turned as the orientation says."""
+    if orientation in TURNED:
+        planes = planes.swapaxes(-1, -2)
     if orientation in (2, 3, 6, 7):
-        pixels = pixels.flip(-1)
+        planes = planes[..., ::-1]
     if orientation in (3, 4, 7, 8):
-        pixels = pixels.flip(-2)
-    return pixels
+        planes = planes[..., ::-1, :]
+    return planes
 
 
 def shown(image: Tensor) -> Tensor:

@@ -249,3 +249,48 @@ def test_values_beyond_are_cut(tmp_path):
 def test_an_unknown_suffix(tmp_path):
     with pytest.raises(ValueError, match=r"\.png, \.tif or \.tiff; got x\.jpg"):
         pictures.write(tmp_path / "x.jpg", Picture(torch.zeros(3, 2, 2)))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+def test_headers_and_levels_are_upright(orientation, suffix, tmp_path):
+    pixels = rng.integers(0, 256, (5, 8, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(tmp_path / f"x.{suffix}", exif=exif)
+    read = pictures.read(tmp_path / f"x.{suffix}")
+    header = pictures.header(tmp_path / f"x.{suffix}")
+    assert header == pictures.Header(*read.colour.shape[-2:])
+    found = pictures.levels(tmp_path / f"x.{suffix}")
+    assert found.dtype == np.uint8
+    assert found.shape == header.shape
+    assert (found == (255 * read.colour).round().numpy()).all()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
+def test_headers_know_what_is_grey(mode, tmp_path):
+    file = tmp_path / ("x.tif" if mode in ("CMYK", "YCbCr") else "x.png")
+    image = Image.fromarray(rng.integers(0, 256, (5, 8, 3), dtype=np.uint8))
+    image.convert(mode).save(file)
+    read, header = pictures.read(file), pictures.header(file)
+    assert (header.grey, header.bits) == (read.grey, read.bits)
+    found = pictures.levels(file)
+    assert found.shape == header.shape
+    assert (found == (255 * read.colour).round().numpy()[: len(found)]).all()
+
+
+def test_the_header_of_what_is_no_picture_is_refused(tmp_path):
+    (tmp_path / "x.png").write_text("This is no picture.")
+    with pytest.raises(ImageError, match="it is no picture, or of an unknown kind"):
+        pictures.header(tmp_path / "x.png")
+    with pytest.raises(ImageError, match="it is a folder"):
+        pictures.header(tmp_path)
+    Image.new("F", (4, 4)).save(tmp_path / "f.tif")
+    with pytest.raises(ImageError, match="8 or 16 bits"):
+        pictures.header(tmp_path / "f.tif")
+    frames = [Image.new("RGB", (4, 4), c) for c in ("red", "blue")]
+    frames[0].save(tmp_path / "two.webp", save_all=True, append_images=frames[1:])
+    with pytest.raises(ImageError, match="holds 2 pictures"):
+        pictures.header(tmp_path / "two.webp")
+    with pictures.at_most(10), pytest.raises(ImageError, match="pixels, and at most"):
+        pictures.header(tmp_path / "two.webp")

@@ -3,6 +3,7 @@ r"""The condition encoder of the published low-light flow, and what it is fed.""
 __all__ = [
     "LowLightEncoder",
     "color_map",
+    "equalization",
     "equalize_histogram",
     "low_light_input",
     "noise_map",
@@ -23,7 +24,33 @@ from flowguard.models.store import Recorded
 BLACK, FARTHEST = 1e-3, 1e20
 
 
-def equalize_histogram(image: Tensor) -> Tensor:
+def equalization(level: Tensor) -> Tensor:
+    r"""Returns what :func:`equalize_histogram` makes of each grey level of a channel.
+
+    Arguments:
+        level: The grey levels, whole numbers from 0 to 255, with shape :math:`(*, N)`.
+
+    Returns:
+        The new levels, whole numbers as float32, with shape :math:`(*, 256)`.
+
+    Example:
+        >>> equalization(torch.tensor([10, 10, 20, 30]))[[10, 20, 30]]
+        tensor([  0., 128., 255.])
+    """
+    counts = level.new_zeros((*level.shape[:-1], 256), dtype=torch.long)
+    counts.scatter_add_(-1, level.long(), torch.ones_like(level, dtype=torch.long))
+    total = level.shape[-1]
+    cumulated = counts.cumsum(-1)
+    # The darkest level's count: the first one of the cumulated counts that is not zero.
+    darkest = cumulated.masked_fill(cumulated == 0, total).amin(-1, keepdim=True)
+    # OpenCV computes 255 / (pixels - darkest) and its products in single precision.
+    scale = torch.tensor(255.0, device=level.device) / (total - darkest).clamp_min(1).float()
+    table = ((cumulated - darkest).clamp_min(0).float() * scale).round().clamp(0, 255)
+    same = torch.arange(256, device=level.device, dtype=table.dtype)
+    return torch.where(darkest == total, same, table)
+
+
+def equalize_histogram(image: Tensor, table: Tensor | None = None) -> Tensor:
     r"""Equalises the histogram of each channel of each image, as OpenCV's ``equalizeHist`` does.
 
     Each grey level becomes the share of pixels that are at most as bright, not counting the
@@ -32,6 +59,9 @@ def equalize_histogram(image: Tensor) -> Tensor:
 
     Arguments:
         image: The images in :math:`[0, 1]`, with shape :math:`(B, C, H, W)`.
+        table: What each grey level becomes, with shape :math:`(B, C, 256)`: the
+            :func:`equalization` of the whole images of which these are parts. That of these images
+            if there is none.
 
     Returns:
         The images, with values :math:`i / 255`, of the same shape and dtype.
@@ -43,30 +73,23 @@ def equalize_histogram(image: Tensor) -> Tensor:
     """
     wide = image.detach().to(torch.promote_types(image.dtype, torch.float32))
     level = (255 * wide.nan_to_num(0.0).clamp(0, 1)).round().long().flatten(2)
-    counts = level.new_zeros(*level.shape[:2], 256)
-    counts.scatter_add_(2, level, torch.ones_like(level))
-    total = level.shape[2]
-    cumulated = counts.cumsum(2)
-    # The darkest level's count: the first one of the cumulated counts that is not zero.
-    darkest = cumulated.masked_fill(cumulated == 0, total).amin(2, keepdim=True)
-    # OpenCV computes 255 / (pixels - darkest) and its products in single precision.
-    scale = torch.tensor(255.0, device=image.device) / (total - darkest).clamp_min(1).float()
-    table = ((cumulated - darkest).clamp_min(0).float() * scale).round().clamp(0, 255)
-    flat = darkest == total
-    equalized = torch.where(flat, level.float(), table.gather(2, level))
+    table = equalization(level) if table is None else table
+    equalized = table.gather(2, level)
     return (equalized.to(wide.dtype) / 255).unflatten(2, image.shape[-2:]).to(image.dtype)
 
 
-def low_light_input(low: Tensor) -> Tensor:
+def low_light_input(low: Tensor, table: Tensor | None = None) -> Tensor:
     r"""Returns what the published low-light encoder is fed: logarithms and equalised images.
 
     .. math:: [\log(\max(y, 0) + 10^{-3}), \ \mathrm{equalize}(y)]
 
     Equalising looks at the whole image. To train on crops, make the input of the whole image and
-    crop it after.
+    crop it after, or give the :func:`equalization` of the whole image with its crop.
 
     Arguments:
         low: The images in :math:`[0, 1]`, with shape :math:`(B, 3, H, W)`.
+        table: What each grey level becomes, with shape :math:`(B, 3, 256)`; see
+            :func:`equalize_histogram`.
 
     Returns:
         The input, with shape :math:`(B, 6, H, W)`.
@@ -78,7 +101,7 @@ def low_light_input(low: Tensor) -> Tensor:
     # Infinite light would become NaN, as a colour map's ∞ / ∞.
     light = low + BLACK
     logs = torch.log(light.clamp(BLACK, min(FARTHEST, torch.finfo(light.dtype).max)))
-    return torch.cat((logs, equalize_histogram(low)), dim=1)
+    return torch.cat((logs, equalize_histogram(low, table)), dim=1)
 
 
 def color_map(image: Tensor) -> Tensor:

@@ -1,0 +1,524 @@
+r"""``flowguard train``."""
+
+__all__ = ["HELP", "parser", "run"]
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flowguard.cli.machine import threads, usable_cores
+from flowguard.cli.parsing import (
+    Parser,
+    UserError,
+    folder,
+    need,
+    number,
+    paths,
+    whole,
+    writable,
+)
+
+HELP = "train a flow on pictures"
+VERSION = 1  # of what a run folder holds
+LISTED = 20  # files that are named one by one
+#: What a run may be resumed with, other than what it began with: it changes no step that is made.
+HARMLESS = {"steps", "validate_every", "checkpoint_minutes", "guard_pictures", "threads"}
+HARMLESS |= {"workers", "cache", "accelerator", "devices", "num_nodes", "strategy"}
+#: What is no option of a run: it says which run is meant.
+MEANT = ("out", "resume", "config", "print_config", "given")
+#: Where processes that work together find their number.
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+
+
+def parser() -> Parser:
+    r"""Returns the parser."""
+    train = Parser(
+        description=(
+            "Train a flow on a folder of pictures: to enlarge them (superres), or to brighten"
+            " those taken in the dark (lowlight). Writes a run folder: config.yaml, metrics.csv,"
+            " validation.csv, checkpoints, and the models best and model, which --model of other"
+            " commands takes. Ctrl-C and SIGTERM save first; --resume goes on with the very steps"
+            " of a run that was never stopped."
+        )
+    )
+    train.add_argument(
+        "task",
+        nargs="?",
+        default="superres",
+        choices=("superres", "lowlight"),
+        help="what the flow is for (default: superres)",
+    )
+    _add_run(train)
+    _add_data(train)
+    _add_model(train)
+    _add_optimization(train)
+    _add_trainer(train)
+    train.add_config()
+    return train
+
+
+def _add_run(train: Parser) -> None:
+    train.add_argument("--out", type=folder, metavar="RUN", help="run folder to write")
+    train.add_argument(
+        "--resume",
+        type=folder,
+        metavar="RUN",
+        help=(
+            "run folder to go on with, by its own options; of others, only those that change no"
+            " step are taken: --steps to go further, and those of machine and validation"
+        ),
+    )
+
+
+def _add_data(train: Parser) -> None:
+    train.add_argument(
+        "--data", type=folder, metavar="DIR", help="folder of pictures to learn from, nested"
+    )
+    train.add_argument(
+        "--pairs",
+        type=folder,
+        metavar="DIR",
+        help=(
+            "folder of their conditions, by the same names: small pictures, or dark ones"
+            " (default: they are made of the pictures)"
+        ),
+    )
+    train.add_argument(
+        "--val",
+        type=folder,
+        metavar="DIR",
+        help="folder of pictures to validate with (default: each twentieth of --data, held out)",
+    )
+    train.add_argument(
+        "--val-pairs",
+        type=folder,
+        metavar="DIR",
+        help="folder of their conditions; it may be that of --val: NAME_HR.png, NAME_LRx4.png",
+    )
+    train.add_argument(
+        "--batch",
+        type=whole(1, 10**6),
+        default=12,
+        metavar="N",
+        help="crops in a batch, of all processes together (default: 12)",
+    )
+    train.add_argument(
+        "--crop",
+        type=whole(1, 10**5),
+        default=48,
+        metavar="N",
+        help="rows and columns of a crop (default: 48)",
+    )
+    train.add_argument(
+        "--cache",
+        type=number(0.0, 10**6),
+        default=2.0,
+        metavar="GB",
+        help="memory for decoded pictures; more are read again (default: 2)",
+    )
+    train.add_argument(
+        "--workers",
+        type=whole(0, 1024),
+        default=0,
+        metavar="N",
+        help="processes that make batches; 0: the training itself (default: 0)",
+    )
+
+
+def _add_model(train: Parser) -> None:
+    train.add_argument(
+        "--coupling",
+        default="robust",
+        choices=("affine", "reparametrized", "robust", "bspline"),
+        help="coupling of the flow (default: robust)",
+    )
+    train.add_argument(
+        "--scale",
+        type=whole(2, 64),
+        default=4,
+        metavar="N",
+        help="factor of superres (default: 4)",
+    )
+    for name, most, default, words in (
+        ("--levels", 16, 2, "levels of the flow"),
+        ("--flow-steps", 256, 4, "steps of the flow at each level"),
+        ("--hidden", 65536, 64, "channels of the couplings' hidden layers"),
+    ):
+        train.add_argument(
+            name,
+            type=whole(1, most),
+            default=default,
+            metavar="N",
+            help=f"{words} (default: {default})",
+        )
+    train.add_argument(
+        "--features",
+        type=whole(1, 65536),
+        metavar="N",
+        help="channels of the encoder's maps (default: 64; 32 for lowlight)",
+    )
+    train.add_argument(
+        "--encoder-blocks",
+        type=whole(0, 1024),
+        metavar="N",
+        help="blocks of the encoder (default: 8; 4 for lowlight)",
+    )
+
+
+def _add_optimization(train: Parser) -> None:
+    train.add_argument(
+        "--steps",
+        type=whole(1, 10**9),
+        default=20000,
+        metavar="N",
+        help="steps of the run (default: 20000)",
+    )
+    train.add_argument(
+        "--accumulate",
+        type=whole(1, 10**6),
+        default=1,
+        metavar="N",
+        help="batches that make a step (default: 1)",
+    )
+    train.add_argument(
+        "--lr",
+        type=number(1e-12, 1e3),
+        default=1e-3,
+        metavar="X",
+        help="greatest learning rate (default: 0.001)",
+    )
+    train.add_argument(
+        "--warmup",
+        type=whole(0, 10**9),
+        metavar="N",
+        help="steps until it is reached (default: 50, or a tenth of the steps)",
+    )
+    train.add_argument(
+        "--schedule",
+        default="cosine",
+        choices=("cosine", "steps", "constant"),
+        help=(
+            "how it falls: by a cosine, or halved after 50, 75, 90 and 95%% of the steps"
+            " (default: cosine)"
+        ),
+    )
+    train.add_argument(
+        "--clip",
+        type=number(1e-12, 1e12),
+        default=10.0,
+        metavar="X",
+        help="greatest norm of the gradient (default: 10)",
+    )
+    train.add_argument(
+        "--average",
+        type=number(0.0, 1.0),
+        default=0.999,
+        metavar="X",
+        help="what the averaged weights keep of themselves in a step (default: 0.999)",
+    )
+    train.add_argument(
+        "--seed",
+        type=whole(0, 2**63 - 1),
+        default=0,
+        metavar="N",
+        help="seed of all randomness (default: 0)",
+    )
+
+
+def _add_trainer(train: Parser) -> None:
+    train.add_argument(
+        "--validate-every",
+        type=whole(1, 10**9),
+        default=1000,
+        metavar="N",
+        help="steps between two validations (default: 1000)",
+    )
+    train.add_argument(
+        "--checkpoint-minutes",
+        type=number(0.0, 10**6),
+        default=10.0,
+        metavar="X",
+        help="minutes between two checkpoints (default: 10)",
+    )
+    train.add_argument(
+        "--guard-pictures",
+        type=whole(1, 10**9),
+        default=64,
+        metavar="N",
+        help="pictures that the guard is fitted on (default: 64)",
+    )
+    train.add_argument(
+        "--precision",
+        default="32-true",
+        choices=("32-true", "bf16-mixed", "64-true"),
+        help="of the networks; the flow's own maths is never below 32 (default: 32-true)",
+    )
+    train.add_argument("--compile", action="store_true", help="compile the model")
+    train.add_argument(
+        "--accelerator",
+        default="auto",
+        metavar="NAME",
+        help="auto (default), cpu, gpu, mps, …: Lightning's, as the three that follow",
+    )
+    train.add_argument(
+        "--devices",
+        type=whole(1, 4096),
+        default=1,
+        metavar="N",
+        help="devices, or processes on the CPU, on each machine (default: 1)",
+    )
+    train.add_argument(
+        "--num-nodes", type=whole(1, 4096), default=1, metavar="N", help="machines (default: 1)"
+    )
+    train.add_argument(
+        "--strategy", default="auto", metavar="NAME", help="auto (default), ddp, fsdp, …"
+    )
+    train.add_argument(
+        "--threads",
+        type=whole(1, 1024),
+        metavar="N",
+        help="CPU threads of each process (default: as many as there are cores at leisure)",
+    )
+
+
+def run(args: Any) -> int:
+    r"""Trains a flow.
+
+    Arguments:
+        args: The arguments.
+    """
+    need(("lightning", "lightning"), ("PIL", "Pillow"), extra="train")
+    if args.resume is not None:
+        _resume(args)
+    else:
+        _begin(args)
+    count = args.threads
+    if count is None and args.devices > 1:
+        count = max(1, len(usable_cores()) // args.devices)
+    with threads(count):
+        return _train(args)
+
+
+def first_process() -> bool:
+    r"""Whether this is the process that writes, if several work together."""
+    return all(os.environ.get(name, "0") == "0" for name in RANKS)
+
+
+def _begin(args: Any) -> None:
+    if args.data is None or args.out is None:
+        raise UserError("--data and --out must be given, or --resume; got neither or one")
+    for name in ("data", "pairs", "val", "val_pairs"):
+        if getattr(args, name) is not None:
+            setattr(args, name, os.path.abspath(getattr(args, name)))
+    paths(args, "out")
+    if not first_process():
+        return
+    if (args.out / "config.yaml").exists():
+        raise UserError(
+            f"--out: {args.out} holds a run already: go on with it by --resume {args.out}, or name"
+            " another folder"
+        )
+    if args.out.is_dir() and any(args.out.iterdir()):
+        raise UserError(f"--out must be a new or an empty folder; {args.out} holds other files")
+
+
+def _resume(args: Any) -> None:
+    import yaml
+
+    place = Path(args.resume)
+    given = dict(args.given)
+    named = given.pop("out", None)
+    if "config" in given:
+        raise UserError("--resume goes by the options of the run; leave --config out")
+    if named is not None and Path(named).resolve() != place.resolve():
+        raise UserError(f"--out must be the run that is resumed; got {named} and {place}")
+    try:
+        saved = yaml.safe_load((place / "config.yaml").read_text(encoding="utf-8"))
+        version = saved.pop("version")
+    except FileNotFoundError:
+        raise UserError(f"--resume must name a run folder; {place} has no config.yaml") from None
+    except (yaml.YAMLError, AttributeError, KeyError, UnicodeDecodeError):
+        raise UserError(f"--resume: {place / 'config.yaml'} cannot be read") from None
+    if version > VERSION:
+        raise UserError(f"--resume: {place} was written by a newer flowguard; got {version}")
+    for name, value in given.items():
+        if name in ("resume", "given"):
+            continue
+        value = os.path.abspath(value) if name in ("data", "pairs", "val", "val_pairs") else value
+        if name not in HARMLESS and saved.get(name) != value:
+            option = name if name == "task" else f"--{name.replace('_', '-')}"
+            raise UserError(
+                f"{option} must be that of the run in {place}, {saved.get(name)}; got {value}"
+            )
+        saved[name] = value
+    for name, value in saved.items():
+        setattr(args, name, value)
+    args.out = place
+
+
+def _train(args: Any) -> int:
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    from flowguard.training.callbacks import Interrupted
+    from flowguard.training.module import Diverged
+
+    try:
+        return _run(args)
+    except Interrupted as stop:
+        if first_process():
+            print(f"\nflowguard: saved; flowguard train --resume {args.out} goes on")
+            return 128 + stop.number
+        return 0  # the first process tells
+    except Diverged as error:
+        print(f"flowguard: error: {error}", file=sys.stderr)
+        return 1
+    except MisconfigurationException as error:
+        raise UserError(" ".join(str(error).split())) from None
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {args.out}: {error.strerror or error}; what was saved before is"
+            f" whole: make room and go on by --resume {args.out}"
+        ) from None
+
+
+def _run(args: Any) -> int:
+    import torch
+
+    from flowguard.training import build
+    from flowguard.training.guard import Conditions
+    from flowguard.training.module import FlowModule, Optimization
+    from flowguard.training.run import Loading, Run, fit, steps_done
+    from flowguard.training.validation import Wholes
+
+    place = Run(args.out)
+    done = steps_done(place)
+    if done > args.steps:
+        raise UserError(f"--steps must be at least the {done} that are done; got {args.steps}")
+    _check_machine(args)
+    try:
+        torch.manual_seed(args.seed)
+        model = build.build(
+            args.task,
+            coupling=args.coupling,
+            scale=args.scale,
+            levels=args.levels,
+            steps=args.flow_steps,
+            hidden=args.hidden,
+            features=args.features,
+            blocks=args.encoder_blocks,
+        )
+        multiple = model.scale * model.multiple
+        if args.crop % multiple:
+            raise UserError(f"--crop must be a multiple of {multiple}; got {args.crop}")
+        batches, training, held_out = _pictures(args, model.scale)
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(str(error)) from None
+    if first_process():
+        writable(args.out, "--out")
+        _write_config(args, place.config)
+    optimization = Optimization(
+        steps=args.steps,
+        lr=args.lr,
+        warmup=args.warmup,
+        schedule=args.schedule,
+        clip=args.clip,
+        seed=args.seed,
+    )
+    told = fit(
+        FlowModule(model, optimization, compiled=args.compile),
+        Loading(batches, Wholes(held_out, args.seed), args.workers),
+        place,
+        Conditions(
+            Wholes(training, args.seed),
+            Wholes(held_out, args.seed),
+            most=args.guard_pictures,
+            size=96 // model.scale,
+            seed=args.seed,
+        ),
+        validate_every=args.validate_every,
+        minutes=args.checkpoint_minutes,
+        decay=args.average,
+        accumulate=args.accumulate,
+        precision=args.precision,
+        devices=args.devices,
+        num_nodes=args.num_nodes,
+        strategy=args.strategy,
+        accelerator=args.accelerator,
+    )
+    if first_process():
+        _name(batches.pairs.broken(), "corrupt")
+        print("; ".join(f"{name} {value:.4g}" for name, value in told.items()))
+        print(f"The model is in {place.model}, the best one in {place.best}.")
+    return 0
+
+
+def _check_machine(args: Any) -> None:
+    r"""Refuses more processes than there are cores, and batches that they cannot share."""
+    import torch
+
+    cores = len(usable_cores())
+    on_cpu = args.accelerator == "cpu" or (
+        args.accelerator == "auto" and not torch.accelerator.is_available()
+    )
+    if on_cpu and args.devices > cores:
+        raise UserError(f"--devices must be at most the {cores} core(s) here; got {args.devices}")
+    world = args.devices * args.num_nodes
+    if args.batch % world:
+        raise UserError(f"--batch must be a multiple of the {world} processes; got {args.batch}")
+
+
+def _pictures(args: Any, scale: int) -> tuple[Any, Any, Any]:
+    r"""Batches, and the whole pairs that are trained with and validated with."""
+    from flowguard.training.pictures import CropBatches, pairs_of
+    from flowguard.training.validation import sound, split_off
+
+    budget = int(args.cache * 1e9)
+    pairs, faults = pairs_of(
+        args.data, task=args.task, scale=scale, crop=args.crop, pairs=args.pairs, budget=budget
+    )
+    if first_process():
+        _name(faults, "left out")
+    training, rest = pairs, pairs
+    if args.val is None:
+        training, rest = split_off(pairs)
+    else:
+        least = 2 * scale * max(1, 8 // scale)
+        partners = args.val_pairs or _own_partners(args.val)
+        rest, faults = pairs_of(
+            args.val, task=args.task, scale=scale, crop=least, pairs=partners, budget=budget // 4
+        )
+        if first_process():
+            _name(faults, "left out")
+    held_out, faults = sound(rest)
+    if first_process():
+        _name(faults, "left out")
+    batches = CropBatches(training, size=args.crop, batch=args.batch, seed=args.seed)
+    return batches, training, held_out
+
+
+def _own_partners(val: str) -> str | None:
+    r"""The folder itself, where it holds pairs: NAME_HR.png and NAME_LRx4.png."""
+    from flowguard.io.folder import find
+
+    return val if any(file.stem.endswith("_HR") for file in find(val)) else None
+
+
+def _name(files: Sequence[Any], what: str) -> None:
+    r"""Names files on the standard error."""
+    for file in files[:LISTED]:
+        print(f"flowguard: {what}: {file}", file=sys.stderr)
+    if len(files) > LISTED:
+        print(f"flowguard: {what}: {len(files) - LISTED} more", file=sys.stderr)
+
+
+def _write_config(args: Any, file: Path) -> None:
+    import torch
+    import yaml
+
+    from flowguard.io.atomic import write_text
+
+    options = {k: v for k, v in vars(args).items() if k not in MEANT}
+    options["threads"] = torch.get_num_threads()
+    write_text(file, yaml.safe_dump({"version": VERSION, **options}, sort_keys=False))

@@ -1,0 +1,205 @@
+r"""Folders of pictures: what is in them, and crops of it, in little memory."""
+
+__all__ = ["BUDGET", "Fault", "PictureFiles", "Survey", "find", "survey"]
+
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowguard.io import pictures
+from flowguard.io.pictures import Header, ImageError
+from flowguard.io.shelf import Shelf
+
+Array = np.ndarray[Any, Any]
+
+#: The bytes of decoded pictures that are kept if nothing else is said.
+BUDGET = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class Fault:
+    r"""A file that is left out, and why."""
+
+    path: Path
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Survey:
+    r"""The pictures that are of use, what their headers say, and the files that are not."""
+
+    files: list[Path]
+    headers: list[Header]
+    faults: list[Fault]
+
+
+def find(folder: str | os.PathLike[str]) -> list[Path]:
+    r"""Returns the files of a folder, and of the folders in it, that are called like pictures.
+
+    They are sorted by their path, so that the order is the same everywhere. Links are followed,
+    each folder is entered once; what begins with a dot is left out.
+
+    Arguments:
+        folder: The folder.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+    """
+    top = Path(folder)
+    if not top.is_dir():
+        raise FileNotFoundError(f"there is no folder {top}")
+    found: list[str] = []
+    seen: set[str] = set()
+    for here, inner, files in os.walk(top, followlinks=True):
+        real = os.path.realpath(here)
+        inner[:] = [] if real in seen else sorted(d for d in inner if not d.startswith("."))
+        if real in seen:
+            continue
+        seen.add(real)
+        found += [
+            os.path.join(here, name)
+            for name in files
+            if name.lower().endswith(pictures.SUFFIXES) and not name.startswith(".")
+        ]
+    return sorted(Path(f) for f in found)
+
+
+def survey(files: Iterable[Path], *, rows: int = 1, columns: int = 1) -> Survey:
+    r"""Reads the headers of pictures, of which nothing is decoded.
+
+    Arguments:
+        files: The files.
+        rows: The rows that a picture must have.
+        columns: The columns that a picture must have.
+
+    Returns:
+        The pictures that can be used, and those that cannot, each with the reason.
+    """
+    good: list[Path] = []
+    headers: list[Header] = []
+    faults = []
+    for file in files:
+        try:
+            header = pictures.header(file)
+        except ImageError as error:
+            faults.append(Fault(file, str(error)))
+            continue
+        if header.height < rows or header.width < columns:
+            reason = (
+                f"it has {header.height} rows and {header.width} columns, and at least {rows} and"
+                f" {columns} are needed"
+            )
+            faults.append(Fault(file, reason))
+            continue
+        good.append(file)
+        headers.append(header)
+    return Survey(good, headers, faults)
+
+
+class PictureFiles:
+    r"""Creates a source of crops of pictures in files.
+
+    A picture is decoded when it is first asked for, and kept as whole numbers of 8 or 16 bits as
+    long as there is room; others are read again each time. The memory is shared with the processes
+    of a loader, see :class:`flowguard.io.shelf.Shelf`.
+
+    Arguments:
+        files: The files.
+        headers: What their headers say; read if they are not given.
+        budget: The bytes of decoded pictures that are kept.
+
+    Attributes:
+        sizes: The rows and columns of each picture.
+
+    Raises:
+        ImageError: If the header of a file cannot be read.
+        ValueError: If the budget is negative.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        headers: Sequence[Header] | None = None,
+        *,
+        budget: int = BUDGET,
+    ) -> None:
+        self.files = list(files)
+        self.headers = [pictures.header(f) for f in files] if headers is None else list(headers)
+        kinds = [np.uint16 if h.bits == 16 else np.uint8 for h in self.headers]
+        self.sizes = [(h.height, h.width) for h in self.headers]
+        self._shelf = Shelf([h.shape for h in self.headers], kinds, budget=budget)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @property
+    def bytes(self) -> int:
+        r"""How many bytes all pictures take, decoded."""
+        return sum(int(np.prod(h.shape)) * h.bits // 8 for h in self.headers)
+
+    def whole(self, index: int) -> Array:
+        r"""Returns the whole numbers of a picture.
+
+        Arguments:
+            index: The number of the picture.
+
+        Returns:
+            The numbers, ``uint8`` or ``uint16`` with shape :math:`(C, H, W)`, one channel for a
+            grey picture and three for another, which must not be written to.
+
+        Raises:
+            ImageError: If the file cannot be decoded, or is not what its header said. A warning
+                names it the first time; then it is among :meth:`broken`.
+        """
+        found = self._shelf.get(index)
+        if found is not None:
+            return found
+        if self._shelf.refused(index):
+            raise ImageError("it could not be read before")
+        try:
+            levels = pictures.levels(self.files[index])
+            try:
+                self._shelf.put(index, levels)
+            except ValueError as error:
+                raise ImageError(f"it is not what its header said: {error}") from None
+        except ImageError as error:
+            if self._shelf.refuse(index):
+                warnings.warn(f"left out: {self.files[index]}: {error}", stacklevel=2)
+            raise
+        return levels
+
+    def window(self, index: int, top: int, left: int, height: int, width: int) -> Tensor:
+        r"""Returns a part of a picture.
+
+        Arguments:
+            index: The number of the picture.
+            top: The first row.
+            left: The first column.
+            height: The rows.
+            width: The columns.
+
+        Returns:
+            The colours in :math:`[0, 1]`, float32 with shape :math:`(3, H, W)`.
+
+        Raises:
+            ImageError: If the file cannot be decoded; see :meth:`whole`.
+        """
+        levels = self.whole(index)[:, top : top + height, left : left + width]
+        peak = 2 ** self.headers[index].bits - 1
+        exact = torch.from_numpy(np.divide(levels, peak, dtype=np.float32))
+        return exact.expand(3, -1, -1)
+
+    def broken(self) -> list[int]:
+        r"""Returns the numbers of the pictures that this process or its children could not
+        decode."""
+        return self._shelf.all_refused()

@@ -1,0 +1,108 @@
+r"""A trained model with its guard, in a folder."""
+
+__all__ = ["Conditions", "guarded", "save"]
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from flowguard.io.pictures import ImageError
+from flowguard.models.base import ImageModel
+
+
+@dataclass(frozen=True)
+class Conditions:
+    r"""What a guard is fitted on and calibrated with.
+
+    Arguments:
+        training: Pairs of a target and its condition, that were trained with, as wholes.
+        held_out: Such pairs that were not.
+        most: The most conditions to fit on, taken evenly.
+        crops: The crops of held-out conditions to calibrate with.
+        size: Their height and width, if the conditions have as many.
+        seed: The seed of the crops.
+    """
+
+    training: Dataset[Any]
+    held_out: Dataset[Any]
+    most: int = 64
+    crops: int = 256
+    size: int = 24
+    seed: int = 0
+
+    def to_fit(self, rank: int, world: int) -> Iterator[Tensor]:
+        r"""Yields conditions with shape :math:`(1, C, H, W)`: the share of one process.
+
+        Arguments:
+            rank: The number of the process.
+            world: How many there are.
+        """
+        total = len(self.training)  # type: ignore[arg-type]
+        count = min(total, self.most)
+        for i in range(count)[rank::world]:
+            with contextlib.suppress(ImageError):  # corrupt: it was not trained with either
+                yield self.training[i * total // count][1][None]
+
+    def to_calibrate(self, rank: int, world: int) -> Iterator[Tensor]:
+        r"""Yields crops of held-out conditions, by turns of all: the share of one process.
+
+        Arguments:
+            rank: The number of the process.
+            world: How many there are.
+        """
+        total = len(self.held_out)  # type: ignore[arg-type]
+        for i in range(total)[rank::world]:
+            y = self.held_out[i][1]
+            height, width = (min(self.size, n) for n in y.shape[-2:])
+            rng = np.random.default_rng((self.seed, i))
+            for _ in range(len(range(i, self.crops, total))):
+                top = int(rng.integers(y.shape[-2] - height + 1))
+                left = int(rng.integers(y.shape[-1] - width + 1))
+                yield y[None, :, top : top + height, left : left + width]
+
+
+def guarded(
+    model: ImageModel, conditions: Conditions, rank: int = 0, world: int = 1
+) -> ImageModel:
+    r"""Returns a copy of a model, in evaluation mode, with its guard fitted and calibrated.
+
+    Arguments:
+        model: The model, which is left as it is.
+        conditions: What the guard learns from.
+        rank: The number of this process; the moments of all are merged.
+        world: How many there are.
+    """
+    made = copy.deepcopy(model).eval()
+    together = world > 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # few crops: it is said of them once
+        made.conditioner.fit(conditions.to_fit(rank, world), progress=False, distributed=together)
+        made.conditioner.calibrate(
+            conditions.to_calibrate(rank, world), progress=False, distributed=together
+        )
+    return made
+
+
+def save(
+    folder: Path, model: ImageModel, conditions: Conditions, rank: int = 0, world: int = 1
+) -> None:
+    r"""Saves a model with its guard, in a folder that other commands take.
+
+    Arguments:
+        folder: The folder.
+        model: The model, which is left as it is.
+        conditions: What the guard learns from.
+        rank: The number of this process; the first one writes.
+        world: How many there are.
+    """
+    made = guarded(model, conditions, rank, world)
+    if rank == 0:
+        made.save_pretrained(folder)

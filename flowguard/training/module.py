@@ -1,0 +1,249 @@
+r"""The training of an image model as Lightning runs it."""
+
+__all__ = ["Diverged", "FlowModule", "Optimization", "StepTold", "seed_of"]
+
+import contextlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from flowguard.models.base import ImageModel
+from flowguard.training.validation import Measured, measure
+
+SCHEDULES = ("cosine", "steps", "constant")
+#: Where the learning rate is halved by the schedule ``"steps"``, as shares of the run.
+HALVED = (0.5, 0.75, 0.9, 0.95)
+DRAWS = {torch.rand_like, torch.randn_like}
+DRAWS_BY_SIZE = {torch.rand, torch.randn}
+
+
+class Diverged(RuntimeError):
+    r"""Raised when too many steps of a training are not finite."""
+
+
+@dataclass(frozen=True)
+class Optimization:
+    r"""How a model is optimised: by Adam, with a warm-up and a schedule.
+
+    Arguments:
+        steps: The number of steps.
+        lr: The greatest learning rate.
+        warmup: The steps in which it is reached. If :py:`None`, 50, or a tenth of the run.
+        schedule: What it does then: ``"cosine"`` to zero, ``"steps"``, halved after 50, 75, 90
+            and 95 % of the run, or ``"constant"``.
+        clip: The greatest norm of the gradient.
+        seed: The seed of all that is drawn in training.
+        most_skipped: The share of steps that may be not finite; one is always forgiven.
+
+    Raises:
+        ValueError: If a value is out of range.
+
+    Example:
+        >>> o = Optimization(steps=100, lr=1.0, warmup=2)
+        >>> [round(o.factor(step), 3) for step in (0, 1, 2, 51, 100)]
+        [0.5, 1.0, 1.0, 0.5, 0.0]
+    """
+
+    steps: int
+    lr: float = 2e-3
+    warmup: int | None = None
+    schedule: str = "cosine"
+    clip: float = 10.0
+    seed: int = 0
+    most_skipped: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not 0 < self.lr < math.inf or not self.clip > 0:
+            raise ValueError(
+                f"steps, lr and clip must be positive; got {self.steps}, {self.lr} and {self.clip}"
+            )
+        if self.schedule not in SCHEDULES:
+            raise ValueError(
+                f"schedule must be one of {', '.join(SCHEDULES)}; got {self.schedule!r}"
+            )
+
+    def factor(self, step: int) -> float:
+        r"""Returns what the greatest learning rate is multiplied by in a step.
+
+        Arguments:
+            step: The number of steps before it.
+        """
+        warmup = max(1, min(50, self.steps // 10)) if self.warmup is None else self.warmup
+        if step < warmup:
+            return (step + 1) / warmup
+        if self.schedule == "cosine":
+            done = (step - warmup) / max(1, self.steps - warmup)
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        if self.schedule == "steps":
+            return 0.5 ** sum(step >= share * self.steps for share in HALVED)
+        return 1.0
+
+
+class StepTold(NamedTuple):
+    r"""What is told of a step."""
+
+    step: int  # the number of steps after it
+    loss: float  # bits per dimension, over all processes
+    lr: float
+    norm: float  # of the gradient, before it is clipped
+    skipped: bool
+
+
+def seed_of(*numbers: int) -> int:
+    r"""Returns one seed for several numbers.
+
+    Arguments:
+        numbers: The numbers, none of them negative.
+    """
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+class _RowsOfAll(TorchFunctionMode):
+    r"""Draws random numbers for the rows of all processes, and takes those of this one."""
+
+    def __init__(self, rows: int, rank: int, world: int) -> None:
+        super().__init__()
+        self.rows, self.rank, self.world = rows, rank, world
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in DRAWS and args[0].dim() and len(args[0]) == self.rows:
+            everyone = args[0].new_empty(self.world * self.rows, *args[0].shape[1:])
+            return self._own(func(everyone, *args[1:], **kwargs))
+        if func in DRAWS_BY_SIZE and args and args[0] == self.rows:
+            return self._own(func(self.world * self.rows, *args[1:], **kwargs))
+        return func(*args, **kwargs)
+
+    def _own(self, drawn: Tensor) -> Tensor:
+        return drawn.tensor_split(self.world)[self.rank]
+
+
+class FlowModule(pl.LightningModule):
+    r"""Creates the training of an image model: maximum likelihood, in bits per dimension.
+
+    All that a step draws is a function of the seed and the number of the step: a run that was
+    stopped goes on as if it had not been, and several processes draw what one would draw for all
+    of their rows. A step whose loss or gradient is not finite changes nothing and is counted.
+
+    Arguments:
+        model: The model.
+        optimization: How it is optimised.
+        compiled: Whether the likelihood is compiled, once the first batch has initialised it.
+
+    Attributes:
+        told: What is known of the last step; :py:`None` before it.
+        skipped: The number of steps that were not finite.
+        ask: Called once in a step; where any process is answered :py:`True`, all set `asked`.
+        asked: Whether any process was answered so.
+    """
+
+    told: StepTold | None = None
+
+    def __init__(
+        self, model: ImageModel, optimization: Optimization, *, compiled: bool = False
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.optimization = optimization
+        self.to_compile = compiled
+        self.skipped = 0
+        self.asked = False
+        self.ask: Callable[[], bool] | None = None
+        self._losses: list[Tensor] = []
+
+    # -- the step --------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        r"""Returns the bits per dimension of each image, with shape :math:`(B)`."""
+        bits: Tensor = self.model(x, y)
+        return bits
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        r"""Returns the mean bits per dimension of a batch of targets and conditions."""
+        x, y = batch
+        if self.to_compile and self.global_step > 0:
+            self.model.compile()
+            self.to_compile = False
+        parts = self.trainer.accumulate_grad_batches
+        torch.manual_seed(seed_of(self.optimization.seed, self.global_step, batch_idx % parts))
+        world, alone = self.trainer.world_size, self.trainer.world_size == 1
+        together = (
+            contextlib.nullcontext() if alone else _RowsOfAll(len(x), self.global_rank, world)
+        )
+        with together:
+            loss = self(x, y).mean()
+        loss = loss.to(torch.promote_types(loss.dtype, torch.float32))
+        self._losses.append(loss.detach())
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Measured:
+        r"""Returns what is measured of a validation picture."""
+        # As each training step draws by its own seed, nothing has to be brought back.
+        torch.manual_seed(seed_of(self.optimization.seed, 0))
+        return measure(self.model, *batch)
+
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        r"""Clips the gradient; takes it away where it, or the loss, is not finite."""
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optimization.clip)
+        loss = torch.stack(self._losses).mean()
+        self._losses.clear()
+        asked = self.ask is not None and self.ask()
+        numbers = torch.stack([loss, norm.to(loss), loss.new_tensor(float(asked))])
+        if self.trainer.world_size > 1:
+            numbers = self.trainer.strategy.reduce(numbers, reduce_op="mean")
+        mean, length, share = numbers.tolist()
+        self.asked = share > 0
+        skipped = not (math.isfinite(mean) and math.isfinite(length))
+        if skipped:
+            # Adam moves nothing that has no gradient, and forgets nothing.
+            optimizer.zero_grad(set_to_none=True)
+        self.skipped += skipped
+        lr = optimizer.param_groups[0]["lr"]
+        self.told = StepTold(self.global_step + 1, mean, lr, length, skipped)
+
+    def on_train_batch_end(self, *_: Any, **__: Any) -> None:
+        r"""Ends a run in which too many steps are not finite."""
+        done = self.global_step
+        if self.skipped > self.optimization.most_skipped * max(100, done):
+            raise Diverged(
+                f"at most {self.optimization.most_skipped:.0%} of the steps may be not finite;"
+                f" got {self.skipped} of {done}: lower the learning rate, or train in float32"
+            )
+
+    # -- what Lightning asks for -----------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        r"""Returns Adam and its schedule."""
+        optimizer = torch.optim.Adam(
+            self.model.parameters(), lr=self.optimization.lr, betas=(0.9, 0.99)
+        )
+        factor = self.optimization.factor
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step))
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def on_train_start(self) -> None:
+        r"""Sets the learning rate of the step that is next: a run that goes on may be longer than
+        it was meant to be."""
+        for optimizer in self.trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.optimization.lr * self.optimization.factor(self.global_step)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        r"""Adds what is counted."""
+        checkpoint["skipped_steps"] = self.skipped
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        r"""Takes up what was counted."""
+        self.skipped = checkpoint["skipped_steps"]

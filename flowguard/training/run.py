@@ -1,0 +1,234 @@
+r"""A run of training, and the folder that it leaves."""
+
+__all__ = ["Batches", "Loading", "Run", "fit", "steps_done"]
+
+import itertools
+import logging
+import signal
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from flowguard.training import guard
+from flowguard.training.callbacks import (
+    LAST,
+    AtomicCheckpoints,
+    Averaging,
+    Checkpoints,
+    Progress,
+    StepLog,
+    Validation,
+)
+from flowguard.training.module import FlowModule
+
+
+class Batches(Protocol):
+    r"""Batches by their number: the same number gives the same batch, always."""
+
+    rows: Sequence[int]
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        r"""Returns a batch: its rows `rows`, of targets and conditions."""
+
+
+@dataclass(frozen=True)
+class Run:
+    r"""The folder of a run.
+
+    Arguments:
+        folder: The folder. It holds ``config.yaml``, the options; ``metrics.csv``, a row for each
+            step; ``validation.csv``, a row for each validation; ``checkpoints``, from which the
+            run can go on; ``best`` and ``model``, the model at the best validation and in the
+            end, which other commands take.
+    """
+
+    folder: Path
+
+    @property
+    def config(self) -> Path:
+        r"""The options."""
+        return self.folder / "config.yaml"
+
+    @property
+    def checkpoint(self) -> Path:
+        r"""The checkpoint."""
+        return self.folder / "checkpoints" / LAST
+
+    @property
+    def best(self) -> Path:
+        r"""The model at the best validation."""
+        return self.folder / "best"
+
+    @property
+    def model(self) -> Path:
+        r"""The model in the end."""
+        return self.folder / "model"
+
+
+class Loading(pl.LightningDataModule):
+    r"""Creates what feeds a run.
+
+    Arguments:
+        batches: The batches, by number.
+        held_out: Pairs to validate with.
+        workers: How many processes make batches; if 0, this one does.
+    """
+
+    def __init__(
+        self, batches: Batches, held_out: Dataset[Any] | None = None, workers: int = 0
+    ) -> None:
+        super().__init__()
+        self.batches, self.held_out, self.workers = batches, held_out, workers
+
+    def train_dataloader(self) -> Any:
+        r"""Returns the batches from the step on that is next, without an end."""
+        trainer = self.trainer
+        assert trainer is not None
+        rank, world = trainer.global_rank, trainer.world_size
+        rows = self.batches.rows
+        if len(rows) % world:
+            raise ValueError(
+                f"the batch must be a multiple of the {world} processes; got {len(rows)}"
+            )
+        share = len(rows) // world
+        if world > 1:
+            self.batches.rows = rows[rank * share : (rank + 1) * share]
+        first = trainer.global_step * trainer.accumulate_grad_batches
+        return DataLoader(
+            self.batches,  # type: ignore[arg-type]
+            batch_size=None,
+            sampler=itertools.count(first),
+            num_workers=self.workers,
+            worker_init_fn=patient,
+        )
+
+    def val_dataloader(self) -> Any:
+        r"""Returns the validation pairs, one by one: the share of this process."""
+        trainer = self.trainer
+        assert trainer is not None
+        if self.held_out is None:
+            return []
+        numbers = range(len(self.held_out))[trainer.global_rank :: trainer.world_size]  # type: ignore[arg-type]
+        return DataLoader(self.held_out, batch_size=1, sampler=numbers)
+
+
+def steps_done(run: Run) -> int:
+    r"""Returns the steps that the checkpoint of a run has behind it; 0 if there is none.
+
+    Arguments:
+        run: The folder.
+    """
+    if not run.checkpoint.exists():
+        return 0
+    held = torch.load(run.checkpoint, map_location="cpu", mmap=True, weights_only=True)
+    return int(held["global_step"])
+
+
+def patient(_: int) -> None:
+    r"""Lets a worker go on after Ctrl-C: the run that it works for ends it.
+
+    Arguments:
+        _: The number of the worker.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def fit(
+    module: FlowModule,
+    loading: Loading,
+    run: Run,
+    conditions: guard.Conditions,
+    *,
+    validate_every: int = 1000,
+    minutes: float = 10.0,
+    decay: float = 0.999,
+    accumulate: int = 1,
+    precision: Any = "32-true",
+    devices: Any = 1,
+    num_nodes: int = 1,
+    strategy: str = "auto",
+    accelerator: str = "cpu",
+    progress: bool = True,
+    callbacks: Sequence[Callback] = (),
+) -> dict[str, float]:
+    r"""Trains a model, or goes on with it where the folder of the run has a checkpoint.
+
+    Arguments:
+        module: The training.
+        loading: What feeds it.
+        run: The folder.
+        conditions: What the guard learns from.
+        validate_every: The steps between two validations.
+        minutes: The minutes between two checkpoints.
+        decay: See :class:`Averaging`.
+        accumulate: How many batches make a step.
+        precision: As Lightning's, as all that follow.
+        devices: How many devices, on each machine.
+        num_nodes: How many machines.
+        strategy: How several work together.
+        accelerator: What kind of devices.
+        progress: Whether to show a bar.
+        callbacks: Further callbacks.
+
+    Returns:
+        What the last validation measured.
+
+    Raises:
+        Interrupted: If it was asked to end; what was done is saved.
+        Diverged: If too many steps were not finite.
+    """
+
+    def save(to: Path) -> None:
+        trainer = module.trainer
+        guard.save(to, module.model, conditions, trainer.global_rank, trainer.world_size)
+
+    validation = Validation(run.folder / "validation.csv", lambda _: save(run.best))
+    log = StepLog(run.folder / "metrics.csv")
+    bars: list[Callback] = [Progress()] if progress else []
+    averaging, checkpoints = Averaging(decay), Checkpoints(run.checkpoint.parent, minutes)
+    quiet()
+    trainer = pl.Trainer(
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=num_nodes,
+        strategy=strategy,
+        precision=precision,
+        max_steps=module.optimization.steps,
+        max_epochs=-1,
+        accumulate_grad_batches=accumulate,
+        val_check_interval=validate_every * accumulate,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        inference_mode=False,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=run.folder,
+        plugins=[AtomicCheckpoints()],
+        callbacks=[log, *bars, validation, *callbacks, averaging, checkpoints],
+    )
+    going_on = run.checkpoint if run.checkpoint.exists() else None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")
+        trainer.fit(module, datamodule=loading, ckpt_path=going_on, weights_only=True)
+        averaging.put(module)  # if the run was already complete, nothing else did
+        if validation.last.get("step") != trainer.global_step:
+            trainer.validate(module, datamodule=loading, verbose=False)
+        module.eval()
+        save(run.model)
+    return validation.last
+
+
+def quiet() -> None:
+    r"""Lets Lightning tell of errors alone."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logging.getLogger(name).setLevel(logging.ERROR)
