@@ -12,6 +12,7 @@ from flowguard.cli.machine import threads, usable_cores
 from flowguard.cli.parsing import (
     Parser,
     UserError,
+    file,
     folder,
     need,
     number,
@@ -25,7 +26,9 @@ VERSION = 1  # of what a run folder holds
 LISTED = 20  # files that are named one by one
 #: What a run may be resumed with, other than what it began with: it changes no step that is made.
 HARMLESS = {"steps", "validate_every", "checkpoint_minutes", "guard_pictures", "threads"}
-HARMLESS |= {"workers", "cache", "accelerator", "devices", "num_nodes", "strategy"}
+HARMLESS |= {"workers", "cache", "keep_maps", "accelerator", "devices", "num_nodes", "strategy"}
+#: What names files and folders.
+PLACES = ("data", "pairs", "val", "val_pairs", "encoder_weights")
 #: What is no option of a run: it says which run is meant.
 MEANT = ("out", "resume", "config", "print_config", "given")
 #: Where processes that work together find their number.
@@ -159,11 +162,45 @@ def _add_model(train: Parser) -> None:
         metavar="N",
         help="channels of the encoder's maps (default: 64; 32 for lowlight)",
     )
+    _add_encoder(train)
+
+
+def _add_encoder(train: Parser) -> None:
+    train.add_argument(
+        "--encoder",
+        choices=("pyramid", "rrdb"),
+        help="encoder of superres (default: that of --encoder-weights, or pyramid)",
+    )
+    train.add_argument(
+        "--encoder-weights",
+        type=file,
+        metavar="FILE",
+        help=(
+            "where the encoder begins: a checkpoint of ESRGAN or Real-ESRGAN, the .param or .bin of"
+            " such a network in ncnn's format, or a model folder"
+        ),
+    )
     train.add_argument(
         "--encoder-blocks",
         type=whole(0, 1024),
         metavar="N",
-        help="blocks of the encoder (default: 8; 4 for lowlight)",
+        help="blocks of the encoder (default: 8; 23 for rrdb; 4 for lowlight)",
+    )
+    train.add_argument(
+        "--encoder-lr",
+        type=number(0.0, 1e3),
+        metavar="X",
+        help="greatest learning rate of the encoder (default: --lr); 0 freezes it",
+    )
+    train.add_argument(
+        "--freeze-encoder", action="store_true", help="leave the encoder's weights as they are"
+    )
+    train.add_argument(
+        "--keep-maps",
+        type=number(0.0, 10**6),
+        default=1.0,
+        metavar="GB",
+        help="memory for a frozen encoder's maps of validation pictures (default: 1)",
     )
 
 
@@ -309,7 +346,7 @@ def first_process() -> bool:
 def _begin(args: Any) -> None:
     if args.data is None or args.out is None:
         raise UserError("--data and --out must be given, or --resume; got neither or one")
-    for name in ("data", "pairs", "val", "val_pairs"):
+    for name in PLACES:
         if getattr(args, name) is not None:
             setattr(args, name, os.path.abspath(getattr(args, name)))
     paths(args, "out")
@@ -346,7 +383,7 @@ def _resume(args: Any) -> None:
     for name, value in given.items():
         if name in ("resume", "given"):
             continue
-        value = os.path.abspath(value) if name in ("data", "pairs", "val", "val_pairs") else value
+        value = os.path.abspath(value) if name in PLACES else value
         if name not in HARMLESS and saved.get(name) != value:
             option = name if name == "task" else f"--{name.replace('_', '-')}"
             raise UserError(
@@ -387,6 +424,7 @@ def _run(args: Any) -> int:
     import torch
 
     from flowguard.training import build
+    from flowguard.training.encoders import keep_encoder, kept_encoder
     from flowguard.training.guard import Conditions
     from flowguard.training.module import FlowModule, Optimization
     from flowguard.training.run import Loading, Run, fit, steps_done
@@ -397,6 +435,7 @@ def _run(args: Any) -> int:
     if done > args.steps:
         raise UserError(f"--steps must be at least the {done} that are done; got {args.steps}")
     _check_machine(args)
+    frozen = _frozen(args)
     try:
         torch.manual_seed(args.seed)
         model = build.build(
@@ -408,7 +447,11 @@ def _run(args: Any) -> int:
             hidden=args.hidden,
             features=args.features,
             blocks=args.encoder_blocks,
+            encoder=kept_encoder(place.encoder) if place.encoder.exists() else args.encoder,
+            weights=args.encoder_weights,
         )
+        if frozen:
+            model.freeze_encoder()
         multiple = model.scale * model.multiple
         if args.crop % multiple:
             raise UserError(f"--crop must be a multiple of {multiple}; got {args.crop}")
@@ -417,6 +460,8 @@ def _run(args: Any) -> int:
         raise UserError(str(error)) from None
     if first_process():
         writable(args.out, "--out")
+        if args.encoder_weights is not None and not place.encoder.exists():
+            keep_encoder(model.conditioner.get_submodule("encoder"), place.encoder)
         _write_config(args, place.config)
     optimization = Optimization(
         steps=args.steps,
@@ -425,9 +470,11 @@ def _run(args: Any) -> int:
         schedule=args.schedule,
         clip=args.clip,
         seed=args.seed,
+        encoder_lr=None if frozen else args.encoder_lr,
     )
+    keep = int(args.keep_maps * 1e9)
     told = fit(
-        FlowModule(model, optimization, compiled=args.compile),
+        FlowModule(model, optimization, compiled=args.compile, keep=keep),
         Loading(batches, Wholes(held_out, args.seed), args.workers),
         place,
         Conditions(
@@ -452,6 +499,20 @@ def _run(args: Any) -> int:
         print("; ".join(f"{name} {value:.4g}" for name, value in told.items()))
         print(f"The model is in {place.model}, the best one in {place.best}.")
     return 0
+
+
+def _frozen(args: Any) -> bool:
+    r"""Whether the encoder is left as it is."""
+    if args.freeze_encoder and args.encoder_lr:
+        raise UserError(
+            f"--encoder-lr must be 0, or be left out, with --freeze-encoder; got {args.encoder_lr:g}"
+        )
+    frozen: bool = args.freeze_encoder or args.encoder_lr == 0
+    if frozen and args.encoder_weights is None:
+        raise UserError(
+            "--encoder-weights must be given with a frozen encoder, which would stay untrained"
+        )
+    return frozen
 
 
 def _check_machine(args: Any) -> None:
@@ -507,8 +568,8 @@ def _own_partners(val: str) -> str | None:
 
 def _name(files: Sequence[Any], what: str) -> None:
     r"""Names files on the standard error."""
-    for file in files[:LISTED]:
-        print(f"flowguard: {what}: {file}", file=sys.stderr)
+    for named in files[:LISTED]:
+        print(f"flowguard: {what}: {named}", file=sys.stderr)
     if len(files) > LISTED:
         print(f"flowguard: {what}: {len(files) - LISTED} more", file=sys.stderr)
 
