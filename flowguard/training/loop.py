@@ -1,15 +1,15 @@
-r"""A plain training loop for the image models."""
+r"""The short way to train an image model: a model and its batches."""
 
 __all__ = ["TrainingResult", "train"]
 
-import math
-import time
-from collections.abc import Iterable
+import itertools
+import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from torch.utils.data import IterableDataset
 
 from flowguard.models import LowLightFlow, SuperResolutionFlow
 
@@ -21,6 +21,21 @@ class TrainingResult:
     losses: list[float]  # bits per dimension of each step
     seconds: float
     skipped: int  # steps left out because loss or gradients were not finite
+
+
+class Stream(IterableDataset[tuple[Tensor, Tensor]]):
+    r"""Creates the first batches of a stream.
+
+    Arguments:
+        batches: The batches.
+        count: How many.
+    """
+
+    def __init__(self, batches: Iterable[tuple[Tensor, Tensor]], count: int) -> None:
+        self.batches, self.count = batches, count
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return itertools.islice(self.batches, self.count)
 
 
 def train(
@@ -36,7 +51,12 @@ def train(
     r"""Trains a model by maximum likelihood, in place.
 
     Adam, with a short warm-up and a cosine decay of the learning rate. A step whose loss or
-    gradients are not finite changes nothing and is counted.
+    gradients are not finite changes nothing and is counted. ``flowguard train`` does the same for
+    folders of pictures, with validation, averaged weights, and nothing lost when it is stopped;
+    this keeps nothing on disk.
+
+    What a step draws follows from one number that is drawn from torch's generator, which is left
+    as it was but for that.
 
     Arguments:
         model: The model. It is put in training mode and left in evaluation mode.
@@ -49,42 +69,42 @@ def train(
         progress: Whether to show a progress bar, with the loss in bits per dimension.
 
     Raises:
+        ImportError: If Lightning is not installed.
         ValueError: If there are fewer batches than steps.
     """
+    try:
+        import lightning.pytorch as pl
+    except ImportError as error:
+        raise ImportError('training needs Lightning: pip install "flowguard-nf[train]"') from error
+    from torch.utils.data import DataLoader
+
+    from flowguard.training.callbacks import Progress, StepLog
+    from flowguard.training.module import FlowModule, Optimization
+    from flowguard.training.run import quiet
+
+    seed = int(torch.randint(2**62, ()))
+    optimization = Optimization(steps, lr, clip=clip, seed=seed, most_skipped=1.0)
+    module, log = FlowModule(model, optimization), StepLog(None)
     device = next(model.parameters()).device
-    model.train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, 0.99))
-    warmup = max(1, min(50, steps // 10))
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-    losses: list[float] = []
-    skipped = 0
-    start = time.perf_counter()
-    stream = iter(batches)
-    with tqdm(range(steps), desc=name, unit="step", disable=not progress) as bar:
-        for step in bar:
-            for group in optimizer.param_groups:
-                group["lr"] = lr * factor(step)
-            pair = next(stream, None)
-            if pair is None:
-                model.eval()
-                raise ValueError(
-                    f"there must be a batch for each of the {steps} steps; got {step}"
-                )
-            hr, condition = (t.to(device) for t in pair)
-            optimizer.zero_grad(set_to_none=True)
-            loss = model.nll(hr, condition).mean()
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-            if bool(torch.isfinite(norm) & torch.isfinite(loss)):
-                optimizer.step()
-            else:
-                skipped += 1
-            losses.append(loss.item())
-            bar.set_postfix_str(f"{sum(losses[-20:]) / len(losses[-20:]):.3f} bits/dim")
-    model.eval()
-    return TrainingResult(losses, time.perf_counter() - start, skipped)
+    quiet()
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        warnings.filterwarnings("ignore", module="lightning")
+        trainer = pl.Trainer(
+            accelerator="gpu" if device.type == "cuda" else device.type,
+            devices=1 if device.index is None else [device.index],
+            max_steps=steps,
+            max_epochs=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            callbacks=[log, Progress(name)] if progress else [log],
+        )
+        model.train()
+        trainer.fit(module, DataLoader(Stream(batches, steps), batch_size=None))
+    model.to(device).eval()
+    done = trainer.global_step
+    if done < steps:
+        raise ValueError(f"there must be a batch for each of the {steps} steps; got {done}")
+    return TrainingResult(log.losses, log.seconds, module.skipped)

@@ -1,6 +1,6 @@
 r"""The training of an image model as Lightning runs it."""
 
-__all__ = ["Diverged", "FlowModule", "Optimization", "StepTold", "seed_of"]
+__all__ = ["Diverged", "FlowModule", "Optimization", "StepTold", "draws_of_all", "seed_of"]
 
 import contextlib
 import math
@@ -112,8 +112,16 @@ def seed_of(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-class _RowsOfAll(TorchFunctionMode):
-    r"""Draws random numbers for the rows of all processes, and takes those of this one."""
+class draws_of_all(TorchFunctionMode):  # a context, called like a function
+    r"""Draws random numbers for the rows of all processes within, and takes those of this one.
+
+    Together, the processes then draw what one alone would draw for all of their rows.
+
+    Arguments:
+        rows: The rows of this process; what is drawn for another number is left alone.
+        rank: The number of the process.
+        world: How many there are.
+    """
 
     def __init__(self, rows: int, rank: int, world: int) -> None:
         super().__init__()
@@ -126,8 +134,10 @@ class _RowsOfAll(TorchFunctionMode):
         if func in DRAWS and args[0].dim() and len(args[0]) == self.rows:
             everyone = args[0].new_empty(self.world * self.rows, *args[0].shape[1:])
             return self._own(func(everyone, *args[1:], **kwargs))
-        if func in DRAWS_BY_SIZE and args and args[0] == self.rows:
-            return self._own(func(self.world * self.rows, *args[1:], **kwargs))
+        if func in DRAWS_BY_SIZE and args:
+            size = args if isinstance(args[0], int) else tuple(args[0])
+            if size and size[0] == self.rows:
+                return self._own(func(self.world * self.rows, *size[1:], **kwargs))
         return func(*args, **kwargs)
 
     def _own(self, drawn: Tensor) -> Tensor:
@@ -192,7 +202,7 @@ class FlowModule(pl.LightningModule):
         torch.manual_seed(seed_of(self.optimization.seed, self.global_step, batch_idx % parts))
         world, alone = self.trainer.world_size, self.trainer.world_size == 1
         together = (
-            contextlib.nullcontext() if alone else _RowsOfAll(len(x), self.global_rank, world)
+            contextlib.nullcontext() if alone else draws_of_all(len(x), self.global_rank, world)
         )
         with together:
             loss = self(x, y).mean()

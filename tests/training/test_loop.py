@@ -1,0 +1,87 @@
+"""The short way to train."""
+
+import math
+
+import pytest
+import torch
+
+from flowguard.models import SuperResolutionFlow
+from flowguard.training import train
+
+pytest.importorskip("lightning")
+
+
+def model():
+    torch.manual_seed(0)
+    return SuperResolutionFlow(scale=2, levels=1, steps=1, hidden=8, features=8)
+
+
+def batches(count=None, spoilt=()):
+    generator = torch.Generator().manual_seed(0)
+    number = 0
+    while number != count:
+        hr = torch.rand(4, 3, 8, 8, generator=generator)
+        if number in spoilt:
+            hr = torch.full_like(hr, math.nan)
+        yield hr, torch.rand(4, 3, 4, 4, generator=generator)
+        number += 1
+
+
+def test_losses_are_finite_and_repeat_with_the_seed():
+    results = []
+    for _ in range(2):
+        flow = model()
+        results.append((train(flow, batches(), steps=8, progress=False), flow.state_dict()))
+        assert not flow.training
+    (first, weights), (second, others) = results
+    assert len(first.losses) == 8
+    assert all(map(math.isfinite, first.losses))
+    assert first.losses == second.losses
+    assert first.skipped == 0
+    assert first.seconds > 0
+    assert all(value.equal(others[name]) for name, value in weights.items())
+
+
+def test_the_loss_falls():
+    lr = torch.rand(8, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    hr = torch.nn.functional.interpolate(lr, scale_factor=2.0).square()
+    losses = train(model(), [(hr, lr)] * 60, steps=60, lr=1e-2, progress=False).losses
+    assert sum(losses[-5:]) < sum(losses[:5]) - 5
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
+    flow = model()
+    result = train(flow, batches(spoilt={5, 6}), steps=7, progress=False)
+    assert result.skipped == 2
+    assert math.isnan(result.losses[5])
+    assert math.isnan(result.losses[6])
+    # The schedule is that of 7 steps in both.
+    same = model()
+    kept = [pair for _, pair in zip(range(5), batches(), strict=False)]
+    with pytest.raises(ValueError, match="for each of the 7 steps; got 5"):
+        train(same, kept, steps=7, progress=False)
+    for name, value in flow.state_dict().items():
+        assert value.equal(same.state_dict()[name]), name
+
+
+def test_batches_that_do_not_suffice_are_refused_and_exactly_enough_are_not():
+    with pytest.raises(ValueError, match="for each of the 4 steps; got 3"):
+        train(model(), list(batches(3)), steps=4, progress=False)
+    assert len(train(model(), batches(3), steps=3, progress=False).losses) == 3
+
+
+def test_what_the_caller_draws_next_does_not_hang_on_the_steps():
+    drawn = []
+    for steps in (1, 3):
+        flow = model()
+        torch.manual_seed(5)
+        train(flow, batches(), steps=steps, progress=False)
+        drawn.append(torch.rand(3))
+    assert drawn[0].equal(drawn[1])
+
+
+def test_a_bar_is_called_by_its_name(capsys):
+    train(model(), batches(), steps=2, name="mine")
+    told = capsys.readouterr().err
+    assert "mine" in told
+    assert "bits/dim" in told
