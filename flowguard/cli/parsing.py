@@ -76,14 +76,22 @@ class Parser(jsonargparse.ArgumentParser):
             argv: The arguments of the command.
             values: The values that were read.
         """
-        words = {word.partition("=")[0] for word in argv}
-        found = {}
-        for action in self._actions:
-            named = words & set(action.option_strings)
-            placed = not action.option_strings and values[action.dest] in words
-            if action.dest in values and (named or placed):
-                found[action.dest] = values[action.dest]
-        return found
+        takers = {o: a for a in self._actions for o in a.option_strings}
+        named: set[str] = set()
+        alone: list[str] = []
+        words = iter(argv)
+        for word in words:
+            option, is_joined, _ = word.partition("=")
+            if option not in takers:
+                alone.append(word)
+                continue
+            named.add(takers[option].dest)
+            if takers[option].nargs != 0 and not is_joined:
+                next(words, None)
+        named |= {
+            a.dest for a in self._actions if not a.option_strings and values.get(a.dest) in alone
+        }
+        return {name: values[name] for name in sorted(named) if name in values}
 
     def add_config(self) -> None:
         r"""Lets a YAML file give options."""

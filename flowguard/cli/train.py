@@ -32,7 +32,7 @@ PLACES = ("data", "pairs", "val", "val_pairs", "encoder_weights")
 #: What is no option of a run: it says which run is meant.
 MEANT = ("out", "resume", "config", "print_config", "given")
 #: Where processes that work together find their number.
-RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
 
 
 def parser() -> Parser:
@@ -309,9 +309,7 @@ def _add_trainer(train: Parser) -> None:
     train.add_argument(
         "--num-nodes", type=whole(1, 4096), default=1, metavar="N", help="machines (default: 1)"
     )
-    train.add_argument(
-        "--strategy", default="auto", metavar="NAME", help="auto (default), ddp, fsdp, …"
-    )
+    train.add_argument("--strategy", default="auto", metavar="NAME", help="auto (default), ddp, …")
     train.add_argument(
         "--threads",
         type=whole(1, 1024),
@@ -404,13 +402,19 @@ def _train(args: Any) -> int:
     try:
         return _run(args)
     except Interrupted as stop:
-        if first_process():
-            print(f"\nflowguard: saved; flowguard train --resume {args.out} goes on")
-            return 128 + stop.number
-        return 0  # the first process tells
+        if not first_process():
+            return 0  # the first process tells
+        told = "saved" if stop.saved else "what was done since the last checkpoint is lost"
+        print(f"\nflowguard: {told}; flowguard train --resume {args.out} goes on")
+        return 128 + stop.number
     except Diverged as error:
-        print(f"flowguard: error: {error}", file=sys.stderr)
+        if first_process():
+            print(f"flowguard: error: {error}", file=sys.stderr)
         return 1
+    except SystemExit as stop:  # what Lightning makes of Ctrl-C before the first step
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
     except MisconfigurationException as error:
         raise UserError(" ".join(str(error).split())) from None
     except OSError as error:
@@ -546,7 +550,8 @@ def _pictures(args: Any, scale: int) -> tuple[Any, Any, Any]:
         training, rest = split_off(pairs)
     else:
         least = 2 * scale * max(1, 8 // scale)
-        partners = args.val_pairs or _own_partners(args.val)
+        own = _own_partners(args.val) if args.task == "superres" else None
+        partners = args.val_pairs or own
         rest, faults = pairs_of(
             args.val, task=args.task, scale=scale, crop=least, pairs=partners, budget=budget // 4
         )

@@ -38,15 +38,16 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(BaseException):
-    r"""Raised when a training was asked to end, and has been saved.
+    r"""Raised when a training ends as it was asked to.
 
     Arguments:
         number: The signal that asked.
+        saved: Whether all that was done is saved.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, saved: bool = True) -> None:
         super().__init__(f"interrupted by signal {number}")
-        self.number = number
+        self.number, self.saved = number, saved
 
 
 def at_step(trainer: pl.Trainer) -> bool:
@@ -183,7 +184,7 @@ class Checkpoints(ModelCheckpoint):
     def _hear(self, number: int, _: Any) -> None:
         if self.heard:  # whoever asks twice does not want to wait
             self._deaf()
-            raise KeyboardInterrupt
+            raise Interrupted(number, saved=False)
         self.heard = number
 
     def _deaf(self) -> None:

@@ -72,7 +72,8 @@ class Conditions:
 def guarded(
     model: ImageModel, conditions: Conditions, rank: int = 0, world: int = 1
 ) -> ImageModel:
-    r"""Returns a copy of a model, in evaluation mode, with its guard fitted and calibrated.
+    r"""Returns a copy of a model, in float32 and evaluation mode, with its guard fitted and
+    calibrated.
 
     Arguments:
         model: The model, which is left as it is.
@@ -80,7 +81,7 @@ def guarded(
         rank: The number of this process; the moments of all are merged.
         world: How many there are.
     """
-    made = copy.deepcopy(model).eval()
+    made = copy.deepcopy(model).float().eval()  # that other commands take
     together = world > 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # few crops: it is said of them once

@@ -6,7 +6,7 @@ import itertools
 import logging
 import signal
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from flowguard.training import guard
 from flowguard.training.callbacks import (
@@ -79,6 +79,20 @@ class Run:
         return self.folder / "model"
 
 
+class Numbers(Sampler[int]):
+    r"""Creates all numbers from one on, whenever they are asked for.
+
+    Arguments:
+        first: The first of them.
+    """
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.count(self.first)
+
+
 class Loading(pl.LightningDataModule):
     r"""Creates what feeds a run.
 
@@ -93,25 +107,24 @@ class Loading(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.batches, self.held_out, self.workers = batches, held_out, workers
+        self.rows = batches.rows
 
     def train_dataloader(self) -> Any:
         r"""Returns the batches from the step on that is next, without an end."""
         trainer = self.trainer
         assert trainer is not None
         rank, world = trainer.global_rank, trainer.world_size
-        rows = self.batches.rows
-        if len(rows) % world:
+        if len(self.rows) % world:
             raise ValueError(
-                f"the batch must be a multiple of the {world} processes; got {len(rows)}"
+                f"the batch must be a multiple of the {world} processes; got {len(self.rows)}"
             )
-        share = len(rows) // world
-        if world > 1:
-            self.batches.rows = rows[rank * share : (rank + 1) * share]
+        share = len(self.rows) // world
+        self.batches.rows = self.rows[rank * share : (rank + 1) * share]
         first = trainer.global_step * trainer.accumulate_grad_batches
         return DataLoader(
             self.batches,  # type: ignore[arg-type]
             batch_size=None,
-            sampler=itertools.count(first),
+            sampler=Numbers(first),
             num_workers=self.workers,
             worker_init_fn=patient,
         )

@@ -1,0 +1,25 @@
+"""The models that are trained from a folder."""
+
+import pytest
+
+from flowguard.models import LowLightFlow, SuperResolutionFlow
+from flowguard.training.build import build
+
+
+def test_the_standard_model_has_one_million_and_eight():
+    model = build("superres")
+    assert isinstance(model, SuperResolutionFlow)
+    assert sum(p.numel() for p in model.parameters()) == 1838592
+
+
+def test_one_for_low_light():
+    model = build("lowlight", levels=2, steps=1, hidden=8, features=8, blocks=1)
+    assert isinstance(model, LowLightFlow)
+    assert model.multiple == 4
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="task must be one of superres, lowlight; got 'x'"):
+        build("x")
+    with pytest.raises(ValueError, match="at least 1 block; got 0"):
+        build("lowlight", blocks=0)

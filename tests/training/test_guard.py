@@ -1,0 +1,85 @@
+"""The guard of a trained model, on one process and on two."""
+
+import torch
+import torch.multiprocessing as mp
+from torch.utils.data import Dataset
+
+from flowguard.io.pictures import ImageError
+from flowguard.models import SuperResolutionFlow, load
+from flowguard.training.guard import Conditions, guarded, save
+
+
+class Pictures(Dataset):
+    """Pairs by number, one of which may be corrupt."""
+
+    def __init__(self, count, seed, corrupt=None):
+        self.count, self.seed, self.corrupt = count, seed, corrupt
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, number):
+        if number == self.corrupt:
+            raise ImageError("cut")
+        generator = torch.Generator().manual_seed(100 * self.seed + number)
+        lr = torch.rand(3, 9 + number, 12, generator=generator)
+        return torch.rand(3, *(2 * n for n in lr.shape[1:])), lr
+
+
+def model():
+    torch.manual_seed(0)
+    return SuperResolutionFlow(scale=2, levels=2, steps=1, hidden=8, features=4)
+
+
+def conditions(**options):
+    return Conditions(Pictures(7, 1), Pictures(3, 2), crops=11, size=8, **options)
+
+
+def moments(made):
+    return {k: v for k, v in made.state_dict().items() if "gaussian" in k or "calibration" in k}
+
+
+def _rank(rank, world, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder / 'init'}", rank=rank, world_size=world
+    )
+    torch.save(moments(guarded(model(), conditions(), rank, world)), folder / f"{rank}.pt")
+    save(folder / "model", model(), conditions(), rank, world)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_fit_the_guard_of_one(tmp_path):
+    mp.spawn(_rank, (2, tmp_path), nprocs=2)  # raises what one of them raises, and ends the other
+    alone = moments(guarded(model(), conditions()))
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert found.keys() == alone.keys()
+        assert any("gaussian" in name for name in alone)
+        for name, value in alone.items():
+            apart = (found[name].double() - value.double()).abs().max()
+            assert apart <= 1e-12 * max(1.0, float(value.double().abs().max())), name
+    assert load(tmp_path / "model").conditioner.calibrated
+
+
+def test_the_model_is_left_as_it_is_and_corrupt_pictures_are_left_out():
+    flow = model().train()
+    made = guarded(flow, Conditions(Pictures(7, 1, corrupt=2), Pictures(3, 2), crops=11, size=8))
+    assert made.conditioner.calibrated
+    assert not made.training
+    assert flow.training
+    assert not flow.conditioner.fitted
+
+
+def test_conditions_are_taken_evenly_and_shared_out_by_turns():
+    few = conditions(most=3)
+    heights = [y.shape[-2] for y in few.to_fit(0, 1)]
+    assert heights == [9, 11, 13]
+    assert [y.shape[-2] for y in few.to_fit(0, 2)] == [9, 13]
+    assert [y.shape[-2] for y in few.to_fit(1, 2)] == [11]
+    crops = list(few.to_calibrate(0, 1))
+    assert len(crops) == 11
+    assert {tuple(c.shape) for c in crops} == {(1, 3, 8, 8)}
+    shared = [list(few.to_calibrate(rank, 2)) for rank in (0, 1)]
+    assert sorted(map(len, shared)) == [4, 7]
+    assert all(any(c.equal(d) for d in crops) for part in shared for c in part)

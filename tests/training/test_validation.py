@@ -1,0 +1,98 @@
+"""What is held out, and what is measured of it."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from flowguard.models import SuperResolutionFlow
+from flowguard.training.pictures import pairs_of
+from flowguard.training.validation import (
+    Part,
+    Wholes,
+    luma,
+    luma_psnr,
+    measure,
+    restored,
+    sound,
+    split_off,
+)
+
+Image = pytest.importorskip("PIL.Image")
+
+
+def folder_of(path, count):
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        pixels = rng.integers(0, 256, (32 + 4 * i % 12, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path / f"{i:03}.png")
+    return path
+
+
+def test_each_twentieth_picture_is_held_out(tmp_path):
+    pairs, _ = pairs_of(folder_of(tmp_path, 41), scale=4, crop=16)
+    training, held_out = split_off(pairs)
+    assert [held_out.file(i).stem for i in range(2)] == ["019", "039"]
+    assert len(training.sizes) == 39
+    names = {training.file(i) for i in range(39)}
+    assert not names & {held_out.file(i) for i in range(2)}
+    first, second = (
+        held_out.whole(1, np.random.default_rng(0)),
+        pairs.whole(39, np.random.default_rng(0)),
+    )
+    assert all(a.equal(b) for a, b in zip(first, second, strict=True))
+
+
+def test_of_few_pictures_the_last_is_held_out_and_one_is_refused(tmp_path):
+    pairs, _ = pairs_of(folder_of(tmp_path, 3), scale=4, crop=16)
+    assert [part.file(0).stem for part in split_off(pairs)] == ["000", "002"]
+    with pytest.raises(ValueError, match=r"one of which is held out; got 1 picture\(s\)"):
+        split_off(Part(pairs, [0]))
+
+
+def test_corrupt_pictures_are_not_validated_with(tmp_path):
+    folder_of(tmp_path, 3)
+    whole = (tmp_path / "001.png").read_bytes()
+    (tmp_path / "001.png").write_bytes(whole[: len(whole) // 2])
+    pairs, _ = pairs_of(tmp_path, scale=4, crop=16)
+    kept, faults = sound(pairs)
+    assert [fault.path.stem for fault in faults] == ["001"]
+    assert [kept.file(i).stem for i in range(len(kept.sizes))] == ["000", "002"]
+    with pytest.raises(ValueError, match="got 1 that cannot"):
+        sound(Part(pairs, [1]))
+
+
+def test_dark_shots_are_the_same_whenever_they_are_asked_for(tmp_path):
+    pairs, _ = pairs_of(folder_of(tmp_path, 2), task="lowlight", crop=16)
+    first, again = Wholes(pairs, 3), Wholes(pairs, 3)
+    again[0]
+    assert first[1][1].equal(again[1][1])
+    assert not first[1][1].equal(Wholes(pairs, 4)[1][1])
+
+
+def test_luminance_is_that_of_video():
+    corners = torch.tensor([[0.0, 0, 0], [1, 1, 1], [1, 0, 0]]).reshape(3, 3, 1, 1)
+    wanted = torch.tensor([16, 235, 16 + 65.481]) / 255
+    assert torch.allclose(luma(corners).flatten(), wanted, atol=1e-6)
+
+
+def test_the_border_is_left_out_of_what_is_measured():
+    image, target = torch.zeros(2, 1, 3, 12, 12)
+    image[..., 0, :] = 1.0
+    assert luma_psnr(image, target, 1) == math.inf
+    assert luma_psnr(image, target, 0) < 20
+    grey = torch.full_like(target, 51 / 255)
+    wanted = -20 * math.log10(51 / 255 * 219 / 255)
+    assert luma_psnr(grey, target, 4) == pytest.approx(wanted)
+
+
+def test_an_untrained_model_measures_as_bicubic():
+    torch.manual_seed(0)
+    model = SuperResolutionFlow(scale=4, levels=1, steps=1, hidden=8, features=8).eval()
+    x, y = torch.rand(1, 3, 32, 24), torch.rand(1, 3, 8, 6)
+    found = measure(model, x, y)
+    assert found.keys() == {"bits_per_dim", "psnr_y", "bicubic_psnr_y"}
+    assert found["psnr_y"] == pytest.approx(found["bicubic_psnr_y"], abs=0.1)
+    assert found["bicubic_psnr_y"] == luma_psnr(restored(y, 4), x, 4)
+    assert math.isfinite(found["bits_per_dim"])
