@@ -13,6 +13,7 @@ from flowguard.cli.parsing import (
     IfGiven,
     Parser,
     UserError,
+    file,
     folder,
     need,
     number,
@@ -27,9 +28,10 @@ VERSION = 1  # of what a run folder holds
 LISTED = 20  # files that are named one by one
 #: What a run may be resumed with, other than what it began with: it changes no step that is made.
 HARMLESS = {"steps", "validate_every", "checkpoint_minutes", "guard_pictures", "threads"}
-HARMLESS |= {"ood", "workers", "cache", "accelerator", "devices", "num_nodes", "strategy"}
-#: Options that name a folder to read.
-FOLDERS = ("data", "pairs", "val", "val_pairs", "ood")
+HARMLESS |= {"ood", "workers", "cache", "keep_maps"}
+HARMLESS |= {"accelerator", "devices", "num_nodes", "strategy"}
+#: Options that name files and folders to read.
+PLACES = ("data", "pairs", "val", "val_pairs", "ood", "encoder_weights")
 #: What is no option of a run: it says which run is meant.
 MEANT = ("out", "resume", "config", "print_config", "given")
 #: Where processes that work together find their number.
@@ -172,11 +174,45 @@ def _add_model(train: Parser) -> None:
         metavar="N",
         help="channels of the encoder's maps (default: 64; 32 for lowlight)",
     )
+    _add_encoder(train)
+
+
+def _add_encoder(train: Parser) -> None:
+    train.add_argument(
+        "--encoder",
+        choices=("pyramid", "rrdb"),
+        help="encoder of superres (default: that of --encoder-weights, or pyramid)",
+    )
+    train.add_argument(
+        "--encoder-weights",
+        type=file,
+        metavar="FILE",
+        help=(
+            "where the encoder begins: a checkpoint of ESRGAN or Real-ESRGAN, the .param or .bin of"
+            " such a network in ncnn's format, or a model folder"
+        ),
+    )
     train.add_argument(
         "--encoder-blocks",
         type=whole(0, 1024),
         metavar="N",
-        help="blocks of the encoder (default: 8; 4 for lowlight)",
+        help="blocks of the encoder (default: 8; 23 for rrdb; 4 for lowlight)",
+    )
+    train.add_argument(
+        "--encoder-lr",
+        type=number(0.0, 1e3),
+        metavar="X",
+        help="greatest learning rate of the encoder (default: --lr); 0 freezes it",
+    )
+    train.add_argument(
+        "--freeze-encoder", action="store_true", help="leave the encoder's weights as they are"
+    )
+    train.add_argument(
+        "--keep-maps",
+        type=number(0.0, 10**6),
+        default=1.0,
+        metavar="GB",
+        help="memory for a frozen encoder's maps of validation pictures (default: 1)",
     )
 
 
@@ -321,7 +357,7 @@ def first_process() -> bool:
 def _begin(args: Any) -> None:
     if args.data is None or args.out is None:
         raise UserError("--data and --out must be given, or --resume; got neither or one")
-    for name in FOLDERS:
+    for name in PLACES:
         if getattr(args, name) is not None:
             setattr(args, name, os.path.abspath(getattr(args, name)))
     paths(args, "out")
@@ -358,7 +394,7 @@ def _resume(args: Any) -> None:
     for name, value in given.items():
         if name == "resume":
             continue
-        value = os.path.abspath(value) if name in FOLDERS else value
+        value = os.path.abspath(value) if name in PLACES else value
         if name not in HARMLESS and saved.get(name) != value:
             option = name if name == "task" else f"--{name.replace('_', '-')}"
             raise UserError(
@@ -406,6 +442,7 @@ def _run(args: Any) -> int:
     from flowguard.demo import training_report
     from flowguard.training import build
     from flowguard.training.board import Board, Gallery
+    from flowguard.training.encoders import keep_encoder, kept_encoder
     from flowguard.training.guard import Conditions
     from flowguard.training.module import FlowModule, Optimization
     from flowguard.training.outside import Outside, questions
@@ -417,6 +454,7 @@ def _run(args: Any) -> int:
     if done > args.steps:
         raise UserError(f"--steps must be at least the {done} that are done; got {args.steps}")
     _check_machine(args)
+    frozen = _frozen(args)
     try:
         torch.manual_seed(args.seed)
         model = build.build(
@@ -428,7 +466,11 @@ def _run(args: Any) -> int:
             hidden=args.hidden,
             features=args.features,
             blocks=args.encoder_blocks,
+            encoder=kept_encoder(place.encoder) if place.encoder.exists() else args.encoder,
+            weights=args.encoder_weights,
         )
+        if frozen:
+            model.freeze_encoder()
         multiple = model.scale * model.multiple
         if args.precision == "64-true":
             model = model.double()  # with its averages
@@ -441,10 +483,13 @@ def _run(args: Any) -> int:
         raise UserError(str(error)) from None
 
     def begin() -> None:
-        if first_process():
-            _name(faults, "left out")
-            writable(args.out, "--out")
-            _write_config(args, place.config)
+        if not first_process():
+            return
+        _name(faults, "left out")
+        writable(args.out, "--out")
+        if args.encoder_weights is not None and not place.encoder.exists():
+            keep_encoder(model.conditioner.get_submodule("encoder"), place.encoder)
+        _write_config(args, place.config)
 
     optimization = Optimization(
         steps=args.steps,
@@ -453,6 +498,7 @@ def _run(args: Any) -> int:
         schedule=args.schedule,
         clip=args.clip,
         seed=args.seed,
+        encoder_lr=None if frozen else args.encoder_lr,
     )
     conditions = Conditions(
         Wholes(training, args.seed),
@@ -461,8 +507,9 @@ def _run(args: Any) -> int:
         size=96 // model.scale,
         seed=args.seed,
     )
+    keep = int(args.keep_maps * 1e9)
     told = fit(
-        FlowModule(model, optimization, compiled=args.compile),
+        FlowModule(model, optimization, compiled=args.compile, keep=keep),
         Loading(batches, judged, args.workers),
         place,
         conditions,
@@ -488,6 +535,20 @@ def _run(args: Any) -> int:
         print(f"The model is in {place.model}, the best one in {place.best};")
         print(f"open {training_report.write(args.out)} for the curves.")
     return 0
+
+
+def _frozen(args: Any) -> bool:
+    r"""Whether the encoder is left as it is."""
+    if args.freeze_encoder and args.encoder_lr:
+        raise UserError(
+            f"--encoder-lr must be 0, or be left out, with --freeze-encoder; got {args.encoder_lr:g}"
+        )
+    frozen: bool = args.freeze_encoder or args.encoder_lr == 0
+    if frozen and args.encoder_weights is None:
+        raise UserError(
+            "--encoder-weights must be given with a frozen encoder, which would stay untrained"
+        )
+    return frozen
 
 
 def _check_machine(args: Any) -> None:
@@ -544,8 +605,8 @@ def _own_partners(val: str) -> str | None:
 
 def _name(files: Sequence[Any], what: str) -> None:
     r"""Names files on the standard error."""
-    for file in files[:LISTED]:
-        print(f"flowguard: {what}: {file}", file=sys.stderr)
+    for named in files[:LISTED]:
+        print(f"flowguard: {what}: {named}", file=sys.stderr)
     if len(files) > LISTED:
         print(f"flowguard: {what}: {len(files) - LISTED} more", file=sys.stderr)
 

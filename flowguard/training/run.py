@@ -47,7 +47,8 @@ class Run:
     Arguments:
         folder: The folder. It holds ``config.yaml``, the options; ``metrics.csv``, a row for each
             step; ``validation.csv``, a row for each validation; ``checkpoints``, from which the
-            run can go on; ``best`` and ``model``, the model at the best validation and in the
+            run can go on, and ``encoder.safetensors``, if the encoder was read from elsewhere;
+            ``best`` and ``model``, the model at the best validation and in the
             end, which other commands take.
     """
 
@@ -62,6 +63,11 @@ class Run:
     def checkpoint(self) -> Path:
         r"""The checkpoint."""
         return self.folder / "checkpoints" / LAST
+
+    @property
+    def encoder(self) -> Path:
+        r"""The encoder as the run began with it, if it was read from elsewhere."""
+        return self.folder / "encoder.safetensors"
 
     @property
     def best(self) -> Path:
