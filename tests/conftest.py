@@ -29,13 +29,23 @@ def _seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="session")
-def published():
-    """The published networks by their formulas: the module `published.py` beside this file."""
-    spec = importlib.util.spec_from_file_location("published_networks", HERE / "published.py")
+def _beside(name, known_as):
+    spec = importlib.util.spec_from_file_location(known_as, HERE / name)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def published():
+    """The published networks by their formulas: the module `published.py` beside this file."""
+    return _beside("published.py", "published_networks")
+
+
+@pytest.fixture(scope="session")
+def ncnn():
+    """Networks in ncnn's format: the module `ncnn_files.py` beside this file."""
+    return _beside("ncnn_files.py", "ncnn_files")
 
 
 @pytest.fixture(scope="session")

@@ -10,21 +10,24 @@ from flowguard.cli.parsing import Parser, UserError, file, folder, paths, whole,
 
 HELP = "turn a published checkpoint into a model folder"
 
-KINDS = ("srflow", "robustnf", "llflow", "esrgan")
+KINDS = ("srflow", "robustnf", "llflow", "esrgan", "ncnn")
 
 
 def parser() -> Parser:
     r"""Returns the parser."""
     convert = Parser(
         description=(
-            "Turn a checkpoint of SRFlow, robustNF, LLFlow or ESRGAN (.pth, or safetensors) into a"
-            " folder that `flowguard superres` and `flowguard lowlight` take as --model. The"
-            " checkpoint is read as tensors only: no code in it is run. Of ESRGAN it is the"
-            " encoder that is taken; the flow behind it is untrained."
+            "Turn a checkpoint of SRFlow, robustNF, LLFlow or ESRGAN (.pth, or safetensors), or an"
+            " RRDB network in ncnn's format (.param and .bin), into a folder that `flowguard"
+            " superres` and `flowguard lowlight` take as --model. The checkpoint is read as tensors"
+            " only: no code in it is run. Of ESRGAN and ncnn it is the encoder that is taken; the"
+            " flow behind it is untrained."
         )
     )
     convert.add_argument("kind", choices=KINDS, help="whose checkpoint it is")
-    convert.add_argument("file", type=file, metavar="FILE", help="the checkpoint")
+    convert.add_argument(
+        "file", type=file, metavar="FILE", help="the checkpoint; of ncnn either file"
+    )
     convert.add_argument("folder", type=folder, metavar="DIR", help="folder to write")
     convert.add_argument(
         "--scale",
@@ -68,7 +71,8 @@ def _imported(args: Any) -> Any:
         return SuperResolutionFlow.from_srflow(args.file, **given)
     if args.kind == "robustnf":
         return SuperResolutionFlow.from_robustnf(args.file, **given)
-    encoder = RRDBEncoder.from_esrgan(args.file, **given)
+    read = RRDBEncoder.from_ncnn if args.kind == "ncnn" else RRDBEncoder.from_esrgan
+    encoder = read(args.file, **given)
     return SuperResolutionFlow(
         scale=encoder.scale,
         levels=encoder.levels,

@@ -1,18 +1,18 @@
 r"""What ``superres`` and ``lowlight`` share: pictures in, pictures out, and an account of it."""
 
-__all__ = ["Outcome", "add_arguments", "enhance"]
+__all__ = ["add_arguments", "enhance"]
 
 import contextlib
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from flowguard.cli.jobs import Job, Work, fingerprint, jobs, made_of, origin, true_path
-from flowguard.cli.machine import add_machine, threads
+from flowguard.cli.jobs import Job, Work, digest, fingerprint, jobs, made_of, origin, true_path
+from flowguard.cli.machine import add_machine, own_share, threads
+from flowguard.cli.outcomes import Outcome, packed, tell, unpacked
 from flowguard.cli.parsing import (
     Parser,
     UserError,
@@ -24,24 +24,12 @@ from flowguard.cli.parsing import (
     whole,
     writable,
 )
+from flowguard.cli.shares import Account, Ledger
+from flowguard.cli.signals import Terminated
+from flowguard.io.atomic import sweep
 
+LEFT = 600  # seconds after which a temporary file is that of a process that was killed
 THUMBNAIL = 320  # rows and columns of the report's pictures, at most
-
-
-@dataclass
-class Outcome:
-    r"""What became of a picture."""
-
-    source: Path
-    targets: tuple[Path, ...]
-    status: str = "written"  # or "skipped", "failed"
-    reason: str = ""
-    size: tuple[int, int] = (0, 0)  # rows and columns of the result
-    seconds: float = 0.0
-    p_value: float | None = None
-    flagged: bool = False
-    artefacts: float = 0.0  # the largest share of erroneous pixels of a sample
-    pictures: list[tuple[str, bytes]] = field(default_factory=list)  # for the report, as PNG
 
 
 def read_tile(text: Any) -> int | str:
@@ -134,6 +122,16 @@ def add_arguments(parser: Parser, *, temperature: float) -> None:
         metavar="FILE",
         help="write an account of all pictures, as a page, whose name ends in .html",
     )
+    parser.add_argument(
+        "--patience",
+        type=number(2, 10**6),
+        default=120,
+        metavar="SECONDS",
+        help=(
+            "where torchrun or srun started several processes, which share the pictures: how long"
+            " a process may give no sign of life until it is given up (default: 120)"
+        ),
+    )
     add_limit(parser)
     add_machine(parser)
     parser.add_config()
@@ -166,6 +164,8 @@ def enhance(
 ) -> int:
     r"""Enhances all pictures and tells of them; returns the exit code.
 
+    Where torchrun or srun started several processes, each enhances its share.
+
     Arguments:
         args: The arguments.
         model: The model.
@@ -175,11 +175,20 @@ def enhance(
     need(("PIL", "Pillow"))
     from flowguard.io.pictures import at_most
 
-    work = prepared(args)
-    outcomes = []
-    with threads(args.threads), at_most(args.max_pixels):
-        for job in _bar(work.jobs):
-            outcomes.append(_one(job, args, model, finish, grow))
+    work, share = prepared(args), own_share()
+    alone = share.world == 1
+    folder = work.jobs[0].targets[0].parent
+    with contextlib.nullcontext() if alone else Ledger(folder, share, args.patience) as ledger:
+        with threads(args.threads, share.local_world), at_most(args.max_pixels):
+            bar = _bar(share.of(work.jobs), hidden=share.rank > 0)
+            outcomes = [_one(job, args, model, finish, grow) for job in bar]
+        if ledger is None:
+            return _account_of(outcomes, args, work)
+        return _together(ledger, outcomes, args, work)
+
+
+def _account_of(outcomes: list[Outcome], args: Any, work: Work, by: str = "") -> int:
+    sweep((t for job in work.jobs for t in job.targets), age=LEFT)
     if args.report is not None:
         from flowguard.cli.page import write_page
 
@@ -187,7 +196,54 @@ def enhance(
             write_page(args.report, outcomes, args)
         except OSError as error:
             raise UserError(f"--report: cannot write {args.report}: {error.strerror}") from None
-    return tell(outcomes, args, work.left_out)
+    return tell(outcomes, args, work.left_out, by)
+
+
+def _together(ledger: Ledger, outcomes: list[Outcome], args: Any, work: Work) -> int:
+    r"""Tells of the shares of all processes, if this is rank 0, and else tells that of its own."""
+    rank, world = ledger.share.rank, ledger.share.world
+    account = Account(rank, digest(work), [packed(o) for o in outcomes])
+    if rank == 0:
+        accounts, lost = ledger.gather(account)
+        places = {job.source: i for i, job in enumerate(work.jobs)}
+        found = [unpacked(told) for a in accounts for told in a.told]
+        found.sort(key=lambda o: places.get(o.source, len(places)))
+        code = _account_of(found, args, work, f" by {world - len(lost)} processes")
+        others = [a.rank for a in accounts if a.work != account.work]
+        return max(code, _warn_of_others(lost, others, args.patience, work, world))
+    if not ledger.hand_in(account):
+        print(
+            f"flowguard: rank {rank}: rank 0 gave no sign of life in {args.patience:g} s; what"
+            " follows is of this share alone",
+            file=sys.stderr,
+        )
+        args.report = None  # that of all is not to be replaced by that of some
+        return tell(outcomes, args, work.left_out, f" of rank {rank}")
+    if all(o.status != "failed" for o in outcomes):
+        return 0
+    with contextlib.suppress(Terminated):  # as torchrun ends all, once rank 0 has told of it
+        ledger.await_end()
+    return 1
+
+
+def _warn_of_others(
+    lost: list[int], others: list[int], patience: float, work: Work, world: int
+) -> int:
+    for rank in lost:
+        share = work.jobs[rank::world]
+        lacking = sum(not all(t.exists() for t in job.targets) for job in share)
+        print(
+            f"flowguard: rank {rank} gave no sign of life in {patience:g} s: {lacking} of its"
+            f" {len(share)} picture(s) have no result; the same command makes them",
+            file=sys.stderr,
+        )
+    for rank in others:
+        print(
+            f"flowguard: rank {rank} found other pictures in INPUT than rank 0, so that some may"
+            " be left; the same command makes them",
+            file=sys.stderr,
+        )
+    return 1 if lost or others else 0
 
 
 def prepared(args: Any) -> Work:
@@ -214,10 +270,10 @@ def prepared(args: Any) -> Work:
     return work
 
 
-def _bar(work: list[Job]) -> Iterator[Job]:
+def _bar(work: Sequence[Job], hidden: bool) -> Iterator[Job]:
     from tqdm.auto import tqdm
 
-    with tqdm(work, unit="picture") as bar:
+    with tqdm(work, unit="picture", disable=hidden) as bar:
         for job in bar:
             bar.set_postfix_str(job.source.name[:40], refresh=True)
             yield job
@@ -353,37 +409,3 @@ def maps(report: Any) -> list[tuple[str, bytes]]:
             drawn.append((f"OOD {name}", stream.getvalue()))
         return drawn
     return []
-
-
-def tell(outcomes: list[Outcome], args: Any, left_out: list[Path]) -> int:
-    r"""Prints what was done and what was not; returns the exit code.
-
-    Arguments:
-        outcomes: What became of each picture.
-        args: The arguments.
-        left_out: The pictures that were not looked at.
-    """
-    by_status = {
-        s: [o for o in outcomes if o.status == s] for s in ("written", "skipped", "failed")
-    }
-    counts = ", ".join(f"{len(found)} {status}" for status, found in by_status.items())
-    print(f"{len(outcomes)} picture(s): {counts}. Output: {args.output}")
-    if by_status["skipped"]:
-        print("Skipped pictures were made before; --overwrite writes them again.")
-    if left_out:
-        print(
-            f"Left out: {len(left_out)} picture(s) in OUTPUT that flowguard wrote itself, such as"
-            f" {left_out[0]}."
-        )
-    for o in outcomes:
-        if o.flagged:
-            print(f"unlike the training set: {o.source} (p = {o.p_value:.2g})")
-        if o.artefacts > 0:
-            print(
-                f"artefacts: {o.source}, up to {100 * o.artefacts:.2g} % of the pixels of a sample"
-            )
-    if args.report is not None:
-        print(f"Report: {args.report}")
-    for o in by_status["failed"]:
-        print(f"flowguard: failed: {o.source}: {o.reason}", file=sys.stderr)
-    return 1 if by_status["failed"] else 0

@@ -1,6 +1,6 @@
 r"""Which pictures are read, and what is written for each."""
 
-__all__ = ["Job", "Work", "fingerprint", "jobs", "made_of", "true_path"]
+__all__ = ["Job", "Work", "digest", "fingerprint", "jobs", "made_of", "true_path"]
 
 import glob
 import hashlib
@@ -33,6 +33,16 @@ class Work:
 
     jobs: list[Job]
     left_out: list[Path]
+
+
+def digest(work: Work) -> str:
+    r"""Returns what tells the pictures of a command from others: a digest of all names.
+
+    Arguments:
+        work: What there is to do.
+    """
+    names = (os.fsencode(p) for job in work.jobs for p in (job.source, *job.targets))
+    return hashlib.blake2b(b"\0".join(names), digest_size=16).hexdigest()
 
 
 def fingerprint(source: Path) -> str:

@@ -5,7 +5,7 @@ __all__ = ["HELP", "parser", "run"]
 from typing import Any
 
 from flowguard.cli.enhance import add_arguments, enhance, load_model
-from flowguard.cli.machine import check_device
+from flowguard.cli.machine import check_device, own_device
 from flowguard.cli.parsing import Parser, number, paths
 
 HELP = "brighten dark pictures"
@@ -18,7 +18,7 @@ def parser() -> Parser:
             "Brighten dark pictures by a low-light flow. Pictures that were made before are"
             " skipped, so that an interrupted run is resumed by the same command; what cannot be"
             " read, or would replace another file, is told of at the end, and the exit code is"
-            " then 1."
+            " then 1. Started by torchrun, or by srun, the processes share the pictures out."
         )
     )
     add_arguments(lowlight, temperature=0.0)
@@ -38,6 +38,7 @@ def run(args: Any) -> int:
         args: The arguments.
     """
     paths(args, "output", "model", "report")
+    args.device = own_device(args.device)
     check_device(args.device)
     model = load_model(args.model, "LowLightFlow", args.device)
 

@@ -1,6 +1,6 @@
 r"""What a command computes on: a device, and as many threads as there are cores at leisure."""
 
-__all__ = ["add_machine", "check_device", "free_cores", "threads"]
+__all__ = ["add_machine", "check_device", "free_cores", "own_device", "own_share", "threads"]
 
 import contextlib
 import os
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flowguard.cli.parsing import Parser, UserError, whole
+from flowguard.cli.shares import Share, share_of
 
 INSTANT = 0.1  # seconds that the cores are watched for
 CHOICES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # what else says how many threads there shall be
@@ -52,8 +53,35 @@ def check_device(name: str) -> None:
         raise UserError(f"--device: {name!r} cannot be used here: {reason}") from None
 
 
+def own_share() -> Share:
+    r"""Returns which of several processes this one is, as torchrun or SLURM say.
+
+    Raises:
+        UserError: If they say nothing that could be.
+    """
+    try:
+        return share_of(os.environ)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def own_device(name: str) -> str:
+    r"""Returns the device of this process, where several on one machine have as many of them.
+
+    Arguments:
+        name: The name of the device; one without a number is that of all processes.
+    """
+    import torch
+
+    share = own_share()
+    if share.world == 1 or name not in ("cuda", "xpu"):
+        return name
+    count = getattr(torch, name).device_count()
+    return f"{name}:{share.local_rank % count}" if count else name
+
+
 @contextlib.contextmanager
-def threads(count: int | None) -> Iterator[None]:
+def threads(count: int | None, processes: int = 1) -> Iterator[None]:
     r"""Computes with that many threads.
 
     Threads that wait for each other on cores that are busy take many times as long as one: where
@@ -62,6 +90,7 @@ def threads(count: int | None) -> Iterator[None]:
 
     Arguments:
         count: The number; :py:`None` for what is chosen here.
+        processes: How many processes do so on this machine.
     """
     import torch
 
@@ -69,7 +98,7 @@ def threads(count: int | None) -> Iterator[None]:
     chosen = count or before
     if count is None and not any(map(os.environ.get, CHOICES)):
         free, cores = free_cores()
-        chosen = max(1, min(before, free))
+        chosen = max(1, min(before, free // processes))
         print(
             f"flowguard: {chosen} thread(s), as {free} of {cores} core(s) are free; --threads"
             " chooses another number",

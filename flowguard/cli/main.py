@@ -3,38 +3,16 @@ r"""The command line: ``flowguard superres``, ``lowlight``, ``train``, ``convert
 
 __all__ = ["main"]
 
-import contextlib
 import importlib
 import io
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from typing import Any
 
 from flowguard._version import __version__
 from flowguard.cli import COMMANDS
-
-
-class Terminated(BaseException):
-    r"""Raised by SIGTERM, so that files are cleared away as after Ctrl-C."""
-
-
-def _terminate(*_: Any) -> NoReturn:
-    raise Terminated
-
-
-@contextlib.contextmanager
-def _termination() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, _terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+from flowguard.cli.signals import Terminated, termination
 
 
 def _commands() -> dict[str, Any]:
@@ -55,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")  # a letter must not end the work
     try:
-        with _termination():
+        with termination():
             return _run(argv)
     except BrokenPipeError:  # whoever read the output has seen enough
         sys.stdout = open(os.devnull, "w")  # closed with the process

@@ -5,7 +5,7 @@ __all__ = ["HELP", "parser", "run"]
 from typing import Any
 
 from flowguard.cli.enhance import add_arguments, enhance, load_model
-from flowguard.cli.machine import check_device
+from flowguard.cli.machine import check_device, own_device
 from flowguard.cli.parsing import Parser, UserError, paths, whole
 
 HELP = "enlarge pictures"
@@ -18,7 +18,7 @@ def parser() -> Parser:
             "Enlarge pictures by a super-resolution flow. Pictures that were made before are"
             " skipped, so that an interrupted run is resumed by the same command; what cannot be"
             " read, or would replace another file, is told of at the end, and the exit code is"
-            " then 1."
+            " then 1. Started by torchrun, or by srun, the processes share the pictures out."
         )
     )
     add_arguments(superres, temperature=0.9)
@@ -40,6 +40,7 @@ def run(args: Any) -> int:
     import torch.nn.functional as F
 
     paths(args, "output", "model", "report")
+    args.device = own_device(args.device)
     check_device(args.device)
     model = load_model(args.model, "SuperResolutionFlow", args.device)
     if args.scale is not None and args.scale != model.scale:

@@ -10,8 +10,10 @@ from typing import Any
 
 from flowguard.cli.machine import threads, usable_cores
 from flowguard.cli.parsing import (
+    IfGiven,
     Parser,
     UserError,
+    file,
     folder,
     need,
     number,
@@ -21,13 +23,15 @@ from flowguard.cli.parsing import (
 )
 
 HELP = "train a flow on pictures"
+TASKS = ("superres", "lowlight")
 VERSION = 1  # of what a run folder holds
 LISTED = 20  # files that are named one by one
 #: What a run may be resumed with, other than what it began with: it changes no step that is made.
 HARMLESS = {"steps", "validate_every", "checkpoint_minutes", "guard_pictures", "threads"}
-HARMLESS |= {"ood", "workers", "cache", "accelerator", "devices", "num_nodes", "strategy"}
-#: Options that name a folder to read.
-FOLDERS = ("data", "pairs", "val", "val_pairs", "ood")
+HARMLESS |= {"ood", "workers", "cache", "keep_maps"}
+HARMLESS |= {"accelerator", "devices", "num_nodes", "strategy"}
+#: Options that name files and folders to read.
+PLACES = ("data", "pairs", "val", "val_pairs", "ood", "encoder_weights")
 #: What is no option of a run: it says which run is meant.
 MEANT = ("out", "resume", "config", "print_config", "given")
 #: Where processes that work together find their number.
@@ -48,8 +52,8 @@ def parser() -> Parser:
     train.add_argument(
         "task",
         nargs="?",
-        default="superres",
-        choices=("superres", "lowlight"),
+        choices=TASKS,
+        action=IfGiven,
         help="what the flow is for (default: superres)",
     )
     _add_run(train)
@@ -170,11 +174,45 @@ def _add_model(train: Parser) -> None:
         metavar="N",
         help="channels of the encoder's maps (default: 64; 32 for lowlight)",
     )
+    _add_encoder(train)
+
+
+def _add_encoder(train: Parser) -> None:
+    train.add_argument(
+        "--encoder",
+        choices=("pyramid", "rrdb"),
+        help="encoder of superres (default: that of --encoder-weights, or pyramid)",
+    )
+    train.add_argument(
+        "--encoder-weights",
+        type=file,
+        metavar="FILE",
+        help=(
+            "where the encoder begins: a checkpoint of ESRGAN or Real-ESRGAN, the .param or .bin of"
+            " such a network in ncnn's format, or a model folder"
+        ),
+    )
     train.add_argument(
         "--encoder-blocks",
         type=whole(0, 1024),
         metavar="N",
-        help="blocks of the encoder (default: 8; 4 for lowlight)",
+        help="blocks of the encoder (default: 8; 23 for rrdb; 4 for lowlight)",
+    )
+    train.add_argument(
+        "--encoder-lr",
+        type=number(0.0, 1e3),
+        metavar="X",
+        help="greatest learning rate of the encoder (default: --lr); 0 freezes it",
+    )
+    train.add_argument(
+        "--freeze-encoder", action="store_true", help="leave the encoder's weights as they are"
+    )
+    train.add_argument(
+        "--keep-maps",
+        type=number(0.0, 10**6),
+        default=1.0,
+        metavar="GB",
+        help="memory for a frozen encoder's maps of validation pictures (default: 1)",
     )
 
 
@@ -299,6 +337,7 @@ def run(args: Any) -> int:
         args: The arguments.
     """
     need(("lightning", "lightning"), ("PIL", "Pillow"), extra="train")
+    args.task = args.task or TASKS[0]
     if args.resume is not None:
         _resume(args)
     else:
@@ -318,7 +357,7 @@ def first_process() -> bool:
 def _begin(args: Any) -> None:
     if args.data is None or args.out is None:
         raise UserError("--data and --out must be given, or --resume; got neither or one")
-    for name in FOLDERS:
+    for name in PLACES:
         if getattr(args, name) is not None:
             setattr(args, name, os.path.abspath(getattr(args, name)))
     paths(args, "out")
@@ -348,14 +387,14 @@ def _resume(args: Any) -> None:
         version = saved.pop("version")
     except FileNotFoundError:
         raise UserError(f"--resume must name a run folder; {place} has no config.yaml") from None
-    except (yaml.YAMLError, AttributeError, KeyError, UnicodeDecodeError):
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError, UnicodeDecodeError):
         raise UserError(f"--resume: {place / 'config.yaml'} cannot be read") from None
     if version > VERSION:
         raise UserError(f"--resume: {place} was written by a newer flowguard; got {version}")
     for name, value in given.items():
-        if name in ("resume", "given"):
+        if name == "resume":
             continue
-        value = os.path.abspath(value) if name in FOLDERS else value
+        value = os.path.abspath(value) if name in PLACES else value
         if name not in HARMLESS and saved.get(name) != value:
             option = name if name == "task" else f"--{name.replace('_', '-')}"
             raise UserError(
@@ -368,10 +407,9 @@ def _resume(args: Any) -> None:
 
 
 def _train(args: Any) -> int:
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
     from flowguard.training.callbacks import Interrupted
     from flowguard.training.module import Diverged
+    from flowguard.training.run import WrongMachine
 
     try:
         return _run(args)
@@ -389,8 +427,8 @@ def _train(args: Any) -> int:
         if isinstance(stop.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
         raise
-    except MisconfigurationException as error:
-        raise UserError(" ".join(str(error).split())) from None
+    except WrongMachine as error:
+        raise UserError(f"--accelerator, --devices, --strategy: {error}") from None
     except OSError as error:
         raise UserError(
             f"cannot write to {args.out}: {error.strerror or error}; what was saved before is"
@@ -404,6 +442,7 @@ def _run(args: Any) -> int:
     from flowguard.demo import training_report
     from flowguard.training import build
     from flowguard.training.board import Board, Gallery
+    from flowguard.training.encoders import keep_encoder, kept_encoder
     from flowguard.training.guard import Conditions
     from flowguard.training.module import FlowModule, Optimization
     from flowguard.training.outside import Outside, questions
@@ -415,6 +454,7 @@ def _run(args: Any) -> int:
     if done > args.steps:
         raise UserError(f"--steps must be at least the {done} that are done; got {args.steps}")
     _check_machine(args)
+    frozen = _frozen(args)
     try:
         torch.manual_seed(args.seed)
         model = build.build(
@@ -426,8 +466,14 @@ def _run(args: Any) -> int:
             hidden=args.hidden,
             features=args.features,
             blocks=args.encoder_blocks,
+            encoder=kept_encoder(place.encoder) if place.encoder.exists() else args.encoder,
+            weights=args.encoder_weights,
         )
+        if frozen:
+            model.freeze_encoder()
         multiple = model.scale * model.multiple
+        if args.precision == "64-true":
+            model = model.double()  # with its averages
         if args.crop % multiple:
             raise UserError(f"--crop must be a multiple of {multiple}; got {args.crop}")
         batches, training, held_out = _pictures(args, model.scale)
@@ -435,10 +481,16 @@ def _run(args: Any) -> int:
         asked, faults = questions(judged, folder=args.ood, size=96 // model.scale, seed=args.seed)
     except (ValueError, FileNotFoundError) as error:
         raise UserError(str(error)) from None
-    if first_process():
+
+    def begin() -> None:
+        if not first_process():
+            return
         _name(faults, "left out")
         writable(args.out, "--out")
+        if args.encoder_weights is not None and not place.encoder.exists():
+            keep_encoder(model.conditioner.get_submodule("encoder"), place.encoder)
         _write_config(args, place.config)
+
     optimization = Optimization(
         steps=args.steps,
         lr=args.lr,
@@ -446,6 +498,7 @@ def _run(args: Any) -> int:
         schedule=args.schedule,
         clip=args.clip,
         seed=args.seed,
+        encoder_lr=None if frozen else args.encoder_lr,
     )
     conditions = Conditions(
         Wholes(training, args.seed),
@@ -454,8 +507,9 @@ def _run(args: Any) -> int:
         size=96 // model.scale,
         seed=args.seed,
     )
+    keep = int(args.keep_maps * 1e9)
     told = fit(
-        FlowModule(model, optimization, compiled=args.compile),
+        FlowModule(model, optimization, compiled=args.compile, keep=keep),
         Loading(batches, judged, args.workers),
         place,
         conditions,
@@ -468,6 +522,7 @@ def _run(args: Any) -> int:
         num_nodes=args.num_nodes,
         strategy=args.strategy,
         accelerator=args.accelerator,
+        begin=begin,
         callbacks=[
             Outside(args.out / "outside.csv", asked, conditions, args.seed),
             Gallery(args.out / "pictures", judged, args.seed),
@@ -480,6 +535,20 @@ def _run(args: Any) -> int:
         print(f"The model is in {place.model}, the best one in {place.best};")
         print(f"open {training_report.write(args.out)} for the curves.")
     return 0
+
+
+def _frozen(args: Any) -> bool:
+    r"""Whether the encoder is left as it is."""
+    if args.freeze_encoder and args.encoder_lr:
+        raise UserError(
+            f"--encoder-lr must be 0, or be left out, with --freeze-encoder; got {args.encoder_lr:g}"
+        )
+    frozen: bool = args.freeze_encoder or args.encoder_lr == 0
+    if frozen and args.encoder_weights is None:
+        raise UserError(
+            "--encoder-weights must be given with a frozen encoder, which would stay untrained"
+        )
+    return frozen
 
 
 def _check_machine(args: Any) -> None:
@@ -502,7 +571,7 @@ def _pictures(args: Any, scale: int) -> tuple[Any, Any, Any]:
     from flowguard.training.pictures import CropBatches, pairs_of
     from flowguard.training.validation import sound, split_off
 
-    budget = int(args.cache * 1e9)
+    budget = int(args.cache * 1e9 / args.devices)  # of the processes of a machine together
     pairs, faults = pairs_of(
         args.data, task=args.task, scale=scale, crop=args.crop, pairs=args.pairs, budget=budget
     )
@@ -536,8 +605,8 @@ def _own_partners(val: str) -> str | None:
 
 def _name(files: Sequence[Any], what: str) -> None:
     r"""Names files on the standard error."""
-    for file in files[:LISTED]:
-        print(f"flowguard: {what}: {file}", file=sys.stderr)
+    for named in files[:LISTED]:
+        print(f"flowguard: {what}: {named}", file=sys.stderr)
     if len(files) > LISTED:
         print(f"flowguard: {what}: {len(files) - LISTED} more", file=sys.stderr)
 

@@ -1,6 +1,6 @@
 r"""Files that are whole or not there."""
 
-__all__ = ["atomic", "save_tensors", "strict_json", "write_json", "write_text"]
+__all__ = ["atomic", "save_tensors", "strict_json", "sweep", "write_json", "write_text"]
 
 import contextlib
 import json
@@ -8,11 +8,15 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+#: The mask of a process can only be read by setting it, and threads share it.
+MASK = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -35,18 +39,47 @@ def atomic(path: Path | str) -> Iterator[Path]:
     """
     path = Path(path)
     # Not its whole name: that may be as long as names can be.
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:20]}.", suffix=".tmp")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=_prefix(path), suffix=".tmp")
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
         # mkstemp is private to its user; the file gets the rights of any other new file.
-        mask = os.umask(0)
-        os.umask(mask)
+        with MASK:
+            mask = os.umask(0)
+            os.umask(mask)
         temporary.chmod(0o666 & ~mask)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _prefix(path: Path) -> str:
+    return f".{path.name[:20]}."
+
+
+def sweep(paths: Iterable[Path], age: float) -> list[Path]:
+    r"""Removes what :func:`atomic` left of files when its process was killed; returns that.
+
+    Arguments:
+        paths: The files that were to be written.
+        age: How many seconds nobody must have written to a temporary file, by the clock of its
+            disk, so that none is removed that another process is about to finish.
+    """
+    folders: dict[Path, set[str]] = {}
+    for path in paths:
+        folders.setdefault(path.parent, set()).add(_prefix(path))
+    removed = []
+    for folder, prefixes in folders.items():
+        with contextlib.suppress(OSError):  # it is gone, or nothing can be written there any more
+            with tempfile.NamedTemporaryFile(dir=folder) as probe:
+                now = os.stat(probe.name).st_mtime
+            for file in sorted(folder.glob(".*.tmp")):
+                prefix = file.name[: -len("12345678.tmp")]
+                if prefix in prefixes and now - file.stat().st_mtime > age:
+                    file.unlink(missing_ok=True)
+                    removed.append(file)
+    return removed
 
 
 def write_text(path: Path | str, text: str) -> None:

@@ -117,6 +117,38 @@ class ImageModel(Pretrained, nn.Module):
         self.conditioner = ImageConditioner(encoder, required=False)
         self.flow = flow
 
+    # -- the encoder's weights -------------------------------------------------------------------
+
+    @property
+    def frozen(self) -> bool:
+        r"""Whether the encoder is not trained: it has parameters, and none requires a gradient."""
+        parameters = list(self.conditioner.get_submodule("encoder").parameters())
+        return bool(parameters) and not any(p.requires_grad for p in parameters)
+
+    def freeze_encoder(self, frozen: bool = True) -> Self:
+        r"""Leaves the encoder out of training: its parameters require no gradient, so that none is
+        computed and nothing is kept for it, and it stays in evaluation mode.
+
+        Gradients with respect to the conditions are computed as before.
+
+        Arguments:
+            frozen: Whether it is left out, or taken in again.
+        """
+        encoder = self.conditioner.get_submodule("encoder").requires_grad_(not frozen)
+        encoder.train(self.training and not frozen)
+        return self
+
+    def train(self, mode: bool = True) -> Self:
+        r"""Sets the mode as of any module; a frozen encoder stays in evaluation mode.
+
+        Arguments:
+            mode: Whether it is training mode.
+        """
+        super().train(mode)
+        if self.frozen:
+            self.conditioner.get_submodule("encoder").eval()
+        return self
+
     # -- what a model may say of itself ----------------------------------------------------------
 
     def base_of(self, padded: Tensor) -> Tensor | None:

@@ -1,18 +1,17 @@
 r"""The models that are trained from a folder."""
 
-__all__ = ["DEFAULTS", "TASKS", "build"]
+__all__ = ["TASKS", "build"]
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from flowguard.image.maps import Coupling
-from flowguard.models import (
-    LowLightEncoder,
-    LowLightFlow,
-    PyramidEncoder,
-    SuperResolutionFlow,
-)
+from flowguard.models import LowLightFlow, SuperResolutionFlow
+from flowguard.training.encoders import encoder_for
 
 TASKS = ("superres", "lowlight")
-#: The channels of the encoder's maps, and its blocks.
-DEFAULTS = {"superres": (64, 8), "lowlight": (32, 4)}
 
 
 def build(
@@ -25,6 +24,8 @@ def build(
     hidden: int = 64,
     features: int | None = None,
     blocks: int | None = None,
+    encoder: str | nn.Module | None = None,
+    weights: Path | None = None,
 ) -> SuperResolutionFlow | LowLightFlow:
     r"""Returns an untrained model.
 
@@ -35,9 +36,10 @@ def build(
         levels: The number of levels.
         steps: The number of steps at each level.
         hidden: The number of channels of the hidden layers of the couplings.
-        features: The number of channels of the encoder's maps. If :py:`None`, 64 for
-            super-resolution, 32 for low light.
-        blocks: The number of blocks of the encoder. If :py:`None`, 8 and 4.
+        features: The number of channels of the encoder's maps; see :func:`encoder_for`.
+        blocks: The number of blocks of the encoder.
+        encoder: What the encoder is, or itself.
+        weights: Where the encoder gets its weights from.
 
     Raises:
         ValueError: If there is no such task, or an option does not fit.
@@ -49,28 +51,27 @@ def build(
     """
     if task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}; got {task!r}")
-    own = DEFAULTS[task]
-    features = own[0] if features is None else features
-    blocks = own[1] if blocks is None else blocks
-    if task == "superres":
-        return SuperResolutionFlow(
+    made: Any = encoder
+    if not isinstance(encoder, nn.Module):
+        made = encoder_for(
+            task,
+            encoder,
             scale=scale,
             levels=levels,
-            steps=steps,
-            hidden=hidden,
             features=features,
-            coupling=coupling,
-            encoder=PyramidEncoder(features, scale=scale, levels=levels, blocks=blocks),
+            blocks=blocks,
+            weights=weights,
         )
-    if blocks < 1:
-        raise ValueError(f"the encoder for low light must have at least 1 block; got {blocks}")
-    encoder = LowLightEncoder(
-        features,
-        growth=max(4, features // 2),
-        blocks=blocks,
-        stacked=(min(1, blocks - 1),),
+    if task == "lowlight":
+        return LowLightFlow(
+            levels=levels, steps=steps, hidden=hidden, coupling=coupling, encoder=made
+        )
+    return SuperResolutionFlow(
+        scale=scale,
         levels=levels,
-    )
-    return LowLightFlow(
-        levels=levels, steps=steps, hidden=hidden, coupling=coupling, encoder=encoder
+        steps=steps,
+        hidden=hidden,
+        features=made.channels,
+        coupling=coupling,
+        encoder=made,
     )

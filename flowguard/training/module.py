@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from flowguard.models.base import ImageModel
+from flowguard.training.encoders import groups
+from flowguard.training.kept import KeptMaps
 from flowguard.training.validation import Measured, measure
 
 SCHEDULES = ("cosine", "steps", "constant")
@@ -40,6 +42,8 @@ class Optimization:
             and 95 % of the run, or ``"constant"``.
         clip: The greatest norm of the gradient.
         seed: The seed of all that is drawn in training.
+        encoder_lr: The greatest learning rate of the encoder. If :py:`None`, the same. One that is
+            not to be trained is frozen; see :meth:`ImageModel.freeze_encoder`.
         most_skipped: The share of steps that may be not finite; one is always forgiven.
 
     Raises:
@@ -58,12 +62,15 @@ class Optimization:
     clip: float = 10.0
     seed: int = 0
     most_skipped: float = 0.01
+    encoder_lr: float | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1 or not 0 < self.lr < math.inf or not self.clip > 0:
             raise ValueError(
                 f"steps, lr and clip must be positive; got {self.steps}, {self.lr} and {self.clip}"
             )
+        if self.encoder_lr is not None and not 0 < self.encoder_lr < math.inf:
+            raise ValueError(f"encoder_lr must be positive; got {self.encoder_lr}")
         if self.schedule not in SCHEDULES:
             raise ValueError(
                 f"schedule must be one of {', '.join(SCHEDULES)}; got {self.schedule!r}"
@@ -148,6 +155,8 @@ class FlowModule(pl.LightningModule):
         model: The model.
         optimization: How it is optimised.
         compiled: Whether the likelihood is compiled, once the first batch has initialised it.
+        keep: The number of bytes of a frozen encoder's maps that are kept from one validation to
+            the next.
 
     Attributes:
         told: What is known of the last step; :py:`None` before it.
@@ -159,7 +168,12 @@ class FlowModule(pl.LightningModule):
     told: StepTold | None = None
 
     def __init__(
-        self, model: ImageModel, optimization: Optimization, *, compiled: bool = False
+        self,
+        model: ImageModel,
+        optimization: Optimization,
+        *,
+        compiled: bool = False,
+        keep: int = 0,
     ) -> None:
         super().__init__()
         self.model = model
@@ -168,6 +182,7 @@ class FlowModule(pl.LightningModule):
         self.skipped = 0
         self.asked = False
         self.ask: Callable[[], bool] | None = None
+        self.kept = KeptMaps(keep)
         self._losses: list[Tensor] = []
 
     # -- the step --------------------------------------------------------------------------------
@@ -199,7 +214,14 @@ class FlowModule(pl.LightningModule):
         r"""Returns what is measured of a validation picture."""
         # As each training step draws by its own seed, nothing has to be brought back.
         torch.manual_seed(seed_of(self.optimization.seed, 0))
-        return measure(self.model, *batch)
+        encoder = self.model.conditioner.get_submodule("encoder")
+        with self.kept.serving(encoder) if self.model.frozen else contextlib.nullcontext():
+            return measure(self.model, *batch)
+
+    def on_validation_epoch_start(self) -> None:
+        r"""Forgets the maps that were kept, if they are of other weights."""
+        if self.model.frozen:
+            self.kept.renew(self.model.conditioner.get_submodule("encoder"))
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         r"""Clips the gradient; takes it away where it, or the loss, is not finite."""
@@ -233,9 +255,8 @@ class FlowModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         r"""Returns Adam and its schedule."""
-        optimizer = torch.optim.Adam(
-            self.model.parameters(), lr=self.optimization.lr, betas=(0.9, 0.99)
-        )
+        lr, encoder_lr = self.optimization.lr, self.optimization.encoder_lr
+        optimizer = torch.optim.Adam(groups(self.model, lr, encoder_lr), betas=(0.9, 0.99))
         factor = self.optimization.factor
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step))
         return {
@@ -248,12 +269,29 @@ class FlowModule(pl.LightningModule):
         it was meant to be."""
         for optimizer in self.trainer.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = self.optimization.lr * self.optimization.factor(self.global_step)
+                group["lr"] = group["initial_lr"] * self.optimization.factor(self.global_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        r"""Adds what is counted."""
+        r"""Adds what is counted; leaves a frozen encoder out, which is always the same."""
         checkpoint["skipped_steps"] = self.skipped
+        for state in _states(checkpoint):
+            for name in self._frozen():
+                del state[name]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        r"""Takes up what was counted."""
+        r"""Takes up what was counted; puts a frozen encoder in that was left out."""
         self.skipped = checkpoint["skipped_steps"]
+        for state in _states(checkpoint):
+            state |= {name: t for name, t in self._frozen().items() if name not in state}
+
+    def _frozen(self) -> dict[str, Tensor]:
+        encoder = "model.conditioner.encoder."
+        if not self.model.frozen:
+            return {}
+        return {name: t for name, t in self.state_dict().items() if name.startswith(encoder)}
+
+
+def _states(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
+    r"""The weights in a checkpoint: the averages, and those of the last step."""
+    names = ("state_dict", "current_model_state")
+    return [checkpoint[name] for name in names if name in checkpoint]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("jsonargparse")
-from flowguard.cli.jobs import fingerprint, jobs, made_of
+from flowguard.cli.jobs import digest, fingerprint, jobs, made_of
 from flowguard.cli.parsing import UserError
 from flowguard.io import pictures
 
@@ -87,3 +87,11 @@ def test_the_fingerprint_is_of_name_and_content(tmp_path):
     assert fingerprint(renamed) != fingerprint(copy)
     copy.write_bytes(copy.read_bytes() + b"more")
     assert fingerprint(copy) != fingerprint(picture(tmp_path / "a.png"))
+
+
+def test_processes_can_tell_whether_they_found_the_same_pictures(tmp_path):
+    picture(tmp_path / "photos" / "a.png")
+    first, second = (jobs([str(tmp_path / "photos")], tmp_path, 1, ".png") for _ in range(2))
+    assert digest(first) == digest(second)
+    picture(tmp_path / "photos" / "b.png")
+    assert digest(jobs([str(tmp_path / "photos")], tmp_path, 1, ".png")) != digest(first)

@@ -40,6 +40,35 @@ def test_as_many_as_are_free_and_it_is_said(had, free, wanted, monkeypatch, caps
     assert told.err.count("\n") == 1
 
 
+@pytest.mark.parametrize(("free", "processes", "wanted"), [(8, 2, 4), (7, 2, 3), (1, 4, 1)])
+def test_processes_of_one_machine_share_its_cores(free, processes, wanted, monkeypatch):
+    monkeypatch.setattr(machine, "free_cores", lambda: (free, 8))
+    before = torch.get_num_threads()
+    torch.set_num_threads(8)
+    try:
+        with machine.threads(None, processes):
+            assert torch.get_num_threads() == wanted
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("name", "local_rank", "wanted"),
+    [
+        ("cuda", "1", "cuda:1"),
+        ("cuda", "5", "cuda:1"),
+        ("cuda:0", "1", "cuda:0"),
+        ("cpu", "1", "cpu"),
+    ],
+)
+def test_processes_of_one_machine_share_its_devices(name, local_rank, wanted, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert machine.own_device("cuda") == "cuda"  # a process alone takes what is named
+    for variable, value in {"RANK": "7", "WORLD_SIZE": "8", "LOCAL_RANK": local_rank}.items():
+        monkeypatch.setenv(variable, value)
+    assert machine.own_device(name) == wanted
+
+
 @pytest.mark.parametrize("name", machine.CHOICES)
 def test_what_was_chosen_wins(name, monkeypatch, capsys):
     monkeypatch.setattr(machine, "free_cores", lambda: (1, 8))

@@ -345,6 +345,116 @@ def test_interrupting_leaves_whole_files_and_is_resumed(sent, code, superres, tm
     assert {k: v for k, v in contents(out).items() if k in before} == before
 
 
+RANKS = {
+    "torchrun": lambda rank: {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)},
+    "srun": lambda rank: {"SLURM_PROCID": str(rank), "SLURM_STEP_NUM_TASKS": "2"},
+}
+VARIABLES = {"RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"}
+
+
+def as_ranks(launcher, arguments, code=("-m", "flowguard")):
+    r"""Starts two processes, as a launcher would."""
+    own = {k: v for k, v in os.environ.items() if k not in VARIABLES}
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    command = [sys.executable, *code, *map(str, arguments)]
+    return [
+        subprocess.Popen(command, env=own | RANKS[launcher](rank), text=True, **pipes)
+        for rank in (0, 1)
+    ]
+
+
+def ended(processes):
+    told = [p.communicate() for p in processes]
+    return [(p.returncode, out, errors) for p, (out, errors) in zip(processes, told, strict=True)]
+
+
+@pytest.fixture
+def six(tmp_path):
+    folder = tmp_path / "six"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 20, 3), dtype=np.uint8)
+    for i in range(6):
+        Image.fromarray(pixels).save(folder / f"{i:02d}.png")
+    return folder
+
+
+def test_two_processes_share_the_pictures(superres, six, tmp_path, capsys):
+    (six / "05.png").write_text("This is no picture.")
+    arguments = ["superres", six, tmp_path / "out", "--model", superres]
+    report = tmp_path / "report.html"
+    first, second = ended(as_ranks("torchrun", [*arguments, "--report", report]))
+    assert "6 picture(s) by 2 processes: 5 written, 0 skipped, 1 failed" in first[1]
+    assert first[2].count("05.png: it is no picture") == 1  # in the share of the other
+    assert (first[0], second[0], second[1]) == (1, 1, "")
+    assert "05.png" not in second[2]
+    sections = re.findall(r"<h2>(.*?)</h2>", report.read_text())
+    assert sections == [f"{i:02d}.png" for i in range(5)]
+    assert sorted(contents(tmp_path / "out")) == [f"{i:02d}.png" for i in range(5)]
+    assert [p.name for p in (tmp_path / "out").iterdir() if p.is_dir()] == []
+    arguments[2] = tmp_path / "alone"
+    assert run(capsys, *arguments)[0] == 1
+    assert contents(tmp_path / "alone") == contents(tmp_path / "out")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_the_share_of_a_process_that_was_killed_is_done_by_the_next_run(
+    superres, six, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    arguments = ["superres", six, out, "--model", superres]
+    code = PAUSED.replace('== "03.png"', 'in ("03.png", "04.png")')
+    first, second = as_ranks("srun", [*arguments, "--patience", 2], code=("-c", code))
+    assert [p.stdout.readline() for p in (first, second)] == ["paused\n"] * 2
+    second.kill()  # in the midst of 03.png
+    second.communicate()
+    ((code, told, errors),) = ended([first])
+    assert code == 1
+    assert "3 picture(s) by 1 processes: 3 written, 0 skipped, 0 failed" in told
+    assert "rank 1 gave no sign of life in 2 s: 2 of its 3 picture(s) have no result" in errors
+    before = contents(out)
+    assert sorted(n for n in before if n.endswith(".png")) == [
+        "00.png",
+        "01.png",
+        "02.png",
+        "04.png",
+    ]
+    (half,) = (out / n for n in before if n.endswith(".tmp"))
+    os.utime(half, (0, 0))
+    code, told, errors = run(capsys, *arguments)
+    assert code == 0, errors
+    assert "6 picture(s): 2 written, 4 skipped, 0 failed" in told
+    after = contents(out)
+    assert sorted(after) == [f"{i:02d}.png" for i in range(6)]
+    assert all(before[name] == after[name] for name in before if name in after)
+    assert [p.name for p in out.iterdir() if p.is_dir()] == []
+
+
+@pytest.mark.slow
+def test_torchrun_starts_what_shares_the_pictures(superres, six, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    torchrun += ["--standalone", "-m", "flowguard", "superres", six, tmp_path / "out"]
+    command = [*map(str, torchrun), "--model", str(superres)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("picture(s)") == 1
+    assert "6 picture(s) by 2 processes: 6 written" in done.stdout
+    (six / "05.png").write_text("This is no picture.")
+    (six / "06.png").write_bytes((six / "01.png").read_bytes())
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.count("exists, and is not known to be made of this picture") == 1
+    assert "7 picture(s) by 2 processes: 1 written, 5 skipped, 1 failed" in done.stdout
+    assert "interrupted" not in done.stderr
+
+
+def test_variables_that_cannot_be(superres, six, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, errors = run(capsys, "superres", six, tmp_path / "out", "--model", superres)
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "RANK must be a number from 0 and less than that of WORLD_SIZE" in errors
+
+
 MISTAKES = {
     "no model": (["in", "out"], "are required: model"),
     "no arguments": ([], "are required: input, output, model"),
@@ -641,6 +751,24 @@ def test_convert_an_encoder(tmp_path, capsys):
     assert run(capsys, *arguments)[0] == 2
     assert run(capsys, *arguments, "--overwrite")[0] == 0
     assert run(capsys, *arguments, "--overwrite", "--scale", 4)[0] == 2
+
+
+def test_convert_a_network_of_another_format(ncnn, tmp_path, capsys):
+    torch.manual_seed(0)
+    encoder = RRDBEncoder(features=8, growth=4, blocks=2, stacked=(), long_skip="first")
+    file = ncnn.Writer(half=False).encoder(encoder).write(tmp_path)
+    arguments = ("convert", "ncnn", file.with_suffix(".bin"), tmp_path / "m", "--stacked", 0, 1)
+    code, told, errors = run(capsys, *arguments)
+    assert code == 0, errors
+    assert "SuperResolutionFlow" in told
+    loaded = SuperResolutionFlow.from_pretrained(tmp_path / "m").conditioner.encoder
+    y = torch.rand(1, 3, 5, 6)
+    assert torch.equal(loaded.image(y), encoder.image(y))
+    file.with_suffix(".bin").write_bytes(b"")
+    for mistake in (file, file.with_suffix(".pth"), tmp_path / "absent.bin"):
+        code, _, errors = run(capsys, "convert", "ncnn", mistake, tmp_path / "n")
+        assert (code, errors.count("\n")) == (2, 1), errors
+        assert not (tmp_path / "n").exists()
 
 
 CONVERTED = {

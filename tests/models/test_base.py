@@ -516,3 +516,36 @@ def test_a_model_that_is_asked_to_act_refuses_without_calibration(policy):
     model.conditioner.policy = policy
     with pytest.raises(NotFittedError, match="call `fit"):
         model.sample(torch.rand(1, 3, 8, 8))
+
+
+def test_a_frozen_encoder_stays_as_it_is():
+    encoder = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Dropout(0.5))
+
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = encoder
+
+        def forward(self, y):
+            return [self.inner(y)]
+
+    model = SuperResolutionFlow(scale=2, levels=1, steps=1, hidden=8, features=8, encoder=Listed())
+    hr, lr = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 4, 4)
+    model.nll(hr, lr)  # initialises
+    assert not model.frozen
+    assert model.freeze_encoder() is model
+    assert model.frozen
+    assert model.training
+    assert not encoder.training
+    model.eval().train()
+    assert not encoder.training  # dropout is off
+    assert not any(m.requires_grad for m in model.conditioner.encoder(lr))  # there is no graph
+    model.nll(hr, lr).mean().backward()
+    assert all(p.grad is None for p in encoder.parameters())
+    assert all(p.grad is not None for p in model.flow.parameters())
+    lr.requires_grad_()
+    model.eval().nll(hr, lr).sum().backward()
+    assert lr.grad.abs().sum() > 0  # attacks see through it
+    model.train().freeze_encoder(False)
+    assert encoder.training
+    assert not model.frozen

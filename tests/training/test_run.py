@@ -28,6 +28,16 @@ SMALL = ("--encoder-blocks", 1, "--flow-steps", 1, "--hidden", 8, "--features", 
 TINY = (*SMALL, "--crop", 16, "--batch", 4, "--accelerator", "cpu")
 
 
+#: What a child process runs: its streams are a file, and its exit code is that of the command.
+CHILD = """
+import sys
+from flowguard.cli.main import main
+arguments, told = given
+sys.stdout = sys.stderr = open(told, "w", buffering=1)
+sys.exit(main(arguments))
+"""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("pictures")
@@ -48,8 +58,8 @@ def start():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["flowguard.training.run", "flowguard.cli.main"])
 
-    def begin(arguments):
-        process = context.Process(target=cli.main, args=(arguments,))
+    def begin(arguments, told=os.devnull):
+        process = context.Process(target=exec, args=(CHILD, {"given": (arguments, str(told))}))
         process.start()
         return process
 
@@ -72,7 +82,8 @@ def wait_for(process, run, steps):
 
 def assert_same(run, other):
     assert rows(run) == rows(other)
-    assert rows(run, "validation.csv") == rows(other, "validation.csv")
+    for name in ("validation.csv", "outside.csv"):
+        assert rows(run, name) == rows(other, name)
     for name in ("model", "best"):
         first, second = (load_file(r / name / "model.safetensors") for r in (run, other))
         assert first.keys() == second.keys()
@@ -115,15 +126,15 @@ def test_a_run_killed_at_random_moments_makes_the_steps_of_one_that_was_not(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_is_asked_to_end_saves_first(folder, tmp_path, start, whole, number, capfd):
-    run = tmp_path / "run"
+def test_a_run_that_is_asked_to_end_saves_first(folder, tmp_path, start, whole, number):
+    run, told = tmp_path / "run", tmp_path / "told.txt"
     arguments = options(folder, "--steps", 30, "--validate-every", 7, "--out", run)
-    process = start(arguments)  # whose next checkpoint by time is far
+    process = start(arguments, told)  # whose next checkpoint by time is far
     wait_for(process, run, 3)
     os.kill(process.pid, number)
     process.join()
     assert process.exitcode == 128 + number
-    assert f"saved; flowguard train --resume {run} goes on" in capfd.readouterr().out
+    assert f"saved; flowguard train --resume {run} goes on" in told.read_text()
     assert steps_done(Run(run)) == len(rows(run)) >= 3
     process = start(["train", "--resume", str(run)])
     process.join()
@@ -149,10 +160,13 @@ def test_a_run_goes_further_and_a_whole_one_is_left_as_it_is(folder, tmp_path, s
 
 
 def test_what_a_run_leaves(whole):
-    assert {p.name for p in whole.iterdir()} == {
+    assert {p.name for p in whole.iterdir()} - {"tensorboard"} == {
         "config.yaml",
         "metrics.csv",
         "validation.csv",
+        "outside.csv",
+        "pictures",
+        "report.html",
         "checkpoints",
         "best",
         "model",
@@ -230,6 +244,7 @@ def test_mistakes_are_told_in_one_line(name, folder, tmp_path, capsys):
     code, line = told(capsys, [*options(folder), "--out", tmp_path / "run", *more])
     assert code == 2
     assert re.search(words, line), line
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_that_holds_something_is_not_written_to(folder, tmp_path, capsys, whole):
@@ -278,15 +293,12 @@ def test_what_is_no_run_cannot_be_resumed(tmp_path, capsys):
     assert "--data and --out must be given, or --resume" in line
 
 
-def test_a_disk_that_is_full_is_told_of_and_what_was_saved_stays_whole(
-    folder, tmp_path, capfd, start
-):
+def test_a_disk_that_is_full_is_told_of_and_what_was_saved_stays_whole(folder, tmp_path, start):
     run = tmp_path / "run"
     arguments = options(folder, "--steps", 4, "--out", run)
     process = start(arguments)
     process.join()
     before = (run / "checkpoints" / "last.ckpt").read_bytes()
-    capfd.readouterr()
     # No file may grow beyond this: the checkpoint is larger, the tables are not.
     limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000));"
     limited += "from flowguard.cli.main import main; sys.exit(main(sys.argv[1:]))"
@@ -324,14 +336,14 @@ def test_low_light_is_trained_from_bright_photographs_alone(folder, tmp_path, st
     assert model.sample(torch.rand(1, 3, 12, 10) / 10).shape == (1, 1, 3, 12, 10)
 
 
-def test_corrupt_files_are_named_and_left_out(folder, tmp_path, start, capfd):
-    pictures = tmp_path / "pictures"
+def test_corrupt_files_are_named_and_left_out(folder, tmp_path, start):
+    pictures, told = tmp_path / "pictures", tmp_path / "told.txt"
     shutil.copytree(folder, pictures)
     (pictures / "text.png").write_text("no picture")
     Image.new("RGB", (8, 90)).save(pictures / "narrow.png")
-    process = start(options(pictures, "--steps", 2, "--out", tmp_path / "run"))
+    process = start(options(pictures, "--steps", 2, "--out", tmp_path / "run"), told)
     process.join()
-    assert process.exitcode == 0
-    errors = capfd.readouterr().err
+    errors = told.read_text()
+    assert process.exitcode == 0, errors
     assert "left out: " + str(pictures / "text.png") in errors
     assert "left out: " + str(pictures / "narrow.png") in errors

