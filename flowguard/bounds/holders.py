@@ -6,8 +6,8 @@ makes something of a sample is a reason to refuse it, and so is one that cannot 
 """
 
 __all__ = [
-    "HeldConditions",
     "Held",
+    "HeldConditions",
     "conditioned",
     "held",
     "steps_within",

@@ -6,7 +6,7 @@ pictures, that it is alive and, in the end, what became of its share, and rank 0
 others told, to tell of all. Where they do not see the same folder, each tells of its own.
 """
 
-__all__ = ["Account", "Ledger", "Share", "Watch", "share_of"]
+__all__ = ["Account", "Ledger", "Share", "SignOfLife", "share_of"]
 
 import contextlib
 import json
@@ -187,7 +187,7 @@ class Ledger:
             account: That of this process.
         """
         found = {account.rank: account}
-        others = {rank: Watch(self._sign(rank)) for rank in range(1, self.share.world)}
+        others = {rank: SignOfLife(self._sign(rank)) for rank in range(1, self.share.world)}
         while others:
             for rank, watch in list(others.items()):
                 told = self.account_of(rank)
@@ -217,7 +217,7 @@ class Ledger:
             account: The account.
         """
         self._rest()
-        first = Watch(self._sign(0))
+        first = SignOfLife(self._sign(0))
         while not self.read and first.silence() <= self.patience:
             run = first.seen.get("run", "")
             if run and run != self.run:
@@ -226,7 +226,7 @@ class Ledger:
                     write_json(self._account(account.rank), told)
                 except OSError:  # the folder is gone, as rank 0 has given this one up
                     return False
-                self.run, first = run, Watch(self._sign(0))
+                self.run, first = run, SignOfLife(self._sign(0))
             # It has lived on with this number, or has ended since.
             self.read = bool(self.run) and (first.changed or not self._sign(0).exists())
             time.sleep(POLL)
@@ -237,12 +237,12 @@ class Ledger:
 
         A process that ends with an error before ends all others, where torchrun started them.
         """
-        first = Watch(self._sign(0))
+        first = SignOfLife(self._sign(0))
         while self._sign(0).exists() and first.silence() <= self.patience:
             time.sleep(POLL)
 
 
-class Watch:
+class SignOfLife:
     r"""Creates a look at how long a file has been the same. No times of files are compared with
     the clock, which differ between machines.
 

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from flowguard.cli import shares
-from flowguard.cli.shares import FOLDER, Account, Ledger, Share, Watch, share_of
+from flowguard.cli.shares import FOLDER, Account, Ledger, Share, SignOfLife, share_of
 
 
 @pytest.fixture(autouse=True)
@@ -152,7 +152,7 @@ def test_a_sign_that_does_not_change_is_no_sign_of_life(tmp_path, monkeypatch):
     file.write_text('{"beat": 1}')
     clock = Clock(lambda slept: file.write_text('{"beat": 2}') if slept == 2 else None, 1.0)
     monkeypatch.setattr(shares, "time", clock)
-    watch = Watch(file)
+    watch = SignOfLife(file)
     found = []
     for _ in range(4):
         found.append((watch.silence(), watch.changed))
