@@ -428,7 +428,10 @@ def _train(args: Any) -> int:
             raise KeyboardInterrupt from None
         raise
     except WrongMachine as error:
-        raise UserError(f"--accelerator, --devices, --strategy: {error}") from None
+        raise UserError(
+            f"--accelerator {args.accelerator}, --devices {args.devices}, --strategy"
+            f" {args.strategy}: {error}"
+        ) from None
     except OSError as error:
         raise UserError(
             f"cannot write to {args.out}: {error.strerror or error}; what was saved before is"

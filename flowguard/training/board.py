@@ -61,8 +61,9 @@ class Gallery(Callback):
         if not trainer.is_global_zero:
             return
         model, device = pl_module.model, pl_module.device
+        weight = next(model.parameters())
         x, y = self.held_out[0]
-        y = middle(raw_condition(y), SHOWN // model.scale)[None].to(device)
+        y = middle(raw_condition(y), SHOWN // model.scale)[None].to(weight)
         x = middle(x, SHOWN // model.scale * model.scale)
         generator = torch.Generator(device=device).manual_seed(self.seed)
         with torch.autocast(device.type, enabled=False):
