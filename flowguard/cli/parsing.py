@@ -1,6 +1,6 @@
 r"""How the command line is read: mistakes get one line, and exit code 2."""
 
-__all__ = ["Parser", "UserError", "add_limit", "folder", "number", "whole"]
+__all__ = ["IfGiven", "Parser", "UserError", "add_limit", "folder", "number", "whole"]
 
 import argparse
 import re
@@ -22,6 +22,14 @@ class UserError(Exception):
 class WrongValue(argparse.ArgumentTypeError, ValueError):
     r"""A value that cannot be taken: the first kind of error on the command line, the second in
     a file of options."""
+
+
+class IfGiven(argparse.Action):
+    r"""An argument without a name that may be missing: then a file of options may give it."""
+
+    def __call__(self, _: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        if values is not None:
+            setattr(namespace, self.dest, values)
 
 
 class Formatter(argparse.HelpFormatter):

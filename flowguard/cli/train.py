@@ -10,6 +10,7 @@ from typing import Any
 
 from flowguard.cli.machine import threads, usable_cores
 from flowguard.cli.parsing import (
+    IfGiven,
     Parser,
     UserError,
     file,
@@ -22,6 +23,7 @@ from flowguard.cli.parsing import (
 )
 
 HELP = "train a flow on pictures"
+TASKS = ("superres", "lowlight")
 VERSION = 1  # of what a run folder holds
 LISTED = 20  # files that are named one by one
 #: What a run may be resumed with, other than what it began with: it changes no step that is made.
@@ -49,8 +51,8 @@ def parser() -> Parser:
     train.add_argument(
         "task",
         nargs="?",
-        default="superres",
-        choices=("superres", "lowlight"),
+        choices=TASKS,
+        action=IfGiven,
         help="what the flow is for (default: superres)",
     )
     _add_run(train)
@@ -325,6 +327,7 @@ def run(args: Any) -> int:
         args: The arguments.
     """
     need(("lightning", "lightning"), ("PIL", "Pillow"), extra="train")
+    args.task = args.task or TASKS[0]
     if args.resume is not None:
         _resume(args)
     else:
@@ -374,12 +377,12 @@ def _resume(args: Any) -> None:
         version = saved.pop("version")
     except FileNotFoundError:
         raise UserError(f"--resume must name a run folder; {place} has no config.yaml") from None
-    except (yaml.YAMLError, AttributeError, KeyError, UnicodeDecodeError):
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError, UnicodeDecodeError):
         raise UserError(f"--resume: {place / 'config.yaml'} cannot be read") from None
     if version > VERSION:
         raise UserError(f"--resume: {place} was written by a newer flowguard; got {version}")
     for name, value in given.items():
-        if name in ("resume", "given"):
+        if name == "resume":
             continue
         value = os.path.abspath(value) if name in PLACES else value
         if name not in HARMLESS and saved.get(name) != value:
@@ -394,10 +397,9 @@ def _resume(args: Any) -> None:
 
 
 def _train(args: Any) -> int:
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
     from flowguard.training.callbacks import Interrupted
     from flowguard.training.module import Diverged
+    from flowguard.training.run import WrongMachine
 
     try:
         return _run(args)
@@ -415,8 +417,8 @@ def _train(args: Any) -> int:
         if isinstance(stop.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
         raise
-    except MisconfigurationException as error:
-        raise UserError(" ".join(str(error).split())) from None
+    except WrongMachine as error:
+        raise UserError(f"--accelerator, --devices, --strategy: {error}") from None
     except OSError as error:
         raise UserError(
             f"cannot write to {args.out}: {error.strerror or error}; what was saved before is"
@@ -457,16 +459,21 @@ def _run(args: Any) -> int:
         if frozen:
             model.freeze_encoder()
         multiple = model.scale * model.multiple
+        if args.precision == "64-true":
+            model = model.double()  # with its averages
         if args.crop % multiple:
             raise UserError(f"--crop must be a multiple of {multiple}; got {args.crop}")
         batches, training, held_out = _pictures(args, model.scale)
     except (ValueError, FileNotFoundError) as error:
         raise UserError(str(error)) from None
-    if first_process():
-        writable(args.out, "--out")
-        if args.encoder_weights is not None and not place.encoder.exists():
-            keep_encoder(model.conditioner.get_submodule("encoder"), place.encoder)
-        _write_config(args, place.config)
+
+    def begin() -> None:
+        if first_process():
+            writable(args.out, "--out")
+            if args.encoder_weights is not None and not place.encoder.exists():
+                keep_encoder(model.conditioner.get_submodule("encoder"), place.encoder)
+            _write_config(args, place.config)
+
     optimization = Optimization(
         steps=args.steps,
         lr=args.lr,
@@ -497,6 +504,7 @@ def _run(args: Any) -> int:
         num_nodes=args.num_nodes,
         strategy=args.strategy,
         accelerator=args.accelerator,
+        begin=begin,
     )
     if first_process():
         _name(batches.pairs.broken(), "corrupt")

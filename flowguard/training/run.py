@@ -1,18 +1,19 @@
 r"""A run of training, and the folder that it leaves."""
 
-__all__ = ["Batches", "Loading", "Run", "fit", "steps_done"]
+__all__ = ["Batches", "Loading", "Run", "WrongMachine", "fit", "steps_done"]
 
 import itertools
 import logging
 import signal
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -160,6 +161,25 @@ def patient(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+class WrongMachine(ValueError):
+    r"""Raised when Lightning cannot do with a machine what it is asked for."""
+
+
+def made(**options: Any) -> pl.Trainer:
+    r"""Returns a trainer.
+
+    Arguments:
+        options: Those of :class:`lightning.pytorch.Trainer`.
+
+    Raises:
+        WrongMachine: If it refuses them.
+    """
+    try:
+        return pl.Trainer(**options)
+    except (ValueError, RuntimeError, ImportError, MisconfigurationException) as error:
+        raise WrongMachine(" ".join(str(error).split())) from error
+
+
 def fit(
     module: FlowModule,
     loading: Loading,
@@ -177,6 +197,7 @@ def fit(
     accelerator: str = "cpu",
     progress: bool = True,
     callbacks: Sequence[Callback] = (),
+    begin: Callable[[], None] | None = None,
 ) -> dict[str, float]:
     r"""Trains a model, or goes on with it where the folder of the run has a checkpoint.
 
@@ -196,6 +217,7 @@ def fit(
         accelerator: What kind of devices.
         progress: Whether to show a bar.
         callbacks: Further callbacks.
+        begin: Called when the machine is known to be fit, and nothing is written yet.
 
     Returns:
         What the last validation measured.
@@ -203,6 +225,7 @@ def fit(
     Raises:
         Interrupted: If it was asked to end; what was done is saved.
         Diverged: If too many steps were not finite.
+        WrongMachine: If the machine has not what is asked for.
     """
 
     def save(to: Path) -> None:
@@ -214,7 +237,7 @@ def fit(
     bars: list[Callback] = [Progress()] if progress else []
     averaging, checkpoints = Averaging(decay), Checkpoints(run.checkpoint.parent, minutes)
     quiet()
-    trainer = pl.Trainer(
+    trainer = made(
         accelerator=accelerator,
         devices=devices,
         num_nodes=num_nodes,
@@ -235,6 +258,8 @@ def fit(
         plugins=[AtomicCheckpoints()],
         callbacks=[log, *bars, validation, *callbacks, averaging, checkpoints],
     )
+    if begin is not None:
+        begin()
     going_on = run.checkpoint if run.checkpoint.exists() else None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")

@@ -49,7 +49,8 @@ def start():
     context.set_forkserver_preload(["flowguard.training.run", "flowguard.cli.main"])
 
     def begin(arguments):
-        process = context.Process(target=cli.main, args=(arguments,))
+        code = "import sys; from flowguard.cli.main import main; sys.exit(main(arguments))"
+        process = context.Process(target=exec, args=(code, {"arguments": arguments}))
         process.start()
         return process
 
@@ -230,6 +231,7 @@ def test_mistakes_are_told_in_one_line(name, folder, tmp_path, capsys):
     code, line = told(capsys, [*options(folder), "--out", tmp_path / "run", *more])
     assert code == 2
     assert re.search(words, line), line
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_that_holds_something_is_not_written_to(folder, tmp_path, capsys, whole):
