@@ -401,8 +401,10 @@ class Validation(Callback):
         if trainer.world_size > 1:
             everyone: list[Any] = [None] * trainer.world_size
             torch.distributed.all_gather_object(everyone, found)
-            # The pictures were dealt out by turns.
-            found = [part[i] for i in range(len(found)) for part in everyone if i < len(part)]
+            # The pictures were dealt out by turns; whoever had none measured one once more.
+            longest = max(map(len, everyone))
+            found = [part[i] for i in range(longest) for part in everyone if i < len(part)]
+            found = found[: len(trainer.datamodule.held_out)]  # type: ignore[attr-defined]
         if not found:
             return
         means = {name: sum(f[name] for f in found) / len(found) for name in found[0]}

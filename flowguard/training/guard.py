@@ -59,14 +59,15 @@ class Conditions:
             world: How many there are.
         """
         total = len(self.held_out)  # type: ignore[arg-type]
-        for i in range(total)[rank::world]:
+        for i in range(min(total, self.crops)):
             y = self.held_out[i][1]
             height, width = (min(self.size, n) for n in y.shape[-2:])
             rng = np.random.default_rng((self.seed, i))
-            for _ in range(len(range(i, self.crops, total))):
+            for n in range(len(range(i, self.crops, total))):
                 top = int(rng.integers(y.shape[-2] - height + 1))
                 left = int(rng.integers(y.shape[-1] - width + 1))
-                yield y[None, :, top : top + height, left : left + width]
+                if (i + n) % world == rank:  # one picture may be all that there is
+                    yield y[None, :, top : top + height, left : left + width]
 
 
 def guarded(

@@ -136,7 +136,9 @@ class Loading(pl.LightningDataModule):
         assert trainer is not None
         if self.held_out is None:
             return []
-        numbers = range(len(self.held_out))[trainer.global_rank :: trainer.world_size]  # type: ignore[arg-type]
+        every = range(len(self.held_out))  # type: ignore[arg-type]
+        # None may be without a picture: all must meet where the measures are gathered.
+        numbers = every[trainer.global_rank :: trainer.world_size] or every[:1]
         return DataLoader(self.held_out, batch_size=1, sampler=numbers)
 
 
