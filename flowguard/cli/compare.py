@@ -156,7 +156,10 @@ def run(args: Any) -> int:
         args: The arguments.
     """
     need(
-        ("skimage", "scikit-image"), ("matplotlib", "matplotlib"), ("torchmetrics", "torchmetrics")
+        ("skimage", "scikit-image"),
+        ("matplotlib", "matplotlib"),
+        ("torchmetrics", "torchmetrics"),
+        ("lightning", "lightning"),
     )
     from flowguard.demo import compare, compare_report
     from flowguard.io import pictures

@@ -69,7 +69,10 @@ def run(args: Any) -> int:
         args: The arguments.
     """
     need(
-        ("skimage", "scikit-image"), ("matplotlib", "matplotlib"), ("torchmetrics", "torchmetrics")
+        ("skimage", "scikit-image"),
+        ("matplotlib", "matplotlib"),
+        ("torchmetrics", "torchmetrics"),
+        ("lightning", "lightning"),
     )
     from flowguard.demo import report as demo_report
     from flowguard.demo import run as demo

@@ -574,7 +574,7 @@ def _pictures(args: Any, scale: int) -> tuple[Any, Any, Any]:
     from flowguard.training.pictures import CropBatches, pairs_of
     from flowguard.training.validation import sound, split_off
 
-    budget = int(args.cache * 1e9)
+    budget = int(args.cache * 1e9 / args.devices)  # of the processes of a machine together
     pairs, faults = pairs_of(
         args.data, task=args.task, scale=scale, crop=args.crop, pairs=args.pairs, budget=budget
     )

@@ -99,11 +99,11 @@ class SuperResolutionTask(Task):
         }
 
     def sampler(self, model: Any, condition: Tensor) -> tuple[Any, Tensor]:
-        r"""Returns the residual beyond the bicubic enlargement, and a part of the condition of
-        16×16 pixels."""
+        r"""Returns the residual beyond the bicubic enlargement, as far as the model keeps to its
+        range, and a part of the condition of 16×16 pixels."""
 
         def residual(z: list[Tensor], y: Tensor) -> Tensor:
             enlarged: Tensor = model.decode(z, y)
-            return enlarged - self.restored(y)
+            return enlarged - model.upsample(y)
 
         return residual, condition[..., 24:40, 40:56]

@@ -3,6 +3,7 @@ r"""Comparisons of couplings, end to end."""
 import json
 import math
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from flowguard.demo.run import TASKS
 from flowguard.image.maps import Robust
 from flowguard.models import store
 
-for package in ("jsonargparse", "skimage", "matplotlib", "torchmetrics"):
+for package in ("jsonargparse", "skimage", "matplotlib", "torchmetrics", "lightning"):
     pytest.importorskip(package)
 Image = pytest.importorskip("PIL.Image")
 
@@ -225,3 +226,11 @@ def test_parts_of_files_do_not_meet(pictures, task):
     contexts = list(TASKS[task].contexts(first, 0))
     assert len(contexts) == 2
     assert contexts[0].shape[1] == condition.shape[1]
+
+
+@pytest.mark.parametrize("command", ["compare", "demo"])
+def test_lightning_is_asked_for_before_anything_is_made(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lightning", None)
+    assert cli.main([command, "--quick", "--steps", "1", "--out", str(tmp_path / "out")]) == 2
+    assert "lightning is missing: pip install" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

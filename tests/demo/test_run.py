@@ -253,3 +253,16 @@ def test_a_file_is_whole_or_untouched(tmp_path):
         interrupted()
     assert file.read_text() == "before"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_is_attacked_is_what_the_model_adds():
+    """Beside hard edges the plain bicubic enlargement overshoots what the model adds to."""
+    task = demo.TASKS["superres"]
+    model = task.build("robust", quick=True).eval()
+    condition = torch.zeros(1, 3, 60, 80)
+    condition[..., 1::4] = condition[..., 2::4] = 1.0
+    residual, y = task.sampler(model, condition)
+    noise = [y.new_zeros(1, *shape) for shape in model.latent_shapes(y)]
+    with torch.no_grad():
+        # An untrained model adds nothing to it.
+        assert float(residual(noise, y).abs().max()) < 1e-6
