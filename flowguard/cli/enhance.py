@@ -125,7 +125,7 @@ def add_arguments(parser: Parser, *, temperature: float) -> None:
     parser.add_argument(
         "--patience",
         type=number(2, 10**6),
-        default=120,
+        default=120.0,
         metavar="SECONDS",
         help=(
             "where torchrun or srun started several processes, which share the pictures: how long"
