@@ -32,6 +32,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from flowguard.bounds.rules import departure, has_rule, hooks_of, steps, within
 from flowguard.bounds.steps import Refused, Remark, Step
+from flowguard.hosts import of_a_host
 
 #: What samples, what scores, what only rearranges a sample, and what concerns the weights alone.
 SAMPLING = {"rsample", "rsample_and_log_prob", "sample", "sample_and_log_prob"}
@@ -111,7 +112,8 @@ def held(model: Any) -> Held | None:
         model: The model.
     """
     module = type(model).__module__.partition(".")[0]
-    if not isinstance(model, nn.Module) or module in ("torch", "flowguard") or has_rule(model):
+    known = module in ("torch", "flowguard") or of_a_host(model) or has_rule(model)
+    if known or not isinstance(model, nn.Module):
         return None
     found = list(_outermost("", model))
     if not found:
@@ -129,10 +131,9 @@ def _advice(found: list[tuple[str, Any]]) -> str:
 
 
 def _outermost(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    r"""The outermost parts that have a rule; that torch's containers have one says nothing."""
+    r"""The outermost parts that have a rule."""
     for name, part in module.named_children():
-        of_torch = type(part).__module__.startswith("torch.")
-        if not of_torch and has_rule(part):
+        if has_rule(part):
             yield prefix + name, part
         else:
             yield from _outermost(f"{prefix}{name}.", part)

@@ -112,13 +112,15 @@ def steps(layer: Any, sampling: bool = True) -> list[Step]:
 
 
 def has_rule(layer: Any) -> bool:
-    r"""Whether there is a rule for the class of a layer, or for one that it is derived from.
+    r"""Whether there is a rule for the class of a layer, or for one that it is derived from; those
+    of torch's containers do not count, as they say nothing of what is in them.
 
     Arguments:
         layer: The layer.
     """
     load(layer, "rules")
-    return any(cls in _RULES for cls in type(layer).__mro__)
+    base = next((c for c in type(layer).__mro__ if c in _RULES), None)
+    return base is not None and not base.__module__.startswith("torch.")
 
 
 def envelope(transform: Any, sampling: bool = True) -> Envelope:

@@ -173,7 +173,7 @@ def _moments(base: Any) -> tuple[Tensor, Tensor, str] | None:
         return loc, logs.amax() + to_logs.amax(), CLASS
     if type(base) is GaussianPrior:
         if base.net is None:
-            like = next(base.parameters())[:, : base.num_channels]
+            like: Tensor = base.constant[:, : base.num_channels]  # type: ignore[index]
             mean, logs = base.moments(like, None, None)
             return constant(mean), constant(logs), CONSTANT
         mean, logs = torch.tensor([base.mean_bound, base.scale_bound], dtype=torch.float64)

@@ -177,6 +177,16 @@ def test_a_module_that_only_holds_a_flow_is_certified_as_that(cls):
     assert certificate.table()[1].name.startswith("flow.")
 
 
+def test_an_embedding_of_layers_is_no_second_flow():
+    model = Given(RobustNSF(D, CONTEXT))
+    model.embed = zuko.nn.MLP(5, CONTEXT, [8])  # a class of its own, derived from a Sequential
+    assert certify(model).certified
+    (refused,) = certify(
+        zuko.flows.GMM(D, CONTEXT)
+    ).refused  # which has such a network, and no rule
+    assert "no rule for zuko.mixtures.GMM" in refused.reason
+
+
 DEPARTING = {
     Scaled: "sample does more than hand on what flow samples",
     ScaledLater: "rescaled does more",

@@ -1,5 +1,6 @@
 r"""Tests for the certificates and attacks of normflows' layers."""
 
+import math
 import pickle
 
 import pytest
@@ -644,3 +645,13 @@ def test_a_migrated_layer_whose_maps_are_made_otherwise_is_refused():
     assert flowguard.certify(robust).certified
     robust.flows[0].flows[1].map.register_forward_hook(lambda m, i, o: o)
     assert "hooks" in flowguard.certify(robust).refused[0].reason
+
+
+def test_a_prior_whose_parameter_became_a_plain_tensor_is_bounded_by_that():
+    prior = GaussianPrior(4)
+    value = torch.full((1, 8, 1, 1), 1.5)
+    del prior.constant
+    prior.constant = value
+    flow = ConditionalMultiscaleFlow([prior], [[nf.flows.Squeeze()]], [])
+    reached = (1.5 + math.exp(prior.scale_bound) * 4) * 1.01
+    assert flowguard.certify(flow).bound(4.0) <= reached
