@@ -34,7 +34,7 @@ def test_features_are_scored_as_before(fitted, fix):
 
 
 def test_both_covariances_are_on_one_scale(fitted):
-    r"""In 0.3 the one was divided by N and the other was not; in 0.4.0 neither is."""
+    r"""In the source of October 2024 one was divided by N and the other not; now neither is."""
     rmd, z, y = fitted
     within = sum(torch.cov(z[y == k].T, correction=0) * (y == k).sum() for k in range(3))
     torch.testing.assert_close(rmd.cov, within + 1e-6 * torch.eye(6), rtol=1e-4, atol=1e-2)

@@ -32,8 +32,8 @@ class MahalanobisCheck:
 
     Args:
         x: Simulations, of shape (N, *event_shape). Rows that are not finite are left out.
-        embedding_net: The trained embedding, whose output is tested beside x; its own distances
-            may be blind to what it was trained to ignore.
+        embedding_net: The trained embedding, whose output is tested where x itself is too large.
+            It may be blind to what it was trained to ignore.
         alpha: The rate of false alarms.
         max_features: The largest number of elements of x that is tested itself.
         max_rows: How many simulations are used at most.
@@ -58,6 +58,7 @@ class MahalanobisCheck:
         x = x[order[:max_rows].to(x.device)]
         self.alpha, self.event_shape = alpha, x.shape[1:]
         self.embedding_net = embedding_net
+        self.max_features = max_features
         self.whole = x[0].numel() <= max_features
         fitted, held_out = self._features(x).tensor_split(2)
         self.mean = fitted.mean(0)
@@ -72,15 +73,17 @@ class MahalanobisCheck:
     @torch.no_grad()
     def _features(self, x: Tensor) -> Tensor:
         r"""What is tested, in float64: (N, features)."""
-        parts = [x.flatten(1)] if self.whole else []
-        if self.embedding_net is not None:
-            mode = self.embedding_net.training
-            embedded = self.embedding_net.eval()(x)
-            self.embedding_net.train(mode)
-            parts.append(embedded.flatten(1))
-        if not parts:
-            raise ValueError("x is too large to be tested itself: give an embedding_net")
-        return torch.cat(parts, 1).double()
+        if self.whole:
+            return x.flatten(1).double()
+        if self.embedding_net is None:
+            raise ValueError(
+                f"x of more than {self.max_features} elements needs an embedding_net; "
+                f"got {x[0].numel()} elements"
+            )
+        mode = self.embedding_net.training
+        embedded = self.embedding_net.eval()(x)
+        self.embedding_net.train(mode)
+        return embedded.flatten(1).double()
 
     def _distances(self, features: Tensor) -> Tensor:
         unit = (features - self.mean) / self.scale

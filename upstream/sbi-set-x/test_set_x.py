@@ -71,5 +71,13 @@ def test_a_usual_observation_is_not_told_and_the_test_can_be_put_off(trained, fi
 def test_too_few_simulations_are_refused(fix):
     with pytest.raises(ValueError, match=r"at least 400 finite rows for alpha=0\.01; got 100"):
         fix.MahalanobisCheck(torch.randn(100, 3))
-    with pytest.raises(ValueError, match="give an embedding_net"):
+    with pytest.raises(ValueError, match="more than 256 elements needs an embedding_net; got 300"):
         fix.MahalanobisCheck(torch.randn(500, 300))
+
+
+def test_large_observations_are_tested_by_their_embedding(fix):
+    torch.manual_seed(0)
+    x = torch.randn(1000, 300)
+    test = fix.MahalanobisCheck(x, nn.Linear(300, 4).train())
+    assert test.embedding_net.training
+    assert test.p_values(100 * x[:5]).max() < 0.01
