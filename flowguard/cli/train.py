@@ -423,10 +423,6 @@ def _train(args: Any) -> int:
         if first_process():
             print(f"flowguard: error: {error}", file=sys.stderr)
         return 1
-    except SystemExit as stop:  # what Lightning makes of Ctrl-C before the first step
-        if isinstance(stop.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from None
-        raise
     except WrongMachine as error:
         raise UserError(
             f"--accelerator {args.accelerator}, --devices {args.devices}, --strategy"

@@ -80,14 +80,14 @@ def train(
 
     from flowguard.training.callbacks import Progress, StepLog
     from flowguard.training.module import FlowModule, Optimization
-    from flowguard.training.run import quiet
+    from flowguard.training.run import interruptible, quiet
 
     seed = int(torch.randint(2**62, ()))
     optimization = Optimization(steps, lr, clip=clip, seed=seed, most_skipped=1.0)
     module, log = FlowModule(model, optimization), StepLog(None)
     device = next(model.parameters()).device
     quiet()
-    with warnings.catch_warnings(), torch.random.fork_rng():
+    with warnings.catch_warnings(), torch.random.fork_rng(), interruptible():
         warnings.filterwarnings("ignore", module="lightning")
         trainer = pl.Trainer(
             accelerator="gpu" if device.type == "cuda" else device.type,

@@ -1,12 +1,23 @@
 r"""A run of training, and the folder that it leaves."""
 
-__all__ = ["Batches", "Loading", "Run", "WrongMachine", "fit", "steps_done"]
+__all__ = [
+    "Batches",
+    "Loading",
+    "Run",
+    "WrongMachine",
+    "fit",
+    "interruptible",
+    "quiet",
+    "steps_done",
+]
 
 import itertools
 import logging
 import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -263,7 +274,7 @@ def fit(
     if begin is not None:
         begin()
     going_on = run.checkpoint if run.checkpoint.exists() else None
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), interruptible():
         warnings.filterwarnings("ignore", module="lightning")
         trainer.fit(module, datamodule=loading, ckpt_path=going_on, weights_only=True)
         averaging.put(module)  # if the run was already complete, nothing else did
@@ -272,6 +283,22 @@ def fit(
         module.eval()
         save(run.model)
     return validation.last
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    r"""Hands Ctrl-C on as the exception that it is. Lightning makes it an exit, and lets the process
+    ignore it from then on."""
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as stop:
+        if not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        if main:
+            signal.signal(signal.SIGINT, before)
+        raise KeyboardInterrupt from None
 
 
 def quiet() -> None:

@@ -1,6 +1,7 @@
 """The short way to train."""
 
 import math
+import signal
 
 import pytest
 import torch
@@ -85,3 +86,14 @@ def test_a_bar_is_called_by_its_name(capsys):
     told = capsys.readouterr().err
     assert "mine" in told
     assert "bits/dim" in told
+
+
+def test_whoever_interrupts_it_gets_the_interrupt_and_can_interrupt_again():
+    def interrupted():
+        yield from batches(1)
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(model(), interrupted(), steps=3, progress=False)
+    assert signal.getsignal(signal.SIGINT) is before
