@@ -13,6 +13,7 @@ from torch.distributions import transforms as torch_transforms
 from flowguard import transforms as core
 from flowguard.bounds import Envelope, envelope_rule
 from flowguard.image import Affine, CubicBSpline, ReparametrizedAffine, Robust
+from flowguard.integrations.zuko import InPlaceRQSTransform
 
 from .maker import ROWS, Case, Maker
 
@@ -129,10 +130,8 @@ def _rotation(m: Maker, d: int, dtype: torch.dtype) -> Any:
     return Z.RotationTransform(m.tensor(d, d).to(dtype))
 
 
-def _rqs(m: Maker, d: int, dtype: torch.dtype) -> Any:
-    return Z.MonotonicRQSTransform(
-        m.tensor(d, 4), m.tensor(d, 4), m.tensor(d, 3), bound=m.positive()
-    )
+def _rqs(cls: Any, m: Maker, d: int, dtype: torch.dtype) -> Any:
+    return cls(m.tensor(d, 4), m.tensor(d, 4), m.tensor(d, 3), bound=m.positive())
 
 
 def _squash(cls: Any, m: Maker, d: int, dtype: torch.dtype) -> Any:
@@ -164,7 +163,8 @@ TRANSFORMS: dict[type, Build] = {
     Z.IdentityTransform: lambda m, d, t: Z.IdentityTransform(),
     Z.LULinearTransform: _lu,
     Z.MonotonicAffineTransform: _monotonic_affine,
-    Z.MonotonicRQSTransform: _rqs,
+    InPlaceRQSTransform: partial(_rqs, InPlaceRQSTransform),
+    Z.MonotonicRQSTransform: partial(_rqs, Z.MonotonicRQSTransform),
     Z.MonotonicTransform: lambda m, d, t: Z.MonotonicTransform(torch.tanh, ()),
     Z.PermutationTransform: lambda m, d, t: Z.PermutationTransform(torch.randperm(d)),
     Z.RotationTransform: _rotation,
@@ -193,6 +193,7 @@ ELEMENTWISE = [
 
 #: What no bound is known for, and is made more rarely.
 FREE = {
+    InPlaceRQSTransform,
     core.AffineTransform,
     core.ReparametrizedAffineTransform,
     core.Univariate,
