@@ -390,11 +390,11 @@ def test_of_a_batch_the_flagged_ones_alone_are_moved_and_named(heard):
     guarded = protect(posterior, THETA, X, policy="shrink")
     batch = torch.cat((X[:3], FAR, X[3:5]))
     with heard:
-        told = seeded(lambda: guarded.log_prob_batched(THETA[:6], batch, norm_posterior=False))
+        told = seeded(lambda: guarded.log_prob_batched(THETA[None, :6], batch, norm_posterior=False))
     (message,) = heard
     assert "1 of 6 observations are not like the simulations" in message
     assert "farthest is observation 3 [300, 100, 300]" in message
-    plain = posterior.log_prob_batched(THETA[:6], batch, norm_posterior=False)
+    plain = posterior.log_prob_batched(THETA[None, :6], batch, norm_posterior=False)
     same = (told == plain).flatten().tolist()
     assert same == [True, True, True, False, True, True]
 
@@ -412,6 +412,8 @@ def test_trials_of_one_observation_are_judged_together(kind, heard):
         guarded.set_default_x(drifted)
     assert len(heard) == 1
     assert "The observation of 10 trials is not like the simulations" in heard[0]
+    if OLD and kind == "mcmc":
+        return  # whose posterior takes no trials itself
     guarded.ood_policy = "shrink"
     with pytest.warns(OODContextWarning):
         assert guarded.log_prob(THETA[:4]).shape == (4,)
