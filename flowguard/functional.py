@@ -39,6 +39,7 @@ from flowguard.spline.options import Options, Usual
 FAITHFUL = 0.8  # the share of a bound up to which :func:`saturate` is the identity
 NEAR = 1 - 1e-3  # the share that it may reach, for which :func:`bounded` has a finite argument
 BOUNDS = 1e-10, 1e10  # of the box, for all to stay finite in single precision
+GAINS = 1e-6, 1e6  # that slopes may be multiplied by, for the same reason
 
 # Why these: "Least slopes" in docs/guarantees.md.
 #: The least slope of splines over vectors: a flow of a few layers comes back in float32.
@@ -261,7 +262,8 @@ def unconstrained_rational_quadratic_spline(
             are the same at both, or one of these for each entry of the inputs' last dimension.
             Outside of the box all are the identity.
         tail_bound: The bound :math:`B` of the box, or a tensor of bounds, which is broadcast to the
-            inputs' shape.
+            inputs' shape. The numbers of a tensor are not read: where one is not positive, the map
+            is the identity, and where one is infinite or NaN, so is NaN what is returned.
         min_bin_width: The least width of a bin, as a share of the box.
         min_bin_height: The least height of a bin, as a share of the box.
         min_derivative: The least slope at a knot.
@@ -282,7 +284,11 @@ def unconstrained_rational_quadratic_spline(
         tensor([-9.0000,  0.5000,  9.0000])
     """
     least = min_bin_width, min_bin_height, min_derivative
-    derivatives = _with_tails(inputs, unnormalized_derivatives, tails, least[2])
+    dtype = _result_dtype(inputs)
+    _check_tensors(unnormalized_widths, unnormalized_heights, unnormalized_derivatives)
+    derivatives = _with_tails(
+        inputs, unnormalized_widths, unnormalized_derivatives, tails, least[2]
+    )
     spline = partial(
         softmax_spline,
         widths=unnormalized_widths,
@@ -294,36 +300,43 @@ def unconstrained_rational_quadratic_spline(
     if not isinstance(tail_bound, Tensor):
         return spline(inputs, bound=tail_bound)
     # In units of the bound, which leaves slopes as they are.
-    dtype = _result_dtype(inputs)
     x = inputs.to(torch.promote_types(dtype, torch.float32))
     bound = tail_bound.to(x.dtype)
-    outside = x.abs() > bound
+    bound = bound + (bound - bound)  # NaN for an infinite one
+    empty = bound <= 0
+    outside = (x.abs() > bound) | empty
+    bound = torch.where(empty, 1.0, bound)
     y, ladj = spline(torch.where(outside, 0.0, x) / bound, bound=1.0)
     y, ladj = torch.where(outside, x, y * bound), torch.where(outside, 0.0, ladj)
     return y.to(dtype), ladj.to(dtype)
 
 
 def _with_tails(
-    x: Tensor, derivatives: Tensor, tails: str | Sequence[str], least: float
+    x: Tensor, widths: Tensor, derivatives: Tensor, tails: str | Sequence[str], least: float
 ) -> Tensor:
     r"""The raw slopes at all knots that have one of their own."""
-    if tails == "linear":
-        return derivatives
-    if tails == "circular":
-        return torch.cat((derivatives, derivatives[..., :1]), dim=-1)
-    kinds = [] if isinstance(tails, str) or tails is None else list(tails)
-    if not kinds or not set(kinds) <= {"linear", "circular"}:
+    alike = isinstance(tails, str)
+    kinds = [tails] if alike else list(tails) if isinstance(tails, Sequence) else []
+    if not kinds or not all(kind in ("linear", "circular") for kind in kinds):
         raise ValueError(
             "tails must be 'linear' or 'circular', or a list of these with one for each feature;"
             f" got {tails!r}"
         )
-    if len(kinds) not in (1, x.shape[-1] if x.dim() else 1):
+    if not alike and len(kinds) not in (1, x.shape[-1] if x.dim() else 1):
         raise ValueError(
             "tails must name one kind for each entry of the inputs' last dimension; got"
             f" {len(kinds)} for inputs of shape {tuple(x.shape)}"
         )
+    more = 1 if not alike else -1 if tails == "linear" else 0
+    _check_slopes(widths, derivatives, more, f"{tails!r} tails")
+    if tails == "linear":
+        return derivatives
+    if tails == "circular":
+        return torch.cat((derivatives, derivatives[..., :1]), dim=-1)
     check_least_slope(least)
+    derivatives = _expand(derivatives, (*broadcast_shape(x, derivatives), derivatives.shape[-1]))
     linear = torch.tensor([kind == "linear" for kind in kinds], device=derivatives.device)
+    linear = linear[0] if len(kinds) == 1 else linear
     end = math.log(math.expm1(1 - least))
     first = last = derivatives[..., 0]
     first, last = (torch.where(linear, end, d).unsqueeze(-1) for d in (first, last))
@@ -365,7 +378,7 @@ def straight_rational_quadratic_spline(
 
     Raises:
         TypeError: If an input is not a floating point tensor.
-        ValueError: If the box is empty; and what :func:`unconstrained_rational_quadratic_spline`
+        ValueError: If the box is empty, or too small, large, flat or steep to compute with; and what :func:`unconstrained_rational_quadratic_spline`
             refuses.
 
     Example:
@@ -381,11 +394,25 @@ def straight_rational_quadratic_spline(
             "the box must have a positive, finite width and height; got"
             f" [{left}, {right}] x [{bottom}, {top}]"
         )
+    least, most = BOUNDS
+    if not (least <= width <= most and least <= height <= most):
+        raise ValueError(
+            f"the size of the box must lie in [{least:g}, {most:g}], for all gradients to be finite"
+            f" in single precision; got [{left}, {right}] x [{bottom}, {top}]. Rescale x instead."
+        )
     steep = height / width
+    least, most = GAINS
+    if not least <= steep <= most:
+        raise ValueError(
+            f"the box must be {least:g} to {most:g} times as high as wide; got {steep:g}, for"
+            f" [{left}, {right}] x [{bottom}, {top}]"
+        )
     start, size, to, grown = (
         (bottom, height, left, width) if inverse else (left, width, bottom, height)
     )
     dtype = _result_dtype(inputs)
+    _check_tensors(unnormalized_widths, unnormalized_heights, unnormalized_derivatives)
+    _check_slopes(unnormalized_widths, unnormalized_derivatives, 1, "a spline on a box")
     x = inputs.to(torch.promote_types(dtype, torch.float32))
     y, ladj = softmax_spline(
         (x - start) * (2 / size) - 1,
@@ -432,10 +459,10 @@ def softmax_spline(
     Raises:
         TypeError: If an input is not a floating point tensor.
         ValueError: If the numbers of bins do not agree, if the shapes cannot be broadcast, or if
-            `bound` or `least` is out of range.
+            `bound`, `least`, `gain` or `clip` is out of range.
     """
     check_bound(bound)
-    _check_usual(widths, heights, derivatives, least)
+    _check_usual(widths, heights, derivatives, least, gain, clip)
     dtype = _result_dtype(x)
     _result_dtype(widths, heights, derivatives)
     shape = broadcast_shape(x, widths, heights, derivatives)
@@ -654,9 +681,7 @@ def check_spline(
     check_bound(bound)
     check_slope(slope)
     params = widths, heights, derivatives
-    if not all(isinstance(p, Tensor) for p in params):
-        kinds = ", ".join(type(p).__name__ for p in params)
-        raise TypeError(f"widths, heights and derivatives must be tensors; got {kinds}")
+    _check_tensors(*params)
     sizes = tuple(p.shape[-1] if p.dim() else 0 for p in params)
     if len(set(sizes)) > 1 or sizes[0] < 1:
         raise ValueError(
@@ -665,14 +690,34 @@ def check_spline(
         )
 
 
-def _check_usual(
-    widths: Tensor, heights: Tensor, derivatives: Tensor, least: Sequence[float]
-) -> None:
-    r"""Refuses numbers of bins that disagree, and least sizes and slopes that are out of range."""
-    params = widths, heights, derivatives
+def _check_tensors(*params: Tensor) -> None:
     if not all(isinstance(p, Tensor) for p in params):
         kinds = ", ".join(type(p).__name__ for p in params)
         raise TypeError(f"widths, heights and derivatives must be tensors; got {kinds}")
+
+
+def _check_slopes(widths: Tensor, derivatives: Tensor, more: int, what: str) -> None:
+    r"""Refuses another number of slopes than that of the bins and some more."""
+    bins, slopes = (p.shape[-1] if p.dim() else 0 for p in (widths, derivatives))
+    if slopes != bins + more:
+        raise ValueError(
+            f"for K = {bins} bins and {what} the derivatives must hold {bins + more} slopes in their"
+            f" last dimension (K - 1 for linear tails, K for circular ones, K + 1 for a list of both"
+            f" or a spline on a box); got {slopes}"
+        )
+
+
+def _check_usual(
+    widths: Tensor,
+    heights: Tensor,
+    derivatives: Tensor,
+    least: Sequence[float],
+    gain: float,
+    clip: float | None,
+) -> None:
+    r"""Refuses numbers of bins that disagree, and options that are out of range."""
+    params = widths, heights, derivatives
+    _check_tensors(*params)
     bins, other, slopes = (p.shape[-1] if p.dim() else 0 for p in params)
     if bins < 1 or other != bins or slopes not in (bins - 1, bins + 1):
         raise ValueError(
@@ -688,8 +733,14 @@ def _check_usual(
                 f"the least {name} of a bin must be a share of the box in [0, 1 / K]; got {share}"
                 f" for K = {bins} bins"
             )
+    low, high = GAINS
+    # Rounded, as the inverse of a number that is in range may be.
+    if not low * (1 - 1e-9) <= gain <= high * (1 + 1e-9):
+        raise ValueError(f"the gain must lie in [{low:g}, {high:g}]; got {gain}")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip must be positive, or None; got {clip}")
     if slopes < bins:
-        check_least_slope(slope)
+        check_least_slope(slope * gain)
     elif not 0 <= slope < math.inf:
         raise ValueError(f"the least slope must be finite and not negative; got {slope}")
 

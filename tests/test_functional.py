@@ -641,6 +641,13 @@ USUAL = dict(zip("xwhd", usual((3,)), strict=True))
         ({"min_bin_width": 0.3}, ValueError, r"width of a bin .* got 0.3 for K = 4 bins"),
         ({"min_bin_height": -0.1}, ValueError, r"height of a bin .* got -0.1"),
         ({"min_derivative": 1.0}, ValueError, r"least slope must lie in \[0, 1\).*got 1.0"),
+        ({"tails": 5}, ValueError, "tails must be 'linear' or 'circular'.*got 5"),
+        ({"d": torch.zeros(3, 2), "tails": "circular"}, ValueError, "4 slopes.*got 2"),
+        ({"tails": ["linear"]}, ValueError, "5 slopes.*got 3"),
+        ({"d": torch.zeros(3, 5)}, ValueError, "3 slopes.*got 5"),
+        ({"d": torch.zeros(()), "tails": "circular"}, ValueError, "4 slopes.*got 0"),
+        ({"d": None, "tails": "circular"}, TypeError, "must be tensors; got .*NoneType"),
+        ({"d": torch.zeros(4, 5), "tails": ["linear"]}, ValueError, "must broadcast"),
     ],
 )
 def test_the_unconstrained_spline_refuses(change, error, match):
@@ -648,6 +655,64 @@ def test_the_unconstrained_spline_refuses(change, error, match):
     tensors = [given.pop(name) for name in "xwhd"]
     with pytest.raises(error, match=match):
         unconstrained_rational_quadratic_spline(*tensors, **given)
+
+
+def test_a_list_of_tails_broadcasts_and_goes_with_a_number():
+    x, w, h, d = usual((5, 2), more=1)
+    spline = partial(unconstrained_rational_quadratic_spline, tails=["linear", "circular"])
+    whole = spline(x, w, h, d[0, 0].expand_as(d))
+    parts = spline(x, w, h, d[0, 0])
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+    one, *params = usual((), more=1)
+    made = unconstrained_rational_quadratic_spline(one, *params, tails=["linear"])
+    few = *params[:2], params[2][1:-1]
+    for a, b in zip(made, unconstrained_rational_quadratic_spline(one, *few), strict=True):
+        assert a.shape == ()
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_a_tensor_of_bounds_that_are_no_bounds_explodes_nothing():
+    bounds = torch.tensor([0.0, -1.0, math.inf, math.nan], requires_grad=True)
+    x, *params = usual((9, 4))
+    x[:3] = torch.tensor([[0.0], [1.0], [-1.0]])
+    x.requires_grad_()
+    y, ladj = unconstrained_rational_quadratic_spline(x, *params, tail_bound=bounds)
+    assert torch.equal(y[:, :2], x[:, :2])  # no box: the identity
+    assert not ladj[:, :2].any()
+    assert bool(y[:, 2:].isnan().all())
+    assert bool(ladj[:, 2:].isnan().all())
+    for grad in torch.autograd.grad(y[:, :2].sum() + ladj[:, :2].sum(), [x, bounds]):
+        assert bool(grad[..., :2].isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"right": 1e300}, r"size of the box must lie in \[1e-10, 1e\+10\].*got .*1e\+300"),
+        ({"top": 1e-30}, "size of the box must lie in"),
+        ({"right": 1e7, "top": 1e-7}, "1e-06 to 1e.06 times as high as wide; got 1e-14"),
+    ],
+)
+def test_the_straight_spline_refuses_boxes_that_it_cannot_compute_with(change, match):
+    with pytest.raises(ValueError, match=match):
+        straight_rational_quadratic_spline(*usual((3,), more=1), **change)
+
+
+def test_the_straight_spline_refuses_slopes_at_inner_knots_alone():
+    with pytest.raises(ValueError, match="5 slopes.*got 3"):
+        straight_rational_quadratic_spline(*usual((3,)), right=1000.0)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("steep", [1e-6, 1e-3, 1e3, 1e6])
+def test_the_straight_spline_is_finite_in_the_flattest_and_steepest_boxes(steep, inverse):
+    x, *params = usual((200,), bins=8, more=1)
+    x = 3 * x * (steep if inverse else 1.0)
+    for scale in (1.0, 1e2, 1e30):
+        leaves = [t.requires_grad_() for t in (x.detach(), *(scale * p for p in params))]
+        outs = straight_rational_quadratic_spline(*leaves, inverse, top=steep)
+        grads = torch.autograd.grad(sum(o.sum() for o in outs), leaves)
+        assert all(bool(t.isfinite().all()) for t in (*outs, *grads))
 
 
 def test_the_straight_spline_refuses_an_empty_box():

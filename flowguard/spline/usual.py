@@ -38,7 +38,10 @@ def sizes(bins: int, o: Options) -> list[tuple[float, float]]:
 
 def at_ends(u: Usual) -> float:
     r"""The raw slope that says one, for the ends of the box."""
-    return 0.0 if u.clip is not None else math.log(math.expm1((1 - u.slope) / u.gain))
+    if u.clip is not None:
+        return 0.0
+    above = (1 - u.slope) / u.gain
+    return above + math.log(-math.expm1(-above))  # what the softplus undoes, without overflow
 
 
 def _clip(x: Tensor, limit: float) -> Pair:

@@ -1,6 +1,7 @@
 r"""The usual parameterisation: both kernels agree, all derivatives are there, nothing is infinite."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -155,6 +156,47 @@ def test_it_passes_through_graphs_and_transforms(inverse, kind):
     grads = torch.autograd.grad(sum(o.sum() for o in compiled(*leaves)), leaves)
     others = torch.autograd.grad(sum(o.sum() for o in run(leaves, kind, inverse)), leaves)
     assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(grads, others, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@INVERSE
+def test_a_trace_runs_on_other_sizes(inverse, kind, tmp_path):
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # that shapes are looked at, and that traces are going away
+        traced = torch.jit.trace(lambda *t: run(t, kind, inverse), tuple(draw(20, 5, kind)))
+        torch.jit.save(traced, str(tmp_path / "spline.pt"))
+        traced = torch.jit.load(str(tmp_path / "spline.pt"))
+    tensors = draw(30, 5, kind)
+    for a, b in zip(traced(*tensors), run(tensors, kind, inverse), strict=True):
+        assert torch.allclose(a, b, atol=1e-12)
+
+
+@pytest.mark.parametrize("gain", [1e-6, 1e-3, 1e3, 1e6])
+def test_slopes_of_one_at_the_ends_are_met_with_any_gain(gain):
+    x = torch.tensor([-BOUND, BOUND], dtype=torch.float64)
+    params = [torch.randn(2, size, dtype=x.dtype) for size in (4, 4, 3)]
+    least = (0.1, 0.1, min(1e-3, 0.5 / gain))
+    _, ladj = softmax_spline(x, *params, bound=BOUND, least=least, gain=gain)
+    assert ladj.abs().max() < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"gain": 0.0}, "gain must lie in"),
+        ({"gain": -1.0}, "gain must lie in"),
+        ({"gain": math.nan}, "gain must lie in"),
+        ({"gain": 1e4}, r"least slope must lie in \[0, 1\).*got 10"),
+        ({"clip": 0.0}, "clip must be positive, or None; got 0.0"),
+        ({"clip": math.nan}, "clip must be positive, or None; got nan"),
+    ],
+)
+def test_it_refuses(options, match):
+    with pytest.raises(ValueError, match=match):
+        softmax_spline(*draw(5, 4, "clipped"), bound=BOUND, **options)
 
 
 def test_keeps_nothing_but_its_inputs():
