@@ -699,7 +699,7 @@ def test_the_straight_spline_refuses_boxes_that_it_cannot_compute_with(change, m
 
 
 def test_the_straight_spline_refuses_slopes_at_inner_knots_alone():
-    with pytest.raises(ValueError, match="5 slopes.*got 3"):
+    with pytest.raises(ValueError, match=r"5 slopes.*got 3"):
         straight_rational_quadratic_spline(*usual((3,)), right=1000.0)
 
 

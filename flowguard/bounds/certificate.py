@@ -15,6 +15,7 @@ from flowguard.bounds.holders import steps_within
 from flowguard.bounds.parts import gather, parts
 from flowguard.bounds.regions import Region
 from flowguard.bounds.relaxation import Chain
+from flowguard.bounds.rules import compiled
 from flowguard.bounds.steps import Linear, Noise, Refused, Step
 from flowguard.hosts import opened
 
@@ -333,7 +334,7 @@ def certify(model: Any, *, roundoff: float | None = None) -> Certificate:
 def _certificate(
     model: Any, walk: list[Step], roundoff: float, largest: float = math.inf
 ) -> Certificate:
-    kind = type(getattr(model, "_orig_mod", model)).__name__
+    kind = type(compiled(model)).__name__
     return Certificate(kind, tuple(walk), roundoff, largest)
 
 

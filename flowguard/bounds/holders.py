@@ -19,9 +19,10 @@ import ast
 import copy
 import inspect
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from types import CodeType, FunctionType
+from functools import partial
+from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from flowguard.bounds.rules import departure, has_rule, hooks_of, steps, within
+from flowguard.bounds.rules import compiled, departure, has_rule, hooks_of, steps, within
 from flowguard.bounds.steps import Refused, Remark, Step
 from flowguard.hosts import of_a_host
 
@@ -46,9 +47,15 @@ WEIGHTS |= {"requires_grad_", "state_dict", "train", "training"}
 HARMLESS = ("property", "torch.no_grad", "torch.inference_mode", "torch.enable_grad", "override")
 
 #: What reaches parts of a module in ways that its source does not show.
-HIDDEN = {"__dict__", "_modules", "children", "eval", "exec", "get_submodule", "getattr"}
-HIDDEN |= {"modules", "named_children", "named_modules", "setattr", "vars"}
-OPAQUE = {"__getattr__", "__getattribute__", "__setattr__"}
+HIDDEN = {"__dict__", "__getattr__", "__getattribute__", "_modules", "children", "eval", "exec"}
+HIDDEN |= {"get_submodule", "getattr", "globals", "locals", "modules", "named_children"}
+HIDDEN |= {"named_modules", "setattr", "vars", "_call_impl", "_wrapped_call_impl"}
+OPAQUE = {"__call__", "__getattr__", "__getattribute__", "__setattr__"}
+OPAQUE |= {"_call_impl", "_wrapped_call_impl"}
+
+#: What is looked at of noise without changing it; and what returns the module that it was called of.
+LOOKED = {"device", "dtype", "ndim", "shape"}
+ITSELF = {"eval", "requires_grad_", "train"}
 
 _CONDITIONED: list[type] = []
 
@@ -97,7 +104,7 @@ def unwrapped(model: Any) -> tuple[tuple[str, ...], Any]:
 
 
 def _wrapped(model: Any) -> str:
-    if "_orig_mod" in getattr(model, "_modules", ()):
+    if compiled(model) is not model:
         return "_orig_mod"
     if isinstance(model, nn.DataParallel | DistributedDataParallel | AveragedModel):
         return "module"
@@ -143,6 +150,8 @@ def _why_not(model: nn.Module, path: str, flow: Any) -> str:
     r"""Says why the samples of a module may not be those of the flow in it."""
     if "." in path:
         return f"{path} is a part of a part, and what is made of its samples is not looked at"
+    if place := _elsewhere(model, path, flow):
+        return f"its {place} keeps {path}, or a part of it, elsewhere too"
     own = type(model).__module__.partition(".")[0]
     conditional = isinstance(flow, tuple(_CONDITIONED))
     handing: set[str] = set()  # the methods that return what the flow returned
@@ -163,6 +172,45 @@ def _why_not(model: nn.Module, path: str, flow: Any) -> str:
                 handing |= {name} if hands else set()
         if len(handing) == known:
             return ""
+
+
+def _elsewhere(model: nn.Module, path: str, flow: Any) -> str:
+    r"""The name under which a module keeps its flow beside `path`, in lists and functions too."""
+    inside = {id(module) for module in flow.modules()}
+    known = {id(m) for m in flow.modules() if not type(m).__module__.startswith("torch.")}
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        if id(module) in inside:
+            continue
+        entries = {**vars(module), **module._modules}
+        for name in ("_modules", "_parameters", "_buffers", *((path,) if module is model else ())):
+            entries.pop(name, None)
+        for name, value in entries.items():
+            ahead = [value]
+            while ahead:
+                part = ahead.pop()
+                if id(part) in known:
+                    return f"{prefix}.{name}" if prefix else name
+                if id(part) not in seen and not isinstance(part, nn.Module):
+                    seen.add(id(part))
+                    ahead += _kept(part)
+    return ""
+
+
+def _kept(value: Any) -> list[Any]:
+    r"""What a list, a dictionary or something that can be called keeps."""
+    if isinstance(value, list | tuple | set | frozenset):
+        return [*value]
+    if isinstance(value, Mapping):
+        return [*value.values()]
+    if isinstance(value, partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, MethodType):
+        return [value.__self__, value.__func__]
+    if isinstance(value, FunctionType):
+        cells = [c.cell_contents for c in value.__closure__ or () if c != CellType()]
+        return [*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+    return []
 
 
 def _uses(function: FunctionType | None, path: str, handing: set[str]) -> bool:
@@ -204,11 +252,11 @@ def _reads(
         return "has no source that can be read", False
     if not isinstance(node, ast.FunctionDef):
         return "is no plain method", False
-    decorators = [ast.unparse(d) for d in node.decorator_list]
-    if strange := [d for d in decorators if not d.startswith(HARMLESS)]:
+    decorators = [ast.unparse(getattr(d, "func", d)) for d in node.decorator_list]
+    if strange := [d for d in decorators if d not in HARMLESS]:
         return f"is decorated by {strange[0]}, which may change what it returns", False
-    if not node.args.args:
-        return "", False
+    if not (node.args.posonlyargs or node.args.args):
+        return "takes its module by *args" if node.args.vararg else "", False
     reader = _Reader(node, path, conditional, handing)
     return reader.complaint, reader.hands
 
@@ -222,16 +270,30 @@ class _Reader(ast.NodeVisitor):
     def __init__(
         self, node: ast.FunctionDef, path: str, conditional: bool, handing: frozenset[str]
     ) -> None:
-        self.me, self.path, self.conditional = node.args.args[0].arg, path, conditional
+        first, *others = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+        self.me, self.path, self.conditional = first.arg, path, conditional
         self.handing = handing
         self.hands = False
-        every = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
-        self.given = {arg.arg for arg in every}
+        self.given = {arg.arg for arg in others} - self._touched(node)
         self.made: set[str] = set()  # names of what comes of the flow
         self.complaint = ""
         # A name that is given something in a loop may have been used before: twice is enough.
         for statement in (*node.body, *node.body):
             self.visit(statement)
+
+    def _touched(self, node: ast.AST) -> set[str]:
+        r"""The names that are put to any other use than to be handed to the flow."""
+        flow = f"{self.me}.{self.path}"
+        handed: set[int] = set()
+        for part in ast.walk(node):
+            match part:
+                case ast.Call(func=called, args=[ast.Name() as name, *_]):
+                    if ast.unparse(called) in (flow, f"{flow}.inverse"):
+                        handed.add(id(name))
+                case ast.Attribute(value=ast.Name() as name, attr=attr) if attr in LOOKED:
+                    handed.add(id(name))
+        names = (part for part in ast.walk(node) if isinstance(part, ast.Name))
+        return {name.id for name in names if id(name) not in handed}
 
     def _complain(self, node: ast.AST) -> None:
         words = f"does more than hand on what {self.path} samples: {ast.unparse(node)[:60]}"
@@ -271,6 +333,8 @@ class _Reader(ast.NodeVisitor):
         match node:
             case ast.Name(id=self.me):
                 return "forward" in self.handing
+            case ast.Attribute(value=ast.Name(id=self.me), attr="__call__"):
+                return "forward" in self.handing
             case ast.Attribute(value=ast.Name(id=self.me), attr=name):
                 return name in self.handing
             case ast.Attribute(value=ast.Call(func=ast.Name(id="super")), attr=name):
@@ -281,6 +345,10 @@ class _Reader(ast.NodeVisitor):
         rest = [*node.args, *(keyword.value for keyword in node.keywords)]
         if isinstance(called, ast.Attribute) and self.comes_of_it(called.value):
             name = called.attr
+            if name in ITSELF and ast.unparse(called.value) == f"{self.me}.{self.path}":
+                return True
+            if name == "view" and not _is_a_shape(node):
+                self._complain(node)
             known = name in SAMPLING | SCORING | SHAPING | WEIGHTS or self._plain(name, node)
         elif self.comes_of_it(called):
             name, known = "", self.conditional or self._plain("inverse", node)
@@ -347,8 +415,23 @@ class _Reader(ast.NodeVisitor):
     def visit_AugAssign(self, node: ast.AugAssign) -> None:
         r"""Refuses what changes a sample."""
         self.visit(node.value)
-        if isinstance(node.target, ast.Name) and node.target.id in self.made:
+        if self._is_of_it(node.target):
             self._complain(node)
+
+    def _is_of_it(self, target: ast.expr) -> bool:
+        r"""Whether what is written to is a part of what comes of the flow."""
+        while isinstance(target, ast.Subscript | ast.Attribute | ast.Starred):
+            # Written to, it is not loaded itself: what it belongs to is.
+            target = target.value
+            if self.comes_of_it(target):
+                return True
+        return isinstance(target, ast.Name) and target.id in self.made
+
+    def visit_Global(self, node: ast.Global) -> None:
+        r"""Refuses names that other methods see."""
+        self._complain(node)
+
+    visit_Nonlocal = visit_Global  # type: ignore[assignment]
 
     def _refuse_inner(self, node: ast.AST) -> None:
         r"""Refuses functions within the method that may have to do with the flow."""
@@ -382,10 +465,22 @@ class _Reader(ast.NodeVisitor):
             self.given.discard(target.id)
             if comes:
                 self.made.add(target.id)
-        elif comes:
+        elif comes or self._is_of_it(target):
             self._complain(target)
         else:
             self.visit(target)
+
+
+def _is_a_shape(view: ast.Call) -> bool:
+    r"""Whether what is viewed takes another shape; if not, another dtype may it be."""
+    if view.keywords or len(view.args) != 1:
+        return not view.keywords
+    match view.args[0]:
+        case ast.Constant(value=int()) | ast.UnaryOp() | ast.Tuple() | ast.List() | ast.Starred():
+            return True
+        case ast.Attribute(attr="shape") | ast.Call(func=ast.Attribute(attr="size")):
+            return True
+    return False
 
 
 def steps_within(model: Any, sampling: bool = True) -> list[Step]:
@@ -395,7 +490,7 @@ def steps_within(model: Any, sampling: bool = True) -> list[Step]:
         model: The model.
         sampling: Whether it runs towards data. A holder tells of nothing else.
     """
-    inner = getattr(model, "_orig_mod", model)
+    inner = compiled(model)
     found = held(inner) if sampling and not hooks_of(model) else None
     if found is None:
         return steps(model, sampling)

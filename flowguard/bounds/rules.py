@@ -10,6 +10,7 @@ imported when the first of its layers is met.
 """
 
 __all__ = [
+    "compiled",
     "departure",
     "envelope",
     "envelope_rule",
@@ -103,12 +104,24 @@ def steps(layer: Any, sampling: bool = True) -> list[Step]:
         sampling: Whether the layer runs towards data; see :func:`rule`.
     """
     wrapper = layer
-    layer = getattr(layer, "_orig_mod", layer)  # what torch.compile wraps
+    layer = compiled(layer)
     kind = type(layer).__name__
     found = hooks_of(wrapper) or _lookup(_RULES, layer)
     if isinstance(found, str):
         return [Refused(kind=kind, reason=found)]
     return [s if s.kind else replace(s, kind=kind) for s in found(layer, sampling)]
+
+
+def compiled(layer: Any) -> Any:
+    r"""Returns what `torch.compile` has wrapped; anything else as it is.
+
+    Arguments:
+        layer: The layer.
+    """
+    kind = type(layer)
+    # A module of a user's own may hold something under that name, and do anything with it.
+    wraps = kind.__name__ == "OptimizedModule" and kind.__module__.startswith("torch._dynamo")
+    return layer._orig_mod if wraps else layer
 
 
 def has_rule(layer: Any) -> bool:

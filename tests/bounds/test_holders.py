@@ -152,6 +152,94 @@ class Opaque(Holder):
         return super().__getattr__(name)
 
 
+class IndexedInPlace(Holder):
+    def sample(self, y):
+        x = self.flow(self.embed(y)).sample()
+        x[...] *= 10
+        return x
+
+
+class DataInPlace(Holder):
+    def sample(self, y):
+        x = self.flow(self.embed(y)).sample()
+        x.data *= 10
+        return x
+
+
+class Reinterpreted(Holder):
+    def sample(self, y):
+        return self.flow(self.embed(y)).sample().view(torch.int32)
+
+
+class Shared(Holder):
+    def sample(self, y):
+        global LAST
+        LAST = self.flow(self.embed(y)).sample()
+
+    def louder(self, y):
+        return 10 * LAST
+
+
+class Locals(Holder):
+    def sample(self, y):
+        x = self.flow(self.embed(y)).sample()
+        return 10 * locals()["x"]
+
+
+class ByDunder(Holder):
+    def sample(self, y):
+        return 10 * self.__getattr__("flow")(self.embed(y)).sample()
+
+
+class Called(Given):
+    def __call__(self, y):
+        return 10 * super().__call__(y).sample()
+
+
+class CalledByName(Given):
+    def sample(self, y):
+        return 10 * self.__call__(y).sample()
+
+
+class InTraining(Holder):
+    def sample(self, y):
+        return 10 * self.flow.requires_grad_()(self.embed(y)).sample()
+
+
+class PartReplaced(Holder):
+    def sample(self, y):
+        self.flow.train().transform = None
+        return self.flow(self.embed(y)).sample()
+
+
+class PositionalOnly(Holder):
+    def sample(self, y, /):
+        return 10 * self.flow(self.embed(y)).sample()
+
+
+def closed(f):
+    def louder(*args):
+        return 10 * f(*args)
+
+    return louder
+
+
+class Closed(Holder):
+    @closed
+    def sample(self, y):
+        return self.flow(self.embed(y)).sample()
+
+
+def property_of(f):
+    return wrapping(f)
+
+
+class NearlyHarmless(Holder):
+    @property_of
+    def sample(self, y):
+        return self.flow(self.embed(y)).sample()
+
+
 class Two(nn.Module):
     def __init__(self):
         super().__init__()
@@ -201,6 +289,19 @@ DEPARTING = {
     Mixed: "louder does more",
     TransformOnly: "decode does more",
     Opaque: "__getattr__",
+    IndexedInPlace: "sample does more",
+    DataInPlace: "sample does more",
+    Reinterpreted: "sample does more",
+    Shared: "sample does more",
+    Locals: "by locals",
+    ByDunder: "by __getattr__",
+    Called: "__call__ of its own",
+    CalledByName: "sample does more",
+    InTraining: "sample does more",
+    PartReplaced: "sample does more",
+    PositionalOnly: "sample does more",
+    Closed: "by *args",
+    NearlyHarmless: "decorated by property_of",
 }
 
 
@@ -226,6 +327,112 @@ def test_holders_of_several_flows_and_of_hidden_ones_are_refused_with_advice():
     with pytest.raises(TypeError, match="several"):
         migrate(Two(), torch.randn(64, D), torch.randn(64, 5))
     assert held(nn.Linear(2, 2)) is None
+
+
+class Kept(Holder):
+    """Reaches the flow by another way than its name."""
+
+    def __init__(self, keep):
+        super().__init__(RobustNSF(D, CONTEXT))
+        keep(self)
+
+    def sample(self, y):
+        return 10 * self.other[0](self.embed(y)).sample()
+
+
+class Behind(nn.Module):
+    def __init__(self, flow):
+        super().__init__()
+        self.flows = {"one": flow}
+
+
+KEEPING = {
+    "a list": lambda m: vars(m).update(other=[m.flow]),
+    "a list of methods": lambda m: vars(m).update(other=[m.flow.forward]),
+    "a function": lambda m: vars(m).update(other=[lambda y, flow=m.flow: flow(y)]),
+    "a closure": lambda m: vars(m).update(other=(lambda flow: [lambda y: flow(y)])(m.flow)),
+    "a partial": lambda m: vars(m).update(other=[functools.partial(m.flow)]),
+    "another name": lambda m: setattr(m, "again", m.flow),
+    "another module": lambda m: setattr(m, "behind", Behind(m.flow)),
+    "a part of it": lambda m: vars(m).update(other=[m.flow.transform]),
+}
+
+
+@pytest.mark.parametrize("keep", KEEPING.values(), ids=KEEPING)
+def test_a_holder_that_keeps_its_flow_elsewhere_too_is_refused(keep):
+    (refused,) = certify(Kept(keep)).refused
+    assert "keeps flow, or a part of it, elsewhere too" in refused.reason
+
+
+def test_what_holders_keep_beside_their_flow_is_no_reason():
+    def keep(model):
+        model.other = [model.embed, len, {"lr": 0.1}, torch.zeros(2), functools.partial(len, [])]
+
+    assert "does more" not in str(certify(Kept(keep)).refused)
+    assert certify(Kept(keep)).certified
+
+
+class Undecided(nn.Module):
+    """A layer that its noise is handed to, as it was given or not."""
+
+    def __init__(self):
+        super().__init__()
+        pytest.importorskip("nflows")
+        from flowguard.integrations.nflows import RobustSplineCDF
+
+        self.flow = RobustSplineCDF([D])
+
+
+class LouderNoise(Undecided):
+    def decode(self, z):
+        z.mul_(10)
+        return self.flow.inverse(z)
+
+
+class RenamedNoise(Undecided):
+    def decode(self, z):
+        w = z
+        w += 10
+        return self.flow.inverse(z)
+
+
+class FilledNoise(Undecided):
+    def decode(self, z):
+        z[...] = 10
+        return self.flow.inverse(z)
+
+
+class NoiseAsGiven(Undecided):
+    def decode(self, z):
+        if z.shape[-1] != D:
+            raise ValueError("as many features as the flow has")
+        return self.flow.inverse(z)
+
+
+@pytest.mark.parametrize("cls", [LouderNoise, RenamedNoise, FilledNoise])
+def test_noise_that_is_changed_before_the_flow_has_it_is_refused(cls):
+    (refused,) = certify(cls()).refused
+    assert "decode does more" in refused.reason
+
+
+def test_noise_that_is_handed_on_as_it_was_given_is_certified():
+    assert certify(NoiseAsGiven()).certified
+
+
+class LooksCompiled(nn.Module):
+    def __init__(self, flow):
+        super().__init__()
+        self._orig_mod = flow
+
+    def forward(self, y):
+        return 10 * self._orig_mod(y).sample()
+
+
+def test_what_only_looks_like_a_compiled_module_is_no_wrapper():
+    model = LooksCompiled(RobustNSF(D, CONTEXT))
+    assert unwrapped(model) == ((), model)
+    (refused,) = certify(model).refused
+    assert "forward does more" in refused.reason
 
 
 def test_a_holder_whose_instance_or_hooks_change_it_is_refused():
