@@ -40,7 +40,7 @@ def _kernels(widths: Tensor, o: Options) -> tuple[ModuleType, ModuleType]:
 def _in_place() -> bool:
     r"""Whether to compute in place. The compiler fuses better what is not, and the transforms of
     `torch.func` forbid it."""
-    traced = not INPLACE or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    traced = not INPLACE or torch.compiler.is_compiling() or torch._C._is_tracing()
     return not (traced or torch._C._are_functorch_transforms_active())
 
 
@@ -59,7 +59,7 @@ def apply(x: Tensor, params: Params, shift: Tensor | None, o: Options) -> tuple[
             return pieces.evaluate(_kernels(params[0], o)[1], inputs, o)
         if not o.prepared:
             return _InPlace.apply(*inputs, o)
-    if torch.jit.is_tracing():  # whose graphs hold no operation of ours
+    if torch._C._is_tracing():  # whose graphs hold no operation of ours
         return evaluate(*inputs, o)[: 1 + o.steep]
     function = RationalQuadratic if torch.compiler.is_compiling() else _Forward
     outs = evaluate(*inputs, o) if o.prepared else function.apply(*inputs, o)
