@@ -81,7 +81,8 @@ def transformed(d: Any, sampling: bool) -> Iterator[Step]:
 
 def base_steps(name: str, base: Distribution) -> Iterator[Step]:
     r"""The noise of a base whose parameters are constants. Of one that is normal, feature by
-    feature, it is standard normal; of any other one, its samples are the noise.
+    feature, it is standard normal, and refused if its rows differ; of any other one, its samples are
+    the noise.
 
     Arguments:
         name: The name of the base.
@@ -97,6 +98,10 @@ def base_steps(name: str, base: Distribution) -> Iterator[Step]:
             return
         if cls in _NORMALS:
             loc, scale = _rows(base.loc), _rows(base.scale)  # type: ignore[attr-defined]
+            if loc is None or scale is None:
+                reason = "its constants differ from one row of a batch to another"
+                yield Refused(name=name, kind=kind, reason=reason)
+                return
             break
         base = base.base_dist  # type: ignore[attr-defined]
     if loc is None or scale is None:

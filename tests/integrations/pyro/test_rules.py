@@ -143,6 +143,15 @@ def test_the_constant_units_of_a_normal_base_count():
         certificate.bound(confidence=0.99)
 
 
+def test_a_normal_base_whose_rows_differ_is_refused():
+    loc, scale = torch.tensor([[5.0, 0.0], [1.0, 1.0]]), torch.tensor([[70.0, 1.0], [1.0, 1.0]])
+    layers = [T.Permute(torch.tensor([1, 0]))]
+    for base in (dist.Normal(loc, torch.ones(2)), dist.Normal(torch.zeros(2), scale)):
+        for kind in (dist.TransformedDistribution, dist.ConditionalTransformedDistribution):
+            certificate = certify(kind(base.to_event(1), layers))
+            assert "differ from one row" in certificate.refused[0].reason
+
+
 class FromContext(dist.conditional.ConditionalDistribution):
     def condition(self, context):
         return dist.Normal(context.sum(-1, keepdim=True).expand(D), torch.ones(D))
