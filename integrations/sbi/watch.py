@@ -5,14 +5,14 @@ __all__ = ["Watch", "deadline", "merge_trials"]
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
 
 from flowguard.numerics import evaluating
-from flowguard.ood import OODConditioner, OODReport
+from flowguard.ood import OODConditioner, OODReport, unguarded
 from flowguard.ood.fingerprint import Seal, fingerprint
 from flowguard.ood.levels import Level
 from flowguard.ood.state import supports_float64
@@ -140,13 +140,14 @@ class Watch(nn.Module):
         return (rows.to(mean) - mean) @ whitening.T
 
     @torch.no_grad()
-    def embed(self, x: Tensor) -> Tensor:
+    def embed(self, x: Tensor, heeded: bool = False) -> Tensor:
         r"""Returns what the network makes of observations, in evaluation mode and in parts.
 
         Arguments:
             x: The observations, with shape :math:`(N, *X)`.
+            heeded: Whether guards in the network act; if not, they are looked past.
         """
-        with evaluating(self.net):
+        with evaluating(self.net), nullcontext() if heeded else unguarded(self.net):
             return torch.cat([self.net(part) for part in x.split(1024)])
 
     def fit(self, fitted: Tensor, held_out: Tensor) -> None:
