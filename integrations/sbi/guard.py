@@ -512,9 +512,10 @@ def _risk(posterior: Any) -> str:
 
 def _ways(posterior: Any, name: str) -> str:
     r"""Returns how to ask without rejection, where a posterior has an option for it."""
+    if name == "map":  # which draws where it starts, without options for that
+        return ""
     option = WITHOUT.get(name, DRAWN)
-    asked = name if option in WITHOUT.values() else "sample"
-    asked = "log_prob" if name == "leakage_correction" else asked
+    asked = "sample" if option == DRAWN else name.replace("leakage_correction", "log_prob")
     for part in _members(posterior):
         method = getattr(part, asked, None) if isinstance(part, DRAWING) else None
         if method is None or option not in inspect.signature(method).parameters:

@@ -852,3 +852,11 @@ def test_simulations_are_needed():
 def test_swapped_simulations_are_told_of():
     with pytest.raises(ValueError, match=r"theta and x seem to be swapped"):
         protect(direct(), X, THETA)
+
+
+def test_a_maximum_that_is_given_up_is_not_told_of_options_that_map_lacks(late):
+    guarded = protect(direct(), THETA, X, policy="report", time_limit=0)
+    guarded.set_default_x(FAR)
+    with pytest.raises(RuntimeError, match="given up after 0 seconds") as error:
+        METHODS["map"](guarded)
+    assert "=False" not in str(error.value)
