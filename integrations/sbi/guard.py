@@ -785,7 +785,13 @@ def _fit(watches: dict[str, Watch], x: Tensor, alpha: float, held_out: float, se
         )
     needed = math.ceil(len(watches) / alpha - 1e-9) - 1
     held = max(needed, round(held_out * count))
-    if count - held < max(2, needed // 2):
+    least = max(2, needed // 2)
+    if count - held < least <= count - needed:
+        raise ValueError(
+            f"held_out={held_out:g} leaves {count - held} of {count} simulations to fit, and alpha="
+            f"{alpha:g} needs {least}: hold fewer out"
+        )
+    if count - held < least:
         raise ValueError(
             f"alpha={alpha:g} needs {needed} simulations to calibrate, and half as many to fit; "
             f"got {count}: give more, or a larger alpha"

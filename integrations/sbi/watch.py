@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +96,29 @@ class Watch(nn.Module):
         r"""The shape of one embedding."""
         self._fingerprint = ""
         self._seal = Seal("embedding net")
+
+    def get_extra_state(self) -> dict[str, Any]:
+        r"""Returns what the fit has found beside tensors, to be saved with these."""
+        found = {"threshold": self.threshold, "event": list(self.event)}
+        return {**found, "fingerprint": self._fingerprint}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        r"""Takes on what :meth:`get_extra_state` has saved.
+
+        Arguments:
+            state: What it has saved.
+        """
+        self.threshold, self.event = state["threshold"], torch.Size(state["event"])
+        self._fingerprint = state["fingerprint"]
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        for name, buffer in self._buffers.items():  # whose shapes are those of another fit
+            loaded = state_dict.get(prefix + name)
+            if buffer is not None and isinstance(loaded, Tensor):
+                self._buffers[name] = buffer.new_empty(loaded.shape, dtype=loaded.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
         r"""Returns the embeddings of observations, moved where they must be."""

@@ -860,3 +860,24 @@ def test_a_maximum_that_is_given_up_is_not_told_of_options_that_map_lacks(late):
     with pytest.raises(RuntimeError, match="given up after 0 seconds") as error:
         METHODS["map"](guarded)
     assert "=False" not in str(error.value)
+
+
+def test_weights_are_loaded_with_the_guard_that_they_were_saved_with():
+    posterior = direct(embedding_net=nn.Linear(3, 3))
+    first, second = (protect(posterior, THETA, X + m, policy="shrink", seed=m) for m in (0, 5))
+    state = io.BytesIO()
+    torch.save(first.posterior_estimator.state_dict(), state)
+    state.seek(0)
+    second.posterior_estimator.load_state_dict(torch.load(state, weights_only=True))
+    expected, told = first.ood_score(X), second.ood_score(X)
+    assert torch.equal(told.p_value, expected.p_value)
+    with pytest.warns(OODContextWarning):
+        asked = [p.potential(THETA[:4], x=FAR) for p in (first, second)]
+    assert torch.equal(*asked)
+    (loaded,), (saved,) = watches(second), watches(first)
+    assert loaded.threshold == saved.threshold
+
+
+def test_too_large_a_share_held_out_is_told_of():
+    with pytest.raises(ValueError, match=r"held_out=0\.99 leaves 10 of 1000 .* fit.*needs 49"):
+        protect(direct(), THETA, X, held_out=0.99)
