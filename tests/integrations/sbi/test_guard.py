@@ -37,6 +37,7 @@ PRIOR = BoxUniform(-torch.ones(2), torch.ones(2))
 OLD = sbi.__version__.startswith("0.25.")
 QUIET = {"show_progress_bars": False}
 MCMC = {"method": "slice_np_vectorized", "num_chains": 2, "warmup_steps": 1, "thin": 1}
+MCMC["init_strategy"] = "proposal"  # of which the default tries thousands
 
 
 def pairs(n=1000):
