@@ -392,7 +392,9 @@ def test_of_a_batch_the_flagged_ones_alone_are_moved_and_named(heard):
     guarded = protect(posterior, THETA, X, policy="shrink")
     batch = torch.cat((X[:3], FAR, X[3:5]))
     with heard:
-        told = seeded(lambda: guarded.log_prob_batched(THETA[None, :6], batch, norm_posterior=False))
+        told = seeded(
+            lambda: guarded.log_prob_batched(THETA[None, :6], batch, norm_posterior=False)
+        )
     (message,) = heard
     assert "1 of 6 observations are not like the simulations" in message
     assert "farthest is observation 3 [300, 100, 300]" in message
