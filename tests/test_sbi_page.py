@@ -26,4 +26,4 @@ def test_python_code_runs_as_pasted(capsys):
     assert said in heard[0]
     assert scope["samples"].shape == (500, 2)
     assert scope["report"].flagged.tolist() == [False, True]
-    assert capsys.readouterr().out.endswith("True\n")
+    assert capsys.readouterr().out.endswith("True\nTrue\n")

@@ -18,6 +18,8 @@ from flowguard.hosts import opened
 from flowguard.numerics import evaluating
 from flowguard.ood import OODConditioner, unguarded
 
+from .guard import GuardedPosterior
+
 P = TypeVar("P")
 
 HELD_OUT = 0.25  # the share of the simulations that calibrate
@@ -83,6 +85,11 @@ def calibrate(posterior: P, x: Tensor, *, held_out: float = HELD_OUT) -> P:
     """
     if not 0 < held_out < 1:
         raise ValueError(f"held_out must lie between 0 and 1; got {held_out}")
+    if isinstance(posterior, GuardedPosterior):
+        raise ValueError(
+            "guards in the embedding network are calibrated before the posterior is protected; got "
+            f"a {type(posterior).__name__}: calibrate(posterior, x) first, then protect it"
+        )
     estimator = opened(posterior).module
     guards = list(_guards(estimator))
     if not guards:

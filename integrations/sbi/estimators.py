@@ -4,7 +4,7 @@ A posterior holds its estimator twice or more: as an attribute, in its potential
 cached. All of these become the new one here, in a copy.
 """
 
-__all__ = ["FLOWS", "Ensemble", "estimators", "flow_of", "with_estimators"]
+__all__ = ["FLOWS", "Ensemble", "estimators", "flow_of", "parts", "with_estimators"]
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -104,19 +104,23 @@ def with_estimators(posterior: Any, new: Sequence[nn.Module]) -> Any:
     # Wherever the copy refers to an old one, there is the new one.
     memo: dict[int, Any] = {id(a): b for a, b in zip(old, new, strict=True)}
     result = copy.deepcopy(posterior, memo)
-    for part in _posteriors(result):
+    for part in parts(result):
         for name in REMEMBERED:
             if name in vars(part):
                 setattr(part, name, None)
     return result
 
 
-def _posteriors(posterior: Any) -> Iterator[Any]:
-    r"""Goes over a posterior and those in it."""
+def parts(posterior: Any) -> Iterator[Any]:
+    r"""Goes over a posterior and those in it: the members of an ensemble, and proposals.
+
+    Arguments:
+        posterior: One of sbi's posteriors.
+    """
     yield posterior
     for part in (*getattr(posterior, "posteriors", ()), getattr(posterior, "proposal", None)):
         if isinstance(part, NeuralPosterior):
-            yield from _posteriors(part)
+            yield from parts(part)
 
 
 class Ensemble(nn.Module):

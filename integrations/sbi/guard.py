@@ -10,12 +10,15 @@ __all__ = ["GuardedPosterior", "protect"]
 import copy
 import inspect
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cache, wraps
+from numbers import Real
+from types import FrameType
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -25,11 +28,11 @@ from sbi.inference.posteriors.vector_field_posterior import VectorFieldPosterior
 from torch import Tensor, nn
 
 from flowguard.migration import Migration, migrate
-from flowguard.ood import OODContextError, OODContextWarning, OODReport
+from flowguard.ood import OODContextError, OODContextWarning, OODReport, unguarded
 from flowguard.ood.conditioner import Policy
-from flowguard.ood.recording import active
+from flowguard.ood.recording import PerThread, active
 
-from .estimators import estimators, with_estimators
+from .estimators import estimators, parts, with_estimators
 from .watch import Watch, deadline, merge_trials
 
 #: What a posterior is asked with an observation, by the name of the argument ``x`` or by default.
@@ -68,26 +71,42 @@ EMBEDDING = ("embedding_net", "condition_embedding")
 #: What posteriors remember of the answers for their default observation.
 REMEMBERED = ("_leakage_density_correction_factor", "_map", "_normalization_constant")
 
+#: Posteriors that draw from their network and reject what is outside of the prior.
+DRAWING = (DirectPosterior, VectorFieldPosterior)
+
 #: Posteriors that sample by rejection, which never ends where nothing is accepted.
-REJECTING = (DirectPosterior, RejectionPosterior, VectorFieldPosterior)
+REJECTING = (*DRAWING, RejectionPosterior)
+
+#: What is normalised by drawing, and what is drawn: each can be had without rejection by an option
+#: of such a name.
+WITHOUT = {
+    "log_prob": "norm_posterior",
+    "log_prob_batched": "norm_posterior",
+    "leakage_correction": "norm_posterior",
+}
+DRAWN = "reject_outside_prior"
 
 #: The argument by which sbi ends sampling by rejection.
 LIMIT = "max_sampling_time"
 
-#: What to do about a far observation that is answered as it is.
+#: What becomes of a far observation that is answered as it is, and what to do.
+RISKS = {
+    DRAWING: "most draws may fall outside of the prior, where sampling rejects them.",
+    REJECTING: "most draws may be rejected.",
+    (object,): "the answer extrapolates, and nothing tells how wrong it is.",
+}
 ADVICE = (
-    "Nothing was changed: most draws may fall outside of the prior, where sampling rejects them. "
-    "Look at the observation; if an answer is needed, protect the posterior with "
-    "policy='shrink', or sample with `reject_outside_prior=False`."
+    "Nothing was changed: {risk} Look at the observation; if an answer is needed, {ways}protect "
+    "the posterior with policy='shrink'."
 )
 MOVED = (
     "It was moved to the nearest of the simulations: the answer is that for an observation which "
     "the simulator explains, and not for this one."
 )
 GIVEN_UP = (
-    "Sampling was given up after {seconds:g} seconds, as nearly all draws fall outside of the "
-    "prior. {named} Protect the posterior with policy='shrink', sample with "
-    "`reject_outside_prior=False`, or give a longer time_limit."
+    "Sampling was given up after {seconds:g} seconds, as nearly all draws are rejected. {named} "
+    "To have an answer, {ways}protect the posterior with policy='shrink', or give a longer "
+    "time_limit."
 )
 
 # Within a call that is guarded, what it calls is not guarded again.
@@ -118,7 +137,7 @@ class Guard:
         time_limit: The seconds that sampling for a flagged observation has.
         shape: The shape of one observation.
         migrations: The reports of the migrations.
-        report: The last report.
+        last: The last report of each thread.
     """
 
     data: Watch | None
@@ -127,7 +146,7 @@ class Guard:
     time_limit: float | None
     shape: torch.Size
     migrations: list[Migration] = field(default_factory=list)
-    report: OODReport | None = None
+    last: PerThread = field(default_factory=PerThread)
 
     def rows(self, x: Any, device: Any) -> Tensor:
         r"""Returns observations as a batch of what the network takes.
@@ -137,29 +156,39 @@ class Guard:
             device: The device of the posterior.
 
         Raises:
-            ValueError: If they have another shape than the simulations.
+            ValueError: If they have another shape than the simulations, or there are none.
         """
         x = torch.as_tensor(x, dtype=torch.float32).to(device)
         event = self.shape
+        if not x.ndim and event == (1,):  # a number is an observation of one number
+            x = x.reshape(event)
         if x.shape[max(0, x.ndim - len(event)) :] != event:
             raise ValueError(
                 f"an observation must have the shape {tuple(event)} of one simulation, or "
                 f"(N, {', '.join(map(str, event))}) for N of them; got {tuple(x.shape)}"
             )
-        return x.reshape(-1, *event)
+        rows = x.reshape(-1, *event)
+        if not len(rows):
+            raise ValueError(
+                f"there must be at least one observation; got x of shape {tuple(x.shape)}"
+            )
+        return rows
 
-    def judge(self, watches: dict[str, Watch], rows: Tensor, trials: bool = False) -> Verdict:
+    def judge(
+        self, watches: dict[str, Watch], rows: Tensor, trials: bool = False, heeded: bool = False
+    ) -> Verdict:
         r"""Returns the verdict on observations.
 
         Arguments:
             watches: The watches of the posterior, by name.
             rows: The observations, with shape :math:`(N, *X)`.
             trials: Whether they are trials of one observation.
+            heeded: Whether guards of the user's own in the embedding nets act.
 
         Raises:
             ValueError: If an observation is not finite, nor becomes so when embedded.
         """
-        embedded = {name: watch.embed(rows) for name, watch in watches.items()}
+        embedded = {name: watch.embed(rows, heeded) for name, watch in watches.items()}
         _check_finite(rows, embedded)
         reports = {n: w.score(embedded[n]) for n, w in watches.items()}
         for recorder in active():
@@ -171,14 +200,15 @@ class Guard:
         p = merge_trials(report.p_value)[None]
         return Verdict(report, p, p <= self.alpha, True)
 
-    def told(self, verdict: Verdict, rows: Tensor) -> str:
+    def told(self, verdict: Verdict, rows: Tensor, advice: str) -> str:
         r"""Returns the words for flagged observations.
 
         Arguments:
             verdict: The verdict.
             rows: The observations.
+            advice: What to do about those that are answered as they are.
         """
-        what = {"shrink": MOVED, "warn": ADVICE}.get(self.policy, "Nothing was computed.")
+        what = {"shrink": MOVED, "warn": advice}.get(self.policy, "Nothing was computed.")
         return f"{_named(verdict, rows, self.alpha)} {what}"
 
 
@@ -218,6 +248,10 @@ def protect(
     observation itself. Where they take several rows as independent trials of one observation, the
     p-values of the trials are merged into one.
 
+    Guards in the posterior's parts, such as those of the members of an ensemble, are replaced. An
+    :class:`flowguard.OODConditioner` in the embedding net goes on to act by its own policy, once
+    for each call. The estimators are put into evaluation mode.
+
     Half of the simulations are fitted and half calibrate by default, drawn with `seed`; the state
     of torch's own generators is left alone. The promise holds for observations that are drawn as the
     simulations were: from the prior, or from the proposal in later rounds.
@@ -227,7 +261,7 @@ def protect(
         theta: The parameters of the simulations, with shape :math:`(N, D)`. They are needed by
             `robust` alone, and can be :py:`None` without it.
         x: The simulations, with shape :math:`(N, *X)`. Rows that are not finite when embedded are
-            left out.
+            left out; from the migration, all that are not finite.
         policy: What is done with flagged observations.
         robust: Whether to make the flow robust first; see :func:`flowguard.migrate`. Its report is
             :attr:`GuardedPosterior.migrations`.
@@ -269,17 +303,24 @@ def protect(
         )
     if robust and theta is None:
         raise ValueError("robust=True needs the parameters theta of the simulations; got None")
+    if x is None:
+        raise TypeError("x must be the simulations, with a row for each; got None")
     _check_options(policy, alpha, held_out, time_limit)
     theta, x = _simulations(theta, x)
     _check_shapes(posterior, theta, x)
     migrations: list[Migration] = []
     posterior = _unguarded(posterior)
-    if robust:
+    if robust and theta is not None:
+        finite = theta.isfinite().all(dim=1) & x.flatten(1).isfinite().all(dim=1)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            parts = [migrate(e, theta, x, **migration) for e in estimators(posterior)]
-        posterior = with_estimators(posterior, [new for new, _ in parts])
-        migrations = [report for _, report in parts]
+            made = [
+                migrate(e, theta[finite], x[finite], **migration) for e in estimators(posterior)
+            ]
+        posterior = with_estimators(posterior, [new for new, _ in made])
+        migrations = [report for _, report in made]
+    for _, estimator in _held(posterior):
+        estimator.eval()  # what dropout does at random has no distance
     data = _put_watches(posterior, alpha)
     vars(posterior)[_GUARD] = Guard(data, "report", alpha, time_limit, x.shape[1:], migrations)
     _fit(_watches(posterior), x.to(vars(posterior)["_device"]), alpha, held_out, seed)
@@ -297,8 +338,9 @@ class GuardedPosterior:
 
     @property
     def ood_report(self) -> OODReport | None:
-        r"""The report on the last observation, or batch of these, :py:`None` before any."""
-        return _guard(self).report
+        r"""The report on the last observation in this thread, or batch of these, :py:`None` before
+        any."""
+        return _guard(self).last.value
 
     @property
     def ood_policy(self) -> Policy:
@@ -336,9 +378,10 @@ class GuardedPosterior:
         return guard.judge(_watches(self), guard.rows(x, vars(self)["_device"])).report
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        state = dict(self.__getstate__())  # type: ignore[call-overload]
-        state[_GUARD] = replace(state[_GUARD], report=None)
-        return _empty, (type(self).__bases__[1],), state
+        return _empty, (unguarded_class(self),), dict(self.__getstate__())  # type: ignore[call-overload]
+
+    def __copy__(self) -> Any:
+        return copy.deepcopy(self)  # whose watches follow its own policy
 
 
 def _guard(posterior: Any) -> Guard:
@@ -353,9 +396,32 @@ def guarded_class(cls: Any) -> Any:
         cls: The class of a posterior.
     """
     asked = {name: _consulting(cls, name) for name in ASKED if callable(getattr(cls, name, None))}
+    asked["to"] = _moving(cls)
     doc = f"A :class:`{cls.__name__}` that looks at an observation before it answers."
     names = {"__doc__": doc, "__module__": __name__, **asked}
     return type(f"Guarded{cls.__name__}", (GuardedPosterior, cls), names)
+
+
+def unguarded_class(posterior: Any) -> Any:
+    r"""Returns what the class of a guarded posterior was before.
+
+    Arguments:
+        posterior: The guarded posterior.
+    """
+    mro = type(posterior).__mro__
+    return mro[mro.index(GuardedPosterior) + 1]
+
+
+def unguarded_view(posterior: Any) -> Any:
+    r"""Returns what a guarded posterior is without its methods: all attributes are the same ones.
+
+    Arguments:
+        posterior: The guarded posterior.
+    """
+    cls = unguarded_class(posterior)
+    view = cls.__new__(cls)
+    vars(view).update(vars(posterior))
+    return view
 
 
 def _empty(cls: type) -> Any:
@@ -381,9 +447,11 @@ def _consulting(cls: type, name: str) -> Callable[..., Any]:
             return plain(self, *args, **kwargs)
         guard = _guard(self)
         rows = guard.rows(x, vars(self)["_device"])
-        verdict = guard.judge(_watches(self), rows, trials=not _separate(self, name))
-        guard.report = verdict.report
-        _act(guard, verdict, rows)
+        watches = _watches(self)
+        verdict = guard.judge(watches, rows, trials=not _separate(self, name), heeded=True)
+        guard.last.value = verdict.report
+        ways = _ways(self, name)
+        _act(guard, verdict, rows, ADVICE.format(risk=_risk(self), ways=ways))
         if name == "set_default_x":
             return plain(self, *args, **kwargs)
         seconds, given_up = None, ""
@@ -391,7 +459,8 @@ def _consulting(cls: type, name: str) -> Callable[..., Any]:
             seconds = guard.time_limit
         data = guard.data
         if seconds is not None:
-            given_up = GIVEN_UP.format(named=_named(verdict, rows, guard.alpha), seconds=seconds)
+            named = _named(verdict, rows, guard.alpha)
+            given_up = GIVEN_UP.format(named=named, seconds=seconds, ways=ways)
             if data is not None and LIMIT in signature.parameters:
                 call.arguments[LIMIT] = seconds  # no watch is asked in the space of the data
         if data is not None and data.shrinks and bool(verdict.flagged.any()):
@@ -400,7 +469,25 @@ def _consulting(cls: type, name: str) -> Callable[..., Any]:
         if given:
             call.arguments["x"] = x
         with _within(self), deadline(seconds, given_up), _default_x(self, None if given else x):
-            return plain(*call.args, **call.kwargs)
+            with ExitStack() as heard:  # what guards within had to say is said
+                for watch in watches.values():
+                    heard.enter_context(unguarded(watch.net))
+                return plain(*call.args, **call.kwargs)
+
+    return method
+
+
+def _moving(cls: Any) -> Callable[..., Any]:
+    r"""Returns the method that moves a posterior to a device, in which no question is asked."""
+    plain = cls.to
+
+    @wraps(plain)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _within(self):
+            result = plain(self, *args, **kwargs)
+        if (data := _guard(self).data) is not None:
+            data.to(vars(self)["_device"])
+        return result
 
     return method
 
@@ -415,6 +502,28 @@ def _rejects(posterior: Any) -> bool:
     return any(isinstance(p, REJECTING) for p in _members(posterior))
 
 
+def _risk(posterior: Any) -> str:
+    r"""Returns what may become of the answer for a far observation."""
+    members = _members(posterior)
+    return next(
+        risk for kinds, risk in RISKS.items() if any(isinstance(p, kinds) for p in members)
+    )
+
+
+def _ways(posterior: Any, name: str) -> str:
+    r"""Returns how to ask without rejection, where a posterior has an option for it."""
+    if name == "map":  # which draws where it starts, without options for that
+        return ""
+    option = WITHOUT.get(name, DRAWN)
+    asked = "sample" if option == DRAWN else name.replace("leakage_correction", "log_prob")
+    for part in _members(posterior):
+        method = getattr(part, asked, None) if isinstance(part, DRAWING) else None
+        if method is None or option not in inspect.signature(method).parameters:
+            return ""
+    verb = "sample" if asked == "sample" else f"call {asked}"
+    return f"{verb} with `{option}=False`, or "
+
+
 def _members(posterior: Any) -> list[Any]:
     return list(getattr(posterior, "posteriors", (posterior,)))
 
@@ -425,13 +534,25 @@ def _separate(posterior: Any, name: str) -> bool:
     return name.endswith("_batched") or amortized
 
 
-def _act(guard: Guard, verdict: Verdict, rows: Tensor) -> None:
+def _act(guard: Guard, verdict: Verdict, rows: Tensor, advice: str) -> None:
     if not bool(verdict.flagged.any()) or guard.policy == "report":
         return
-    message = guard.told(verdict, rows)
+    message = guard.told(verdict, rows, advice)
     if guard.policy == "raise":
         raise OODContextError(message, verdict.report)
-    warnings.warn(message, OODContextWarning, stacklevel=3)
+    warnings.warn(message, OODContextWarning, stacklevel=_caller())
+
+
+def _caller() -> int:
+    r"""Returns how far above :func:`_act` the first line is that is neither ours nor sbi's."""
+    frame: FrameType | None = sys._getframe(1)
+    level = 1
+    while frame is not None:
+        name = str(frame.f_globals.get("__name__"))
+        if name != __name__ and not f"{name}.".startswith("sbi."):
+            break
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 @contextmanager
@@ -464,28 +585,30 @@ def _named(verdict: Verdict, rows: Tensor, alpha: float) -> str:
         return ""
     worst = int(verdict.p_value.argmin())
     score, row = max(
-        (float(level.score[i] / max(level.threshold, 1e-30)), i)
+        (float(level.score[i] / level.threshold) if level.threshold > 0 else math.inf, i)
         for level in verdict.report.levels.values()
         for i in ([worst] if not verdict.trials else range(len(rows)))
     )
-    far = f"{math.sqrt(score):.3g} times as far as the calibrated threshold"
+    far = f", {math.sqrt(score):.3g} times as far as the calibrated threshold"
+    if math.isinf(score):
+        far = ""  # simulations that are all the same
     p = f"p = {float(verdict.p_value[worst]):.2g}"
     if verdict.trials:
         return (
             f"The observation of {len(rows)} trials is not like the simulations ({p}, "
-            f"alpha = {alpha:g}); trial {row}{_values(rows[row])} is the farthest, {far}."
+            f"alpha = {alpha:g}); trial {row}{_values(rows[row])} is the farthest{far}."
         )
     if len(rows) == 1:
         return (
             f"The observation{_values(rows[0])} is not like the simulations: {p} "
-            f"(alpha = {alpha:g}), {far}."
+            f"(alpha = {alpha:g}){far}."
         )
     places = verdict.flagged.nonzero().flatten().tolist()
     shown = ", ".join(map(str, places[:8])) + (", ..." if len(places) > 8 else "")
     return (
         f"{len(places)} of {len(rows)} observations are not like the simulations "
         f"(alpha = {alpha:g}): {shown}. The farthest is observation {row}"
-        f"{_values(rows[row])}: {p}, {far}."
+        f"{_values(rows[row])}: {p}{far}."
     )
 
 
@@ -531,8 +654,12 @@ def _check_policy(policy: Any) -> None:
 def _check_options(policy: Any, alpha: float, held_out: float, time_limit: float | None) -> None:
     _check_policy(policy)
     for name, value in (("alpha", alpha), ("held_out", held_out)):
+        if not isinstance(value, Real):
+            raise TypeError(f"{name} must be a number between 0 and 1; got {value!r}")
         if not 0 < value < 1:
             raise ValueError(f"{name} must lie between 0 and 1; got {value}")
+    if time_limit is not None and not isinstance(time_limit, Real):
+        raise TypeError(f"time_limit must be seconds, or None for no limit; got {time_limit!r}")
     if time_limit is not None and not time_limit >= 0:
         raise ValueError(f"time_limit must be seconds, or None for no limit; got {time_limit}")
 
@@ -557,8 +684,14 @@ def _simulations(theta: Any, x: Any) -> tuple[Tensor | None, Tensor]:
 
 def _check_shapes(posterior: Any, theta: Tensor | None, x: Tensor) -> None:
     for name, estimator in _held(posterior):
-        for what, given in (("x", x), ("theta", theta)):
-            expected = getattr(estimator, SHAPES.get((name, what), ""), None)
+        shapes = [getattr(estimator, SHAPES.get((name, w), ""), None) for w in ("x", "theta")]
+        if shapes[0] != shapes[1] and theta is not None:
+            if [theta.shape[1:], x.shape[1:]] == shapes:
+                raise ValueError(
+                    "theta and x seem to be swapped: protect(posterior, theta, x) takes the "
+                    f"parameters first; got {tuple(theta.shape)} and {tuple(x.shape)}"
+                )
+        for what, given, expected in zip(("x", "theta"), (x, theta), shapes, strict=True):
             if given is not None and expected is not None and given.shape[1:] != expected:
                 raise ValueError(
                     f"{what} must have shape (N, {', '.join(map(str, expected))}), as the "
@@ -579,14 +712,19 @@ def _held(posterior: Any) -> list[tuple[str, nn.Module]]:
 
 
 def _unguarded(posterior: Any) -> Any:
-    r"""Returns a copy of a posterior, without the guard that it may have."""
+    r"""Returns a copy of a posterior, without guards: its own, those of the members of an ensemble,
+    and those of proposals that draw from the same estimator."""
     posterior = copy.deepcopy(posterior)
-    if isinstance(posterior, GuardedPosterior):
-        for estimator in _conditioned(posterior):
-            for watch in _watches_in(estimator):
-                _exchange(estimator, watch, watch.net)
-        del vars(posterior)[_GUARD]
-        posterior.__class__ = type(posterior).__bases__[1]
+    found = _conditioned(posterior)
+    for part in parts(posterior):
+        shared = any(a is b for a in _conditioned(part) for b in found)
+        of_its_own = part is posterior or any(part is member for member in _members(posterior))
+        if isinstance(part, GuardedPosterior) and (of_its_own or shared):
+            del vars(part)[_GUARD]
+            part.__class__ = unguarded_class(part)
+    for estimator in found:
+        for watch in _watches_in(estimator):
+            _exchange(estimator, watch, watch.net)
     return posterior
 
 
@@ -647,7 +785,13 @@ def _fit(watches: dict[str, Watch], x: Tensor, alpha: float, held_out: float, se
         )
     needed = math.ceil(len(watches) / alpha - 1e-9) - 1
     held = max(needed, round(held_out * count))
-    if count - held < max(2, needed // 2):
+    least = max(2, needed // 2)
+    if count - held < least <= count - needed:
+        raise ValueError(
+            f"held_out={held_out:g} leaves {count - held} of {count} simulations to fit, and alpha="
+            f"{alpha:g} needs {least}: hold fewer out"
+        )
+    if count - held < least:
         raise ValueError(
             f"alpha={alpha:g} needs {needed} simulations to calibrate, and half as many to fit; "
             f"got {count}: give more, or a larger alpha"

@@ -30,6 +30,7 @@ from flowguard.bounds.attack import Sampler, Tensors, sampler
 from flowguard.bounds.regions import Region
 
 from .estimators import FLOWS, Ensemble, estimators
+from .guard import GuardedPosterior, guarded_class, unguarded_view
 
 SAMPLING_ONLY = "an estimator is bounded in its sampling direction only"
 
@@ -70,6 +71,18 @@ def _otherwise(posterior: Any, sampling: bool) -> Iterator[Step]:
 @rule(EnsemblePosterior)
 def _ensemble_posterior(posterior: Any, sampling: bool) -> Iterator[Step]:
     yield from _any("posteriors", posterior.posteriors)
+
+
+@rule(GuardedPosterior)
+def _guarded(posterior: Any, sampling: bool) -> Iterator[Step]:
+    r"""A guard chooses what the flow is conditioned on, and the bound holds for every condition."""
+    plain = unguarded_view(posterior)
+    if type(posterior) is not guarded_class(type(plain)):  # type: ignore[arg-type]
+        yield Refused(
+            reason="its class is derived from that of a guarded posterior, and overrides it"
+        )
+        return
+    yield from steps(plain, sampling)
 
 
 @rule(Ensemble)

@@ -5,14 +5,15 @@ __all__ = ["Watch", "deadline", "merge_trials"]
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flowguard.numerics import evaluating
-from flowguard.ood import OODConditioner, OODReport
+from flowguard.ood import OODConditioner, OODReport, unguarded
 from flowguard.ood.fingerprint import Seal, fingerprint
 from flowguard.ood.levels import Level
 from flowguard.ood.state import supports_float64
@@ -96,6 +97,29 @@ class Watch(nn.Module):
         self._fingerprint = ""
         self._seal = Seal("embedding net")
 
+    def get_extra_state(self) -> dict[str, Any]:
+        r"""Returns what the fit has found beside tensors, to be saved with these."""
+        found = {"threshold": self.threshold, "event": list(self.event)}
+        return {**found, "fingerprint": self._fingerprint}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        r"""Takes on what :meth:`get_extra_state` has saved.
+
+        Arguments:
+            state: What it has saved.
+        """
+        self.threshold, self.event = state["threshold"], torch.Size(state["event"])
+        self._fingerprint = state["fingerprint"]
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        for name, buffer in self._buffers.items():  # whose shapes are those of another fit
+            loaded = state_dict.get(prefix + name)
+            if buffer is not None and isinstance(loaded, Tensor):
+                self._buffers[name] = buffer.new_empty(loaded.shape, dtype=loaded.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def forward(self, x: Tensor) -> Tensor:
         r"""Returns the embeddings of observations, moved where they must be."""
         end = _deadline.get()
@@ -140,13 +164,14 @@ class Watch(nn.Module):
         return (rows.to(mean) - mean) @ whitening.T
 
     @torch.no_grad()
-    def embed(self, x: Tensor) -> Tensor:
+    def embed(self, x: Tensor, heeded: bool = False) -> Tensor:
         r"""Returns what the network makes of observations, in evaluation mode and in parts.
 
         Arguments:
             x: The observations, with shape :math:`(N, *X)`.
+            heeded: Whether guards in the network act; if not, they are looked past.
         """
-        with evaluating(self.net):
+        with evaluating(self.net), nullcontext() if heeded else unguarded(self.net):
             return torch.cat([self.net(part) for part in x.split(1024)])
 
     def fit(self, fitted: Tensor, held_out: Tensor) -> None:

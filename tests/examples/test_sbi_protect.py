@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "sbi_protect.py"
 
 def test_it_warns_of_the_observations_that_have_drifted(tmp_path, capsys):
     main = runpy.run_path(str(SCRIPT))["main"]
-    options = ["--simulations", "600", "--epochs", "5", "--draws", "200"]
+    options = ["--simulations", "600", "--epochs", "15", "--draws", "200"]
     with torch.random.fork_rng():
         result = main([*options, "--output", str(tmp_path / "sbi.png")])
     assert (tmp_path / "sbi.png").stat().st_size > 10_000

@@ -122,6 +122,7 @@ def test_mcmc_samples_from_it():
     train(trainer, pairs())
     posterior = trainer.build_posterior(sample_with="mcmc")
     options = {"num_chains": 2, "warmup_steps": 1, "thin": 1, "method": "slice_np_vectorized"}
+    options["init_strategy"] = "proposal"
     assert type(posterior) is MCMCPosterior
     samples = posterior.sample((4,), x=torch.zeros(1, 3), show_progress_bars=False, **options)
     assert samples.isfinite().all()

@@ -50,6 +50,7 @@ POSTERIORS = {
     "mcmc": of_potential(
         MCMCPosterior,
         proposal=PRIOR,
+        init_strategy="proposal",
         method="slice_np_vectorized",
         num_chains=2,
         warmup_steps=1,

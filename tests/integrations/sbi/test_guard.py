@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 import pickle
+import threading
 import warnings
 
 import numpy as np
@@ -29,13 +30,14 @@ from sbi.neural_nets import classifier_nn, likelihood_nn, posterior_nn
 from sbi.utils import BoxUniform
 
 import flowguard
-from flowguard.integrations.sbi import protect, watch
-from flowguard.ood import OODContextError, OODContextWarning
+from flowguard.integrations.sbi import calibrate, protect, watch
+from flowguard.ood import OODConditioner, OODContextError, OODContextWarning
 
 PRIOR = BoxUniform(-torch.ones(2), torch.ones(2))
 OLD = sbi.__version__.startswith("0.25.")
 QUIET = {"show_progress_bars": False}
 MCMC = {"method": "slice_np_vectorized", "num_chains": 2, "warmup_steps": 1, "thin": 1}
+MCMC["init_strategy"] = "proposal"  # of which the default tries thousands
 
 
 def pairs(n=1000):
@@ -627,3 +629,258 @@ def test_a_report_is_kept_out_of_a_file():
     buffer = io.BytesIO()
     torch.save(guarded, buffer)
     assert abs(len(buffer.getvalue()) - size) < 1000
+
+
+def watches(posterior):
+    net = posterior.potential_fn.posterior_estimator
+    return [part for part in net.modules() if type(part) is watch.Watch]
+
+
+def test_the_policy_of_a_shallow_copy_is_its_own():
+    guarded = protect(direct(), THETA, X, policy="shrink")
+    with pytest.warns(OODContextWarning):
+        moved = guarded.potential(THETA[:4], x=FAR)
+    copy.copy(guarded).ood_policy = "report"
+    with pytest.warns(OODContextWarning, match="It was moved"):
+        assert torch.equal(guarded.potential(THETA[:4], x=FAR), moved)
+
+
+def test_an_observation_of_one_number_comes_as_a_number():
+    x = X[:, :1]
+    posterior = direct(x=x)
+    guarded = protect(posterior, THETA, x)
+    plain = seeded(lambda: posterior.sample((4,), x=torch.tensor([[0.3]]), **QUIET))
+    for given in (0.3, torch.tensor(0.3), np.float64(0.3)):
+        assert torch.equal(seeded(lambda: guarded.sample((4,), x=given, **QUIET)), plain)  # noqa: B023
+    assert guarded.ood_score(1e3).flagged.tolist() == [True]
+
+
+@pytest.mark.parametrize("kind", ["maf", "likelihood"])
+def test_no_observation_at_all_is_refused(kind):
+    guarded = protect(POSTERIORS[kind](), THETA, X)
+    for ask in (guarded.set_default_x, guarded.ood_score):
+        with pytest.raises(ValueError, match=r"must be at least one observation; got .*\(0, 3\)"):
+            ask(X[:0])
+
+
+def test_rows_that_are_not_finite_are_left_out_of_the_migration_too():
+    theta, x = THETA.clone(), X.clone()
+    theta[:3, 0] = torch.nan
+    x[2:7, 0] = torch.inf
+    with pytest.warns(UserWarning, match="5 of 1000 simulations are not finite"):
+        guarded = protect(direct(), theta, x, robust=True)
+    assert guarded.migrations[0].certificate_after.certified
+
+
+def test_each_thread_reads_the_report_on_its_own_observation():
+    guarded = protect(direct(), THETA, X, policy="report")
+    found = []
+
+    def ask():
+        guarded.potential(THETA[:4], x=FAR)
+        found.append(guarded.ood_report.flagged.tolist())
+
+    guarded.potential(THETA[:4], x=NEAR)
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    assert found == [[True]]
+    assert guarded.ood_report.flagged.tolist() == [False]
+
+
+def inner(policy, model="maf"):
+    r"""A posterior with a guard of the user's own in its embedding net."""
+    guard = OODConditioner(nn.Linear(3, 4), policy="report", alpha=0.01)
+    posterior = direct(model, embedding_net=guard)
+    posterior.posterior_estimator.eval()
+    calibrate(posterior, X)
+    guard.policy = policy
+    return posterior
+
+
+@pytest.mark.parametrize("policy", ["warn", "raise", "shrink"])
+@pytest.mark.parametrize("robust", [False, True])
+def test_a_guard_in_the_embedding_net_says_nothing_while_the_posterior_is_protected(
+    policy, robust
+):
+    posterior = inner(policy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        guarded = protect(posterior, THETA, X, robust=robust)
+        assert guarded.ood_score(FAR).flagged.all()
+
+
+def test_a_guard_in_the_embedding_net_acts_once_a_call(heard):
+    for outer in ("warn", "shrink", "report"):
+        guarded = protect(inner("warn"), THETA, X, policy=outer)
+        with heard:
+            guarded.log_prob(THETA[:4], x=FAR, norm_posterior=outer == "shrink")
+        assert len(heard) == 1 + (outer != "report")
+        assert heard[0].startswith("1 of 1 contexts is out of distribution")
+    refusing = protect(inner("raise"), THETA, X, policy="report")
+    with pytest.raises(OODContextError):
+        refusing.potential(THETA[:4], x=FAR)
+    assert refusing.potential(THETA[:4], x=NEAR).isfinite().all()
+
+
+def test_guards_within_are_calibrated_before_the_posterior_is_protected():
+    for posterior in (direct(), inner("warn")):
+        with pytest.raises(
+            ValueError, match=r"before the posterior is protected.*calibrate\(posterior, x\)"
+        ):
+            calibrate(protect(posterior, THETA, X), X)
+
+
+def test_the_members_of_an_ensemble_that_are_guarded_are_guarded_anew(heard):
+    members = [protect(direct(), THETA, X, policy="raise") for _ in range(2)]
+    guarded = protect(EnsemblePosterior(members), THETA, X, policy="shrink")
+    assert [type(m) for m in guarded.posteriors] == [DirectPosterior] * 2
+    assert [len(watches(m)) for m in guarded.posteriors] == [1, 1]
+    with heard:
+        assert guarded.sample((8,), x=FAR, **QUIET).shape == (8, 2)
+    assert len(heard) == 1
+    with pytest.raises(OODContextError):
+        members[0].potential(THETA[:4], x=FAR)
+
+
+def test_a_proposal_that_shares_the_estimator_is_guarded_with_it():
+    proposal = protect(direct(), THETA, X, policy="shrink").set_default_x(NEAR)
+    posterior = RejectionPosterior(proposal.potential_fn, proposal=proposal)
+    guarded = protect(posterior, THETA, X, policy="shrink")
+    assert len(watches(guarded)) == 1
+    assert type(guarded.proposal) is DirectPosterior
+    other = protect(direct(), THETA, X, policy="shrink").set_default_x(NEAR)
+    guarded = protect(RejectionPosterior(direct().potential_fn, proposal=other), THETA, X)
+    assert type(guarded.proposal) is type(other)
+
+
+class Normed(nn.Sequential):
+    r"""An embedding net whose evaluation is not its training."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.5))
+        self.eval()  # sbi tries it with one row
+
+
+@pytest.mark.parametrize("model", ["maf", "zuko_maf"])
+def test_an_estimator_in_training_mode_is_guarded_in_evaluation_mode(model):
+    posterior = direct(model, embedding_net=Normed())
+    posterior.posterior_estimator.train()
+    guarded = protect(posterior, THETA, X, policy="shrink")
+    options = {"reject_outside_prior": False, **QUIET} if not OLD else QUIET
+    for _ in range(2):
+        assert guarded.sample_batched((2,), x=X[:5], **options).shape == (2, 5, 2)
+    assert posterior.posterior_estimator.training
+
+
+@pytest.mark.parametrize("kind", ["maf", "likelihood"])
+def test_another_device_is_no_question(kind):
+    guarded = protect(POSTERIORS[kind](), THETA, X, policy="report")
+    guarded.set_default_x(FAR)
+    guarded.ood_policy = "raise"
+    guarded.to("cpu")
+    assert torch.equal(guarded.default_x, FAR)
+    with pytest.raises(OODContextError):
+        guarded.potential(THETA[:4])
+
+
+ADVISED = {
+    "maf": "most draws may fall outside of the prior.*reject_outside_prior=False",
+    "ensemble": "most draws may fall outside of the prior.*reject_outside_prior=False",
+    "rejection": "most draws may be rejected",
+    "mcmc": "extrapolates",
+    "importance": "extrapolates",
+    "likelihood": "extrapolates",
+}
+
+
+@pytest.mark.skipif(OLD, reason="has no such option")
+@pytest.mark.parametrize("kind", ADVISED)
+def test_what_is_advised_is_what_the_posterior_can_do(kind, heard):
+    made = {**POSTERIORS, "rejection": lambda: of_posterior(RejectionPosterior, proposal=PRIOR)}
+    guarded = protect(made[kind](), THETA, X)
+    with heard:
+        guarded.potential(THETA[:4], x=FAR)
+    (message,) = heard
+    parts = ADVISED[kind].split(".*")
+    assert all(part in message for part in parts)
+    assert ("reject_outside_prior" in message) == (len(parts) == 2)
+    assert ("fall outside" in message) == ("fall outside" in parts[0])
+    assert "policy='shrink'" in message
+
+
+@pytest.mark.parametrize("ask", ["log_prob", "leakage_correction"])
+def test_a_density_that_is_given_up_is_to_be_had_without_its_norm(ask, late):
+    guarded = protect(direct(), THETA, X, time_limit=0)
+    with (
+        pytest.warns(OODContextWarning),
+        pytest.raises(RuntimeError, match=r"norm_posterior=False") as error,
+    ):
+        METHODS[ask](guarded)
+    assert "reject_outside_prior" not in str(error.value)
+
+
+def test_the_warning_names_the_line_that_sets_a_default():
+    guarded = protect(direct(), THETA, X)
+    with pytest.warns(OODContextWarning) as caught:
+        guarded.default_x = FAR
+    assert caught[0].filename == __file__
+
+
+def test_simulations_that_are_all_the_same_have_no_distance_to_tell():
+    guarded = protect(direct(), THETA, torch.ones(1000, 3), policy="shrink")
+    assert not guarded.ood_score(torch.ones(3)).flagged.any()
+    with pytest.warns(OODContextWarning, match=r"p = 0.002 \(alpha = 0.01\)\. It was") as caught:
+        guarded.potential(THETA[:4], x=FAR)
+    assert "times as far" not in str(caught[0].message)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"alpha": "0.1"}, "alpha must be a number.*got '0.1'"),
+        ({"time_limit": "9"}, "time_limit must be seconds.*got '9'"),
+    ],
+)
+def test_numbers_are_numbers(options, match):
+    with pytest.raises(TypeError, match=match):
+        protect(direct(), THETA, X, **options)
+
+
+def test_simulations_are_needed():
+    with pytest.raises(TypeError, match=r"x must be the simulations.*got None"):
+        protect(direct(), THETA, None)
+
+
+def test_swapped_simulations_are_told_of():
+    with pytest.raises(ValueError, match=r"theta and x seem to be swapped"):
+        protect(direct(), X, THETA)
+
+
+def test_a_maximum_that_is_given_up_is_not_told_of_options_that_map_lacks(late):
+    guarded = protect(direct(), THETA, X, policy="report", time_limit=0)
+    guarded.set_default_x(FAR)
+    with pytest.raises(RuntimeError, match="given up after 0 seconds") as error:
+        METHODS["map"](guarded)
+    assert "=False" not in str(error.value)
+
+
+def test_weights_are_loaded_with_the_guard_that_they_were_saved_with():
+    posterior = direct(embedding_net=nn.Linear(3, 3))
+    first, second = (protect(posterior, THETA, X + m, policy="shrink", seed=m) for m in (0, 5))
+    state = io.BytesIO()
+    torch.save(first.posterior_estimator.state_dict(), state)
+    state.seek(0)
+    second.posterior_estimator.load_state_dict(torch.load(state, weights_only=True))
+    expected, told = first.ood_score(X), second.ood_score(X)
+    assert torch.equal(told.p_value, expected.p_value)
+    with pytest.warns(OODContextWarning):
+        asked = [p.potential(THETA[:4], x=FAR) for p in (first, second)]
+    assert torch.equal(*asked)
+    (loaded,), (saved,) = watches(second), watches(first)
+    assert loaded.threshold == saved.threshold
+
+
+def test_too_large_a_share_held_out_is_told_of():
+    with pytest.raises(ValueError, match=r"held_out=0\.99 leaves 10 of 1000 .* fit.*needs 49"):
+        protect(direct(), THETA, X, held_out=0.99)

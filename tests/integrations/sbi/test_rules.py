@@ -20,6 +20,7 @@ from sbi.utils import BoxUniform
 from torch import nn
 
 import flowguard
+from flowguard.integrations.sbi import protect
 from flowguard.ood import OODConditioner
 
 PRIOR = BoxUniform(-torch.ones(2), torch.ones(2))
@@ -170,3 +171,61 @@ def test_a_monitor_hears_the_guard_of_a_posterior():
     with flowguard.monitor(posterior) as watch:
         posterior.potential(torch.zeros(1, 2), x=1e3 * torch.ones(1, 3))
     assert watch.report.flagged.tolist() == [True]
+
+
+def test_a_protected_posterior_is_certified_as_it_was():
+    theta, x = pairs(400)
+    posterior = DirectPosterior(shaken(estimator(**ROBUST)), PRIOR)
+    guarded = protect(posterior, theta, x, policy="shrink")
+    certificate = flowguard.certify(guarded)
+    assert certificate.certified
+    assert certificate.bound(4.0) == flowguard.certify(posterior).bound(4.0)
+    assert certificate.model == "GuardedDirectPosterior"
+    result = flowguard.attack(guarded, x[:4], steps=10, restarts=1)
+    assert 1 < result.value <= certificate.bound(4.0)
+
+
+def test_a_protected_ensemble_is_certified_as_it_was():
+    theta, x = pairs(600)
+    ensemble = EnsemblePosterior([DirectPosterior(estimator(**ROBUST), PRIOR) for _ in range(2)])
+    guarded = protect(ensemble, theta, x)
+    assert flowguard.certify(guarded).bound(4.0) == flowguard.certify(ensemble).bound(4.0)
+    members = EnsemblePosterior([protect(p, theta, x) for p in ensemble.posteriors])
+    assert flowguard.certify(members).bound(4.0) == flowguard.certify(ensemble).bound(4.0)
+
+
+def test_what_is_refused_without_protection_is_refused_with_it():
+    theta, x = pairs(400)
+    potential, transform = posterior_estimator_based_potential(
+        estimator(**ROBUST), PRIOR, x_o=None
+    )
+    for posterior in (
+        MCMCPosterior(potential, PRIOR, transform),
+        DirectPosterior(estimator("maf"), PRIOR),
+    ):
+        plain = [step.reason for step in flowguard.certify(posterior).refused]
+        told = [step.reason for step in flowguard.certify(protect(posterior, theta, x)).refused]
+        assert told == plain != []
+
+
+def test_a_protected_posterior_whose_sampling_is_its_own_is_refused():
+    class Doubled(DirectPosterior):
+        def sample(self, *args, **kwargs):
+            return 2 * super().sample(*args, **kwargs)
+
+    theta, x = pairs(400)
+    (step,) = flowguard.certify(protect(Doubled(estimator(**ROBUST), PRIOR), theta, x)).refused
+    assert "overrides sample of DirectPosterior" in step.reason
+    guarded = protect(DirectPosterior(estimator(**ROBUST), PRIOR), theta, x)
+    guarded.sample = lambda *args: 1e9
+    (step,) = flowguard.certify(guarded).refused
+    assert "it has a sample of its own" in step.reason
+    guarded = protect(DirectPosterior(estimator(**ROBUST), PRIOR), theta, x)
+
+    class Tripled(type(guarded)):
+        def sample(self, *args, **kwargs):
+            return 3 * super().sample(*args, **kwargs)
+
+    guarded.__class__ = Tripled
+    (step,) = flowguard.certify(guarded).refused
+    assert "overrides" in step.reason
