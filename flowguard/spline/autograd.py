@@ -52,16 +52,17 @@ def apply(x: Tensor, params: Params, shift: Tensor | None, o: Options) -> tuple[
     logarithm of the slope, in the dtype to work in.
     """
     inputs = x, *params, shift
-    forward_mode = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+    compiling = torch.compiler.is_compiling()
+    forward_mode = not compiling and forward_ad._current_level >= 0
     if _in_place() and not forward_mode:
         watched = torch.is_grad_enabled()
         if not (watched and any(t is not None and t.requires_grad for t in inputs)):
             return pieces.evaluate(_kernels(params[0], o)[1], inputs, o)
         if not o.prepared:
             return _InPlace.apply(*inputs, o)
-    if torch._C._is_tracing():  # whose graphs hold no operation of ours
+    if not compiling and torch._C._is_tracing():  # whose graphs hold no operation of ours
         return evaluate(*inputs, o)[: 1 + o.steep]
-    function = RationalQuadratic if torch.compiler.is_compiling() else _Forward
+    function = RationalQuadratic if compiling else _Forward
     outs = evaluate(*inputs, o) if o.prepared else function.apply(*inputs, o)
     # What is not wanted the compiler leaves out by itself.
     return outs[: 1 + o.steep]
