@@ -4,6 +4,7 @@ __all__ = ["Conditions", "guarded", "save"]
 
 import contextlib
 import copy
+import itertools
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from flowguard.io.pictures import ImageError
 from flowguard.models.base import ImageModel
+from flowguard.ood.state import gather
 
 
 @dataclass(frozen=True)
@@ -86,11 +89,24 @@ def guarded(
     together = world > 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # few crops: it is said of them once
-        made.conditioner.fit(conditions.to_fit(rank, world), progress=False, distributed=together)
+        pictures, shared = _share(conditions, rank, world)
+        made.conditioner.fit(pictures, progress=False, distributed=shared)
         made.conditioner.calibrate(
             conditions.to_calibrate(rank, world), progress=False, distributed=together
         )
     return made
+
+
+def _share(conditions: Conditions, rank: int, world: int) -> tuple[Iterator[Tensor], bool]:
+    r"""What this process fits the guard on, and whether it is a share: where one process would have
+    nothing, as there are few pictures, or corrupt ones, each takes all of them."""
+    if world == 1:
+        return conditions.to_fit(0, 1), False
+    own = conditions.to_fit(rank, world)
+    first = list(itertools.islice(own, 1))
+    if all(bool(has) for (has,) in gather([torch.tensor(len(first))])):
+        return itertools.chain(first, own), True
+    return conditions.to_fit(0, 1), False
 
 
 def save(

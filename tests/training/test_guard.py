@@ -1,5 +1,6 @@
 """The guard of a trained model, on one process and on two."""
 
+import pytest
 import torch
 import torch.multiprocessing as mp
 from torch.utils.data import Dataset
@@ -35,6 +36,13 @@ def conditions(**options):
     return Conditions(Pictures(7, 1), Pictures(3, 2), crops=11, size=8, **options)
 
 
+#: Of which one of two processes has no picture to fit on.
+FEW = {
+    "one": conditions(most=1),
+    "one corrupt": Conditions(Pictures(2, 1, corrupt=1), Pictures(3, 2), crops=11, size=8),
+}
+
+
 def moments(made):
     return {k: v for k, v in made.state_dict().items() if "gaussian" in k or "calibration" in k}
 
@@ -45,21 +53,39 @@ def _rank(rank, world, folder):
         "gloo", init_method=f"file://{folder / 'init'}", rank=rank, world_size=world
     )
     torch.save(moments(guarded(model(), conditions(), rank, world)), folder / f"{rank}.pt")
+    for name, few in FEW.items():
+        torch.save(moments(guarded(model(), few, rank, world)), folder / f"{rank} {name}.pt")
     save(folder / "model", model(), conditions(), rank, world)
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_fit_the_guard_of_one(tmp_path):
-    mp.spawn(_rank, (2, tmp_path), nprocs=2)  # raises what one of them raises, and ends the other
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """A folder of what two processes made."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(_rank, (2, folder), nprocs=2)  # raises what one of them raises, and ends the other
+    return folder
+
+
+def test_two_processes_fit_the_guard_of_one(ranks):
     alone = moments(guarded(model(), conditions()))
     for rank in (0, 1):
-        found = torch.load(tmp_path / f"{rank}.pt")
+        found = torch.load(ranks / f"{rank}.pt")
         assert found.keys() == alone.keys()
         assert any("gaussian" in name for name in alone)
         for name, value in alone.items():
             apart = (found[name].double() - value.double()).abs().max()
             assert apart <= 1e-12 * max(1.0, float(value.double().abs().max())), name
-    assert load(tmp_path / "model").conditioner.calibrated
+    assert load(ranks / "model").conditioner.calibrated
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_processes_without_a_picture_fit_the_guard_of_one_too(name, ranks):
+    alone = moments(guarded(model(), FEW[name]))
+    for rank in (0, 1):
+        found = torch.load(ranks / f"{rank} {name}.pt")
+        for key, value in alone.items():
+            assert torch.allclose(found[key].double(), value.double(), 1e-12, 1e-12), key
 
 
 def test_the_model_is_left_as_it_is_and_corrupt_pictures_are_left_out():
