@@ -111,10 +111,11 @@ class Board(Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
         r"""Tells of a step in ten."""
         step = trainer.global_step
-        if self.writer is None or step == self._step or step % EVERY:
+        told = pl_module.told
+        # Before the first step is whole, as some batches may make it, there is nothing to tell.
+        if self.writer is None or told is None or step == self._step or step % EVERY:
             return
         self._step = step
-        told = pl_module.told
         for name in ("loss", "lr", "norm"):
             self.writer.add_scalar(f"train/{name}", getattr(told, name), step)
         self.writer.add_scalar("train/skipped", pl_module.skipped, step)

@@ -1,6 +1,8 @@
 r"""What a training shows while it runs: tables, pictures, TensorBoard."""
 
 import csv
+from types import SimpleNamespace
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
@@ -11,9 +13,11 @@ Image = pytest.importorskip("PIL.Image")
 
 from flowguard.cli import main as cli  # noqa: E402
 from flowguard.io import pictures  # noqa: E402
+from flowguard.training.board import Board  # noqa: E402
+from flowguard.training.module import StepTold  # noqa: E402
 
 SMALL = ("--encoder-blocks", 1, "--flow-steps", 1, "--hidden", 8, "--features", 8, "--threads", 1)
-TINY = (*SMALL, "--levels", 1, "--crop", 16, "--batch", 4, "--accelerator", "cpu")
+TINY = (*SMALL, "--levels", 1, "--crop", 16, "--batch", 2, "--accelerator", "cpu")
 
 
 def put(folder, names, size=(56, 48)):
@@ -35,7 +39,7 @@ def run(tmp_path_factory):
     top = tmp_path_factory.mktemp("board")
     data, ood = put(top / "data", ["a.png", "b.png", "c.png"]), put(top / "ood", ["x.png"])
     train("superres", "--data", data, "--ood", ood, "--out", top / "run", *TINY, "--steps", 12,
-          "--validate-every", 10)  # fmt: skip
+          "--validate-every", 10, "--accumulate", 2)  # fmt: skip
     train("--resume", top / "run", "--steps", 21)
     return top / "run"
 
@@ -61,6 +65,18 @@ def test_each_validation_has_a_row_in_both_tables(run):
             assert 0 <= float(row[name]) <= 1
             assert 0 <= float(row[f"folder_{name}"]) <= 1
         assert 0 < float(row["reached"]) < float(row["certificate"])
+
+
+def test_nothing_is_told_of_before_the_first_step_is_whole(tmp_path):
+    board, writer = Board(tmp_path), Mock()
+    board.writer = writer
+    trainer, module = SimpleNamespace(global_step=0), SimpleNamespace(told=None, skipped=0)
+    board.on_train_batch_end(trainer, module)  # the first of the batches that make a step
+    assert writer.mock_calls == []
+    module.told = StepTold(10, 2.5, 0.1, 1.0, False)
+    trainer.global_step = 10
+    board.on_train_batch_end(trainer, module)
+    assert call.add_scalar("train/loss", 2.5, 10) in writer.mock_calls
 
 
 def test_pictures_are_shown(run):
