@@ -35,7 +35,17 @@ class Stream(IterableDataset[tuple[Tensor, Tensor]]):
         self.batches, self.count = batches, count
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return itertools.islice(self.batches, self.count)
+        for pair in itertools.islice(self.batches, self.count):
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                got = (
+                    f"{len(pair)} of them"
+                    if isinstance(pair, tuple | list)
+                    else type(pair).__name__
+                )
+                raise ValueError(
+                    f"each of the batches must be a pair of targets and conditions; got {got}"
+                )
+            yield pair[0], pair[1]
 
 
 def train(
@@ -70,8 +80,14 @@ def train(
 
     Raises:
         ImportError: If Lightning is not installed.
-        ValueError: If there are fewer batches than steps.
+        TypeError: If the batches are not iterable.
+        ValueError: If there are fewer batches than steps, or one is no pair.
     """
+    if not isinstance(batches, Iterable):
+        raise TypeError(
+            "batches must be an iterable of pairs of targets and conditions; got"
+            f" {type(batches).__name__}"
+        )
     try:
         import lightning.pytorch as pl
     except ImportError as error:
@@ -102,8 +118,14 @@ def train(
             callbacks=[log, Progress(name)] if progress else [log],
         )
         model.train()
-        trainer.fit(module, DataLoader(Stream(batches, steps), batch_size=None))
-    model.to(device).eval()
+        try:
+            trainer.fit(module, DataLoader(Stream(batches, steps), batch_size=None))
+        except SystemExit as stop:  # what Lightning makes of Ctrl-C
+            if isinstance(stop.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from None
+            raise
+        finally:
+            model.to(device).eval()
     done = trainer.global_step
     if done < steps:
         raise ValueError(f"there must be a batch for each of the {steps} steps; got {done}")

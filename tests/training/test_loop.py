@@ -71,6 +71,28 @@ def test_batches_that_do_not_suffice_are_refused_and_exactly_enough_are_not():
     assert len(train(model(), batches(3), steps=3, progress=False).losses) == 3
 
 
+def stopping(error):
+    yield from batches(2)
+    raise error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ArithmeticError])
+def test_what_ends_a_training_is_raised_as_it_is_and_the_model_left_in_evaluation_mode(error):
+    flow = model()
+    with pytest.raises(error):
+        train(flow, stopping(error), steps=5, progress=False)
+    assert not flow.training
+
+
+def test_batches_that_are_no_pairs_are_refused():
+    hr = torch.rand(2, 3, 8, 8)
+    for wrong, got in (([hr], "Tensor"), ([(hr, hr, hr)], "3 of them"), ([{"hr": hr}], "dict")):
+        with pytest.raises(ValueError, match=f"must be a pair of targets and cond.*; got {got}"):
+            train(model(), wrong, steps=1, progress=False)
+    with pytest.raises(TypeError, match=r"batches must be an iterable of pairs .*; got int"):
+        train(model(), 3, steps=1, progress=False)
+
+
 def test_what_the_caller_draws_next_does_not_hang_on_the_steps():
     drawn = []
     for steps in (1, 3):
