@@ -163,11 +163,14 @@ def luma(image: Tensor) -> Tensor:
 def luma_psnr(image: Tensor, target: Tensor, border: int) -> float:
     r"""Returns the PSNR of the luminance in dB, of images as files would hold them.
 
+    Of images that are all border, as much is left out as leaves a pixel.
+
     Arguments:
         image: The image, with shape :math:`(1, 3, H, W)`.
         target: The truth.
         border: The rows and columns that are left out on each side.
     """
+    border = min(border, *((n - 1) // 2 for n in target.shape[-2:]))
     inner = slice(border, -border or None)
     first, second = (
         luma(whole_numbers(i.double()) / 255)[..., inner, inner] for i in (image, target)

@@ -106,6 +106,13 @@ def test_the_border_is_left_out_of_what_is_measured():
     assert luma_psnr(grey, target, 4) == pytest.approx(wanted)
 
 
+def test_a_picture_that_is_all_border_is_measured_in_its_middle():
+    target = torch.zeros(1, 3, 5, 6)
+    image = torch.ones_like(target)
+    image[..., 2, 2:4] = 0
+    assert luma_psnr(image, target, 8) == math.inf
+
+
 def test_an_untrained_model_measures_as_bicubic():
     torch.manual_seed(0)
     model = SuperResolutionFlow(scale=4, levels=1, steps=1, hidden=8, features=8).eval()
