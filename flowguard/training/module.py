@@ -196,7 +196,8 @@ class FlowModule(pl.LightningModule):
         r"""Returns the mean bits per dimension of a batch of targets and conditions."""
         x, y = batch
         if self.to_compile and self.global_step > 0:
-            self.model.compile()
+            # Compiled code draws other numbers than eager code, unless it is told not to.
+            self.model.compile(options={"fallback_random": True})
             self.to_compile = False
         parts = self.trainer.accumulate_grad_batches
         torch.manual_seed(seed_of(self.optimization.seed, self.global_step, batch_idx % parts))
