@@ -63,17 +63,18 @@ def _run(argv: Sequence[str] | None) -> int:
         sub = parsers[name] = command.parser()
         subcommands.add_subcommand(name, sub, help=command.HELP)
         sub.prog = f"flowguard {name}"
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in parsers:
+        parsers[words[0]].refuse_unknown(words[1:])
     try:
-        args = parser.parse_args(argv)
+        args = parser.parse_args(words)
     except UnicodeDecodeError as error:
         parser.error(f"config: {error}")
     except AssertionError:  # where several choices are taken, jsonargparse asserts a list
         parser.error("config: what takes several values must be given a list of them")
     parsers[args.command].check(args[args.command])
     if args.command == "train":  # where a run that goes on has its own options
-        args.train.given = parsers["train"].given(
-            sys.argv[1:] if argv is None else argv, args.train
-        )
+        args.train.given = parsers["train"].given(words, args.train)
     try:
         code: int = commands[args.command].run(args[args.command])
         return code

@@ -3,6 +3,7 @@ r"""How the command line is read: mistakes get one line, and exit code 2."""
 __all__ = ["IfGiven", "Parser", "UserError", "add_limit", "folder", "number", "whole"]
 
 import argparse
+import difflib
 import re
 import sys
 import tempfile
@@ -51,6 +52,8 @@ class Parser(jsonargparse.ArgumentParser):
         names = "|".join(COMMANDS)
         plain = re.sub(rf'(?<=[ "])(?:{names})\.(?=[a-z_]+(?:[",:]|$))', "", message)
         line = " ".join(plain.split())
+        if not self.exit_on_error:
+            raise UserError(line)
         self.exit(2, f"{self.prog}: error: {line} (see {self.prog} --help)\n")
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
@@ -77,6 +80,24 @@ class Parser(jsonargparse.ArgumentParser):
             elif value is not None and several != isinstance(value, list):
                 self.error(f"{action.dest} must be {'a list' if several else 'one value'}")
 
+    def saved(self, values: Any) -> dict[str, Any]:
+        r"""Returns options that were saved, checked as if they were given now, and the others by
+        default.
+
+        Arguments:
+            values: The options by name.
+
+        Raises:
+            UserError: If there is no such option, or a value cannot be taken.
+        """
+        before, self.exit_on_error = self.exit_on_error, False
+        try:
+            read = self.parse_object(values, defaults=True)
+            self.check(read)
+        finally:
+            self.exit_on_error = before
+        return dict(vars(read))
+
     def given(self, argv: Sequence[str], values: Any) -> dict[str, Any]:
         r"""Returns the options that were given on the command line, and not by default.
 
@@ -84,6 +105,32 @@ class Parser(jsonargparse.ArgumentParser):
             argv: The arguments of the command.
             values: The values that were read.
         """
+        named, alone = self._sorted_out(argv)
+        named |= {
+            a.dest for a in self._actions if not a.option_strings and values.get(a.dest) in alone
+        }
+        return {name: values[name] for name in sorted(named) if name in values}
+
+    def refuse_unknown(self, argv: Sequence[str]) -> None:
+        r"""Refuses options that there are not, by their names: what follows one would be taken for
+        an argument without a name, which then is what is complained of.
+
+        Arguments:
+            argv: The arguments of the command.
+        """
+        takers = [option for a in self._actions for option in a.option_strings]
+        for word in self._sorted_out(argv)[1]:
+            if word == "--":  # names alone follow
+                return
+            if word.startswith("--"):
+                option = word.partition("=")[0]
+                alike = difflib.get_close_matches(option, takers, 1)
+                meant = f"; did you mean {alike[0]}?" if alike else ""
+                self.error(f"there is no option {option}{meant}")
+
+    def _sorted_out(self, argv: Sequence[str]) -> tuple[set[str], list[str]]:
+        r"""What the options that are given are stored as, and the words that are none and belong to
+        none."""
         takers = {o: a for a in self._actions for o in a.option_strings}
         named: set[str] = set()
         alone: list[str] = []
@@ -96,10 +143,7 @@ class Parser(jsonargparse.ArgumentParser):
             named.add(takers[option].dest)
             if takers[option].nargs != 0 and not is_joined:
                 next(words, None)
-        named |= {
-            a.dest for a in self._actions if not a.option_strings and values.get(a.dest) in alone
-        }
-        return {name: values[name] for name in sorted(named) if name in values}
+        return named, alone
 
     def add_config(self) -> None:
         r"""Lets a YAML file give options."""
