@@ -1,5 +1,7 @@
 r"""The command line on pictures: what is written, what is told of, and mistakes."""
 
+import contextlib
+import io
 import os
 import pickle
 import re
@@ -316,7 +318,7 @@ sys.exit(cli.main(sys.argv[1:]))
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupting_leaves_whole_files_and_is_resumed(sent, code, superres, tmp_path):
+def test_interrupting_leaves_whole_files_and_is_resumed(sent, code, superres, tmp_path, capsys):
     source, out = tmp_path / "in", tmp_path / "out"
     source.mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (48, 40, 3), dtype=np.uint8)
@@ -337,10 +339,9 @@ def test_interrupting_leaves_whole_files_and_is_resumed(sent, code, superres, tm
     for path in out.iterdir():
         assert files.read(path).colour.shape == (3, 96, 80)
     before = contents(out)
-    command = [sys.executable, "-m", "flowguard.cli.main", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "3 written, 3 skipped" in done.stdout
+    code, done, errors = run(capsys, *arguments)
+    assert code == 0, errors
+    assert "3 written, 3 skipped" in done
     assert len(contents(out)) == 6
     assert {k: v for k, v in contents(out).items() if k in before} == before
 
@@ -589,30 +590,28 @@ def test_odd_names(superres, pictures, tmp_path, capsys):
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_a_terminal_of_few_letters(encoding, superres, pictures, tmp_path):
     (pictures / "日本.png").write_bytes((pictures / "odd.png").read_bytes())
-    for arguments in (
-        ["superres", pictures / "日本.png", tmp_path / "out", "--model", superres],
-        ["superres", "--help"],
-        ["demo", "--help"],
-    ):
-        done = subprocess.run(
-            [sys.executable, "-m", "flowguard.cli.main", *arguments],
-            capture_output=True,
-            env={**os.environ, "PYTHONIOENCODING": encoding},
-        )
-        assert done.returncode == 0, done.stderr
+    arguments = ["superres", pictures / "日本.png", tmp_path / "out", "--model", superres]
+    for text in (["superres", "--help"], ["demo", "--help"], arguments):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
+            try:
+                code = cli.main([str(a) for a in text])
+            except SystemExit as stop:
+                code = stop.code
+        stream.flush()
+        assert code == 0, stream.buffer.getvalue()
+        assert stream.buffer.getvalue()
 
 
-def test_python_m_flowguard(superres):
+def test_python_m_flowguard(superres, capsys):
     done = subprocess.run(
         [sys.executable, "-m", "flowguard", "inspect", superres], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert "SuperResolutionFlow" in done.stdout
-    done = subprocess.run(
-        [sys.executable, "-m", "flowguard", "bogus"], capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith("flowguard: error: ")
+    code, _, errors = run(capsys, "bogus")
+    assert code == 2
+    assert errors.startswith("flowguard: error: ")
 
 
 def test_a_model_of_the_other_kind(superres, lowlight, pictures, tmp_path, capsys):
