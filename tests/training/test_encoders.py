@@ -2,6 +2,7 @@ r"""The encoder of a training: made, read, frozen or tuned, and kept."""
 
 import csv
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -26,17 +27,23 @@ def rrdb(**options):
     return RRDBEncoder(**{"features": 8, "growth": 4, "blocks": 2, "stacked": ()} | options)
 
 
-@pytest.fixture
-def sources(ncnn, tmp_path):
-    r"""The same network as a checkpoint, in ncnn's format, and as that of a model in a folder."""
+@pytest.fixture(scope="module")
+def made_sources(ncnn, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sources")
     encoder = rrdb(long_skip="first")
-    torch.save(encoder.state_dict(), tmp_path / "rrdb.pth")
-    ncnn.Writer(half=False).encoder(encoder).write(tmp_path)
+    torch.save(encoder.state_dict(), folder / "rrdb.pth")
+    ncnn.Writer(half=False).encoder(encoder).write(folder)
     model = SuperResolutionFlow(
         levels=2, steps=1, hidden=8, encoder=rrdb(long_skip="first", stacked=(0, 1), levels=2)
     )
-    model.save_pretrained(tmp_path / "m")
-    return tmp_path
+    model.save_pretrained(folder / "m")
+    return folder
+
+
+@pytest.fixture
+def sources(made_sources, tmp_path):
+    r"""The same network as a checkpoint, in ncnn's format, and as that of a model in a folder."""
+    return shutil.copytree(made_sources, tmp_path, dirs_exist_ok=True)
 
 
 def test_the_usual_encoders():
@@ -157,7 +164,7 @@ def pictures(tmp_path):
 
 
 TINY = ("--flow-steps", 1, "--hidden", 8, "--crop", 16, "--batch", 2, "--accelerator", "cpu")
-TINY += ("--threads", 1, "--validate-every", 2, "--guard-pictures", 2)
+TINY += ("--threads", 1, "--validate-every", 9, "--guard-pictures", 2)
 
 
 def train(*arguments):
