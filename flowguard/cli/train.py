@@ -2,6 +2,7 @@ r"""``flowguard train``."""
 
 __all__ = ["HELP", "parser", "run"]
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from flowguard.cli.parsing import (
 
 HELP = "train a flow on pictures"
 TASKS = ("superres", "lowlight")
-VERSION = 1  # of what a run folder holds
+VERSION = 1  # of what a run folder holds: the greatest that --version takes
 LISTED = 20  # files that are named one by one
 #: What a run may be resumed with, other than what it began with: it changes no step that is made.
 HARMLESS = {"steps", "validate_every", "checkpoint_minutes", "guard_pictures", "threads"}
@@ -33,7 +34,7 @@ HARMLESS |= {"accelerator", "devices", "num_nodes", "strategy"}
 #: Options that name files and folders to read.
 PLACES = ("data", "pairs", "val", "val_pairs", "ood", "encoder_weights")
 #: What is no option of a run: it says which run is meant.
-MEANT = ("out", "resume", "config", "print_config", "given")
+MEANT = ("out", "resume", "config", "print_config", "given", "version")
 #: Where processes that work together find their number.
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
 
@@ -62,6 +63,13 @@ def parser() -> Parser:
     _add_optimization(train)
     _add_trainer(train)
     train.add_config()
+    train.add_argument(
+        "--version",
+        type=whole(1, VERSION),
+        default=VERSION,
+        metavar="N",
+        help=f"layout of the run folder, which its config.yaml names (default: {VERSION})",
+    )
     return train
 
 
@@ -356,18 +364,22 @@ def first_process() -> bool:
 
 def _begin(args: Any) -> None:
     if args.data is None or args.out is None:
-        raise UserError("--data and --out must be given, or --resume; got neither or one")
+        got = (
+            " alone".join(f"--{name}" for name in ("data", "out") if getattr(args, name))
+            or "neither"
+        )
+        raise UserError(f"--data and --out must be given, or --resume; got {got}")
     for name in PLACES:
         if getattr(args, name) is not None:
             setattr(args, name, os.path.abspath(getattr(args, name)))
     paths(args, "out")
+    if args.val_pairs is not None and args.val is None:
+        raise UserError(
+            "--val-pairs must come with --val, whose conditions it names; got it alone"
+        )
     if not first_process():
         return
-    if (args.out / "config.yaml").exists():
-        raise UserError(
-            f"--out: {args.out} holds a run already: go on with it by --resume {args.out}, or name"
-            " another folder"
-        )
+    _refuse_a_run(args.out)
     if args.out.is_dir() and any(args.out.iterdir()):
         raise UserError(f"--out must be a new or an empty folder; {args.out} holds other files")
 
@@ -383,16 +395,22 @@ def _resume(args: Any) -> None:
     if named is not None and Path(named).resolve() != place.resolve():
         raise UserError(f"--out must be the run that is resumed; got {named} and {place}")
     try:
-        saved = yaml.safe_load((place / "config.yaml").read_text(encoding="utf-8"))
-        version = saved.pop("version")
-    except FileNotFoundError:
+        held = yaml.safe_load((place / "config.yaml").read_text(encoding="utf-8"))
+        version = held["version"]
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"--resume must name a run folder; {place} has no config.yaml") from None
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError, UnicodeDecodeError):
+    except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
         raise UserError(f"--resume: {place / 'config.yaml'} cannot be read") from None
-    if version > VERSION:
+    if isinstance(version, int) and version > VERSION:
         raise UserError(f"--resume: {place} was written by a newer flowguard; got {version}")
+    try:
+        saved = parser().saved(held)
+        if saved["data"] is None:
+            raise UserError("data must name a folder; got nothing")
+    except UserError as error:
+        raise UserError(f"--resume: {place / 'config.yaml'}: {error}") from None
     for name, value in given.items():
-        if name == "resume":
+        if name in MEANT:
             continue
         value = os.path.abspath(value) if name in PLACES else value
         if name not in HARMLESS and saved.get(name) != value:
@@ -401,8 +419,8 @@ def _resume(args: Any) -> None:
                 f"{option} must be that of the run in {place}, {saved.get(name)}; got {value}"
             )
         saved[name] = value
-    for name, value in saved.items():
-        setattr(args, name, value)
+    for name in saved.keys() - set(MEANT):
+        setattr(args, name, saved[name])
     args.out = place
 
 
@@ -412,7 +430,8 @@ def _train(args: Any) -> int:
     from flowguard.training.run import WrongMachine
 
     try:
-        return _run(args)
+        with contextlib.ExitStack() as held:
+            return _run(args, held)
     except Interrupted as stop:
         if not first_process():
             return 0  # the first process tells
@@ -429,13 +448,15 @@ def _train(args: Any) -> int:
             f" {args.strategy}: {error}"
         ) from None
     except OSError as error:
+        told = f"cannot write to {args.out}: {error.strerror or error}"
+        if not (args.out / "config.yaml").exists():
+            raise UserError(f"{told}; the run folder must stay while the run goes on") from None
         raise UserError(
-            f"cannot write to {args.out}: {error.strerror or error}; what was saved before is"
-            f" whole: make room and go on by --resume {args.out}"
+            f"{told}; what was saved before is whole: make room and go on by --resume {args.out}"
         ) from None
 
 
-def _run(args: Any) -> int:
+def _run(args: Any, held: contextlib.ExitStack) -> int:
     import torch
 
     from flowguard.demo import training_report
@@ -449,7 +470,10 @@ def _run(args: Any) -> int:
     from flowguard.training.validation import Wholes
 
     place = Run(args.out)
-    done = steps_done(place)
+    try:
+        done = steps_done(place)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     if done > args.steps:
         raise UserError(f"--steps must be at least the {done} that are done; got {args.steps}")
     _check_machine(args)
@@ -478,7 +502,7 @@ def _run(args: Any) -> int:
         batches, training, held_out = _pictures(args, model.scale)
         judged = Wholes(held_out, args.seed)
         asked, faults = questions(judged, folder=args.ood, size=96 // model.scale, seed=args.seed)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         raise UserError(str(error)) from None
 
     def begin() -> None:
@@ -486,6 +510,7 @@ def _run(args: Any) -> int:
             return
         _name(faults, "left out")
         writable(args.out, "--out")
+        _keep_out_others(args, held)
         if args.encoder_weights is not None and not place.encoder.exists():
             keep_encoder(model.conditioner.get_submodule("encoder"), place.encoder)
         _write_config(args, place.config)
@@ -534,6 +559,29 @@ def _run(args: Any) -> int:
         print(f"The model is in {place.model}, the best one in {place.best};")
         print(f"open {training_report.write(args.out)} for the curves.")
     return 0
+
+
+def _keep_out_others(args: Any, held: contextlib.ExitStack) -> None:
+    r"""Refuses a run that another process is at, and holds it against others until the end."""
+    from flowguard.io.lock import alone
+
+    try:
+        held.enter_context(alone(args.out))
+    except BlockingIOError:
+        raise UserError(
+            f"a run must be trained by one command at a time; another is at {args.out}: wait for"
+            " its end, or end it by Ctrl-C or SIGTERM"
+        ) from None
+    if args.resume is None:
+        _refuse_a_run(args.out)  # that another command began meanwhile
+
+
+def _refuse_a_run(out: Path) -> None:
+    if (out / "config.yaml").exists():
+        raise UserError(
+            f"--out: {out} holds a run already: go on with it by --resume {out}, or name another"
+            " folder"
+        )
 
 
 def _frozen(args: Any) -> bool:

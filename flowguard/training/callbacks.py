@@ -174,9 +174,9 @@ class Checkpoints(ModelCheckpoint):
         self.heard = 0
         self._before: dict[int, Any] = {}
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        r"""Listens to the signals that end a run."""
-        super().on_train_start(trainer, pl_module)
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        r"""Listens to the signals that end a run: before a validation that is made up for."""
+        super().on_fit_start(trainer, pl_module)
         pl_module.ask = lambda: self.heard != 0
         if threading.current_thread() is threading.main_thread():  # which alone gets signals
             self._before = {s: signal.signal(s, self._hear) for s in SIGNALS}

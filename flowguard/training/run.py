@@ -158,11 +158,22 @@ def steps_done(run: Run) -> int:
 
     Arguments:
         run: The folder.
+
+    Raises:
+        ValueError: If the checkpoint cannot be read.
     """
     if not run.checkpoint.exists():
         return 0
-    held = torch.load(run.checkpoint, map_location="cpu", mmap=True, weights_only=True)
-    return int(held["global_step"])
+    try:
+        held = torch.load(run.checkpoint, map_location="cpu", mmap=True, weights_only=True)
+        return int(held["global_step"])
+    except OSError:
+        raise
+    except Exception as error:  # torch and pickle each have errors of their own
+        raise ValueError(
+            f"{run.checkpoint} must be a checkpoint, and cannot be read: put a copy of it there, or"
+            " remove it to begin the run anew"
+        ) from error
 
 
 def patient(_: int) -> None:

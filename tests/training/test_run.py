@@ -21,18 +21,35 @@ pytest.importorskip("lightning")
 Image = pytest.importorskip("PIL.Image")
 
 from flowguard.cli import main as cli  # noqa: E402
+from flowguard.io.lock import alone  # noqa: E402
 from flowguard.models import load  # noqa: E402
+from flowguard.training.module import FlowModule  # noqa: E402
 from flowguard.training.run import Run, steps_done  # noqa: E402
 
 SMALL = ("--encoder-blocks", 1, "--flow-steps", 1, "--hidden", 8, "--features", 8, "--threads", 1)
-TINY = (*SMALL, "--crop", 16, "--batch", 4, "--accelerator", "cpu")
+TINY = (*SMALL, "--crop", 16, "--batch", 2, "--accelerator", "cpu", "--guard-pictures", 2)
+#: The run that others are compared with: long enough to be stopped twice between validations.
+STEPS = ("--steps", 12, "--validate-every", 5)
 
-
+#: What the first runs had in their config.yaml.
+FIRST_OPTIONS = """
+version task data val steps batch crop lr seed coupling scale levels flow_steps hidden features
+encoder_blocks validate_every checkpoint_minutes precision threads
+""".split()
 #: What a child process runs: its streams are a file, and its exit code is that of the command.
 CHILD = """
-import sys
+import os, sys
 from flowguard.cli.main import main
-arguments, told = given
+from flowguard.training.module import FlowModule
+arguments, told, most, number, last = given
+if most is not None:  # bytes that a file may have
+    import resource
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+def signalled(self, *batch, made=FlowModule.training_step):
+    if self.global_step == last:  # in the midst of the step after it
+        os.kill(os.getpid(), number)
+    return made(self, *batch)
+FlowModule.training_step = signalled
 sys.stdout = sys.stderr = open(told, "w", buffering=1)
 sys.exit(main(arguments))
 """
@@ -58,8 +75,9 @@ def start():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["flowguard.training.run", "flowguard.cli.main"])
 
-    def begin(arguments, told=os.devnull):
-        process = context.Process(target=exec, args=(CHILD, {"given": (arguments, str(told))}))
+    def begin(arguments, told=os.devnull, *, most=None, number=0, last=None):
+        given = {"given": (arguments, str(told), most, number, last)}
+        process = context.Process(target=exec, args=(CHILD, given))
         process.start()
         return process
 
@@ -94,10 +112,23 @@ def assert_same(run, other):
 @pytest.fixture(scope="module")
 def whole(folder, tmp_path_factory, start):
     run = tmp_path_factory.mktemp("whole") / "run"
-    process = start(options(folder, "--steps", 30, "--validate-every", 7, "--out", run))
+    process = start(options(folder, *STEPS, "--out", run))
     process.join()
     assert process.exitcode == 0
     return run
+
+
+def test_a_run_that_is_killed_makes_the_steps_of_one_that_was_not(folder, tmp_path, start, whole):
+    run = tmp_path / "run"
+    arguments = options(folder, *STEPS, "--out", run, "--checkpoint-minutes", "0.0001")
+    process = start(arguments, number=signal.SIGKILL, last=7)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert 5 <= steps_done(Run(run)) <= 7  # that before the validation, if none by time
+    process = start(["train", "--resume", str(run), "--workers", "1"])
+    process.join()
+    assert process.exitcode == 0
+    assert_same(run, whole)
 
 
 def killed(run, arguments, start, times):
@@ -105,7 +136,7 @@ def killed(run, arguments, start, times):
     rng = random.Random(0)
     for _ in range(times):
         process = start(arguments)
-        wait_for(process, run, max(0, len(rows(run)) - 1) + rng.randrange(1, 6))
+        wait_for(process, run, max(0, len(rows(run)) - 1) + rng.randrange(1, 5))
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         arguments = ["train", "--resume", str(run)]
@@ -114,29 +145,28 @@ def killed(run, arguments, start, times):
     return process.exitcode
 
 
-@pytest.mark.parametrize("times", [2, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_run_killed_at_random_moments_makes_the_steps_of_one_that_was_not(
-    folder, tmp_path, start, whole, times
+    folder, tmp_path, start, whole
 ):
     run = tmp_path / "run"
-    arguments = options(folder, "--steps", 30, "--validate-every", 7, "--out", run)
-    assert killed(run, [*arguments, "--checkpoint-minutes", "0"], start, times) == 0
+    arguments = options(folder, *STEPS, "--out", run)
+    assert killed(run, [*arguments, "--checkpoint-minutes", "0"], start, 10) == 0
     assert_same(run, whole)
     assert not list(run.rglob(".*"))[1:], "what was half written is left"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_is_asked_to_end_saves_first(folder, tmp_path, start, whole, number):
+def test_a_run_that_is_asked_to_end_saves_first(folder, tmp_path, start, whole):
     run, told = tmp_path / "run", tmp_path / "told.txt"
-    arguments = options(folder, "--steps", 30, "--validate-every", 7, "--out", run)
-    process = start(arguments, told)  # whose next checkpoint by time is far
-    wait_for(process, run, 3)
-    os.kill(process.pid, number)
-    process.join()
-    assert process.exitcode == 128 + number
-    assert f"saved; flowguard train --resume {run} goes on" in told.read_text()
-    assert steps_done(Run(run)) == len(rows(run)) >= 3
-    process = start(["train", "--resume", str(run)])
+    arguments = options(folder, *STEPS, "--out", run)  # the next checkpoint by time is far
+    for number, step in ((signal.SIGTERM, 3), (signal.SIGINT, 7)):
+        process = start(arguments, told, number=number, last=step)
+        process.join()
+        assert process.exitcode == 128 + number
+        assert f"saved; flowguard train --resume {run} goes on" in told.read_text()
+        assert steps_done(Run(run)) == len(rows(run)) == step + 1
+        arguments = ["train", "--resume", str(run)]
+    process = start(arguments)
     process.join()
     assert process.exitcode == 0
     assert_same(run, whole)
@@ -145,18 +175,21 @@ def test_a_run_that_is_asked_to_end_saves_first(folder, tmp_path, start, whole, 
 def test_a_run_goes_further_and_a_whole_one_is_left_as_it_is(folder, tmp_path, start, whole):
     run = tmp_path / "run"
     shutil.copytree(whole, run)
+    held = yaml.safe_load((run / "config.yaml").read_text())
+    held = {name: held[name] for name in FIRST_OPTIONS}  # as an earlier version wrote it
+    (run / "config.yaml").write_text(yaml.safe_dump(held))
     process = start(["train", "--resume", str(run)])
     process.join()
     assert process.exitcode == 0
     assert_same(run, whole)
-    process = start(["train", "--resume", str(run), "--steps", "33", "--validate-every", "10"])
+    process = start(["train", "--resume", str(run), "--steps", "15", "--validate-every", "7"])
     process.join()
     assert process.exitcode == 0
     table = rows(run)
-    assert [int(row["step"]) for row in table] == list(range(1, 34))
-    assert table[:30] == rows(whole)
-    assert float(table[30]["lr"]) > float(table[29]["lr"])  # by the schedule of 33 steps
-    assert [int(row["step"]) for row in rows(run, "validation.csv")] == [7, 14, 21, 28, 30, 33]
+    assert [int(row["step"]) for row in table] == list(range(1, 16))
+    assert table[:12] == rows(whole)
+    assert float(table[12]["lr"]) > float(table[11]["lr"])  # by the schedule of 15 steps
+    assert [int(row["step"]) for row in rows(run, "validation.csv")] == [5, 10, 12, 14, 15]
 
 
 def test_what_a_run_leaves(whole):
@@ -171,8 +204,8 @@ def test_what_a_run_leaves(whole):
         "best",
         "model",
     }
-    assert [int(row["step"]) for row in rows(whole)] == list(range(1, 31))
-    assert [int(row["step"]) for row in rows(whole, "validation.csv")] == [7, 14, 21, 28, 30]
+    assert [int(row["step"]) for row in rows(whole)] == list(range(1, 13))
+    assert [int(row["step"]) for row in rows(whole, "validation.csv")] == [5, 10, 12]
     for name in ("best", "model"):
         model = load(whole / name)
         assert model.conditioner.calibrated
@@ -180,18 +213,18 @@ def test_what_a_run_leaves(whole):
         assert sample.shape == (1, 1, 3, 32, 32)
 
 
-def test_two_processes_are_one(folder, tmp_path):
+def test_two_processes_are_one(folder, tmp_path, start):
     """By the command, as a user has it: Lightning starts the second one."""
-    found = []
-    for count in (1, 2):
-        run = tmp_path / str(count)
-        arguments = [*options(folder, "--steps", 20, "--out", run), "--precision", "64-true"]
-        arguments += ["--devices", str(count), "--validate-every", "9", "--average", "0"]
-        done = subprocess.run(
-            [sys.executable, "-m", "flowguard", *arguments], capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        found.append(run)
+    found = [tmp_path / "1", tmp_path / "2"]
+    arguments = options(folder, "--steps", 8, "--validate-every", 5, "--precision", "64-true")
+    # One of the two has no picture to fit the guard on.
+    arguments += ["--average", "0", "--guard-pictures", "1", "--out"]
+    process = start([*arguments, str(found[0])])
+    process.join()
+    assert process.exitcode == 0
+    command = [sys.executable, "-m", "flowguard", *arguments, str(found[1]), "--devices", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     first, second = (load_file(run / "model" / "model.safetensors") for run in found)
     for key, value in first.items():
         if "guard" not in key:  # which follows the weights
@@ -222,6 +255,9 @@ MISTAKES = {
     "no folder": (["--data", "{tmp}/nothing"], r"there is no folder .*nothing"),
     "an empty folder": (["--data", "{tmp}"], "there must be a picture of at least 16 rows"),
     "a large crop": (["--crop", "64"], "there must be a picture of at least 64 rows"),
+    "a mistyped option": (["--step", "3"], r"there is no option --step; did you mean --steps\?"),
+    "pairs of nothing": (["--val-pairs", "{tmp}"], "--val-pairs must come with --val"),
+    "a long name": (["--data", "x" * 300], "error: .*File name too long: '.*xxx"),
     "an odd crop": (["--crop", "18"], "--crop must be a multiple of 4; got 18"),
     "an empty folder to validate with": (["--val", "{tmp}"], "there must be a picture"),
     "many devices": (
@@ -268,7 +304,7 @@ def test_a_folder_that_holds_something_is_not_written_to(folder, tmp_path, capsy
         (["--coupling", "affine"], "--coupling must be that of the run in .*, robust; got affine"),
         (["--compile"], "--compile must be that of the run in .*, False; got True"),
         (["lowlight"], "task must be that of the run in .*, superres; got lowlight"),
-        (["--steps", "29"], "--steps must be at least the 30 that are done; got 29"),
+        (["--steps", "11"], "--steps must be at least the 12 that are done; got 11"),
         (["--out", "elsewhere"], "--out must be the run that is resumed; got elsewhere"),
     ],
 )
@@ -293,24 +329,127 @@ def test_what_is_no_run_cannot_be_resumed(tmp_path, capsys):
     assert "--data and --out must be given, or --resume" in line
 
 
-def test_a_disk_that_is_full_is_told_of_and_what_was_saved_stays_whole(folder, tmp_path, start):
+CONFIGS = {
+    "words for a number": ("batch: twelve", "batch.*must be a whole number; got 'twelve'"),
+    "a number out of range": ("steps: -4", "steps.*must be at least 1"),
+    "nothing for a number": ("steps: null", "steps must be given a value; got none"),
+    "an unknown option": ("bacth: 3", "bacth"),
+    "an unknown task": ("task: enlarge", "task.*enlarge"),
+    "no pictures": ("data: null", "data must name a folder; got nothing"),
+    "words for the version": ("version: new", "version.*must be a whole number; got 'new'"),
+    "a newer version": ("version: 99", "was written by a newer flowguard; got 99"),
+}
+
+
+@pytest.mark.parametrize(("line", "words"), CONFIGS.values(), ids=CONFIGS)
+def test_options_that_were_changed_by_hand_are_checked(line, words, folder, tmp_path, capsys):
+    options = {"version": 1, "task": "superres", "data": str(folder)} | yaml.safe_load(line)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(options))
+    code, told_of = told(capsys, ["train", "--resume", tmp_path])
+    assert code == 2
+    assert re.search(rf"error: --resume: .*{words}", told_of), told_of
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"no checkpoint"])
+def test_a_checkpoint_that_cannot_be_read_is_told_of(content, whole, tmp_path, capsys):
+    (tmp_path / "checkpoints").mkdir()
+    shutil.copy(whole / "config.yaml", tmp_path)
+    (tmp_path / "checkpoints" / "last.ckpt").write_bytes(content)
+    code, line = told(capsys, ["train", "--resume", tmp_path])
+    assert code == 2
+    assert "last.ckpt must be a checkpoint, and cannot be read: put a copy of it there" in line
+
+
+def test_a_run_begins_with_the_options_of_another(whole, tmp_path, capsys):
+    arguments = ["train", "--config", str(whole / "config.yaml"), "--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([*arguments, "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    wanted = yaml.safe_load((whole / "config.yaml").read_text())
+    assert {name: printed[name] for name in wanted} == wanted
+    assert printed["out"] == str(tmp_path / "run")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no locks of folders")
+def test_a_run_is_trained_by_one_command_at_a_time(whole, capsys):
+    before = contents(whole)
+    with alone(whole):
+        code, line = told(capsys, ["train", "--resume", whole, "--steps", 99])
+    assert code == 2
+    assert f"must be trained by one command at a time; another is at {whole}" in line
+    assert contents(whole) == before
+
+
+def test_a_run_that_makes_up_for_a_validation_ends_when_it_is_asked_to(
+    whole, tmp_path, monkeypatch, capsys
+):
     run = tmp_path / "run"
-    arguments = options(folder, "--steps", 4, "--out", run)
-    process = start(arguments)
-    process.join()
+    shutil.copytree(whole, run)
+    table = run / "validation.csv"
+    table.write_text("".join(table.read_text().splitlines(keepends=True)[:-1]))  # not that of 12
+
+    def asked(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {"bits_per_dim": 1.0}
+
+    monkeypatch.setattr("flowguard.training.module.measure", asked)
+    arguments = ["train", "--resume", run, "--steps", 14, "--validate-every", 6]
+    assert cli.main([str(a) for a in arguments]) == 128 + signal.SIGTERM
+    assert f"saved; flowguard train --resume {run} goes on" in capsys.readouterr().out
+    assert [row["step"] for row in rows(run, "validation.csv")] == ["5", "10"]
+    assert len(rows(run)) == 12
+
+
+def test_a_run_that_is_asked_twice_ends_at_once(whole, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+
+    def asked(self, *_):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(FlowModule, "training_step", asked)
+    before = signal.getsignal(signal.SIGINT)
+    assert cli.main(["train", "--resume", str(run), "--steps", "14"]) == 128 + signal.SIGINT
+    told_of = capsys.readouterr().out
+    assert "what was done since the last checkpoint is lost; flowguard train --resume" in told_of
+    assert signal.getsignal(signal.SIGINT) is before
+    assert steps_done(Run(run)) == 12
+    with alone(run):  # which is free for the next command
+        pass
+
+
+def test_a_run_whose_folder_is_removed_says_so(folder, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    step = FlowModule.training_step
+
+    def removing(self, *batch):
+        if self.global_step == 1:
+            shutil.rmtree(run)
+        return step(self, *batch)
+
+    monkeypatch.setattr(FlowModule, "training_step", removing)
+    code, line = told(capsys, options(folder, "--steps", 3, "--out", run))
+    assert code == 2
+    assert "No such file or directory; the run folder must stay while the run goes on" in line
+
+
+def test_a_disk_that_is_full_is_told_of_and_what_was_saved_stays_whole(tmp_path, start, whole):
+    run, told = tmp_path / "run", tmp_path / "told.txt"
+    shutil.copytree(whole, run)
     before = (run / "checkpoints" / "last.ckpt").read_bytes()
-    # No file may grow beyond this: the checkpoint is larger, the tables are not.
-    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000));"
-    limited += "from flowguard.cli.main import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", limited, "train", "--resume", str(run), "--steps", "6"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    lines = [line for line in done.stderr.splitlines() if "error" in line]
-    assert done.returncode == 2
+    # No file may grow beyond this: the checkpoint is larger, tables and decoded pictures are not.
+    process = start(["train", "--resume", str(run), "--steps", "14"], told, most=30000)
+    process.join()
+    lines = [line for line in told.read_text().splitlines() if "error" in line]
+    assert process.exitcode == 2
     assert lines == [
         f"flowguard: error: cannot write to {run}: File too large; what was saved before is whole:"
         f" make room and go on by --resume {run}"
     ]
+    assert len(before) > 30000
     assert (run / "checkpoints" / "last.ckpt").read_bytes() == before
+    assert len(rows(run)) == 14  # it was not full before
 
 
 def test_options_come_from_a_file_and_are_printed(folder, tmp_path, capsys):
