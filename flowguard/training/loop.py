@@ -120,10 +120,6 @@ def train(
         model.train()
         try:
             trainer.fit(module, DataLoader(Stream(batches, steps), batch_size=None))
-        except SystemExit as stop:  # what Lightning makes of Ctrl-C
-            if isinstance(stop.__context__, KeyboardInterrupt):
-                raise KeyboardInterrupt from None
-            raise
         finally:
             model.to(device).eval()
     done = trainer.global_step
