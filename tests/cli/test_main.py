@@ -645,6 +645,7 @@ def test_the_configuration_is_printed(command, tmp_path, capsys):
         "inspect": ["m"],
         "compare": ["--models", "a", "b", "--images", "c"],
         "demo": ["--out", "d"],
+        "train": ["lowlight", "--data", "d", "--out", "r", "--steps", "9"],
     }[command]
     code, text, errors = run(capsys, command, *arguments, "--print_config")
     assert code == 0, errors
