@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("sbi")
+pytest.importorskip("sbi.inference", exc_type=ImportError)  # of sbi, or of what it needs
 
 from sbi.inference import NPE, NPE_A
 from sbi.neural_nets import posterior_nn
