@@ -1,7 +1,9 @@
 r"""Affine flows that can be pickled, for glasflow 0.4.1.
 
-with applied():
-    torch.save(flow, "flow.pt")
+    with applied():
+        torch.save(flow, "flow.pt")
+
+The file names functions of this module: who reads it needs a copy of the same name.
 """
 
 from collections.abc import Callable, Iterator
@@ -41,8 +43,8 @@ def get_scale_activation(activation: str | Callable) -> Callable:
     if activation.startswith("log"):
         return partial(log, scale=float(activation[3:]))
     raise ValueError(
-        f"Unknown activation: {activation}. "
-        f"Choose from: {list(SCALE_ACTIVATIONS)} or logN, where N is a number."
+        f"Unknown activation: {activation}; it must be a function, logN with a number N, or one "
+        f"of {', '.join(SCALE_ACTIVATIONS)}"
     )
 
 

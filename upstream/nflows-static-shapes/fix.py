@@ -33,16 +33,15 @@ def unconstrained_rational_quadratic_spline(
 ) -> tuple[Tensor, Tensor]:
     r"""The spline of Durkan et al. (2019) within [-tail_bound, tail_bound], else the identity.
 
-    All inputs go through the spline, those outside as the bound next to them, and `where` takes
-    what counts: no selection by a mask, whose size is known only when it runs.
+    All inputs go through the spline, those outside as 0, and `where` takes what counts: no
+    selection by a mask, whose size is known only when it runs.
     """
     if tails != "linear":
         raise RuntimeError(f"{tails} tails are not implemented.")
     bins = unnormalized_widths.shape[-1]
-    if min_bin_width * bins > 1:
-        raise ValueError("Minimal bin width too large for the number of bins")
-    if min_bin_height * bins > 1:
-        raise ValueError("Minimal bin height too large for the number of bins")
+    for of, least in (("width", min_bin_width), ("height", min_bin_height)):
+        if least * bins > 1:
+            raise ValueError(f"Minimal bin {of} too large for the number of bins")
 
     inside = (inputs >= -tail_bound) & (inputs <= tail_bound)
     beta = math.log(2) / (1 - min_derivative) if enable_identity_init else 1
@@ -53,7 +52,8 @@ def unconstrained_rational_quadratic_spline(
     x = _knots(unnormalized_widths, min_bin_width, tail_bound)
     y = _knots(unnormalized_heights, min_bin_height, tail_bound)
 
-    v = inputs.clamp(-tail_bound, tail_bound)
+    # 0 is in every box. To clamp would leave NaN as it is, whose gradients would be NaN, too.
+    v = torch.where(inside, inputs, 0.0)
     k = (v[..., None] >= (y if inverse else x)[..., 1:-1]).sum(-1, keepdim=True)
     x0, x1, y0, y1, d0, d1 = (of.gather(-1, k + i).squeeze(-1) for of in (x, y, d) for i in (0, 1))
     value, ladj = (_backward if inverse else _forward)(v, x0, x1, y0, y1, d0, d1)

@@ -76,3 +76,18 @@ def test_it_refuses_what_the_released_one_refuses(fix, splines):
         splines.unconstrained_rational_quadratic_spline(*arguments(), min_bin_width=0.2)
     with fix.applied(), pytest.raises(ValueError, match="bin height too large"):
         splines.unconstrained_rational_quadratic_spline(*arguments(), min_bin_height=0.2)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_an_input_that_is_no_number_spoils_no_gradient(inverse, fix, splines):
+    def results():
+        parameters = [a.requires_grad_() for a in arguments(3)[1:]]
+        x = torch.tensor([0.1, torch.nan, 5.0])
+        y, ladj = splines.unconstrained_rational_quadratic_spline(x, *parameters, inverse=inverse)
+        return y, ladj, *torch.autograd.grad((y + ladj)[[0, 2]].sum(), parameters)
+
+    before = results()
+    with fix.applied():
+        after = results()
+    assert all(gradient.isfinite().all() for gradient in before[2:])
+    torch.testing.assert_close(after, before, equal_nan=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 def rows(context: Any, num_samples: int) -> Any:
     r"""The context with a row for each sample: a single row counts for all."""
-    if isinstance(context, Tensor):
+    if isinstance(context, Tensor) and context.dim() > 0:
         if len(context) == 1:
             return context.expand(num_samples, *context.shape[1:])
         if len(context) != num_samples:

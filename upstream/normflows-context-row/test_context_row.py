@@ -41,3 +41,10 @@ def test_a_row_for_each_is_as_before(fix):
     with fix.applied():
         after = flow.sample(50, context)
     torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+def test_a_context_without_rows_is_passed_on_as_before(fix):
+    layers = [nf.flows.InvertibleAffine(2)]
+    flow = nf.ConditionalNormalizingFlow(nf.distributions.DiagGaussian(2), layers)
+    with fix.applied():
+        assert flow.sample(4, torch.tensor(1.0))[0].shape == (4, 2)

@@ -11,7 +11,7 @@ of others pass it on, and the couplings give it to networks that take one.
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any
 from unittest.mock import patch
 
@@ -110,8 +110,18 @@ def given(net: Callable, context: Any) -> Callable:
     r"""A network, with the context if it takes one; `zeros_like`, where there is none, as it is."""
     if context is None or not isinstance(net, nn.Module):
         return net
-    takes = "context" in signature(net.forward).parameters
-    return partial(net, context=context) if takes else net
+    return partial(net, context=context) if reads_context(net) else net
+
+
+def reads_context(net: nn.Module) -> bool:
+    r"""Whether `forward` has an argument `context`, or that of the network which is wrapped."""
+    parameters = signature(net.forward).parameters
+    if any(p.kind is Parameter.VAR_KEYWORD for p in parameters.values()):
+        # As `torch.compile` and `DataParallel` leave it, which hand all on.
+        inner = getattr(net, "_orig_mod", None) or getattr(net, "module", None)
+        if isinstance(inner, nn.Module):
+            return reads_context(inner)
+    return "context" in parameters
 
 
 def with_networks(method: Callable, *names: str) -> Callable:

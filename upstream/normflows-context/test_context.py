@@ -113,3 +113,26 @@ def test_the_base_of_glow_takes_it(change):
     base = nf.distributions.GlowBase((4, 2, 2))
     z, log_p = base(5, context=torch.randn(5, 3))
     torch.testing.assert_close(base.log_prob(z, context=torch.randn(5, 3)), log_p)
+
+
+@pytest.mark.parametrize(
+    "wrap", [nn.DataParallel, lambda net: torch.compile(net, backend="eager")]
+)
+def test_a_network_that_is_wrapped_is_given_it_too(wrap, fix):
+    torch.manual_seed(0)
+    net = Conditional(1, 3, 2)
+    z, context = torch.randn(5, 2), torch.randn(5, 3)
+    with fix.applied():
+        plain, _ = nf.flows.AffineCouplingBlock(net)(z, context)
+        wrapped, _ = nf.flows.AffineCouplingBlock(wrap(net))(z, context)
+    assert torch.equal(wrapped, plain)
+
+
+def test_a_wrapped_network_without_one_is_as_before(fix):
+    torch.manual_seed(0)
+    wrapped = nn.DataParallel(net(1, 8, 2))
+    z = torch.randn(5, 2)
+    before, _ = nf.flows.AffineCouplingBlock(wrapped)(z)
+    with fix.applied():
+        after, _ = nf.flows.AffineCouplingBlock(wrapped)(z, torch.randn(5, 3))
+    assert torch.equal(after, before)

@@ -5,7 +5,8 @@ r"""A multiscale flow with a context, and priors of what is split off, for normf
         flow.log_prob(x, context=[coarse, fine])
         flow.sample(8, context=[coarse, fine])
 
-Builds on the contribution `normflows-context`, and puts it in place too.
+Builds on the contribution `normflows-context`, whose folder it needs beside its own, and puts it
+in place too.
 """
 
 import importlib.util
@@ -56,7 +57,7 @@ def given(context: Any) -> dict[str, Any]:
 
 def prior(self: MultiscaleFlow, level: int, kept: Any, context: Any, y: Any) -> dict[str, Any]:
     r"""What the base of a level is given: classes, the context, what is kept, or the latter two."""
-    if self.condition_priors and level > 0:
+    if getattr(self, "condition_priors", False) and level > 0:  # none in older pickles
         context = kept if context is None else (kept, context)
     return given(context) | ({"y": y} if self.class_cond else {})
 
@@ -86,24 +87,33 @@ def sample(
     temperature: float | None = None,
     context: Context = None,
 ) -> tuple[Tensor, Tensor]:
-    levels = at_levels(self, context)
-    if temperature is not None:
-        self.set_temperature(temperature)
     z, log_q = None, 0
-    for i in range(self.num_levels):
-        own, log_p = self.q0[i](num_samples, **prior(self, i, z, levels[i], y))
-        log_q = log_q + log_p
-        z, log_det = (own, 0) if i == 0 else self.merges[i - 1]([z, own])
-        log_q = log_q - log_det
-        for flow in self.flows[i]:
-            z, log_det = flow(z, **given(levels[i]))
+    with tempered(self, temperature):
+        for i, own_context in enumerate(at_levels(self, context)):
+            own, log_p = self.q0[i](num_samples, **prior(self, i, z, own_context, y))
+            log_q = log_q + log_p
+            z, log_det = (own, 0) if i == 0 else self.merges[i - 1]([z, own])
             log_q = log_q - log_det
-    if self.transform is not None:
-        z, log_det = self.transform(z)
-        log_q = log_q - log_det
-    if temperature is not None:
+            for layer in self.flows[i]:
+                z, log_det = layer(z, **given(own_context))
+                log_q = log_q - log_det
+    if self.transform is None:
+        return z, log_q
+    x, log_det = self.transform(z)
+    return x, log_q - log_det
+
+
+@contextmanager
+def tempered(self: MultiscaleFlow, temperature: float | None) -> Iterator[None]:
+    r"""The bases at a temperature, which an error does not leave behind."""
+    if temperature is None:
+        yield
+        return
+    self.set_temperature(temperature)
+    try:
+        yield
+    finally:
         self.reset_temperature()
-    return z, log_q
 
 
 def forward_and_log_det(
@@ -156,6 +166,10 @@ def forward_kld(self: MultiscaleFlow, x: Tensor, y: Any = None, context: Context
 def applied() -> Iterator[None]:
     r"""Puts the methods into normflows, and takes them out again."""
     file = Path(__file__).parents[1] / "normflows-context" / "fix.py"
+    if not file.exists():
+        raise FileNotFoundError(
+            f"{file} is needed, as this change builds on it: copy both folders, side by side"
+        )
     spec = importlib.util.spec_from_file_location("fix_normflows_context", file)
     layers = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(layers)

@@ -1,3 +1,6 @@
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -110,6 +113,28 @@ def test_without_a_context_nothing_changes(class_cond, fix):
 
     before = run()
     with fix.applied():
-        flow.condition_priors = False  # made before the change
         after = run()
     torch.testing.assert_close(after, before)
+
+
+def test_an_error_within_sample_leaves_the_temperature_as_it_was(fix):
+    class Broken(nf.flows.Flow):
+        def forward(self, z):
+            raise RuntimeError("broken")
+
+    q0 = nf.distributions.GlowBase((2, 2, 2))
+    flow = nf.MultiscaleFlow([q0], [[Broken()]], [], class_cond=False)
+    with fix.applied(), pytest.raises(RuntimeError, match="broken"):
+        flow.sample(2, temperature=0.5)
+    assert q0.temperature is None
+
+
+def test_a_copy_without_the_layers_says_what_is_missing(fix, tmp_path):
+    copied = tmp_path / "normflows-multiscale-context" / "fix.py"
+    copied.parent.mkdir()
+    copied.write_bytes(Path(fix.__file__).read_bytes())
+    spec = importlib.util.spec_from_file_location("fix_copied", copied)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with pytest.raises(FileNotFoundError, match="copy both folders"), module.applied():
+        pass

@@ -14,11 +14,16 @@ from torch import Tensor
 
 
 def forward(self: Shift, z: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
-    return z - self.shift, z.new_zeros(len(z))
+    return _moved(z, -self.shift)
 
 
 def inverse(self: Shift, z: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
-    return z + self.shift, z.new_zeros(len(z))
+    return _moved(z, self.shift)
+
+
+def _moved(z: Tensor, by: float) -> tuple[Tensor, Tensor]:
+    x = z + by
+    return x, x.new_zeros(len(x))  # of the dtype that bytes have after it
 
 
 @contextmanager

@@ -26,3 +26,10 @@ def test_a_leaf_that_takes_gradients_can_be_shifted(change):
     x = torch.zeros(4, 2, requires_grad=True)
     nf.transforms.Shift()(x)[0].sum().backward()
     assert torch.equal(x.grad, torch.ones(4, 2))
+
+
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+@pytest.mark.wound("normflows", "1.7.3", raises=pytest.RaisesExc(RuntimeError, match="cast"))
+def test_bytes_are_shifted_to_numbers_with_a_point(change, direction):
+    z, log_det = getattr(nf.transforms.Shift(), direction)(torch.ones(4, 2, dtype=torch.uint8))
+    assert z.dtype == log_det.dtype == torch.float32

@@ -1,13 +1,12 @@
 r"""Batches of large matrices that end in errors or never come back, with two threads and more.
 
     python upstream/pytorch-batched-lu/reproduce.py                # one case
-    python upstream/pytorch-batched-lu/reproduce.py --all          # sizes, batches, threads, functions
+    python upstream/pytorch-batched-lu/reproduce.py --all          # the table of the README
 
 Each case runs in a process of its own, which is ended after its time.
 """
 
 import argparse
-import itertools
 import platform
 import subprocess
 import sys
@@ -23,6 +22,16 @@ a += {size} * torch.eye({size}, dtype=a.dtype)
 torch.linalg.{function}(a)
 """
 WORDS = {"threads": 2, "batch": 2, "size": 192, "dtype": "float64", "function": "inv"}
+#: The rows of the README's table, by what they change.
+TABLE = [
+    *({"size": n} for n in (192, 64, 96, 112, 128, 151, 256, 300)),
+    *({"function": f} for f in ("lu_factor", "slogdet", "det", "qr", "svdvals")),
+    *({"function": f, "dtype": "float32"} for f in ("inv", "lu_factor")),
+    {"batch": 1},
+    {"threads": 1},
+    {"batch": 8},
+    {"threads": 4},
+]
 
 
 def processor() -> str:
@@ -51,19 +60,14 @@ def outcome(seconds: float = 60, before: str = "", **words: object) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--all", action="store_true", help="more sizes, batches and functions")
+    parser.add_argument("--all", action="store_true", help="the table of the README")
     parser.add_argument("--seconds", type=float, default=60, help="after which a case hangs")
     args = parser.parse_args()
     import torch
 
     print(processor(), "torch", torch.__version__, torch.__config__.show().splitlines()[3].strip())
-    wide = itertools.product(
-        (1, 2, 4), (1, 2, 8), (96, 128, 151, 192, 300), ("float32", "float64"),
-        ("inv", "lu_factor", "slogdet", "qr", "svdvals"),
-    )  # fmt: skip
-    cases = wide if args.all else [tuple(WORDS.values())]
-    for case in cases:
-        words = dict(zip(WORDS, case, strict=True))
+    for case in TABLE if args.all else [{}]:
+        words = WORDS | case
         print(*(f"{k}={v}" for k, v in words.items()), "->", outcome(args.seconds, **words))
 
 

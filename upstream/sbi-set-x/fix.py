@@ -14,9 +14,13 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from sbi.inference import NPE_A, DirectPosterior, MCMCPosterior, VIPosterior
 from sbi.inference.posteriors.base_posterior import NeuralPosterior
 from sbi.inference.trainers.npe import npe_base
 from torch import Tensor, nn
+
+ALPHA = 0.01
+MAX_FEATURES = 256
 
 
 class MisspecificationWarning(UserWarning):
@@ -44,12 +48,12 @@ class MahalanobisCheck:
         self,
         x: Tensor,
         embedding_net: nn.Module | None = None,
-        alpha: float = 0.01,
-        max_features: int = 256,
+        alpha: float = ALPHA,
+        max_features: int = MAX_FEATURES,
         max_rows: int = 20_000,
         seed: int = 0,
     ) -> None:
-        x = x[x.flatten(1).isfinite().all(1)]
+        x = finite(x)
         if len(x) < 4 / alpha:
             raise ValueError(
                 f"x must have at least {4 / alpha:.0f} finite rows for alpha={alpha}; got {len(x)}"
@@ -72,18 +76,21 @@ class MahalanobisCheck:
 
     @torch.no_grad()
     def _features(self, x: Tensor) -> Tensor:
-        r"""What is tested, in float64: (N, features)."""
+        r"""What is tested, in float64, which not every device has: (N, features) on the CPU."""
         if self.whole:
-            return x.flatten(1).double()
+            return x.flatten(1).cpu().double()
         if self.embedding_net is None:
             raise ValueError(
                 f"x of more than {self.max_features} elements needs an embedding_net; "
                 f"got {x[0].numel()} elements"
             )
-        mode = self.embedding_net.training
-        embedded = self.embedding_net.eval()(x)
-        self.embedding_net.train(mode)
-        return embedded.flatten(1).double()
+        net, mode = self.embedding_net, self.embedding_net.training
+        device = next(net.parameters(), x).device  # simulations may be kept on another
+        try:
+            embedded = net.eval()(x.to(device))
+        finally:
+            net.train(mode)
+        return embedded.flatten(1).cpu().double()
 
     def _distances(self, features: Tensor) -> Tensor:
         unit = (features - self.mean) / self.scale
@@ -97,16 +104,31 @@ class MahalanobisCheck:
         return (1 + at_least) / (len(self.calibration) + 1)
 
 
+def finite(x: Tensor) -> Tensor:
+    r"""The rows of x that are finite."""
+    return x[x.flatten(1).isfinite().all(1)]
+
+
+def simes(p: Tensor) -> float:
+    r"""A p-value of all observations being like the simulations, of those of each.
+
+    The smallest of n p-values times n would never be small enough, where there are few simulations
+    and many observations: here k of them at the least possible one count k times. It holds for
+    p-values that share their calibration (Bates et al., 2023).
+    """
+    ranks = torch.arange(1, len(p) + 1, dtype=p.dtype)
+    return (len(p) * p.sort().values / ranks).min().item()
+
+
 def check(posterior: NeuralPosterior, x: Tensor) -> None:
     r"""Warns where an observation is not like the simulations. Nothing else is done with it."""
     test = getattr(posterior, "x_check", None)
     if test is None:
         return
-    p = test.p_values(x)
-    worst = p.min().item()
-    if worst < test.alpha / len(p):  # as many tests as observations
+    p = simes(test.p_values(x))
+    if p < test.alpha:
         warnings.warn(
-            f"The observation is not like the simulations (p = {worst:.2g}): the simulator may be "
+            f"The observation is not like the simulations (p = {p:.2g}): the simulator may be "
             "misspecified, and the posterior is an extrapolation. See "
             "sbi.diagnostics.misspecification, or set `posterior.x_check = None` for silence.",
             MisspecificationWarning,
@@ -135,16 +157,34 @@ def x_else_default_x(released: Callable) -> Callable:
     return method
 
 
+def batched(released: Callable) -> Callable:
+    r"""`sample_batched` or `log_prob_batched`, which look at their observations themselves."""
+
+    def method(self: NeuralPosterior, first: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        found = released(self, first, x, *args, **options)
+        check(self, torch.as_tensor(x, dtype=torch.float32))
+        return found
+
+    return method
+
+
+def check_of(trainer: Any, net: Any) -> MahalanobisCheck | None:
+    r"""The test of the simulations of a training; none, where there are too few or too large."""
+    if not trainer._x_roundwise:  # an estimator from elsewhere
+        return None
+    x, embedding = finite(trainer.get_simulations()[1]), getattr(net, "embedding_net", None)
+    if len(x) < 4 / ALPHA or (embedding is None and x[0].numel() > MAX_FEATURES):
+        return None
+    return MahalanobisCheck(x, embedding)
+
+
 def build_posterior(released: Callable) -> Callable:
     r"""The method of NPE: the simulations of the training and the embedding make the test."""
 
     def method(self: Any, *args: Any, **options: Any) -> NeuralPosterior:
         posterior = released(self, *args, **options)
-        x = self.get_simulations()[1]
-        if len(x) >= 400:
-            net = options.get("density_estimator", args[0] if args else None) or self._neural_net
-            embedding = getattr(net, "embedding_net", None)
-            posterior.x_check = MahalanobisCheck(x, embedding)
+        net = options.get("density_estimator", args[0] if args else None)
+        posterior.x_check = check_of(self, self._neural_net if net is None else net)
         return posterior
 
     return method
@@ -153,10 +193,21 @@ def build_posterior(released: Callable) -> Callable:
 @contextmanager
 def applied() -> Iterator[None]:
     r"""Puts the methods into sbi, and takes them out again."""
-    made, trainer = NeuralPosterior, npe_base.PosteriorEstimatorTrainer
+    changes = [
+        (NeuralPosterior, "set_default_x", set_default_x),
+        (NeuralPosterior, "_x_else_default_x", x_else_default_x),
+        (DirectPosterior, "log_prob_batched", batched),
+        *(
+            (made, "sample_batched", batched)
+            for made in (DirectPosterior, MCMCPosterior, VIPosterior)
+        ),
+        # NPE_A makes a posterior of its own out of the first.
+        *(
+            (made, "build_posterior", build_posterior)
+            for made in (npe_base.PosteriorEstimatorTrainer, NPE_A)
+        ),
+    ]
     with ExitStack() as stack:
-        put = lambda *to: stack.enter_context(patch.object(*to))  # noqa: E731
-        put(made, "set_default_x", set_default_x(made.set_default_x))
-        put(made, "_x_else_default_x", x_else_default_x(made._x_else_default_x))
-        put(trainer, "build_posterior", build_posterior(trainer.build_posterior))
+        for made, name, change in changes:
+            stack.enter_context(patch.object(made, name, change(getattr(made, name))))
         yield

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("sbi")
+pytest.importorskip("sbi.inference", exc_type=ImportError)  # of sbi, or of what it needs
 
-from sbi.inference import NPE
+from sbi.inference import NPE, NPE_A
 from sbi.neural_nets import posterior_nn
 from sbi.utils import BoxUniform
 
@@ -81,3 +81,70 @@ def test_large_observations_are_tested_by_their_embedding(fix):
     test = fix.MahalanobisCheck(x, nn.Linear(300, 4).train())
     assert test.embedding_net.training
     assert test.p_values(100 * x[:5]).max() < 0.01
+
+
+@pytest.mark.wound("sbi", "0.27.0", raises=AssertionError)
+def test_batches_of_observations_are_told_too(change, trained):
+    posterior = trained[0].build_posterior()
+    strange = torch.tensor([[1.0, -1, 1, -1, 1], [0.0, 0, 0, 0, 0]])
+    theta = torch.zeros(1, 2, 2)
+    assert is_told(lambda: posterior.sample_batched((2,), x=strange, show_progress_bars=False))
+    assert is_told(lambda: posterior.log_prob_batched(theta, x=strange))
+
+
+def test_many_observations_with_few_simulations_can_be_told(trained, fix):
+    with fix.applied():
+        posterior = trained[0].build_posterior()
+        # The least p-value of 500 held-out simulations is 0.002, which is more than 0.01 / 10.
+        strange = torch.tensor([[1.0, -1, 1, -1, 1]]).repeat(10, 1)
+        options = {"show_progress_bars": False}
+        assert is_told(lambda: posterior.sample_batched((2,), x=strange, **options))
+        usual = simulate(torch.zeros(10, 2))
+        assert not is_told(lambda: posterior.sample_batched((2,), x=usual, **options))
+
+
+def test_an_estimator_without_simulations_makes_a_posterior_as_before(trained, fix):
+    inference, prior = trained
+    with fix.applied():
+        posterior = NPE(prior).build_posterior(density_estimator=inference._neural_net)
+    assert posterior.sample((2,), x=torch.zeros(1, 5), show_progress_bars=False).shape == (2, 2)
+
+
+def test_simulations_of_which_few_are_finite_make_a_posterior_as_before(trained, fix, monkeypatch):
+    inference, _ = trained
+    theta, x, masks = inference.get_simulations()
+    gaps = torch.where(torch.arange(5) == 4, torch.nan, x)  # as those of unequal numbers of trials
+    monkeypatch.setattr(inference, "get_simulations", lambda *_: (theta, gaps, masks))
+    with fix.applied():
+        posterior = inference.build_posterior()
+        assert not is_told(lambda: posterior.set_default_x(torch.full((1, 5), 100.0)))
+
+
+def test_the_embedding_is_asked_on_its_own_device(fix):
+    class Elsewhere(nn.Module):
+        r"""An embedding on a device that is not that of the simulations, as a GPU is."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1, device="meta"))
+
+        def forward(self, x):
+            asked.append(x.device)
+            return torch.randn(len(x), 3)
+
+    asked = []
+    fix.MahalanobisCheck(torch.randn(500, 300), Elsewhere())
+    assert {device.type for device in asked} == {"meta"}
+
+
+@pytest.mark.wound("sbi", "0.27.0", raises=AssertionError)
+def test_the_posterior_of_npe_a_is_tested_too(change):
+    torch.manual_seed(0)
+    prior = BoxUniform(-torch.ones(2), torch.ones(2))
+    inference = NPE_A(prior, num_components=1, show_progress_bars=False)
+    theta = prior.sample((500,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        inference.append_simulations(theta, simulate(theta)).train(max_num_epochs=1)
+        posterior = inference.build_posterior()
+    assert is_told(lambda: posterior.set_default_x(torch.full((1, 5), 100.0)))

@@ -28,10 +28,25 @@ def multiscale(released: Callable) -> Callable:
         for part in self.modules():
             # Those of `small_bijection` have theirs already.
             if isinstance(part, CONDITIONERS) and part.context_shape is None and shape is not None:
-                part.context_shape = shape
-                part.context_layer = nn.Linear(math.prod(shape), part.n_predicted_parameters)
+                attach(part, shape)
 
     return __init__
+
+
+def network(released: Callable) -> Callable:
+    r"""The constructor of the networks: one that is told of a context has a map of it."""
+
+    def __init__(self: nn.Module, *args: Any, **options: Any) -> None:
+        released(self, *args, **options)
+        if self.context_shape is not None:
+            attach(self, self.context_shape)
+
+    return __init__
+
+
+def attach(part: nn.Module, shape: tuple[int, ...]) -> None:
+    part.context_shape = shape
+    part.context_layer = nn.Linear(math.prod(shape), part.n_predicted_parameters)
 
 
 def conditioner(released: Callable) -> Callable:
@@ -39,7 +54,7 @@ def conditioner(released: Callable) -> Callable:
 
     def predict_theta_flat(self: nn.Module, x: Tensor, context: Tensor | None = None) -> Tensor:
         theta = released(self, x, context)
-        if self.context_shape is None:
+        if not hasattr(self, "context_layer"):  # no context, or made before the change
             return theta
         if context is None:
             raise ValueError(f"context must have shape (..., {self.context_shape}); got None")
@@ -57,4 +72,5 @@ def applied() -> Iterator[None]:
         for made in CONDITIONERS:
             ours = conditioner(made.predict_theta_flat)
             stack.enter_context(patch.object(made, "predict_theta_flat", ours))
+            stack.enter_context(patch.object(made, "__init__", network(made.__init__)))
         yield

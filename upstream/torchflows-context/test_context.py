@@ -55,3 +55,26 @@ def test_without_a_context_nothing_changes(fix):
     with fix.applied():
         after = run()
     torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+def test_a_network_of_its_own_reads_its_context(fix):
+    torch.manual_seed(0)
+    x, contexts = torch.randn(5, 2, 8, 8), torch.randn(2, 5, 3)
+    for made in fix.CONDITIONERS:
+        with fix.applied():
+            net = made((2, 8, 8), (4,), context_shape=(3,)).eval()
+            one, other = (net.predict_theta_flat(x, context=c) for c in contexts)
+            assert one.shape == (5, 4)
+            assert not torch.equal(one, other)
+            with pytest.raises(ValueError, match="context must have shape"):
+                net.predict_theta_flat(x)
+
+
+def test_what_was_made_before_is_as_before(fix):
+    torch.manual_seed(0)
+    net = fix.CONDITIONERS[0]((2, 8, 8), (4,), context_shape=(3,)).eval()
+    x, context = torch.randn(5, 2, 8, 8), torch.randn(5, 3)
+    before = net.predict_theta_flat(x, context=context)
+    with fix.applied():
+        after = net.predict_theta_flat(x, context=context)
+    assert torch.equal(after, before)

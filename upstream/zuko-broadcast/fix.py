@@ -18,7 +18,7 @@ def affine_ladj(self: MonotonicAffineTransform, x: Tensor, y: Tensor) -> Tensor:
 
 
 def additive_ladj(self: AdditiveTransform, x: Tensor, y: Tensor) -> Tensor:
-    return x.new_zeros(()).expand(torch.broadcast_shapes(self.shift.shape, x.shape))
+    return x.new_zeros(torch.broadcast_shapes(self.shift.shape, x.shape))
 
 
 def merge(self: CouplingTransform, x_a: Tensor, x_b: Tensor, shape: Size) -> Tensor:
