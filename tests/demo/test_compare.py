@@ -163,7 +163,7 @@ MISTAKES = {
         ["--models", "out/affine", "--couplings", "affine", "--out", "out"],
         "would be replaced",
     ),
-    "mistyped": (["--step", "3"], "unrecognized arguments: --step 3"),
+    "mistyped": (["--step", "3"], "there is no option --step; did you mean --steps?"),
 }
 
 

@@ -116,7 +116,7 @@ MISTAKES = {
     "a report that is a folder": (["--out", "taken"], "is a folder, and shall become a file"),
     "weights that are a folder": (["--out", "weights"], "is a folder, and shall become a file"),
     "unknown task": (["--task", "night"], "invalid choice: 'night'"),
-    "mistyped option": (["--stepz", "3"], "unrecognized arguments: --stepz 3"),
+    "mistyped option": (["--stepz", "3"], "there is no option --stepz; did you mean --steps?"),
 }
 
 
