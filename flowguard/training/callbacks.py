@@ -209,6 +209,11 @@ class Checkpoints(ModelCheckpoint):
         if self.heard and trainer.world_size == 1:
             raise Interrupted(self.heard)
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        r"""Listens no longer: nothing is torn down after an exception."""
+        super().on_exception(trainer, pl_module, exception)
+        self._deaf()
+
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         r"""Listens no longer."""
         super().teardown(trainer, pl_module, stage)
@@ -341,6 +346,10 @@ class Progress(Callback):
         mean = sum(self.recent) / len(self.recent)
         self.bar.set_postfix_str(f"{mean:.3f} bits/dim", refresh=False)
         self.bar.update(trainer.global_step - self.bar.n)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        r"""Ends the line of the bar, before the exception is told of."""
+        self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         r"""Leaves the bar as it is."""
