@@ -22,6 +22,7 @@ import flowguard.integrations.sbi.rules
 import flowguard.integrations.zuko.rules
 import flowguard.models.rules  # noqa: F401
 from flowguard.bounds import certify, rules
+from flowguard.integrations.sbi import GuardedPosterior
 from flowguard.migration.imitate import Rescaled
 
 from . import images, lazy, normflows_layers, pyro_layers, transforms
@@ -55,6 +56,7 @@ def registered() -> set[type]:
     lookups: list[dict[type, Any]] = [rules._RULES, rules._ENVELOPES]
     found = {cls for lookup in lookups for cls in lookup}
     found -= {nn.parallel.DistributedDataParallel}  # which needs a group of processes
+    found -= {GuardedPosterior}  # bounded as the posterior that it guards, which is no module
     return {cls for cls in found if cls.__module__.partition(".")[0] in LIBRARIES and _lasts(cls)}
 
 

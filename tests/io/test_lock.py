@@ -30,9 +30,12 @@ HOLD = """
 import os, runpy, signal, sys
 alone = runpy.run_path(sys.argv[1])["alone"]
 def child():
+    awake, told = os.pipe()
     pid = os.fork()
-    if not pid:
+    if not pid:  # what the package does in a child is done by now
+        os.write(told, b".")
         signal.pause()
+    os.read(awake, 1)
     return pid
 before = child()
 with alone(sys.argv[2]):
