@@ -1,6 +1,7 @@
 r"""What happens around the steps of a training: averages, checkpoints, logs, models on disk."""
 
 __all__ = [
+    "SIGNALS",
     "AtomicCheckpoints",
     "Averaging",
     "Checkpoints",

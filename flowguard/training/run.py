@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from flowguard.training import guard
 from flowguard.training.callbacks import (
     LAST,
+    SIGNALS,
     AtomicCheckpoints,
     Averaging,
     Checkpoints,
@@ -298,18 +299,21 @@ def fit(
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    r"""Hands Ctrl-C on as the exception that it is. Lightning makes it an exit, and lets the process
-    ignore it from then on."""
+    r"""Hands Ctrl-C on as the exception that it is, and leaves to signals what listened to them
+    before. Lightning makes Ctrl-C an exit, lets the process ignore it from then on, and brings
+    back in the end what listened when it began to, which may be a part of the run."""
     main = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGINT)
+    before = {s: signal.getsignal(s) for s in SIGNALS} if main else {}
     try:
         yield
     except SystemExit as stop:
         if not isinstance(stop.__context__, KeyboardInterrupt):
             raise
-        if main:
-            signal.signal(signal.SIGINT, before)
         raise KeyboardInterrupt from None
+    finally:
+        for number, handler in before.items():
+            if handler is not None:
+                signal.signal(number, handler)
 
 
 def quiet() -> None:
