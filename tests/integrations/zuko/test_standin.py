@@ -16,6 +16,11 @@ from zuko.transforms import MonotonicRQSTransform  # noqa: E402
 from flowguard.integrations.zuko import InPlaceRQSTransform, splines  # noqa: E402
 from flowguard.integrations.zuko.standin import SPLINES  # noqa: E402
 
+try:
+    SPLINES.check()
+except RuntimeError as error:
+    pytest.skip(f"this zuko has other splines: {error}", allow_module_level=True)
+
 
 @pytest.fixture(autouse=True)
 def clean():
