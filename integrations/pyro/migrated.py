@@ -11,7 +11,7 @@ __all__ = [
     "line",
 ]
 
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from pyro.distributions.transforms import (
@@ -48,22 +48,50 @@ def line(layer: Any, mean: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
     return (clipped + (raw - raw.detach())).exp(), mean  # as in Pyro, gradients are not clipped
 
 
-class MigratedAffineAutoregressive(AffineAutoregressive):
-    r"""Creates the robust autoregressive transform that takes the place of one of Pyro's; see
-    :meth:`in_place_of`."""
+class _InPlace:
+    r"""What takes the place of a layer of Pyro's."""
 
     map: InscribedAffine
+    #: What it shall not remember of the layer.
+    fresh: ClassVar[dict[str, Any]] = {}
 
     @classmethod
     def in_place_of(cls, old: Any, map: InscribedAffine) -> Self:
-        r"""Returns a transform with the network of another.
+        r"""Returns a layer with the network of another.
 
         Arguments:
-            old: Pyro's transform.
+            old: Pyro's layer.
             map: What makes the robust maps of slopes and shifts.
         """
         # A stable one has methods of its own, in place of those of its class.
-        return successor(old, cls, without=("_call", "_inverse"), map=map, **FRESH)
+        kind: Any = cls  # with the one of Pyro that it is mixed with, a module
+        new: Self = successor(old, kind, without=("_call", "_inverse"), map=map, **cls.fresh)
+        return new
+
+
+class _Remembering(_InPlace):
+    r"""What takes the place of a transform, and keeps the log-determinant of its last call."""
+
+    fresh: ClassVar[dict[str, Any]] = FRESH
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        r"""Returns the log-determinant of the Jacobian, summed over the event.
+
+        Arguments:
+            x: The noise.
+            y: What the transform made of it.
+        """
+        transform: Any = self
+        x_old, y_old = transform._cached_x_y
+        if x is not x_old or y is not y_old:
+            transform(x)
+        ladj: Tensor = transform._cached_log_scale
+        return ladj.sum(tuple(range(-transform.domain.event_dim, 0)))
+
+
+class MigratedAffineAutoregressive(_Remembering, AffineAutoregressive):
+    r"""Creates the robust autoregressive transform that takes the place of one of Pyro's; see
+    :meth:`in_place_of`."""
 
     def _maps(self, x: Tensor) -> Rescaled:
         return self.map(*line(self, *self.arn(x)))
@@ -79,35 +107,10 @@ class MigratedAffineAutoregressive(AffineAutoregressive):
         self._cached_log_scale = -ladj
         return x
 
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        r"""Returns the log-determinant of the Jacobian, summed over the features.
 
-        Arguments:
-            x: The noise.
-            y: What the transform made of it.
-        """
-        x_old, y_old = self._cached_x_y
-        if x is not x_old or y is not y_old:
-            self(x)
-        ladj: Tensor = self._cached_log_scale  # type: ignore[assignment]
-        return ladj.sum(-1)
-
-
-class MigratedConditionalAffineAutoregressive(ConditionalAffineAutoregressive):
+class MigratedConditionalAffineAutoregressive(_InPlace, ConditionalAffineAutoregressive):
     r"""Creates the robust autoregressive transform that takes the place of one of Pyro's conditional
     ones; see :meth:`in_place_of`."""
-
-    map: InscribedAffine
-
-    @classmethod
-    def in_place_of(cls, old: Any, map: InscribedAffine) -> Self:
-        r"""Returns a transform with the network of another.
-
-        Arguments:
-            old: Pyro's transform.
-            map: What makes the robust maps of slopes and shifts.
-        """
-        return successor(old, cls, map=map)
 
     def condition(self, context: Tensor) -> MigratedAffineAutoregressive:
         r"""Returns the transform given a context.
@@ -118,20 +121,8 @@ class MigratedConditionalAffineAutoregressive(ConditionalAffineAutoregressive):
         return MigratedAffineAutoregressive.in_place_of(super().condition(context), self.map)
 
 
-class MigratedAffineCoupling(AffineCoupling):
+class MigratedAffineCoupling(_Remembering, AffineCoupling):
     r"""Creates the robust coupling that takes the place of one of Pyro's; see :meth:`in_place_of`."""
-
-    map: InscribedAffine
-
-    @classmethod
-    def in_place_of(cls, old: Any, map: InscribedAffine) -> Self:
-        r"""Returns a coupling with the network of another.
-
-        Arguments:
-            old: Pyro's coupling.
-            map: What makes the robust maps of slopes and shifts.
-        """
-        return successor(old, cls, map=map, **FRESH)
 
     def _moved(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         kept, moved = x.tensor_split([self.split_dim], dim=self.dim)
@@ -152,35 +143,10 @@ class MigratedAffineCoupling(AffineCoupling):
         x, self._cached_log_scale = self._moved(y, inverse=True)
         return x
 
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        r"""Returns the log-determinant of the Jacobian, summed over the event.
 
-        Arguments:
-            x: The noise.
-            y: What the coupling made of it.
-        """
-        x_old, y_old = self._cached_x_y
-        if x is not x_old or y is not y_old:
-            self(x)
-        ladj: Tensor = self._cached_log_scale  # type: ignore[assignment]
-        return ladj.sum(tuple(range(self.dim, 0)))
-
-
-class MigratedConditionalAffineCoupling(ConditionalAffineCoupling):
+class MigratedConditionalAffineCoupling(_InPlace, ConditionalAffineCoupling):
     r"""Creates the robust coupling that takes the place of one of Pyro's conditional ones; see
     :meth:`in_place_of`."""
-
-    map: InscribedAffine
-
-    @classmethod
-    def in_place_of(cls, old: Any, map: InscribedAffine) -> Self:
-        r"""Returns a coupling with the network of another.
-
-        Arguments:
-            old: Pyro's coupling.
-            map: What makes the robust maps of slopes and shifts.
-        """
-        return successor(old, cls, map=map)
 
     def condition(self, context: Tensor) -> MigratedAffineCoupling:
         r"""Returns the coupling given a context.
