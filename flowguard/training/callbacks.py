@@ -1,12 +1,12 @@
 r"""What happens around the steps of a training: averages, checkpoints, logs, models on disk."""
 
 __all__ = [
-    "SIGNALS",
     "AtomicCheckpoints",
     "Averaging",
     "Checkpoints",
     "Interrupted",
     "Progress",
+    "Signals",
     "StepLog",
     "Validation",
     "average_decay",
@@ -150,34 +150,21 @@ class AtomicCheckpoints(TorchCheckpointIO):
             os.fsync(file.fileno())
 
 
-class Checkpoints(ModelCheckpoint):
-    r"""Saves a run by time, at its end, and when it is asked to end by Ctrl-C or SIGTERM.
+class Signals(Callback):
+    r"""Listens to the signals that end a run, Ctrl-C and SIGTERM.
 
-    Only whole steps are saved. Of several processes, all end when one is asked to.
+    It must come first in the list of callbacks: one that comes later may begin with a validation.
 
-    Arguments:
-        folder: The folder of the checkpoint.
-        minutes: The minutes between two checkpoints.
+    Attributes:
+        heard: The signal that was heard, or 0.
     """
 
-    def __init__(self, folder: Path, minutes: float) -> None:
-        super().__init__(
-            dirpath=folder,
-            filename=Path(LAST).stem,
-            train_time_interval=timedelta(minutes=minutes),
-            save_top_k=1,
-            monitor=None,
-            auto_insert_metric_name=False,
-            save_on_train_epoch_end=False,
-            enable_version_counter=False,
-        )
-        self.file = Path(folder) / LAST
+    def __init__(self) -> None:
         self.heard = 0
         self._before: dict[int, Any] = {}
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        r"""Listens to the signals that end a run: before a validation that is made up for."""
-        super().on_fit_start(trainer, pl_module)
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        r"""Listens. Not before, as Lightning brings back in the end what listened when it began."""
         pl_module.ask = lambda: self.heard != 0
         if threading.current_thread() is threading.main_thread():  # which alone gets signals
             self._before = {s: signal.signal(s, self._hear) for s in SIGNALS}
@@ -193,6 +180,39 @@ class Checkpoints(ModelCheckpoint):
             signal.signal(number, handler)
         self._before = {}
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        r"""Listens no longer: nothing is torn down after an exception."""
+        self._deaf()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        r"""Listens no longer."""
+        self._deaf()
+
+
+class Checkpoints(ModelCheckpoint):
+    r"""Saves a run by time, at its end, and when it is asked to end by Ctrl-C or SIGTERM.
+
+    Only whole steps are saved. Of several processes, all end when one is asked to.
+
+    Arguments:
+        folder: The folder of the checkpoint.
+        minutes: The minutes between two checkpoints.
+        signals: What listens to those that end the run.
+    """
+
+    def __init__(self, folder: Path, minutes: float, signals: Signals) -> None:
+        super().__init__(
+            dirpath=folder,
+            filename=Path(LAST).stem,
+            train_time_interval=timedelta(minutes=minutes),
+            save_top_k=1,
+            monitor=None,
+            auto_insert_metric_name=False,
+            save_on_train_epoch_end=False,
+            enable_version_counter=False,
+        )
+        self.file, self.signals = Path(folder) / LAST, signals
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *rest: Any) -> None:
         r"""Saves what is due after a step: what validation may keep from being saved, too."""
         if not at_step(trainer):
@@ -203,22 +223,12 @@ class Checkpoints(ModelCheckpoint):
         else:
             super().on_train_batch_end(trainer, pl_module, *rest)
         if pl_module.asked:
-            raise Interrupted(self.heard or signal.SIGTERM)
+            raise Interrupted(self.signals.heard or signal.SIGTERM)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
         r"""Ends a run that is asked to while it validates: it was saved before that."""
-        if self.heard and trainer.world_size == 1:
-            raise Interrupted(self.heard)
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        r"""Listens no longer: nothing is torn down after an exception."""
-        super().on_exception(trainer, pl_module, exception)
-        self._deaf()
-
-    def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        r"""Listens no longer."""
-        super().teardown(trainer, pl_module, stage)
-        self._deaf()
+        if self.signals.heard and trainer.world_size == 1:
+            raise Interrupted(self.signals.heard)
 
 
 class MetricsTable:

@@ -32,11 +32,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from flowguard.training import guard
 from flowguard.training.callbacks import (
     LAST,
-    SIGNALS,
     AtomicCheckpoints,
     Averaging,
     Checkpoints,
     Progress,
+    Signals,
     StepLog,
     Validation,
 )
@@ -260,7 +260,8 @@ def fit(
     validation = Validation(run.folder / "validation.csv", lambda _: save(run.best))
     log = StepLog(run.folder / "metrics.csv")
     bars: list[Callback] = [Progress()] if progress else []
-    averaging, checkpoints = Averaging(decay), Checkpoints(run.checkpoint.parent, minutes)
+    averaging, signals = Averaging(decay), Signals()
+    checkpoints = Checkpoints(run.checkpoint.parent, minutes, signals)
     quiet()
     trainer = made(
         accelerator=accelerator,
@@ -281,7 +282,7 @@ def fit(
         enable_model_summary=False,
         default_root_dir=run.folder,
         plugins=[AtomicCheckpoints()],
-        callbacks=[log, *bars, validation, *callbacks, averaging, checkpoints],
+        callbacks=[signals, log, *bars, validation, *callbacks, averaging, checkpoints],
     )
     if begin is not None:
         begin()
@@ -299,21 +300,17 @@ def fit(
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    r"""Hands Ctrl-C on as the exception that it is, and leaves to signals what listened to them
-    before. Lightning makes Ctrl-C an exit, lets the process ignore it from then on, and brings
-    back in the end what listened when it began to, which may be a part of the run."""
-    main = threading.current_thread() is threading.main_thread()
-    before = {s: signal.getsignal(s) for s in SIGNALS} if main else {}
+    r"""Hands Ctrl-C on as the exception that it is. Lightning makes it an exit, and lets the process
+    ignore it from then on."""
+    before = signal.getsignal(signal.SIGINT)
     try:
         yield
     except SystemExit as stop:
         if not isinstance(stop.__context__, KeyboardInterrupt):
             raise
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
         raise KeyboardInterrupt from None
-    finally:
-        for number, handler in before.items():
-            if handler is not None:
-                signal.signal(number, handler)
 
 
 def quiet() -> None:
