@@ -460,6 +460,12 @@ def softmax_spline(
         TypeError: If an input is not a floating point tensor.
         ValueError: If the numbers of bins do not agree, if the shapes cannot be broadcast, or if
             `bound`, `least`, `gain` or `clip` is out of range.
+
+    Example:
+        >>> x, w, h, d = torch.randn(5), *torch.randn(2, 5, 8), torch.randn(5, 7)
+        >>> y, ladj = softmax_spline(x, w, h, d, bound=3.0)
+        >>> torch.allclose(softmax_spline(y, w, h, d, bound=3.0, inverse=True)[0], x, atol=1e-4)
+        True
     """
     check_bound(bound)
     _check_usual(widths, heights, derivatives, least, gain, clip)

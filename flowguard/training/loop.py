@@ -82,6 +82,12 @@ def train(
         ImportError: If Lightning is not installed.
         TypeError: If the batches are not iterable.
         ValueError: If there are fewer batches than steps, or one is no pair.
+
+    Example:
+        >>> model = SuperResolutionFlow(scale=2, levels=1, steps=1, hidden=8, features=8)
+        >>> pairs = [(torch.rand(2, 3, 8, 8), torch.rand(2, 3, 4, 4)) for _ in range(2)]
+        >>> len(train(model, pairs, steps=2, progress=False).losses)
+        2
     """
     if not isinstance(batches, Iterable):
         raise TypeError(

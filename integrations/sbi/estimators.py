@@ -43,6 +43,16 @@ def estimators(model: Any) -> list[nn.Module]:
 
     Raises:
         TypeError: If there is no estimator, as in a posterior with a potential of the user's own.
+
+    Example:
+        >>> from sbi.inference.posteriors import DirectPosterior
+        >>> from sbi.neural_nets import posterior_nn
+        >>> from sbi.utils import BoxUniform
+        >>> theta, x = torch.rand(2, 50, 3)
+        >>> estimator = posterior_nn("maf")(theta, x)
+        >>> posterior = DirectPosterior(estimator, BoxUniform(torch.zeros(3), torch.ones(3)))
+        >>> estimators(posterior)[0] is estimator
+        True
     """
     if isinstance(model, nn.Module):
         return [model]
@@ -73,6 +83,11 @@ def flow_of(estimator: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: If it is made of something else, such as a mixture or a classifier.
+
+    Example:
+        >>> from sbi.neural_nets import posterior_nn
+        >>> type(flow_of(posterior_nn("maf")(*torch.rand(2, 50, 3)))).__module__
+        'nflows.flows.base'
     """
     if not isinstance(estimator, FLOWS):
         raise TypeError(
@@ -94,6 +109,17 @@ def with_estimators(posterior: Any, new: Sequence[nn.Module]) -> Any:
     Raises:
         TypeError: If the posterior holds no estimator.
         ValueError: If there are not as many as it holds.
+
+    Example:
+        >>> from sbi.inference.posteriors import DirectPosterior
+        >>> from sbi.neural_nets import posterior_nn
+        >>> from sbi.utils import BoxUniform
+        >>> theta, x = torch.rand(2, 50, 3)
+        >>> estimator = posterior_nn("maf")(theta, x)
+        >>> posterior = DirectPosterior(estimator, BoxUniform(torch.zeros(3), torch.ones(3)))
+        >>> other = with_estimators(posterior, [posterior_nn("nsf")(theta, x)])
+        >>> type(other) is type(posterior), estimators(posterior)[0] is estimator
+        (True, True)
     """
     old = estimators(posterior)
     if len(old) != len(new):

@@ -280,16 +280,15 @@ def protect(
 
     Example:
         >>> import torch
-        >>> from sbi.inference import NPE
+        >>> from sbi.inference.posteriors import DirectPosterior
+        >>> from sbi.neural_nets import posterior_nn
         >>> from sbi.utils import BoxUniform
         >>> prior = BoxUniform(-torch.ones(2), torch.ones(2))
         >>> theta = prior.sample((400,))
         >>> x = theta + 0.1 * torch.randn(400, 2)
-        >>> inference = NPE(prior, density_estimator="maf").append_simulations(theta, x)
-        >>> _ = inference.train()  # doctest: +SKIP
-        >>> posterior = inference.build_posterior()  # doctest: +SKIP
-        >>> posterior = protect(posterior, theta, x, policy="shrink")  # doctest: +SKIP
-        >>> posterior.ood_score(torch.tensor([[0.1, 0.2], [30.0, 0.0]])).flagged  # doctest: +SKIP
+        >>> posterior = DirectPosterior(posterior_nn("maf")(theta, x), prior)  # or one of NPE's
+        >>> posterior = protect(posterior, theta, x, policy="shrink")
+        >>> posterior.ood_score(torch.tensor([[0.1, 0.2], [30.0, 0.0]])).flagged
         tensor([False,  True])
     """
     if not isinstance(posterior, NeuralPosterior):

@@ -390,6 +390,10 @@ class RRDBEncoder(Recorded, nn.Module):
                 networks, or quantised; or if the graph is not that of an RRDB network, with the
                 first layer that departs from it. It is a :class:`ValueError`.
             OSError: If a file cannot be read.
+
+        Example:
+            >>> encoder = RRDBEncoder.from_ncnn("REALSR_DF2K_UP4X.param")  # doctest: +SKIP
+            >>> larger = encoder.image(torch.rand(1, 3, 40, 40))  # doctest: +SKIP
         """
         network = read_ncnn(source)
         graph = recognise(network)
