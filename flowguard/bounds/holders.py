@@ -217,7 +217,31 @@ def _uses(function: FunctionType | None, path: str, handing: set[str]) -> bool:
     r"""Whether a method of a library's base class may have to do with the flow."""
     if function is None:
         return False
-    return not _names(function.__code__).isdisjoint({path, *SAMPLING, *handing} - {"forward"})
+    named = {path, *SAMPLING, *handing} - {"forward"}
+    if not _names(function.__code__).isdisjoint(named):
+        return True
+    return "forward" in handing and _calls_its_module(function)
+
+
+def _parsed(function: FunctionType) -> ast.stmt | None:
+    r"""The source of a function, if it can be read."""
+    try:
+        (node,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return None
+    return node
+
+
+def _calls_its_module(function: FunctionType) -> bool:
+    r"""Whether a method may call the module that it is of, which no name tells."""
+    node = _parsed(function)
+    if node is None:
+        return True
+    me = function.__code__.co_varnames[:1]
+    return any(
+        isinstance(part, ast.Call) and isinstance(part.func, ast.Name) and part.func.id in me
+        for part in ast.walk(node)
+    )
 
 
 def _functions(cls: type) -> Iterator[tuple[str, FunctionType | None]]:
@@ -246,9 +270,8 @@ def _reads(
         return "is no plain method", False
     if hidden := HIDDEN & _names(function.__code__):
         return f"reaches parts by {min(hidden)}, which may be the flow", False
-    try:
-        (node,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
-    except (OSError, TypeError, SyntaxError, ValueError):
+    node = _parsed(function)
+    if node is None:
         return "has no source that can be read", False
     if not isinstance(node, ast.FunctionDef):
         return "is no plain method", False

@@ -142,6 +142,20 @@ class Mixed(Given, Mixin):
     pass
 
 
+class Amplifier:
+    """Another one, whose method calls the module and names nothing of the flow."""
+
+    __module__ = "library.amplifiers"
+
+    def louder(self, y):
+        return 10 * self(y)
+
+
+class Amplified(Holder, Amplifier):
+    def forward(self, y):
+        return self.flow(self.embed(y)).sample()
+
+
 class TransformOnly(Holder):
     def decode(self, z, y):
         return self.flow(self.embed(y)).transform.inv(10 * z)
@@ -287,6 +301,7 @@ DEPARTING = {
     Wrapping: "decorated by wrapping",
     Partial: "louder is no plain method",
     Mixed: "louder does more",
+    Amplified: "louder does more",
     TransformOnly: "decode does more",
     Opaque: "__getattr__",
     IndexedInPlace: "sample does more",
