@@ -370,9 +370,11 @@ class Progress(Callback):
 
 
 class Validation(Callback):
-    r"""Gathers what is measured of each validation picture, writes a row, and keeps the best.
+    r"""Gathers what is measured of each validation picture, keeps the best model, and writes a row.
 
     It must come before :class:`Averaging` in the list of callbacks, to find the averaged weights.
+    The row is written when all callbacks are done: a validation without one is made once more by
+    a run that goes on. The best is that of the rows, as a checkpoint may be older than it.
 
     Arguments:
         file: The file of the rows.
@@ -384,7 +386,6 @@ class Validation(Callback):
         self, file: Path, save: Callable[[ImageModel], None], monitor: str = "bits_per_dim"
     ) -> None:
         self.file, self.save, self.monitor = file, save, monitor
-        self.best = math.inf
         self.last: dict[str, float] = {}
         self.done = 0  # the step of the last row
         self._found: list[dict[str, float]] = []
@@ -416,7 +417,7 @@ class Validation(Callback):
         self._found.append(dict(outputs))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        r"""Writes the means over all pictures, and saves the model if it is the best."""
+        r"""Takes the means over all pictures, and saves the model if it is the best."""
         found = self._found
         if trainer.world_size > 1:
             everyone: list[Any] = [None] * trainer.world_size
@@ -429,18 +430,21 @@ class Validation(Callback):
             return
         means = {name: sum(f[name] for f in found) / len(found) for name in found[0]}
         self.last = {"step": trainer.global_step, **means}
-        if trainer.is_global_zero:
+        better = trainer.is_global_zero and means[self.monitor] < self._best(trainer.global_step)
+        if trainer.world_size > 1:  # all save together, and one of them has the rows
+            better = trainer.strategy.broadcast(better)
+        if better:
+            self.save(pl_module.model)
+
+    def _best(self, step: int) -> float:
+        r"""The best measure of the validations before a step."""
+        rows = MetricsTable(self.file, (self.monitor,)).rows()
+        found = [float(row[self.monitor]) for row in rows if int(row["step"]) < step]
+        return min((measure for measure in found if math.isfinite(measure)), default=math.inf)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        r"""Writes the row."""
+        if trainer.is_global_zero and self._found:
             table = MetricsTable(self.file, tuple(self.last))
             table.begin(trainer.global_step - 1)
             table.add(self.last)
-        if means[self.monitor] < self.best:
-            self.best = means[self.monitor]
-            self.save(pl_module.model)
-
-    def state_dict(self) -> dict[str, Any]:
-        r"""Returns the best measure."""
-        return {"best": self.best}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        r"""Takes up the best measure."""
-        self.best = state_dict["best"]

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ pytest.importorskip("lightning")
 from flowguard.training.callbacks import (
     AtomicCheckpoints,
     MetricsTable,
+    Validation,
     average_decay,
 )
 
@@ -47,3 +49,44 @@ def test_an_average_that_knows_little_follows_closely():
     assert decays[0] == 0.1
     assert decays == sorted(decays)
     assert decays[-1] == 0.99
+
+
+def validate(validation, step, bits, until="on_validation_end"):
+    """What Lightning calls for a validation of one picture, up to a hook."""
+    trainer = SimpleNamespace(global_step=step, world_size=1, is_global_zero=True)
+    module = SimpleNamespace(model=step)
+    validation.on_validation_epoch_start(trainer, module)
+    validation.on_validation_batch_end(trainer, module, {"bits_per_dim": bits}, None, 0)
+    for hook in ("on_validation_epoch_end", "on_validation_end"):
+        getattr(validation, hook)(trainer, module)
+        if hook == until:
+            break
+
+
+def test_the_best_model_stays_though_no_checkpoint_knows_of_it(tmp_path):
+    """A run that is killed after a validation goes on from a checkpoint that is older."""
+    saved = []
+    validate(Validation(tmp_path / "validation.csv", saved.append), 5, 3.0)
+    going_on = Validation(tmp_path / "validation.csv", saved.append)
+    validate(going_on, 10, 3.5)
+    validate(going_on, 15, 2.5)
+    validate(going_on, 20, float("nan"))
+    assert saved == [5, 15]
+
+
+def test_a_validation_that_is_made_once_more_is_compared_with_those_before(tmp_path):
+    saved = []
+    validation = Validation(tmp_path / "validation.csv", saved.append)
+    for step in (5, 10, 10):
+        validate(validation, step, 4.0 - step / 10)
+    assert saved == [5, 10, 10]
+    assert [row["step"] for row in MetricsTable(validation.file, ("step",)).rows()] == ["5", "10"]
+
+
+def test_a_validation_has_its_row_when_all_that_it_leaves_is_written(tmp_path):
+    """A run goes by the rows: one that was killed before makes the validation once more."""
+    validation = Validation(tmp_path / "validation.csv", lambda _: None)
+    validate(validation, 5, 3.0, until="on_validation_epoch_end")  # others write pictures then
+    assert not validation.file.exists()
+    validate(validation, 5, 3.0)
+    assert validation.file.read_text() == "step,bits_per_dim\n5,3.0\n"
