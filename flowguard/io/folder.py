@@ -1,6 +1,15 @@
 r"""Folders of pictures: what is in them, and crops of it, in little memory."""
 
-__all__ = ["BUDGET", "Columns", "Fault", "PictureFiles", "Survey", "find", "survey"]
+__all__ = [
+    "BUDGET",
+    "Columns",
+    "Fault",
+    "PictureFiles",
+    "Survey",
+    "Unreadable",
+    "find",
+    "survey",
+]
 
 import os
 import warnings
@@ -21,6 +30,13 @@ Array = np.ndarray[Any, Any]
 
 #: The bytes of decoded pictures that are kept if nothing else is said.
 BUDGET = 2 * 2**30
+
+
+class Unreadable(OSError):
+    r"""Raised when the system cannot read a picture that was there: its disk is gone, say.
+
+    It is no fault of the picture, which may come back: whoever left it out would do other work.
+    """
 
 
 @dataclass(frozen=True)
@@ -158,6 +174,7 @@ class PictureFiles:
         Raises:
             ImageError: If the file cannot be decoded, or is not what its header said. A warning
                 names it the first time; then it is among :meth:`broken`.
+            Unreadable: If the system cannot read the file. It is asked again the next time.
         """
         found = self._shelf.get(index)
         if found is not None:
@@ -171,6 +188,11 @@ class PictureFiles:
             except ValueError as error:
                 raise ImageError(f"it is not what its header said: {error}") from None
         except ImageError as error:
+            cause = error.__cause__
+            # Pillow's own errors of broken files have no number.
+            if isinstance(cause, OSError) and cause.errno is not None:
+                told = f"{self.files[index]}: {os.strerror(cause.errno)}"
+                raise Unreadable(told) from cause
             if self._shelf.refuse(index):
                 warnings.warn(f"left out: {self.files[index]}: {error}", stacklevel=2)
             raise
@@ -191,6 +213,7 @@ class PictureFiles:
 
         Raises:
             ImageError: If the file cannot be decoded; see :meth:`whole`.
+            Unreadable: If the system cannot read the file.
         """
         levels = self.whole(index)[:, top : top + height, left : left + width]
         peak = 2 ** self.headers[index].bits - 1
