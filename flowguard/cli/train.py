@@ -424,9 +424,18 @@ def _resume(args: Any) -> None:
     args.out = place
 
 
+def _own_words(error: Exception) -> str:
+    r"""What an error says: a process of the loader puts its traceback before that."""
+    kind = type(error)
+    last = str(error).rstrip().splitlines()[-1]
+    return last.removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")
+
+
 def _train(args: Any) -> int:
+    from flowguard.io.folder import Unreadable
     from flowguard.training.callbacks import Interrupted
     from flowguard.training.module import Diverged
+    from flowguard.training.pictures import Undecodable
     from flowguard.training.run import WrongMachine
 
     try:
@@ -446,6 +455,13 @@ def _train(args: Any) -> int:
         raise UserError(
             f"--accelerator {args.accelerator}, --devices {args.devices}, --strategy"
             f" {args.strategy}: {error}"
+        ) from None
+    except Undecodable as error:
+        raise UserError(f"{_own_words(error)} in {args.data}") from None
+    except Unreadable as error:
+        raise UserError(
+            f"cannot read {_own_words(error)}; the pictures must stay while the run goes on: bring"
+            f" them back and go on by --resume {args.out}"
         ) from None
     except OSError as error:
         told = f"cannot write to {args.out}: {error.strerror or error}"
@@ -478,6 +494,11 @@ def _run(args: Any, held: contextlib.ExitStack) -> int:
         raise UserError(f"--steps must be at least the {done} that are done; got {args.steps}")
     _check_machine(args)
     frozen = _frozen(args)
+    weights = args.encoder_weights
+    if weights is not None and not (place.encoder.exists() or os.path.exists(weights)):
+        raise UserError(
+            f"--encoder-weights must name a file, or a model folder; there is no {weights}"
+        )
     try:
         torch.manual_seed(args.seed)
         model = build.build(
@@ -511,6 +532,7 @@ def _run(args: Any, held: contextlib.ExitStack) -> int:
         _name(faults, "left out")
         writable(args.out, "--out")
         _keep_out_others(args, held)
+        place.sweep()
         if args.encoder_weights is not None and not place.encoder.exists():
             keep_encoder(model.conditioner.get_submodule("encoder"), place.encoder)
         _write_config(args, place.config)

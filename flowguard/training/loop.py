@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from flowguard.models import LowLightFlow, SuperResolutionFlow
+from flowguard.models.base import ImageModel
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,11 @@ def train(
 
     Raises:
         ImportError: If Lightning is not installed.
-        TypeError: If the batches are not iterable.
-        ValueError: If there are fewer batches than steps, or one is no pair.
+        RuntimeError: If it is called within :func:`torch.inference_mode`.
+        TypeError: If the model is no image model, the batches are not iterable, or an option is no
+            number.
+        ValueError: If there are fewer batches than steps, one is no pair, an option is out of
+            range, or no parameter of the model requires a gradient.
 
     Example:
         >>> model = SuperResolutionFlow(scale=2, levels=1, steps=1, hidden=8, features=8)
@@ -89,6 +93,7 @@ def train(
         >>> len(train(model, pairs, steps=2, progress=False).losses)
         2
     """
+    _check_model(model)
     if not isinstance(batches, Iterable):
         raise TypeError(
             "batches must be an iterable of pairs of targets and conditions; got"
@@ -132,3 +137,22 @@ def train(
     if done < steps:
         raise ValueError(f"there must be a batch for each of the {steps} steps; got {done}")
     return TrainingResult(log.losses, log.seconds, module.skipped)
+
+
+def _check_model(model: object) -> None:
+    r"""Refuses what cannot be trained."""
+    if not isinstance(model, ImageModel):
+        got = model.__name__ if isinstance(model, type) else f"an object of {type(model).__name__}"
+        raise TypeError(
+            f"model must be an image model, such as a SuperResolutionFlow; got {got}: make one, or"
+            " load it from its folder by flowguard.models.load"
+        )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            "model must have a parameter that requires a gradient; got none:"
+            " model.requires_grad_() lets all be trained"
+        )
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "training needs gradients; got a call within torch.inference_mode(): leave it before"
+        )

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -47,6 +48,7 @@ class Optimization:
         most_skipped: The share of steps that may be not finite; one is always forgiven.
 
     Raises:
+        TypeError: If a value is no number, or the steps are no whole one.
         ValueError: If a value is out of range.
 
     Example:
@@ -65,6 +67,12 @@ class Optimization:
     encoder_lr: float | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.steps, bool) or not isinstance(self.steps, Integral):
+            raise TypeError(f"steps must be a whole number; got {self.steps!r}")
+        for name in ("lr", "clip"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise TypeError(f"{name} must be a number; got {value!r}")
         if self.steps < 1 or not 0 < self.lr < math.inf or not self.clip > 0:
             raise ValueError(
                 f"steps, lr and clip must be positive; got {self.steps}, {self.lr} and {self.clip}"

@@ -11,11 +11,13 @@ __all__ = [
     "Pair",
     "Pairs",
     "ReducedPairs",
+    "Undecodable",
     "match",
     "pairs_of",
 ]
 
 import abc
+import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -45,6 +47,10 @@ DARKEST, BRIGHTEST = 1 / 24, 1 / 12
 SHEET = 2**14
 #: What ends the names of the two pictures of a pair, which are the same but for it.
 MARKS = re.compile(r"(?<=.)(?:[_-]?(?:HR|LR))?(?:[_-]?x\d+)?$", re.IGNORECASE)
+
+
+class Undecodable(ValueError):
+    r"""Raised when no picture is left that can be decoded."""
 
 
 class Pairs(abc.ABC):
@@ -500,6 +506,11 @@ class CropBatches(Dataset[Pair]):
         if not places or not min(places):
             raise ValueError(f"all targets must have at least {size} rows and columns")
 
+    def fingerprint(self) -> str:
+        r"""Returns what the batches hang on beside the options: names and sizes of the pictures."""
+        names = [file.name for source in self.pairs.sources for file in source.files]
+        return hashlib.sha256(repr((names, self.pairs.sizes)).encode()).hexdigest()
+
     def _draw(self, number: int, row: int) -> tuple[tuple[Any, ...], bool, int]:
         r"""What a crop is made of, and how it is mirrored and turned."""
         rng = np.random.default_rng((self.seed, number, row))
@@ -514,13 +525,18 @@ class CropBatches(Dataset[Pair]):
                 return self.pairs.fetch(index, top, left, n, rng), mirrored, turns
             except ImageError:
                 if not self.pairs.usable():
-                    raise ValueError(
+                    raise Undecodable(
                         f"there must be a picture that can be decoded; got {len(self.pairs.sizes)}"
                         " that cannot"
                     ) from None
 
     def __getitem__(self, number: int) -> Pair:
-        r"""Returns batch `number`, with shapes :math:`(B, 3, sH, sW)` and :math:`(B, C, H, W)`."""
+        r"""Returns batch `number`, with shapes :math:`(B, 3, sH, sW)` and :math:`(B, C, H, W)`.
+
+        Raises:
+            Undecodable: If all pictures turned out to be corrupt.
+            Unreadable: If the system cannot read a picture that was there.
+        """
         fetched, mirrored, turns = zip(*(self._draw(number, r) for r in self.rows), strict=True)
         crops = [
             tuple(_turned(part, m, t) for part in pair)

@@ -29,6 +29,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from flowguard.io.atomic import sweep
 from flowguard.training import guard
 from flowguard.training.callbacks import (
     LAST,
@@ -41,6 +42,15 @@ from flowguard.training.callbacks import (
     Validation,
 )
 from flowguard.training.module import FlowModule
+
+MODEL_FILES = ("config.json", "model.safetensors", "README.md")
+#: The files that a run writes.
+WRITTEN = (
+    *("config.yaml", "metrics.csv", "validation.csv", "outside.csv", "report.html"),
+    *("encoder.safetensors", f"checkpoints/{LAST}"),
+    *("pictures/held-out.png", "pictures/strange.png"),
+    *(f"{model}/{name}" for model in ("best", "model") for name in MODEL_FILES),
+)
 
 
 class Batches(Protocol):
@@ -90,6 +100,10 @@ class Run:
     def model(self) -> Path:
         r"""The model in the end."""
         return self.folder / "model"
+
+    def sweep(self) -> None:
+        r"""Removes what was half written when the run was killed. Nobody else may be at it."""
+        sweep((self.folder / name for name in WRITTEN), age=0.0)
 
 
 class Numbers(Sampler[int]):
@@ -141,6 +155,21 @@ class Loading(pl.LightningDataModule):
             num_workers=self.workers,
             worker_init_fn=patient,
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        r"""Returns what tells the pictures from others, if the batches tell it."""
+        fingerprint = getattr(self.batches, "fingerprint", None)
+        return {} if fingerprint is None else {"pictures": fingerprint()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        r"""Warns if the pictures are others than those that the run began with."""
+        held = state_dict.get("pictures")
+        if held is not None and held != self.state_dict().get("pictures"):
+            warnings.warn(
+                "the pictures are not those that the run was at before: from here on its steps are"
+                " others than they would have been",
+                stacklevel=2,
+            )
 
     def val_dataloader(self) -> Any:
         r"""Returns the validation pairs, one by one: the share of this process."""

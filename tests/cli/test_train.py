@@ -5,11 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+pytest.importorskip("jsonargparse")
+pytest.importorskip("PIL.Image")
+
 from flowguard.cli import train
 from flowguard.io.pictures import Picture, write
 from flowguard.training import pictures
-
-pytest.importorskip("PIL.Image")
 
 
 def test_the_processes_of_a_machine_share_the_cache(tmp_path, monkeypatch):

@@ -93,6 +93,44 @@ def test_batches_that_are_no_pairs_are_refused():
         train(model(), 3, steps=1, progress=False)
 
 
+WRONG = {
+    "steps as a word": ({"steps": "10"}, "steps must be a whole number; got '10'"),
+    "half a step": ({"steps": 1.5}, "steps must be a whole number; got 1.5"),
+    "a switch for steps": ({"steps": True}, "steps must be a whole number; got True"),
+    "a rate as a word": ({"lr": "1e-3"}, "lr must be a number; got '1e-3'"),
+    "nothing to clip at": ({"clip": None}, "clip must be a number; got None"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_options_of_another_kind_are_refused(name):
+    more, words = WRONG[name]
+    with pytest.raises(TypeError, match=f"^{words}$"):
+        train(model(), batches(), **{"steps": 1, "progress": False, **more})
+
+
+def test_what_is_no_image_model_is_refused():
+    for wrong, got in (
+        (torch.nn.Linear(3, 3), "an object of Linear"),
+        (type(model()), "SuperResolutionFlow"),
+        ("run/model", "an object of str"),
+    ):
+        with pytest.raises(TypeError, match=f"model must be an image model, .*; got {got}: make"):
+            train(wrong, batches(), steps=1, progress=False)
+
+
+def test_a_model_of_which_nothing_can_be_trained_is_refused():
+    with pytest.raises(ValueError, match="a parameter that requires a gradient; got none"):
+        train(model().requires_grad_(False), batches(), steps=1, progress=False)
+
+
+def test_nothing_is_trained_in_inference_mode_and_without_gradients_it_is():
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="needs gradients; got a call"):
+        train(model(), batches(), steps=1, progress=False)
+    with torch.no_grad():
+        assert len(train(model(), batches(), steps=1, progress=False).losses) == 1
+
+
 def test_what_the_caller_draws_next_does_not_hang_on_the_steps():
     drawn = []
     for steps in (1, 3):

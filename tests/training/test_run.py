@@ -1,5 +1,6 @@
 """Runs: what they leave in their folder, and that nothing is lost when they are stopped."""
 
+import contextlib
 import csv
 import multiprocessing
 import os
@@ -24,7 +25,8 @@ from flowguard.cli import main as cli  # noqa: E402
 from flowguard.io.lock import alone  # noqa: E402
 from flowguard.models import load  # noqa: E402
 from flowguard.training.module import FlowModule  # noqa: E402
-from flowguard.training.run import Run, steps_done  # noqa: E402
+from flowguard.training.pictures import CropBatches, pairs_of  # noqa: E402
+from flowguard.training.run import Loading, Run, steps_done  # noqa: E402
 
 SMALL = ("--encoder-blocks", 1, "--flow-steps", 1, "--hidden", 8, "--features", 8, "--threads", 1)
 TINY = (*SMALL, "--crop", 16, "--batch", 2, "--accelerator", "cpu", "--guard-pictures", 2)
@@ -41,12 +43,14 @@ CHILD = """
 import os, sys
 from flowguard.cli.main import main
 from flowguard.training.module import FlowModule
-arguments, told, most, number, last = given
+arguments, told, most, number, last, moved = given
 if most is not None:  # bytes that a file may have
     import resource
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 def signalled(self, *batch, made=FlowModule.training_step):
     if self.global_step == last:  # in the midst of the step after it
+        if moved is not None:
+            os.rename(*moved)
         os.kill(os.getpid(), number)
     return made(self, *batch)
 FlowModule.training_step = signalled
@@ -75,8 +79,8 @@ def start():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["flowguard.training.run", "flowguard.cli.main"])
 
-    def begin(arguments, told=os.devnull, *, most=None, number=0, last=None):
-        given = {"given": (arguments, str(told), most, number, last)}
+    def begin(arguments, told=os.devnull, *, most=None, number=0, last=None, moved=None):
+        given = {"given": (arguments, str(told), most, number, last, moved)}
         process = context.Process(target=exec, args=(CHILD, given))
         process.start()
         return process
@@ -136,8 +140,10 @@ def killed(run, arguments, start, times):
     rng = random.Random(0)
     for _ in range(times):
         process = start(arguments)
-        wait_for(process, run, max(0, len(rows(run)) - 1) + rng.randrange(1, 5))
-        os.kill(process.pid, signal.SIGKILL)
+        # Not for its last step: a run that is over cannot be killed.
+        wait_for(process, run, min(11, max(0, len(rows(run)) - 1) + rng.randrange(1, 5)))
+        with contextlib.suppress(ProcessLookupError):  # it was faster
+            os.kill(process.pid, signal.SIGKILL)
         process.join()
         arguments = ["train", "--resume", str(run)]
     process = start([*arguments, "--workers", "1"])
@@ -153,7 +159,21 @@ def test_a_run_killed_at_random_moments_makes_the_steps_of_one_that_was_not(
     arguments = options(folder, *STEPS, "--out", run)
     assert killed(run, [*arguments, "--checkpoint-minutes", "0"], start, 10) == 0
     assert_same(run, whole)
-    assert not list(run.rglob(".*"))[1:], "what was half written is left"
+    assert not list(run.rglob(".*")), "what was half written is left"
+
+
+def test_what_a_killed_run_left_half_written_is_removed(whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    names = ["checkpoints/last.ckpt", "best/model.safetensors", "model/config.json", "config.yaml"]
+    left = [run / name for name in (*names, "validation.csv", "pictures/held-out.png")]
+    left = [file.parent / f".{file.name}.abcd1234.tmp" for file in left]
+    mine = run / ".notes.abcd1234.tmp"
+    for file in (*left, mine):
+        file.write_bytes(b"half")
+    Run(run).sweep()
+    assert [file for file in run.rglob(".*")] == [mine]
+    assert len(contents(run)) == len(contents(whole)) + 1
 
 
 def test_a_run_that_is_asked_to_end_saves_first(folder, tmp_path, start, whole):
@@ -256,6 +276,10 @@ MISTAKES = {
     "an empty folder": (["--data", "{tmp}"], "there must be a picture of at least 16 rows"),
     "a large crop": (["--crop", "64"], "there must be a picture of at least 64 rows"),
     "a mistyped option": (["--step", "3"], r"there is no option --step; did you mean --steps\?"),
+    "no weights": (
+        ["--encoder-weights", "{tmp}/nothing.pth"],
+        r"--encoder-weights must name a file, or a model folder; there is no .*nothing.pth",
+    ),
     "pairs of nothing": (["--val-pairs", "{tmp}"], "--val-pairs must come with --val"),
     "a long name": (["--data", "x" * 300], "error: .*File name too long: '.*xxx"),
     "an odd crop": (["--crop", "18"], "--crop must be a multiple of 4; got 18"),
@@ -432,6 +456,61 @@ def test_a_run_whose_folder_is_removed_says_so(folder, tmp_path, monkeypatch, ca
     code, line = told(capsys, options(folder, "--steps", 3, "--out", run))
     assert code == 2
     assert "No such file or directory; the run folder must stay while the run goes on" in line
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_whose_pictures_are_gone_says_so_and_goes_on_when_they_are_back(
+    workers, folder, tmp_path, start, whole
+):
+    """It does not train with those that it has in memory, nor with those that are left."""
+    pictures, away = tmp_path / "pictures", tmp_path / "away"
+    run, told = tmp_path / "run", tmp_path / "told.txt"
+    shutil.copytree(folder, pictures)
+    arguments = options(pictures, *STEPS, "--out", run, "--cache", 0, "--workers", workers)
+    process = start(
+        [*arguments, "--checkpoint-minutes", "0"], told, moved=(pictures, away), last=3
+    )
+    process.join()
+    lines = [line for line in told.read_text().splitlines() if "error" in line]
+    assert process.exitcode == 2, told.read_text()
+    assert len(lines) == 1, told.read_text()
+    assert re.search(rf"error: cannot read {pictures}/\w.png: No such file", lines[0]), lines
+    assert f"bring them back and go on by --resume {run}" in lines[0]
+    assert "Traceback" not in told.read_text()
+    away.rename(pictures)
+    process = start(["train", "--resume", str(run)])
+    process.join()
+    assert process.exitcode == 0
+    assert_same(run, whole)
+
+
+def test_a_run_that_goes_on_with_other_pictures_says_so(folder, tmp_path, recwarn):
+    pictures = tmp_path / "pictures"
+    shutil.copytree(folder, pictures)
+
+    def loading():
+        return Loading(
+            CropBatches(pairs_of(pictures, scale=4, crop=16)[0], size=16, batch=2, seed=0)
+        )
+
+    before = loading().state_dict()
+    loading().load_state_dict(before)
+    loading().load_state_dict({})  # of an earlier version
+    assert not recwarn
+    (pictures / "b.png").rename(pictures / "d.png")
+    with pytest.warns(UserWarning, match="the pictures are not those that the run was at before"):
+        loading().load_state_dict(before)
+
+
+def test_a_run_of_which_all_pictures_are_corrupt_says_so(folder, tmp_path, capsys):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for name in "ab":
+        (pictures / f"{name}.png").write_bytes((folder / f"{name}.png").read_bytes()[:200])
+    more = ["--val", folder, "--out", tmp_path / "run"]
+    code, line = told(capsys, options(pictures, "--steps", 3, *more))
+    assert code == 2
+    assert f"a picture that can be decoded; got 2 that cannot in {pictures}" in line
 
 
 def test_a_disk_that_is_full_is_told_of_and_what_was_saved_stays_whole(tmp_path, start, whole):
