@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flowguard.cli.machine import threads, usable_cores
+from flowguard.cli.machine import own_share, threads, usable_cores
 from flowguard.cli.parsing import (
     IfGiven,
     Parser,
@@ -377,6 +377,11 @@ def _begin(args: Any) -> None:
         raise UserError(
             "--val-pairs must come with --val, whose conditions it names; got it alone"
         )
+    if args.task == "lowlight" and "scale" in args.given:
+        raise UserError(
+            "--scale must be left out for lowlight, whose pictures keep their size; got"
+            f" {args.scale}"
+        )
     if not first_process():
         return
     _refuse_a_run(args.out)
@@ -621,7 +626,8 @@ def _frozen(args: Any) -> bool:
 
 
 def _check_machine(args: Any) -> None:
-    r"""Refuses more processes than there are cores, and batches that they cannot share."""
+    r"""Refuses more processes than there are cores, or others than were started, and batches that
+    they cannot share."""
     import torch
 
     cores = len(usable_cores())
@@ -630,7 +636,14 @@ def _check_machine(args: Any) -> None:
     )
     if on_cpu and args.devices > cores:
         raise UserError(f"--devices must be at most the {cores} core(s) here; got {args.devices}")
-    world = args.devices * args.num_nodes
+    world, share = args.devices * args.num_nodes, own_share()
+    if share.world > 1 and share.world != world:  # each would train alone, all in one folder
+        nodes = max(1, share.world // share.local_world)
+        meant = f"--devices {share.local_world}" + (f" --num-nodes {nodes}" if nodes > 1 else "")
+        raise UserError(
+            f"--devices times --num-nodes must be the {share.world} processes that torchrun or srun"
+            f" started; got {args.devices} times {args.num_nodes}: add {meant}"
+        )
     if args.batch % world:
         raise UserError(f"--batch must be a multiple of the {world} processes; got {args.batch}")
 

@@ -307,6 +307,29 @@ def test_mistakes_are_told_in_one_line(name, folder, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_processes_that_were_started_are_told_of_or_none_of_them_trains(
+    rank, folder, tmp_path, monkeypatch, capsys
+):
+    """Each would be the only one that it knows of, and write into the same folder."""
+    started = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in started.items():
+        monkeypatch.setenv(name, value)
+    code, line = told(capsys, options(folder, "--out", tmp_path / "run", "--steps", 1))
+    assert code == 2
+    assert "must be the 2 processes that torchrun or srun started; got 1 times 1" in line
+    assert "add --devices 2" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_low_light_has_no_scale(folder, tmp_path, capsys):
+    arguments = options(folder, "--out", tmp_path / "run", "--scale", 2)
+    arguments[1] = "lowlight"
+    code, line = told(capsys, arguments)
+    assert code == 2
+    assert "--scale must be left out for lowlight, whose pictures keep their size; got 2" in line
+
+
 def test_a_folder_that_holds_something_is_not_written_to(folder, tmp_path, capsys, whole):
     before = contents(whole)
     code, line = told(capsys, options(folder, "--out", whole, "--steps", 99))
