@@ -31,8 +31,9 @@ LISTED = 20  # files that are named one by one
 HARMLESS = {"steps", "validate_every", "checkpoint_minutes", "guard_pictures", "threads"}
 HARMLESS |= {"ood", "workers", "cache", "keep_maps"}
 HARMLESS |= {"accelerator", "devices", "num_nodes", "strategy"}
-#: Options that name files and folders to read.
-PLACES = ("data", "pairs", "val", "val_pairs", "ood", "encoder_weights")
+#: Options that name folders of pictures, and what else is to be read.
+FOLDERS = ("data", "pairs", "val", "val_pairs", "ood")
+PLACES = (*FOLDERS, "encoder_weights")
 #: What is no option of a run: it says which run is meant.
 MEANT = ("out", "resume", "config", "print_config", "given", "version")
 #: Where processes that work together find their number.
@@ -377,6 +378,13 @@ def _begin(args: Any) -> None:
         raise UserError(
             "--val-pairs must come with --val, whose conditions it names; got it alone"
         )
+    for name in FOLDERS:
+        place = getattr(args, name)
+        if place is not None and _lies_in(args.out, place):
+            raise UserError(
+                f"--out must not lie in --{name.replace('_', '-')}, as the pictures that a run"
+                f" writes would be taken for those to read; got {args.out} in {place}"
+            )
     if args.task == "lowlight" and "scale" in args.given:
         raise UserError(
             "--scale must be left out for lowlight, whose pictures keep their size; got"
@@ -387,6 +395,10 @@ def _begin(args: Any) -> None:
     _refuse_a_run(args.out)
     if args.out.is_dir() and any(args.out.iterdir()):
         raise UserError(f"--out must be a new or an empty folder; {args.out} holds other files")
+
+
+def _lies_in(inner: Path, outer: str) -> bool:
+    return Path(os.path.realpath(inner)).is_relative_to(os.path.realpath(outer))
 
 
 def _resume(args: Any) -> None:

@@ -273,7 +273,7 @@ def contents(run):
 
 MISTAKES = {
     "no folder": (["--data", "{tmp}/nothing"], r"there is no folder .*nothing"),
-    "an empty folder": (["--data", "{tmp}"], "there must be a picture of at least 16 rows"),
+    "an empty folder": (["--data", "{tmp}/empty"], "there must be a picture of at least 16 rows"),
     "a large crop": (["--crop", "64"], "there must be a picture of at least 64 rows"),
     "a mistyped option": (["--step", "3"], r"there is no option --step; did you mean --steps\?"),
     "no weights": (
@@ -283,7 +283,7 @@ MISTAKES = {
     "pairs of nothing": (["--val-pairs", "{tmp}"], "--val-pairs must come with --val"),
     "a long name": (["--data", "x" * 300], "error: .*File name too long: '.*xxx"),
     "an odd crop": (["--crop", "18"], "--crop must be a multiple of 4; got 18"),
-    "an empty folder to validate with": (["--val", "{tmp}"], "there must be a picture"),
+    "an empty folder to validate with": (["--val", "{tmp}/empty"], "there must be a picture"),
     "many devices": (
         ["--devices", "999"],
         r"--devices must be at most the \d+ core\(s\) here; got 999",
@@ -300,6 +300,7 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_are_told_in_one_line(name, folder, tmp_path, capsys):
     more, words = MISTAKES[name]
+    (tmp_path / "empty").mkdir()
     more = [a.format(tmp=tmp_path) for a in more]
     code, line = told(capsys, [*options(folder), "--out", tmp_path / "run", *more])
     assert code == 2
@@ -320,6 +321,20 @@ def test_processes_that_were_started_are_told_of_or_none_of_them_trains(
     assert "must be the 2 processes that torchrun or srun started; got 1 times 1" in line
     assert "add --devices 2" in line
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("option", ["--data", "--val", "--ood"])
+def test_a_run_does_not_lie_among_the_pictures_that_it_reads(option, folder, tmp_path, capsys):
+    """When it goes on, it would learn from the pictures that it wrote."""
+    pictures = tmp_path / "pictures"
+    shutil.copytree(folder, pictures)
+    (tmp_path / "link").symlink_to(pictures)
+    for place in (pictures / "deep" / "run", tmp_path / "link" / "run"):
+        arguments = options(folder, option, pictures, "--out", place, "--steps", 1)
+        code, line = told(capsys, arguments)
+        assert code == 2
+        assert f"--out must not lie in {option}, as the pictures that a run writes" in line
+        assert not place.exists()
 
 
 def test_low_light_has_no_scale(folder, tmp_path, capsys):
