@@ -12,6 +12,7 @@ from flowguard.image.layers import Squeeze
 from flowguard.image.maps import Coupling, Elementwise
 from flowguard.image.published import published_flow
 from flowguard.models.base import (
+    MARGIN,
     MEMORY,
     Given,
     ImageCondition,
@@ -95,6 +96,8 @@ class LowLightFlow(ImageModel):
             colour map of the bright image itself, not on the predicted one.
         mix: The 1×1 convolutions; see :class:`flowguard.image.ConditionalMultiscaleFlow`.
         quant: How many grey levels the images have.
+        margin: How far from :math:`[0, 1]` the images may lie; see :meth:`ImageModel.limit`. If
+            :py:`None`, they may lie anywhere.
 
     Both images have shape :math:`(B, 3, H, W)`, of any size. In place of dark images, all methods
     take what :func:`flowguard.models.encoders.lowlight.low_light_input` made of them, with
@@ -123,6 +126,7 @@ class LowLightFlow(ImageModel):
         target_ratio: float = 0.2,
         mix: str = "free",
         quant: int = 256,
+        margin: float | None = MARGIN,
     ) -> None:
         encoder = LowLightEncoder(levels=levels) if encoder is None else encoder
         if not isinstance(encoder, LowLightEncoder):
@@ -140,14 +144,16 @@ class LowLightFlow(ImageModel):
         flow = published_flow(
             3, c, levels=levels, steps=steps, hidden=hidden, coupling=coupling, mix=mix, splits=0
         )
-        super().__init__(encoder, flow, quant=quant)
+        super().__init__(encoder, flow, quant=quant, margin=margin)
         self.target_ratio = target_ratio
         # One squeeze by 2^L, though the flow squeezes L times by 2: published, and as good.
         self.squeeze = Squeeze(2**levels)
 
     def extra_repr(self) -> str:
-        r"""Returns the target ratio, for the printed module."""
-        return f"target_ratio={self.target_ratio:g}"
+        r"""Returns the target ratio and the margin, for the printed module."""
+        return ", ".join(
+            filter(None, [f"target_ratio={self.target_ratio:g}", super().extra_repr()])
+        )
 
     @property
     def encoder(self) -> LowLightEncoder:
@@ -235,18 +241,20 @@ class LowLightFlow(ImageModel):
     def published(
         cls, *, small: bool = False, coupling: Coupling = "robust", **options: Any
     ) -> Self:
-        r"""Returns an untrained model of the published size, with any coupling.
+        r"""Returns an untrained model of the published size, with any coupling, and, as
+        published, without a margin.
 
         Arguments:
             small: Whether to return LLFlow's small net rather than its large one.
             coupling: As that of :class:`LowLightFlow`.
-            options: Further arguments of :class:`LowLightFlow`.
+            options: Further arguments of :class:`LowLightFlow`, such as a `margin`.
 
         Example:
             >>> model = LowLightFlow.published(small=True)
             >>> model.encoder.channels, len(model.flow.steps[0])
             (64, 4)
         """
+        options = {"margin": None, **options}
         if small:
             small_net = LowLightEncoder(32, blocks=4, stacked=(1,))
             return cls(steps=4, encoder=small_net, coupling=coupling, **options)
@@ -294,7 +302,7 @@ class LowLightFlow(ImageModel):
         levels = layout.options["levels"]
         unread = (*DEAD_ENCODER, f"downconv{levels}")
         return cls.imported(
-            lambda: cls(**made, encoder=LowLightEncoder(**trunk, levels=levels)),
+            lambda: cls(**made, encoder=LowLightEncoder(**trunk, levels=levels), margin=None),
             checkpoint,
             [f"RRDB.{name}.{leaf}" for name in unread for leaf in ("weight", "bias")],
             {**made, "encoder": trunk},

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flowguard.cli import train
+from flowguard.cli.parsing import UserError
 from flowguard.io.pictures import Picture, write
 from flowguard.training import pictures
 
@@ -23,8 +24,54 @@ def test_the_processes_of_a_machine_share_the_cache(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pictures, "pairs_of", watched)
     args = SimpleNamespace(
-        data=str(tmp_path), pairs=None, val=None, task="superres", crop=16, batch=4, seed=0
+        data=str(tmp_path),
+        pairs=None,
+        val=None,
+        task="superres",
+        crop=16,
+        batch=4,
+        seed=0,
+        corrupt=0.0,
     )
     for devices in (1, 4):
         train._pictures(SimpleNamespace(**vars(args), cache=1.0, devices=devices), 4)
     assert asked == [10**9, 10**9 // 4]
+
+
+@pytest.mark.parametrize(
+    ("more", "margin"),
+    [
+        ([], 0.25),
+        (["--coupling", "bspline"], 0.25),
+        (["--coupling", "affine"], 0.0),  # whose artefacts are to be seen
+        (["--coupling", "reparametrized"], 0.0),
+        (["--coupling", "affine", "--margin", "0.5"], 0.5),
+        (["--margin", "0"], 0.0),
+    ],
+    ids=str,
+)
+def test_a_run_has_a_margin_unless_its_coupling_is_affine(more, margin, tmp_path):
+    args = train.parser().parse_args(
+        ["--data", str(tmp_path), "--out", str(tmp_path / "run"), *more]
+    )
+    train._begin(args)
+    assert args.margin == margin
+
+
+def test_a_run_that_says_neither_margin_nor_corruption_goes_on_without(tmp_path):
+    text = f"version: 1\ntask: superres\ndata: {tmp_path}\n"
+    (tmp_path / "config.yaml").write_text(text)
+    args = SimpleNamespace(resume=tmp_path, given={"resume": tmp_path})
+    train._resume(args)
+    assert (args.margin, args.corrupt) == (0.0, 0.0)
+    (tmp_path / "config.yaml").write_text(f"{text}margin: 0.5\ncorrupt: 0.2\n")
+    train._resume(args)
+    assert (args.margin, args.corrupt) == (0.5, 0.2)
+
+
+@pytest.mark.parametrize("option", ["margin", "corrupt"])
+def test_what_changes_the_steps_of_a_run_is_refused(option, tmp_path):
+    (tmp_path / "config.yaml").write_text(f"version: 2\ntask: superres\ndata: {tmp_path}\n")
+    args = SimpleNamespace(resume=tmp_path, given={"resume": tmp_path, option: 0.3})
+    with pytest.raises(UserError, match=rf"--{option} must be that of the run .*, 0\.0; got 0\.3"):
+        train._resume(args)

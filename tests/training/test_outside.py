@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flowguard import data
+from flowguard.functional import limited
 from flowguard.io import pictures
 from flowguard.models import LowLightEncoder, LowLightFlow, PyramidEncoder, SuperResolutionFlow
 from flowguard.models.encoders.lowlight import low_light_input
@@ -152,3 +153,22 @@ def test_low_light_models_are_asked_too():
     numbers, _ = ask(made, questions(dark, size=16)[0], steps=2)
     assert 0 < numbers["reached"] < numbers["certificate"] < math.inf
     assert numbers["auroc"] > 0.5
+
+
+def test_what_a_margin_moves_is_counted():
+    model, asked = enlarging(), questions(pairs(), size=8)[0]
+    sample = model.sample
+
+    def broken(y, *rest):
+        x = sample(y, *rest).clamp(0, 1)
+        x[..., :16] = limited(torch.tensor(7.0), model.margin)[0]
+        x[..., 16:24] = 1.1  # within the inner half
+        return x
+
+    model.sample = broken
+    asked = Questions(asked.usual, asked.corrupted, asked.usual)
+    numbers, _ = ask(model, asked)
+    assert numbers["bent"] == pytest.approx(0.5)
+    assert numbers["folder_bent"] == pytest.approx(0.5)
+    assert numbers["artefacts"] == 0  # which says nothing with a margin
+    assert "bent" not in ask(model.limit(None), asked)[0]
