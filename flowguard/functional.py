@@ -7,6 +7,7 @@ the absolute derivative of the direction taken, element by element: nothing is s
 __all__ = [
     "FAITHFUL",
     "FINE_SLOPE",
+    "KEPT",
     "SLOPE",
     "Prepared",
     "additive",

@@ -727,7 +727,9 @@ def test_the_straight_spline_refuses_an_empty_box():
 @ALL
 @pytest.mark.parametrize("margin", [0.01, 0.25, 0.3, 4.0])
 def test_the_limit_is_the_identity_within_the_inner_half_of_its_margin(margin, dtype):
-    inside = torch.linspace(-0.49 * margin, 1 + 0.49 * margin, 4001, dtype=dtype)
+    inside = torch.linspace(-margin / 2, 1 + margin / 2, 4001, dtype=dtype)
+    inside = inside[(inside >= -0.499 * margin) & (inside <= 1 + 0.499 * margin)]
+    assert len(inside) > 3000
     for inverse in (False, True):
         y, ladj = limited(inside, margin, inverse=inverse)
         assert torch.equal(y, inside)
@@ -744,7 +746,7 @@ def test_the_limit_leaves_no_number_beyond_its_margin(margin, dtype):
     least = torch.tensor(-margin, dtype=dtype)
     assert (y <= most).all()
     assert (y >= least).all()
-    assert torch.equal(y[[5, 11]], torch.stack((most, least)))
+    torch.testing.assert_close(y[[5, 11]], torch.stack((most, least)))
     assert (y[:5].diff() >= 0).all()
     nan, ladj = limited(torch.tensor([torch.nan, 0.5], dtype=dtype), margin)
     assert nan.isnan().tolist() == ladj.isnan().tolist() == [True, False]

@@ -29,11 +29,11 @@ VERSION = 2  # of what a run folder holds: the greatest that --version takes
 LISTED = 20  # files that are named one by one
 #: What a run may be resumed with, other than what it began with: it changes no step that is made.
 HARMLESS = {"steps", "validate_every", "checkpoint_minutes", "guard_pictures", "threads"}
-HARMLESS |= {"ood", "workers", "cache", "keep_maps"}
+HARMLESS |= {"margin", "policy", "ood", "workers", "cache", "keep_maps"}
 HARMLESS |= {"accelerator", "devices", "num_nodes", "strategy"}
 #: What a run means that does not say it: runs that were begun before there were these options.
-UNSAID = {"margin": 0.0, "corrupt": 0.0}
-#: Couplings whose flows have no bound: a margin would hide it.
+UNSAID = {"margin": 0.0, "corrupt": 0.0, "policy": "warn"}
+#: Couplings whose flows have no bound: a margin, or a guard that acts, would hide it.
 UNBOUNDED = ("affine", "reparametrized")
 #: Options that name files and folders to read.
 PLACES = ("data", "pairs", "val", "val_pairs", "ood", "encoder_weights")
@@ -330,6 +330,15 @@ def _add_trainer(train: Parser) -> None:
         help="pictures that the guard is fitted on (default: 64)",
     )
     train.add_argument(
+        "--policy",
+        choices=("warn", "report", "raise", "shrink"),
+        help=(
+            "what the guard does with strange conditions: tell, keep to itself, refuse, or pull"
+            " what the encoder makes of them back to what it knows, and tell (default: shrink for"
+            " superres; warn for lowlight and for the affine couplings)"
+        ),
+    )
+    train.add_argument(
         "--precision",
         default="32-true",
         choices=("32-true", "bf16-mixed", "64-true"),
@@ -400,6 +409,9 @@ def _begin(args: Any) -> None:
         from flowguard.models.base import MARGIN
 
         args.margin = 0.0 if args.coupling in UNBOUNDED else MARGIN
+    if args.policy is None:
+        acts = args.task == "superres" and args.coupling not in UNBOUNDED
+        args.policy = "shrink" if acts else "warn"
     if args.val_pairs is not None and args.val is None:
         raise UserError(
             "--val-pairs must come with --val, whose conditions it names; got it alone"
@@ -558,6 +570,7 @@ def _run(args: Any, held: contextlib.ExitStack) -> int:
         most=args.guard_pictures,
         size=96 // model.scale,
         seed=args.seed,
+        policy=args.policy,
     )
     keep = int(args.keep_maps * 1e9)
     told = fit(

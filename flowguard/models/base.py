@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowguard.functional import check_margin, limited
+from flowguard.functional import KEPT, check_margin, limited
 from flowguard.image.conditioning import Origin, origin_of
 from flowguard.image.flow import ConditionalMultiscaleFlow, FlowCondition
 from flowguard.image.tiling import MEMORY, TiledFlow, TileSize
@@ -158,7 +158,7 @@ class ImageModel(Pretrained, nn.Module):
 
         Raises:
             TypeError: If it is no number.
-            ValueError: If it is not positive, or so small that noise within a grey level leaves it.
+            ValueError: If it is not positive, or so small that noise within a grey level leaves its half.
 
         Example:
             >>> from flowguard.models import SuperResolutionFlow
@@ -188,9 +188,9 @@ class ImageModel(Pretrained, nn.Module):
     @staticmethod
     def _check_room(margin: float, levels: int) -> None:
         noise = 0.5 / (levels - 1)
-        if noise >= margin:
+        if noise > KEPT * margin:
             raise ValueError(
-                f"the margin must be more than half a grey level, {noise:.4g} of {levels};"
+                f"the margin must be at least a grey level, {2 * noise:.4g} of {levels};"
                 f" got {margin:g}: limit() sets another one"
             )
 

@@ -8,6 +8,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor
 
+from flowguard.functional import limited
 from flowguard.image.layers import Squeeze
 from flowguard.image.maps import Coupling, Elementwise
 from flowguard.image.published import published_flow
@@ -215,7 +216,8 @@ class LowLightFlow(ImageModel):
                 gives the same image each time.
             generator: A source of randomness, on the device of `low`.
             brightness: The mean that each sample is scaled to, a number or one for each dark
-                image with shape :math:`(B)`; see :func:`rescale_brightness`.
+                image with shape :math:`(B)`; see :func:`rescale_brightness`. What leaves the
+                margin then is bent back once more.
             tile: The height and width of a tile in pixels, or ``"auto"``; see :meth:`decode`. The
                 latents are drawn for the whole image, and are the same.
             memory: The memory in bytes that tiles of the size ``"auto"`` take about.
@@ -235,7 +237,8 @@ class LowLightFlow(ImageModel):
                 f"brightness must be a number or have the shape {(rows,)}, one for each dark"
                 f" image; got {tuple(wanted.shape)}"
             )
-        return rescale_brightness(samples, wanted.expand(samples.shape[:2]))
+        scaled = rescale_brightness(samples, wanted.expand(samples.shape[:2]))
+        return scaled if self.margin is None else limited(scaled, self.margin)[0]
 
     @classmethod
     def published(

@@ -3,7 +3,9 @@ r"""What a model in training does with conditions that are unlike those it learn
 __all__ = ["Outside", "Questions", "ask", "middle", "questions", "raw_condition"]
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from flowguard.io.folder import Fault, PictureFiles, find, survey
 from flowguard.io.pictures import ImageError
 from flowguard.models import LowLightFlow, SuperResolutionFlow
 from flowguard.models.encoders.lowlight import BLACK, low_light_input
-from flowguard.ood import OODReport
+from flowguard.ood import OODContextWarning, OODReport
 from flowguard.training import guard
 from flowguard.training.callbacks import MetricsTable
 
@@ -189,6 +191,14 @@ def _reached(model: Model, y: Tensor, seed: int, steps: int) -> float:
     ).value
 
 
+@contextmanager
+def _silent() -> Iterator[None]:
+    r"""Lets the guard say nothing of conditions that are meant to be strange."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", OODContextWarning)
+        yield
+
+
 def _bent(samples: Tensor, margin: float) -> float:
     r"""The share of pixels that a limit has moved, which is told by where they lie."""
     free, _ = limited(samples, margin, inverse=True)
@@ -216,9 +226,10 @@ def ask(
         one ``reached``.
     """
     policy, device = model.conditioner.policy, next(model.parameters()).device
-    model.conditioner.policy = "report"
+    if policy != "shrink":  # which is part of what it does with them
+        model.conditioner.policy = "report"
     try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(device.type, enabled=False), _silent():
             _, usual, *_ = _sampled(model, asked.usual.to(device), seed)
             found = {
                 name: _sampled(model, y.to(device), seed) for name, y in asked.corrupted.items()

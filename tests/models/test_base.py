@@ -594,7 +594,7 @@ def test_no_picture_leaves_the_margin(model, times):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("levels", [4, 16, 256])
+@pytest.mark.parametrize("levels", [5, 16, 256])
 def test_the_noise_within_grey_levels_is_in_the_margin(model, levels):
     x, y = pair(model, 8, 8)
     x = (x > 0.5).float()  # black and white, with noise on both sides
@@ -693,7 +693,7 @@ def test_a_model_says_its_margin(model):
         (-0.5, ValueError, "positive and finite; got -0.5"),
         (math.inf, ValueError, "positive and finite; got inf"),
         ("0.25", TypeError, "must be a number; got str"),
-        (0.001, ValueError, r"more than half a grey level, 0\.001961 of 256; got 0\.001"),
+        (0.001, ValueError, r"at least a grey level, 0\.003922 of 256; got 0\.001"),
     ],
 )
 def test_margins_that_cannot_be_are_told(model, margin, error, match):
@@ -705,7 +705,7 @@ def test_margins_that_cannot_be_are_told(model, margin, error, match):
 
 def test_fewer_grey_levels_than_the_margin_has_room_for_are_told(model):
     x, y = pair(model)
-    with pytest.raises(ValueError, match=r"half a grey level, 0\.5 of 2; got 0\.25: limit"):
+    with pytest.raises(ValueError, match=r"at least a grey level, 1 of 2; got 0\.25: limit"):
         model.limit(MARGIN).nll(x, y, 2)
     model.limit(None).nll(x, y, 2)
 

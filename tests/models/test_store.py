@@ -750,7 +750,7 @@ def test_folders_that_say_no_margin_have_none(files):
         ("wide", "margin of SuperResolutionFlow must be"),
         (True, "margin of SuperResolutionFlow must be"),
         (-1.0, "must be positive and finite; got -1"),
-        (1e-9, "more than half a grey level"),
+        (1e-9, "at least a grey level"),
     ],
 )
 def test_a_margin_that_cannot_be(value, match, files):

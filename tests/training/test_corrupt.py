@@ -52,7 +52,7 @@ def test_dark_conditions_get_less_noise():
 
 @pytest.mark.parametrize("scale", [1, 2, 4])
 def test_a_pattern_is_the_same_in_target_and_condition(scale):
-    y = photograph()
+    y = torch.full((3, 12, 20), 0.4)
     x = y.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     seen = set()
     for seed in range(60):
@@ -60,11 +60,10 @@ def test_a_pattern_is_the_same_in_target_and_condition(scale):
         # A target of blocks stays one: the pattern lies on the pixels of the condition.
         assert torch.allclose(hr, lr.repeat_interleave(scale, 1).repeat_interleave(scale, 2))
         assert 0 <= lr.min() <= lr.max() <= 1
-        change = (lr - y).abs().amax(0)
-        assert change.max() > 0.01
-        rows, columns = ((lr - y).diff(dim=d).abs().amax() > 0.02 for d in (1, 2))
+        assert (lr - y).abs().max() > 0.005
+        rows, columns = (lr.diff(dim=d).abs().amax() > 1e-3 for d in (1, 2))
         seen.add((bool(rows), bool(columns)))
-    assert {(True, True)} < seen  # checkerboards and stripes
+    assert {(True, True), (True, False), (False, True)} <= seen  # checkerboards and stripes
 
 
 def test_patterns_are_of_one_to_eight_pixels():

@@ -1,6 +1,7 @@
 r"""Models in training and strange conditions."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from flowguard.functional import limited
 from flowguard.io import pictures
 from flowguard.models import LowLightEncoder, LowLightFlow, PyramidEncoder, SuperResolutionFlow
 from flowguard.models.encoders.lowlight import low_light_input
+from flowguard.ood import OODContextWarning
 
 pytest.importorskip("lightning")
 pytest.importorskip("PIL.Image")
@@ -172,3 +174,15 @@ def test_what_a_margin_moves_is_counted():
     assert numbers["folder_bent"] == pytest.approx(0.5)
     assert numbers["artefacts"] == 0  # which says nothing with a margin
     assert "bent" not in ask(model.limit(None), asked)[0]
+
+
+def test_a_guard_that_shrinks_does_so_when_a_model_is_asked():
+    model, asked = enlarging(), questions(pairs(), size=8)[0]
+    model.conditioner.boundary = 0.5  # moves half of all pixels
+    told = ask(model, asked)
+    model.conditioner.policy = "shrink"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", OODContextWarning)
+        shrunk = ask(model, asked)
+    assert not torch.equal(told[1], shrunk[1])
+    assert model.conditioner.policy == "shrink"
