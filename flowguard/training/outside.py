@@ -244,7 +244,7 @@ def ask(
                 if model.margin is not None:
                     numbers["folder_bent"] = _bent(strange[0], model.margin)
         numbers["certificate"] = certify(model).bound(NOISE)
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False), _silent():
             # A multiple, so that nothing is padded: the residual is over what was given.
             size = max(model.multiple, ATTACKED // model.multiple * model.multiple)
             one = data.crop_to_multiple(middle(asked.usual[:1].to(device), size), model.multiple)

@@ -159,11 +159,11 @@ def test_low_light_models_are_asked_too():
 
 def test_what_a_margin_moves_is_counted():
     model, asked = enlarging(), questions(pairs(), size=8)[0]
-    sample = model.sample
+    sample, far = model.sample, limited(torch.tensor(7.0), model.margin)[0]
 
     def broken(y, *rest):
         x = sample(y, *rest).clamp(0, 1)
-        x[..., :16] = limited(torch.tensor(7.0), model.margin)[0]
+        x[..., :16] = far
         x[..., 16:24] = 1.1  # within the inner half
         return x
 
