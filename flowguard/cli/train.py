@@ -29,10 +29,10 @@ VERSION = 2  # of what a run folder holds: the greatest that --version takes
 LISTED = 20  # files that are named one by one
 #: What a run may be resumed with, other than what it began with: it changes no step that is made.
 HARMLESS = {"steps", "validate_every", "checkpoint_minutes", "guard_pictures", "threads"}
-HARMLESS |= {"margin", "policy", "ood", "workers", "cache", "keep_maps"}
+HARMLESS |= {"margin", "policy", "boundary", "ood", "workers", "cache", "keep_maps"}
 HARMLESS |= {"accelerator", "devices", "num_nodes", "strategy"}
 #: What a run means that does not say it: runs that were begun before there were these options.
-UNSAID = {"margin": 0.0, "corrupt": 0.0, "policy": "warn"}
+UNSAID = {"margin": 0.0, "corrupt": 0.0, "policy": "warn", "boundary": 0.999}
 #: Couplings whose flows have no bound: a margin, or a guard that acts, would hide it.
 UNBOUNDED = ("affine", "reparametrized")
 #: Options that name files and folders to read.
@@ -339,6 +339,13 @@ def _add_trainer(train: Parser) -> None:
         ),
     )
     train.add_argument(
+        "--boundary",
+        type=number(0.5, 1.0),
+        default=0.9,
+        metavar="X",
+        help="share of held-out pixels that shrink leaves as they are (default: 0.9)",
+    )
+    train.add_argument(
         "--precision",
         default="32-true",
         choices=("32-true", "bf16-mixed", "64-true"),
@@ -571,6 +578,7 @@ def _run(args: Any, held: contextlib.ExitStack) -> int:
         size=96 // model.scale,
         seed=args.seed,
         policy=args.policy,
+        boundary=args.boundary,
     )
     keep = int(args.keep_maps * 1e9)
     told = fit(

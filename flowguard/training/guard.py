@@ -35,6 +35,8 @@ class Conditions:
         seed: The seed of the crops.
         policy: The policy of the guard: ``"warn"``, ``"report"``, ``"raise"`` or ``"shrink"``; see
             :class:`flowguard.OODConditioner`.
+        boundary: The quantile of the calibration's pixels beyond which ``"shrink"`` moves an
+            embedding back.
     """
 
     training: Dataset[Any]
@@ -44,6 +46,7 @@ class Conditions:
     size: int = 24
     seed: int = 0
     policy: Policy = "warn"
+    boundary: float = 0.999
 
     def to_fit(self, rank: int, world: int) -> Iterator[Tensor]:
         r"""Yields conditions with shape :math:`(1, C, H, W)`: the share of one process.
@@ -91,6 +94,7 @@ def guarded(
     """
     made = copy.deepcopy(model).float().eval()  # that other commands take
     made.conditioner.policy = conditions.policy
+    made.conditioner.boundary = conditions.boundary
     together = world > 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # few crops: it is said of them once

@@ -67,7 +67,7 @@ def test_a_run_that_was_begun_before_there_were_margins_goes_on_without(tmp_path
     (tmp_path / "config.yaml").write_text(text)
     args = SimpleNamespace(resume=tmp_path, given={"resume": tmp_path})
     train._resume(args)
-    assert (args.margin, args.corrupt, args.policy) == (0.0, 0.0, "warn")
+    assert (args.margin, args.corrupt, args.policy, args.boundary) == (0.0, 0.0, "warn", 0.999)
     (tmp_path / "config.yaml").write_text(f"{text}margin: 0.5\ncorrupt: 0.2\npolicy: raise\n")
     train._resume(args)
     assert (args.margin, args.corrupt, args.policy) == (0.5, 0.2, "raise")
