@@ -341,9 +341,9 @@ def _add_trainer(train: Parser) -> None:
     train.add_argument(
         "--boundary",
         type=number(0.5, 1.0),
-        default=0.9,
+        default=0.95,
         metavar="X",
-        help="share of held-out pixels that shrink leaves as they are (default: 0.9)",
+        help="share of held-out pixels that shrink leaves as they are (default: 0.95)",
     )
     train.add_argument(
         "--precision",

@@ -19,7 +19,9 @@ def checkpoint(tmp_path, monkeypatch):
 
 
 def run(checkpoint, folder, *more):
-    return convert.run(convert.parser().parse_args(["srflow", str(checkpoint), str(folder), *more]))
+    return convert.run(
+        convert.parser().parse_args(["srflow", str(checkpoint), str(folder), *more])
+    )
 
 
 @pytest.mark.parametrize(("more", "margin"), [([], None), (["--margin", "0.5"], 0.5)], ids=str)
