@@ -651,16 +651,18 @@ def limited(
 
     Raises:
         TypeError: If `x` is no floating point tensor, or the margin no number.
-        ValueError: If the margin is not positive, or not finite.
+        ValueError: If the margin is not positive, or not finite, or the interval is empty.
 
     Example:
         >>> y, ladj = limited(torch.tensor([0.25, 1.125, 2.0, torch.inf]), 0.25)
         >>> y
-        tensor([0.2500, 1.1250, 1.2427, 1.2500])
+        tensor([0.2500, 1.1250, 1.2428, 1.2500])
         >>> limited(y, 0.25, inverse=True)[0][:3]
         tensor([0.2500, 1.1250, 2.0000])
     """
     check_margin(margin)
+    if not low < high:
+        raise ValueError(f"low must be less than high; got {low} and {high}")
     dtype = _result_dtype(x)
     u = x.to(dtype if dtype in (torch.float32, torch.float64) else torch.float32)
     room = (1 - KEPT) * margin
