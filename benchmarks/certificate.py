@@ -236,7 +236,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def photographs(variant: str, steps: int, seed: int) -> None:
     r"""A small super-resolution model: bits per dimension, certificate and attack."""
     torch.manual_seed(seed)
-    model = SuperResolutionFlow(scale=4, levels=2, steps=3, hidden=32, features=24)
+    model = SuperResolutionFlow(scale=4, levels=2, steps=3, hidden=32, features=24, margin=None)
     torch.manual_seed(seed)
     model.flow = ConditionalMultiscaleFlow(
         3, 24, levels=2, steps=3, hidden=32, **VARIANTS[variant]

@@ -42,7 +42,13 @@ def measure(coupling: str | Elementwise, steps: int, seed: int) -> list[str]:
     r"""Trains a model and returns its row of the table."""
     torch.manual_seed(seed)
     model = SuperResolutionFlow(
-        scale=TASK.scale, levels=2, steps=4, hidden=64, features=64, coupling=coupling
+        scale=TASK.scale,
+        levels=2,
+        steps=4,
+        hidden=64,
+        features=64,
+        coupling=coupling,
+        margin=None,
     )
     photographs = [data.photograph(name) for name in data.TRAINING_PHOTOGRAPHS]
     crops = data.PairedCrops(photographs, scale=TASK.scale, size=CROP, batch=BATCH, seed=seed)

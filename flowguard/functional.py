@@ -7,11 +7,14 @@ the absolute derivative of the direction taken, element by element: nothing is s
 __all__ = [
     "FAITHFUL",
     "FINE_SLOPE",
+    "KEPT",
     "SLOPE",
     "Prepared",
     "additive",
     "affine",
     "bounded",
+    "check_margin",
+    "limited",
     "prepare",
     "prepared_spline",
     "rational_quadratic_spline",
@@ -38,6 +41,8 @@ from flowguard.spline.options import Options, Usual
 
 FAITHFUL = 0.8  # the share of a bound up to which :func:`saturate` is the identity
 NEAR = 1 - 1e-3  # the share that it may reach, for which :func:`bounded` has a finite argument
+KEPT = 0.5  # the share of a margin up to which :func:`limited` is the identity
+BRIM = 1 - 2**-20  # the share of the rest up to which its inverse tells numbers apart
 BOUNDS = 1e-10, 1e10  # of the box, for all to stay finite in single precision
 GAINS = 1e-6, 1e6  # that slopes may be multiplied by, for the same reason
 
@@ -617,6 +622,75 @@ def saturate(x: Tensor, bound: float) -> Tensor:
     room = NEAR * bound - inner
     beyond = (x.abs() - inner).clamp_min(0.0)
     return x.clamp(-inner, inner) + x.sign() * room * torch.tanh(beyond / room)
+
+
+def limited(
+    x: Tensor, margin: float, *, low: float = 0.0, high: float = 1.0, inverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    r"""Takes the real line onto an interval and a margin around it, and leaves what lies in the
+    interval and the inner half of the margin as it is, bit for bit.
+
+    With the edge :math:`e = h + m / 2` and the room :math:`w = m / 2`, what lies above becomes
+
+    .. math:: e + \frac{2 w}{\pi} \arctan \frac{\pi (x - e)}{2 w}
+
+    and what lies below its mirror image: a smooth bijection, whose slope is one at the edge and
+    never more. Infinities become the ends, NaN stays NaN. The inverse takes numbers beyond the
+    ends for the ends, where the logarithm of the slope is :math:`-\infty`: a density has nothing
+    there. Half-precision tensors are computed in float32.
+
+    Arguments:
+        x: The numbers, with shape :math:`(*)`.
+        margin: The margin :math:`m`.
+        low: The lower end of the interval.
+        high: The upper end :math:`h`.
+        inverse: Whether to apply the inverse map.
+
+    Returns:
+        The output and the logarithm of the slope, with shape :math:`(*)` and the dtype of `x`.
+
+    Raises:
+        TypeError: If `x` is no floating point tensor, or the margin no number.
+        ValueError: If the margin is not positive, or not finite, or the interval is empty.
+
+    Example:
+        >>> y, ladj = limited(torch.tensor([0.25, 1.125, 2.0, torch.inf]), 0.25)
+        >>> y
+        tensor([0.2500, 1.1250, 1.2428, 1.2500])
+        >>> limited(y, 0.25, inverse=True)[0][:3]
+        tensor([0.2500, 1.1250, 2.0000])
+    """
+    check_margin(margin)
+    if not low < high:
+        raise ValueError(f"low must be less than high; got {low} and {high}")
+    dtype = _result_dtype(x)
+    u = x.to(dtype if dtype in (torch.float32, torch.float64) else torch.float32)
+    room = (1 - KEPT) * margin
+    upper, lower = high + KEPT * margin, low - KEPT * margin
+    over = torch.maximum(u - upper, lower - u)
+    beyond = over.clamp_min(0.0)
+    if inverse:
+        share = beyond / room
+        t = torch.tan(math.pi / 2 * share.clamp_max(BRIM))
+        moved = 2 * room / math.pi * t
+        ladj = torch.where(share > 2 - BRIM, -math.inf, torch.log1p(t * t))
+    else:
+        t = math.pi / (2 * room) * beyond
+        moved = 2 * room / math.pi * torch.atan(t)
+        ladj = -torch.log1p(t.clamp_max(1e18).square())  # whose square is finite
+    y = torch.where(u > high, upper + moved, lower - moved)
+    if not inverse:  # rounding may land an ulp outside, and certificates rely on the ends
+        y = y.clamp(low - margin, high + margin)
+    y = torch.where(over <= 0, u, y)
+    return y.to(dtype), torch.where(over <= 0, 0.0, ladj).to(dtype)
+
+
+def check_margin(margin: float) -> None:
+    r"""Refuses a margin that is no positive number."""
+    if isinstance(margin, bool) or not isinstance(margin, Real):
+        raise TypeError(f"the margin must be a number; got {type(margin).__name__}")
+    if not 0 < margin < math.inf:
+        raise ValueError(f"the margin must be positive and finite; got {margin}")
 
 
 def check_shift_bound(bound: float | None) -> None:

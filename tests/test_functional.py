@@ -16,6 +16,7 @@ from hypothesis.extra.numpy import arrays
 from flowguard.functional import (
     affine,
     bounded,
+    limited,
     rational_quadratic_spline,
     reparametrized_affine,
     straight_rational_quadratic_spline,
@@ -718,3 +719,112 @@ def test_the_straight_spline_is_finite_in_the_flattest_and_steepest_boxes(steep,
 def test_the_straight_spline_refuses_an_empty_box():
     with pytest.raises(ValueError, match=r"positive, finite width and height; got \[1.0, 1.0\]"):
         straight_rational_quadratic_spline(*usual((3,), more=1), left=1.0, right=1.0)
+
+
+# -- the limit -------------------------------------------------------------------------------
+
+
+@ALL
+@pytest.mark.parametrize("margin", [0.01, 0.25, 0.3, 4.0])
+def test_the_limit_is_the_identity_within_the_inner_half_of_its_margin(margin, dtype):
+    inside = torch.linspace(-margin / 2, 1 + margin / 2, 4001, dtype=dtype)
+    exact = inside.double()  # a number beside a tensor of half precision would be rounded
+    inside = inside[(exact >= -0.499 * margin) & (exact <= 1 + 0.499 * margin)]
+    assert len(inside) > 3000
+    for inverse in (False, True):
+        y, ladj = limited(inside, margin, inverse=inverse)
+        assert torch.equal(y, inside)
+        assert not ladj.any()
+        assert y.dtype == ladj.dtype == dtype
+
+
+@ALL
+@pytest.mark.parametrize("margin", [0.01, 0.25, 0.3, 4.0])
+def test_the_limit_leaves_no_number_beyond_its_margin(margin, dtype):
+    far = torch.tensor([1.2, 3.0, 1e3, 6e4, torch.finfo(dtype).max, math.inf], dtype=dtype)
+    y, _ = limited(torch.cat((far, -far)), margin)
+    most = torch.tensor(1 + margin, dtype=dtype)
+    least = torch.tensor(-margin, dtype=dtype)
+    assert (y <= most).all()
+    assert (y >= least).all()
+    torch.testing.assert_close(y[[5, 11]], torch.stack((most, least)))
+    assert (y[:5].diff() >= 0).all()
+    nan, ladj = limited(torch.tensor([torch.nan, 0.5], dtype=dtype), margin)
+    assert nan.isnan().tolist() == ladj.isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("ends", [{}, {"low": -2.0, "high": 3.0}], ids=str)
+def test_the_inverse_of_the_limit_takes_back_what_it_did(ends):
+    x = torch.linspace(-9, 9, 4001, dtype=torch.float64)
+    y, ladj = limited(x, 0.25, **ends)
+    back, other = limited(y, 0.25, **ends, inverse=True)
+    assert torch.allclose(back, x, rtol=1e-11, atol=1e-11)
+    assert torch.allclose(other, -ladj, rtol=1e-10, atol=1e-10)
+    assert (y.diff() > 0).all()
+    single, _ = limited(limited(x.float(), 0.25, **ends)[0], 0.25, **ends, inverse=True)
+    assert (single - x).abs().max() < 1e-3
+
+
+def test_the_determinant_of_the_limit_is_its_derivative():
+    x = torch.linspace(-3, 4, 701, dtype=torch.float64, requires_grad=True)
+    y, ladj = limited(x, 0.25)
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    assert torch.allclose(slope.log(), ladj)
+    assert slope.max() == 1  # no distance grows
+    z = y.detach().requires_grad_()
+    u, ladj = limited(z, 0.25, inverse=True)
+    (slope,) = torch.autograd.grad(u.sum(), z)
+    assert torch.allclose(slope.log(), ladj)
+    assert torch.autograd.gradcheck(lambda t: limited(t, 0.25, inverse=True)[1], z[150:-150])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_beyond_its_ends_the_limit_has_no_density_and_finite_numbers(dtype):
+    x = torch.tensor([-1e30, -0.26, -0.25, 1.25, 1.26, math.inf], dtype=dtype, requires_grad=True)
+    u, ladj = limited(x, 0.25, inverse=True)
+    assert u.isfinite().all()
+    assert ladj.isneginf().tolist() == [True, True, False, False, True, True]
+    (grad,) = torch.autograd.grad(u.sum() + ladj[2:4].sum(), x)
+    assert grad.isfinite().all()
+    far = torch.tensor([1e38, -1e38, 1e20], dtype=dtype, requires_grad=True)
+    y, ladj = limited(far, 0.25)
+    (grad,) = torch.autograd.grad(y.sum() + ladj.sum(), far)
+    assert grad.isfinite().all()
+    assert ladj.isfinite().all()
+
+
+def test_the_limit_compiles_as_a_whole():
+    limit = torch.compile(limited, backend="eager", fullgraph=True)
+    x = torch.linspace(-3, 4, 50)
+    for inverse in (False, True):
+        for mine, its in zip(
+            limit(x, 0.25, inverse=inverse), limited(x, 0.25, inverse=inverse), strict=True
+        ):
+            assert torch.equal(mine, its)
+
+
+@pytest.mark.parametrize(
+    ("margin", "error", "match"),
+    [
+        (0.0, ValueError, "positive and finite; got 0"),
+        (-1, ValueError, "positive and finite; got -1"),
+        (math.nan, ValueError, "positive and finite; got nan"),
+        (math.inf, ValueError, "positive and finite; got inf"),
+        ("wide", TypeError, "must be a number; got str"),
+        (True, TypeError, "must be a number; got bool"),
+        (None, TypeError, "must be a number; got NoneType"),
+    ],
+)
+def test_a_margin_is_a_positive_number(margin, error, match):
+    with pytest.raises(error, match=match):
+        limited(torch.zeros(2), margin)
+
+
+def test_the_limit_is_for_floating_point_tensors():
+    with pytest.raises(TypeError, match="floating"):
+        limited(torch.zeros(2, dtype=torch.long), 0.25)
+
+
+def test_the_limit_is_of_an_interval():
+    with pytest.raises(ValueError, match="low must be less than high; got 1 and 0"):
+        limited(torch.zeros(2), 0.25, low=1, high=0)

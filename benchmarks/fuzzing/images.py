@@ -137,9 +137,10 @@ def _maps(flow: Any) -> list[tuple[int, ...]]:
 def _model(m: Maker, kind: Any) -> Any:
     levels = m.integer(1, 2)
     options: dict[str, Any] = {"levels": levels, "steps": 1, "hidden": 3, "coupling": family(m),
-                               "mix": m.pick(MIXES)}  # fmt: skip
+                               "mix": m.pick(MIXES),
+                               "margin": m.pick([None, 0.25, 0.25, 0.01, 1e6])}  # fmt: skip
     if kind is SuperResolutionFlow:
-        options |= {"scale": 2, "features": 3}
+        options |= {"scale": 2, "features": 3, "residual": m.flip(0.7)}
     else:
         from flowguard.models.encoders.lowlight import LowLightEncoder
 
@@ -153,7 +154,10 @@ def _draw_model(model: Any, noise: Any, context: Any) -> torch.Tensor:
     if isinstance(model, LowLightFlow):
         return model.decode(z, context)
     # The certificate is for what is added to the enlarged condition.
-    return model.flow.inverse(z, model.conditioner(context))[0]
+    if model.margin is None:
+        return model.flow.inverse(z, model.conditioner(context))[0]
+    image = model.decode(z, context)
+    return image - model.upsample(context) if model.residual else image
 
 
 def case_of_images(m: Maker, dtype: torch.dtype) -> Case:

@@ -6,6 +6,7 @@ __all__ = [
     "Envelope",
     "Flatten",
     "Join",
+    "Limit",
     "Linear",
     "Noise",
     "Permute",
@@ -45,6 +46,7 @@ from flowguard.bounds.rules import (
 from flowguard.bounds.steps import (
     Flatten,
     Join,
+    Limit,
     Linear,
     Noise,
     Permute,

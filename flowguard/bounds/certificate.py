@@ -116,7 +116,8 @@ class Certificate:
         Far out, this is the only factor by which noise can be amplified.
         """
         rows = replace(self, largest=math.inf, effort=None)._table(FAR)
-        return rows[-1].bound_out / FAR if rows else 1.0
+        factor = rows[-1].bound_out / FAR if rows else 1.0
+        return factor if factor > FAR**-0.5 else 0.0  # of what no noise gets beyond
 
     def bound(
         self,

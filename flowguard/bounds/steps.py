@@ -3,6 +3,7 @@ r"""What the parts of a layer do on the way from noise to data, and what holds a
 __all__ = [
     "Flatten",
     "Join",
+    "Limit",
     "Linear",
     "Noise",
     "Permute",
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowguard.bounds.regions import Envelope, Region
+from flowguard.bounds.regions import Envelope, Region, gamma
 from flowguard.bounds.relaxation import Course, Joined, Link, Product, Rearranged, Unfolded
 
 
@@ -256,6 +257,31 @@ class Pointwise(Step):
     def _mask(self, region: Region) -> Tensor:
         everywhere = torch.ones(region.box.shape[1], dtype=torch.bool)
         return everywhere if self.mask is None else self.mask.detach().cpu()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Limit(Step):
+    r"""A map of each feature that takes none farther from zero, and none beyond a bound.
+
+    Arguments:
+        bound: The bound.
+        beside: The largest absolute value of what is added before the map, and taken away after
+            it: rounding errors are relative to that, too.
+    """
+
+    bound: float
+    beside: float = 0.0
+
+    @property
+    def operations(self) -> int:
+        r"""Those of a map and of what is added before, and taken away after it."""
+        return 12
+
+    def through(self, region: Region, radius: float, roundoff: float) -> Region:
+        r"""Returns the cube of what is as large as before, and within the bound."""
+        share = gamma(self.operations, roundoff)
+        grown = region.box + share * (region.box + self.beside)
+        return Region.cube(grown.clamp(max=(1 + share) * self.bound))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -6,7 +6,16 @@ import contextlib
 import warnings
 from typing import Any
 
-from flowguard.cli.parsing import Parser, UserError, file, folder, paths, whole, writable
+from flowguard.cli.parsing import (
+    Parser,
+    UserError,
+    file,
+    folder,
+    number,
+    paths,
+    whole,
+    writable,
+)
 
 HELP = "turn a published checkpoint into a model folder"
 
@@ -46,6 +55,16 @@ def parser() -> Parser:
         help=(
             "blocks of the encoder whose outputs the flow sees, which no shape tells (default:"
             " those of the published configurations)"
+        ),
+    )
+    convert.add_argument(
+        "--margin",
+        type=number(0.0, 1e3),
+        default=0.0,
+        metavar="X",
+        help=(
+            "how far from [0, 1] pictures of the model may lie; 0: anywhere, as published"
+            " (default: 0)"
         ),
     )
     convert.add_argument(
@@ -101,7 +120,7 @@ def run(args: Any) -> int:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"torch\.")  # of pickles that are refused
-            model = _imported(args)
+            model = _imported(args).limit(args.margin or None)
         model.save_pretrained(args.folder)
     except (EOFError, OSError, RuntimeError, TypeError, ValueError) as error:
         if new:

@@ -128,6 +128,9 @@ def certificate(model: nn.Module, radius: float) -> str:
     lines = [f"Certificate, for noise up to {radius:g}, whatever the condition is:"]
     if found.certified:
         lines.append(f"no element of the flow's output exceeds {found.bound(radius):.4g}.")
+        margin = getattr(model, "margin", None)
+        if margin is not None:
+            lines.append(f"Images lie within {-margin:g} and {1 + margin:g}: see the row margin.")
     else:
         first = found.refused[0]
         lines.append(

@@ -25,12 +25,16 @@ from flowguard.cli.parsing import (
 
 HELP = "train a flow on pictures"
 TASKS = ("superres", "lowlight")
-VERSION = 1  # of what a run folder holds: the greatest that --version takes
+VERSION = 2  # of what a run folder holds: the greatest that --version takes
 LISTED = 20  # files that are named one by one
 #: What a run may be resumed with, other than what it began with: it changes no step that is made.
 HARMLESS = {"steps", "validate_every", "checkpoint_minutes", "guard_pictures", "threads"}
-HARMLESS |= {"ood", "workers", "cache", "keep_maps"}
+HARMLESS |= {"margin", "policy", "boundary", "ood", "workers", "cache", "keep_maps"}
 HARMLESS |= {"accelerator", "devices", "num_nodes", "strategy"}
+#: What a run means that does not say it: runs that were begun before there were these options.
+UNSAID = {"margin": 0.0, "corrupt": 0.0, "policy": "warn", "boundary": 0.999}
+#: Couplings whose flows have no bound: a margin, or a guard that acts, would hide it.
+UNBOUNDED = ("affine", "reparametrized")
 #: Options that name folders of pictures, and what else is to be read.
 FOLDERS = ("data", "pairs", "val", "val_pairs", "ood")
 PLACES = (*FOLDERS, "encoder_weights")
@@ -136,6 +140,16 @@ def _add_data(train: Parser) -> None:
         help="rows and columns of a crop (default: 48)",
     )
     train.add_argument(
+        "--corrupt",
+        type=number(0.0, 1.0),
+        default=0.0,
+        metavar="SHARE",
+        help=(
+            "share of the crops that are corrupted a little: noise, JPEG or blur on the condition;"
+            " for superres also patterns, on both (default: 0)"
+        ),
+    )
+    train.add_argument(
         "--cache",
         type=number(0.0, 10**6),
         default=2.0,
@@ -177,6 +191,15 @@ def _add_model(train: Parser) -> None:
             metavar="N",
             help=f"{words} (default: {default})",
         )
+    train.add_argument(
+        "--margin",
+        type=number(0.0, 1e3),
+        metavar="X",
+        help=(
+            "how far from [0, 1] pictures may lie; 0: anywhere (default: 0.25; 0 for the affine"
+            " couplings, whose artefacts it would hide)"
+        ),
+    )
     train.add_argument(
         "--features",
         type=whole(1, 65536),
@@ -308,6 +331,22 @@ def _add_trainer(train: Parser) -> None:
         help="pictures that the guard is fitted on (default: 64)",
     )
     train.add_argument(
+        "--policy",
+        choices=("warn", "report", "raise", "shrink"),
+        help=(
+            "what the guard does with strange conditions: tell, keep to itself, refuse, or pull"
+            " what the encoder makes of them back to what it knows, and tell (default: shrink for"
+            " superres; warn for lowlight and for the affine couplings)"
+        ),
+    )
+    train.add_argument(
+        "--boundary",
+        type=number(0.5, 1.0),
+        default=0.95,
+        metavar="X",
+        help="share of held-out pixels that shrink leaves as they are (default: 0.95)",
+    )
+    train.add_argument(
         "--precision",
         default="32-true",
         choices=("32-true", "bf16-mixed", "64-true"),
@@ -374,6 +413,13 @@ def _begin(args: Any) -> None:
         if getattr(args, name) is not None:
             setattr(args, name, os.path.abspath(getattr(args, name)))
     paths(args, "out")
+    if args.margin is None:
+        from flowguard.models.base import MARGIN
+
+        args.margin = 0.0 if args.coupling in UNBOUNDED else MARGIN
+    if args.policy is None:
+        acts = args.task == "superres" and args.coupling not in UNBOUNDED
+        args.policy = "shrink" if acts else "warn"
     if args.val_pairs is not None and args.val is None:
         raise UserError(
             "--val-pairs must come with --val, whose conditions it names; got it alone"
@@ -421,7 +467,7 @@ def _resume(args: Any) -> None:
     if isinstance(version, int) and version > VERSION:
         raise UserError(f"--resume: {place} was written by a newer flowguard; got {version}")
     try:
-        saved = parser().saved(held)
+        saved = parser().saved({**UNSAID, **held})
         if saved["data"] is None:
             raise UserError("data must name a folder; got nothing")
     except UserError as error:
@@ -529,6 +575,7 @@ def _run(args: Any, held: contextlib.ExitStack) -> int:
             blocks=args.encoder_blocks,
             encoder=kept_encoder(place.encoder) if place.encoder.exists() else args.encoder,
             weights=args.encoder_weights,
+            margin=args.margin or None,
         )
         if frozen:
             model.freeze_encoder()
@@ -569,6 +616,8 @@ def _run(args: Any, held: contextlib.ExitStack) -> int:
         most=args.guard_pictures,
         size=96 // model.scale,
         seed=args.seed,
+        policy=args.policy,
+        boundary=args.boundary,
     )
     keep = int(args.keep_maps * 1e9)
     told = fit(
@@ -686,7 +735,9 @@ def _pictures(args: Any, scale: int) -> tuple[Any, Any, Any]:
     held_out, faults = sound(rest)
     if first_process():
         _name(faults, "left out")
-    batches = CropBatches(training, size=args.crop, batch=args.batch, seed=args.seed)
+    batches = CropBatches(
+        training, size=args.crop, batch=args.batch, seed=args.seed, corrupt=args.corrupt
+    )
     return batches, training, held_out
 
 

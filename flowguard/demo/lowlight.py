@@ -81,7 +81,12 @@ class LowLightTask(Task):
             features, growth=8, blocks=blocks, stacked=tuple(range(blocks)), levels=2
         )
         return LowLightFlow(
-            levels=2, steps=steps, hidden=hidden, coupling=coupling, encoder=encoder
+            levels=2,
+            steps=steps,
+            hidden=hidden,
+            coupling=coupling,
+            encoder=encoder,
+            margin=None,  # what a coupling does is to be seen
         )
 
     def _shots(self, parts: Sequence[Tensor], seed: int) -> list[tuple[Tensor, Tensor]]:

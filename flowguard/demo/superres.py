@@ -45,6 +45,7 @@ class SuperResolutionTask(Task):
             hidden=hidden,
             features=features,
             coupling=coupling,
+            margin=None,  # what a coupling does is to be seen
         )
 
     def pairs(self, files: PictureFiles) -> Pairs:

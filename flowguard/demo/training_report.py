@@ -29,6 +29,7 @@ CHARTS = (
     ("SSIM", "validation", ("ssim", "sample_ssim")),
     ("LR-PSNR, dB", "validation", ("lr_psnr", "sample_lr_psnr")),
     ("strange conditions: artefacts", "outside", ("artefacts", "folder_artefacts")),
+    ("strange conditions: bent", "outside", ("bent", "folder_bent")),
     ("strange conditions: not finite", "outside", ("non_finite", "folder_non_finite")),
     ("guard: AUROC", "outside", ("auroc", "folder_auroc")),
     ("bound and attack", "outside", ("certificate", "reached")),
@@ -162,7 +163,8 @@ def page(folder: Path) -> str:
         " of samples at temperature 0, and of those at 0.8 as sample_psnr and so on, by the"
         " averaged weights. Strange conditions: held-out ones that were spoilt, and those of"
         " --ood as folder_…; artefacts: the share of pixels that are not finite or more than 0.5"
-        " outside the range of [0, 1] and the condition; AUROC: how well the guard tells them from"
+        " outside the range of [0, 1] and the condition; bent: the share that the margin moves by"
+        " more than 0.05; AUROC: how well the guard tells them from"
         " held-out ones; certificate: a bound for all conditions and noise up to 4 (none is drawn"
         " where there is none), and what a short attack reached.</p>"
         f"{charts}{numbers}{shown}<h2>options</h2><pre>{html.escape(options)}</pre></html>\n"

@@ -1,6 +1,14 @@
 r"""What image models share: all but their encoder, their base, and what bounds them."""
 
-__all__ = ["MEMORY", "ImageCondition", "ImageModel", "TileSize", "pad_to", "pad_to_multiple"]
+__all__ = [
+    "MARGIN",
+    "MEMORY",
+    "ImageCondition",
+    "ImageModel",
+    "TileSize",
+    "pad_to",
+    "pad_to_multiple",
+]
 
 import functools
 import inspect
@@ -15,6 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from flowguard.functional import KEPT, check_margin, limited
 from flowguard.image.conditioning import Origin, origin_of
 from flowguard.image.flow import ConditionalMultiscaleFlow, FlowCondition
 from flowguard.image.tiling import MEMORY, TiledFlow, TileSize
@@ -29,11 +38,13 @@ from flowguard.models.checkpoints import (
 )
 from flowguard.models.ranges import ImageConditioner, advice, mistaken
 from flowguard.models.store import Pretrained
-from flowguard.numerics import normal_log_prob, repeat_rows
+from flowguard.numerics import normal_log_prob, repeat_rows, sum_rows
 
 BITS = ("dim", "pixel")
 METHODS = ("condition", "forward", "nll", "encode", "decode", "latent_shapes", "sample")
 
+#: How far from [0, 1] the images of a new model may lie.
+MARGIN = 0.25
 #: The most pixels of images that are made at a time: more take more memory, and no less time each.
 TOGETHER = 2**18
 
@@ -50,6 +61,7 @@ class ImageCondition(NamedTuple):
     base: Tensor | None  # what the flow's images are the residual over, where they are
     mean: Tensor | None  # of the last latent, where it is not zero
     origin: Origin | None = None  # what made it; none for what is used up at once
+    margin: float | None = None  # that of the model when it was made
 
 
 Given = Tensor | ImageCondition
@@ -66,6 +78,8 @@ class ImageModel(Pretrained, nn.Module):
         encoder: A module from conditions to a list with one map for each level of the flow.
         flow: The flow.
         quant: The number of grey levels of the images.
+        margin: How far from :math:`[0, 1]` images may lie; see :meth:`limit`. If :py:`None`, they
+            may lie anywhere.
 
     Attributes:
         conditioner: The encoder, inside of a :class:`flowguard.OODConditioner`. Once it is fitted
@@ -95,6 +109,9 @@ class ImageModel(Pretrained, nn.Module):
 
     scale: int = 1
     words: ClassVar[Sequence[tuple[str, str]]] = (("x", "images"), ("y", "conditions"))
+    _margin: float | None = None  # that of models that were pickled before there were any
+    #: What a folder means that does not say it: models that were saved before have no margin.
+    unsaid: ClassVar[Mapping[str, Any]] = {"margin": None}
     warned: bool = False  # of conditions that look as if they were not divided by 255
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -105,7 +122,11 @@ class ImageModel(Pretrained, nn.Module):
                 setattr(cls, name, _in_words(shared, cls.words))
 
     def __init__(
-        self, encoder: nn.Module, flow: ConditionalMultiscaleFlow, quant: int = 256
+        self,
+        encoder: nn.Module,
+        flow: ConditionalMultiscaleFlow,
+        quant: int = 256,
+        margin: float | None = None,
     ) -> None:
         super().__init__()
         if isinstance(quant, bool) or not isinstance(quant, SupportsIndex):
@@ -113,9 +134,69 @@ class ImageModel(Pretrained, nn.Module):
         if quant < 2:
             raise ValueError(f"there must be at least 2 grey levels; got quant={quant}")
         self.quant = quant
+        self.margin = margin
         self.import_report: ImportReport | None = None
         self.conditioner = ImageConditioner(encoder, required=False)
         self.flow = flow
+
+    # -- the range of images ---------------------------------------------------------------------
+
+    def limit(self, margin: float | None = MARGIN) -> Self:
+        r"""Keeps the images of a trained model within a margin around :math:`[0, 1]` from now on.
+
+        What the flow makes, on its base, passes :func:`flowguard.functional.limited`: within
+        :math:`[0, 1]` and the inner half of the margin nothing changes, bit for bit, neither
+        images nor their likelihood; what lies beyond is bent back, so that no image leaves
+        :math:`(-m, 1 + m)`. Images that lie outside have no latents: :meth:`encode` takes those of
+        the nearest that has, with a log-determinant of :math:`-\infty`, and :meth:`nll` is
+        infinite. The base is then made of the condition as a picture: cut to :math:`[0, 1]`.
+
+        It is saved with the model, and holds for conditions that are made afterwards.
+
+        Arguments:
+            margin: The margin :math:`m`; :py:`None` lets images lie anywhere.
+
+        Raises:
+            TypeError: If it is no number.
+            ValueError: If it is not positive, or so small that noise within a grey level leaves its half.
+
+        Example:
+            >>> from flowguard.models import SuperResolutionFlow
+            >>> model = SuperResolutionFlow(levels=1, steps=1, hidden=8, features=8, margin=None)
+            >>> far = [100 * torch.randn(1, *s) for s in model.latent_shapes(torch.rand(1, 3, 4, 4))]
+            >>> lr = torch.rand(1, 3, 4, 4)
+            >>> bool(model.decode(far, lr).max() > 100)
+            True
+            >>> bool(model.limit(0.25).decode(far, lr).max() <= 1.25)
+            True
+        """
+        self.margin = margin
+        return self
+
+    @property
+    def margin(self) -> float | None:
+        r"""How far from :math:`[0, 1]` images may lie; :py:`None` if anywhere. See :meth:`limit`."""
+        return self._margin
+
+    @margin.setter
+    def margin(self, margin: float | None) -> None:
+        if margin is not None:
+            check_margin(margin)
+            self._check_room(margin, self.quant)
+        self._margin = margin
+
+    @staticmethod
+    def _check_room(margin: float, levels: int) -> None:
+        noise = 0.5 / (levels - 1)
+        if noise > KEPT * margin:
+            raise ValueError(
+                f"the margin must be at least a grey level, {2 * noise:.4g} of {levels};"
+                f" got {margin:g}: limit() sets another one"
+            )
+
+    def extra_repr(self) -> str:
+        r"""Returns the margin, for the printed module."""
+        return "" if self.margin is None else f"margin={self.margin:g}"
 
     # -- the encoder's weights -------------------------------------------------------------------
 
@@ -256,7 +337,8 @@ class ImageModel(Pretrained, nn.Module):
             noise = y.new_full((1, 1, 1, 1), float(noise))
         features = self.conditioner(padded)
         maps = (flow or self.flow).work_out(features, noise)
-        return ImageCondition(y, maps, base, self.mean_of(features, padded))
+        mean = self.mean_of(features, padded)
+        return ImageCondition(y, maps, base, mean, margin=self.margin)
 
     def known(
         self, y: Given, flow: ConditionalMultiscaleFlow | TiledFlow | None = None
@@ -282,6 +364,11 @@ class ImageModel(Pretrained, nn.Module):
             )
         if y.origin is not None:
             y.origin.check(self)
+        if y.margin != self.margin:
+            raise ValueError(
+                f"a condition serves a model of the margin {y.margin} that it was made for; got one"
+                f" of {self.margin}: make it again, by condition(...)"
+            )
         return y
 
     # -- checks ----------------------------------------------------------------------------------
@@ -401,7 +488,8 @@ class ImageModel(Pretrained, nn.Module):
             bits_per: What the bits are divided by: ``"dim"`` or ``"pixel"``.
 
         Returns:
-            The bits per dimension, or per pixel, of each image, with shape :math:`(B)`.
+            The bits per dimension, or per pixel, of each image, with shape :math:`(B)`; infinite
+            for an image beyond the margin, see :meth:`limit`.
 
         Raises:
             ValueError: If the images have values such as 0 to 255.
@@ -409,6 +497,8 @@ class ImageModel(Pretrained, nn.Module):
         levels = self.quant if levels is None else levels
         if levels < 2:
             raise ValueError(f"there must be at least 2 grey levels; got {levels}")
+        if self.margin is not None and dequantize:
+            self._check_room(self.margin, levels)
         if bits_per not in BITS:
             raise ValueError(f"bits_per must be one of {', '.join(BITS)}; got {bits_per!r}")
         if not isinstance(y, ImageCondition):
@@ -458,10 +548,14 @@ class ImageModel(Pretrained, nn.Module):
         self, x: Tensor, condition: ImageCondition, flow: ConditionalMultiscaleFlow | TiledFlow
     ) -> tuple[list[Tensor], Tensor]:
         self._check_pair(x, condition.images)
-        x = pad_to(x, *self._size(condition.images))
+        x, bent = pad_to(x, *self._size(condition.images)), None
+        if self.margin is not None:
+            x, bent = limited(x, self.margin, inverse=True)
         if condition.base is not None:
             x = x - condition.base
         latents, ladj = flow(x, condition.maps)
+        if bent is not None:
+            ladj = ladj + sum_rows(bent)
         if condition.mean is not None:
             latents[-1] = latents[-1] - condition.mean
         return latents, ladj
@@ -475,7 +569,8 @@ class ImageModel(Pretrained, nn.Module):
         memory: float = MEMORY,
         progress: bool = False,
     ) -> Tensor:
-        r"""Takes latents to images, given their conditions. Nothing is clamped.
+        r"""Takes latents to images, given their conditions. Nothing is clamped, but see
+        :meth:`limit`.
 
         With `tile`, each step of the flow goes over the image a tile at a time, which takes far
         less memory, and no gradients. The image is that of the untiled computation but for
@@ -520,6 +615,8 @@ class ImageModel(Pretrained, nn.Module):
         x, _ = flow.inverse(latents, condition.maps, ladj=False)
         if condition.base is not None:
             x = x + repeat_rows(condition.base, x)
+        if self.margin is not None:
+            x, _ = limited(x, self.margin)
         height, width = condition.images.shape[-2:]
         return x[..., : self.scale * height, : self.scale * width]
 

@@ -8,10 +8,12 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor
 
+from flowguard.functional import limited
 from flowguard.image.layers import Squeeze
 from flowguard.image.maps import Coupling, Elementwise
 from flowguard.image.published import published_flow
 from flowguard.models.base import (
+    MARGIN,
     MEMORY,
     Given,
     ImageCondition,
@@ -95,6 +97,8 @@ class LowLightFlow(ImageModel):
             colour map of the bright image itself, not on the predicted one.
         mix: The 1×1 convolutions; see :class:`flowguard.image.ConditionalMultiscaleFlow`.
         quant: How many grey levels the images have.
+        margin: How far from :math:`[0, 1]` the images may lie; see :meth:`ImageModel.limit`. If
+            :py:`None`, they may lie anywhere.
 
     Both images have shape :math:`(B, 3, H, W)`, of any size. In place of dark images, all methods
     take what :func:`flowguard.models.encoders.lowlight.low_light_input` made of them, with
@@ -123,6 +127,7 @@ class LowLightFlow(ImageModel):
         target_ratio: float = 0.2,
         mix: str = "free",
         quant: int = 256,
+        margin: float | None = MARGIN,
     ) -> None:
         encoder = LowLightEncoder(levels=levels) if encoder is None else encoder
         if not isinstance(encoder, LowLightEncoder):
@@ -140,14 +145,16 @@ class LowLightFlow(ImageModel):
         flow = published_flow(
             3, c, levels=levels, steps=steps, hidden=hidden, coupling=coupling, mix=mix, splits=0
         )
-        super().__init__(encoder, flow, quant=quant)
+        super().__init__(encoder, flow, quant=quant, margin=margin)
         self.target_ratio = target_ratio
         # One squeeze by 2^L, though the flow squeezes L times by 2: published, and as good.
         self.squeeze = Squeeze(2**levels)
 
     def extra_repr(self) -> str:
-        r"""Returns the target ratio, for the printed module."""
-        return f"target_ratio={self.target_ratio:g}"
+        r"""Returns the target ratio and the margin, for the printed module."""
+        return ", ".join(
+            filter(None, [f"target_ratio={self.target_ratio:g}", super().extra_repr()])
+        )
 
     @property
     def encoder(self) -> LowLightEncoder:
@@ -209,7 +216,8 @@ class LowLightFlow(ImageModel):
                 gives the same image each time.
             generator: A source of randomness, on the device of `low`.
             brightness: The mean that each sample is scaled to, a number or one for each dark
-                image with shape :math:`(B)`; see :func:`rescale_brightness`.
+                image with shape :math:`(B)`; see :func:`rescale_brightness`. What leaves the
+                margin then is bent back once more.
             tile: The height and width of a tile in pixels, or ``"auto"``; see :meth:`decode`. The
                 latents are drawn for the whole image, and are the same.
             memory: The memory in bytes that tiles of the size ``"auto"`` take about.
@@ -229,24 +237,27 @@ class LowLightFlow(ImageModel):
                 f"brightness must be a number or have the shape {(rows,)}, one for each dark"
                 f" image; got {tuple(wanted.shape)}"
             )
-        return rescale_brightness(samples, wanted.expand(samples.shape[:2]))
+        scaled = rescale_brightness(samples, wanted.expand(samples.shape[:2]))
+        return scaled if self.margin is None else limited(scaled, self.margin)[0]
 
     @classmethod
     def published(
         cls, *, small: bool = False, coupling: Coupling = "robust", **options: Any
     ) -> Self:
-        r"""Returns an untrained model of the published size, with any coupling.
+        r"""Returns an untrained model of the published size, with any coupling, and, as
+        published, without a margin.
 
         Arguments:
             small: Whether to return LLFlow's small net rather than its large one.
             coupling: As that of :class:`LowLightFlow`.
-            options: Further arguments of :class:`LowLightFlow`.
+            options: Further arguments of :class:`LowLightFlow`, such as a `margin`.
 
         Example:
             >>> model = LowLightFlow.published(small=True)
             >>> model.encoder.channels, len(model.flow.steps[0])
             (64, 4)
         """
+        options = {"margin": None, **options}
         if small:
             small_net = LowLightEncoder(32, blocks=4, stacked=(1,))
             return cls(steps=4, encoder=small_net, coupling=coupling, **options)
@@ -294,7 +305,7 @@ class LowLightFlow(ImageModel):
         levels = layout.options["levels"]
         unread = (*DEAD_ENCODER, f"downconv{levels}")
         return cls.imported(
-            lambda: cls(**made, encoder=LowLightEncoder(**trunk, levels=levels)),
+            lambda: cls(**made, encoder=LowLightEncoder(**trunk, levels=levels), margin=None),
             checkpoint,
             [f"RRDB.{name}.{leaf}" for name in unread for leaf in ("weight", "bias")],
             {**made, "encoder": trunk},

@@ -8,6 +8,7 @@ import torch.nn as nn
 
 from flowguard.bounds import (
     Envelope,
+    Limit,
     Noise,
     Pointwise,
     Refused,
@@ -32,7 +33,14 @@ for model_class in (LowLightFlow, SuperResolutionFlow):
 @rule(SuperResolutionFlow)
 def _super_resolution(model: SuperResolutionFlow, sampling: bool) -> Iterator[Step]:
     yield from within("flow", model.flow, sampling)
-    yield Remark(name="upsample", depends="adds the upsampled condition, which is left out")
+    if model.margin is None:
+        yield Remark(name="upsample", depends="adds the upsampled condition, which is left out")
+        return
+    # The base is a picture, which the limit leaves as it is: no residual gets larger.
+    yield _limit(model.margin, beside=1.0 if model.residual else 0.0)
+    if model.residual:
+        told = f"adds the upsampled condition, cut to [0, 1]; {_range(model.margin)}"
+        yield Remark(name="upsample", depends=told)
 
 
 @rule(LowLightFlow)
@@ -50,6 +58,18 @@ def _low_light(model: LowLightFlow, sampling: bool) -> Iterator[Step]:
                 envelope=Envelope(1.0, 1.0, displacement=1.0),
                 depends="adds a colour map in (0, 1)",
             )
+    if model.margin is not None:
+        yield _limit(model.margin)
+
+
+def _limit(margin: float, beside: float = 0.0) -> Limit:
+    return Limit(
+        name="margin", kind="limit", bound=1 + margin, beside=beside, depends=_range(margin)
+    )
+
+
+def _range(margin: float) -> str:
+    return f"images within [{-margin:g}, {1 + margin:g}]"
 
 
 def _astray(encoder: LowLightEncoder) -> str:

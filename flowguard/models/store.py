@@ -50,9 +50,10 @@ except ImportError:  # the extra "hub"; saving and loading folders works without
 
 #: The newest format. A model is written in the oldest one that can hold it, so that an older
 #: flowguard reads what it understands and refuses the rest by its number.
-FORMAT = 3
+FORMAT = 4
 PLAIN = 2  # what the constructor's arguments describe
 MIGRATED = 3  # the same, and layers that took the place of others
+LIMITED = 4  # the same, with or without such layers, and a margin for images
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 TYPE = "type"  # the key that names the class of an object
 FOREIGN = "foreign"  # an object that whoever loads has to give
@@ -377,8 +378,13 @@ def describe(model: nn.Module) -> dict[str, Any]:
     conditioner = getattr(model, "conditioner", None)
     if arguments.get("encoder") is not None and isinstance(conditioner, OODConditioner):
         arguments["encoder"] = conditioner.encoder  # it may have been exchanged
+    unsaid = _unsaid(type(model))
+    arguments |= {name: getattr(model, name) for name in unsaid}  # it may have been changed
+    for name in [name for name, value in unsaid.items() if arguments[name] == value]:
+        del arguments[name]
+    newer = not arguments.keys().isdisjoint(unsaid)
     config = {
-        "format": PLAIN,
+        "format": LIMITED if newer else PLAIN,
         "flowguard": __version__,
         "class": known_as(type(model)),
         "arguments": encode(arguments),
@@ -389,7 +395,21 @@ def describe(model: nn.Module) -> dict[str, Any]:
         for name, layer in model.named_modules()
         if isinstance(layer, BoundedSplit | InscribedCoupling)
     }
-    return {**config, "format": MIGRATED, "replaced": replaced} if replaced else config
+    if not replaced:
+        return config
+    return {**config, "format": LIMITED if newer else MIGRATED, "replaced": replaced}
+
+
+def _unsaid(kind: type[Any]) -> dict[str, Any]:
+    r"""What a configuration means that does not say it: what models had before they could have
+    anything else."""
+    return dict(getattr(kind, "unsaid", {}))
+
+
+def _takes(kind: type[Any], name: str) -> bool:
+    r"""Whether the constructor of a class takes an argument of that name."""
+    parameters = inspect.signature(kind.__init__).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
@@ -419,8 +439,13 @@ def _build(
         check_counts(fields, state)
     # The weights that are drawn here are replaced.
     with torch.random.fork_rng(devices=[]), within(state):
-        fields = _checked(kind, config["arguments"], "arguments", foreign)
+        unsaid = _unsaid(kind)
+        told = {**unsaid, **config["arguments"]}
+        later = {name: told.pop(name) for name in unsaid if not _takes(kind, name)}
+        fields = _checked(kind, told, "arguments", foreign)
         model: nn.Module = kind(**fields)
+    for name, value in later.items():
+        setattr(model, name, value)
     _set_conditioners(model, config["conditioners"])
     for name, told in config.get("replaced", {}).items():
         _replace_layer(model, name, told)
@@ -657,11 +682,14 @@ def _check_config(config: Any, file: Path) -> None:
             f" this is flowguard {__version__}, which reads formats {PLAIN} to {FORMAT}: {advice}"
         )
     migrated = config["format"] == MIGRATED
+    may_be = config["format"] >= MIGRATED
     for key in ("arguments", "conditioners", *(("replaced",) if migrated else ())):
         if not isinstance(config.get(key), dict):
             raise PretrainedError(f"{file} lacks {key!r}; it was changed, or written in part")
-    if not migrated and "replaced" in config:
+    if not may_be and "replaced" in config:
         raise PretrainedError(f"{file} has layers that format {PLAIN} does not; it was changed")
+    if not isinstance(config.get("replaced", {}), dict):
+        raise PretrainedError(f"{file} lacks 'replaced'; it was changed, or written in part")
     unknown = config.keys() - {
         "format",
         "flowguard",

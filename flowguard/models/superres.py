@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from flowguard.image.flow import ConditionalMultiscaleFlow
 from flowguard.image.maps import Coupling, Elementwise
 from flowguard.image.published import published_flow
-from flowguard.models.base import Given, ImageCondition, ImageModel, pad_to, pad_to_multiple
+from flowguard.models.base import (
+    MARGIN,
+    Given,
+    ImageCondition,
+    ImageModel,
+    pad_to,
+    pad_to_multiple,
+)
 from flowguard.models.checkpoints import Checkpoint, Source
 from flowguard.models.encoders.pyramid import PyramidEncoder
 from flowguard.models.encoders.rrdb import RRDBEncoder
@@ -72,6 +79,8 @@ class SuperResolutionFlow(ImageModel):
             both images, with a standard deviation up to this for each pair, and tells the flow.
         noise_steps: For each level, how many of its last steps are told of the noise. If
             :py:`None`, all.
+        margin: How far from :math:`[0, 1]` the images may lie; see :meth:`ImageModel.limit`. If
+            :py:`None`, they may lie anywhere.
 
     Images are RGB, with values in :math:`[0, 1]` and shape :math:`(B, 3, H, W)`, of any size:
     internally they are padded to what the flow needs, and cropped.
@@ -106,6 +115,7 @@ class SuperResolutionFlow(ImageModel):
         quant: int = 256,
         noise_std: float | None = None,
         noise_steps: Sequence[int] | None = None,
+        margin: float | None = MARGIN,
     ) -> None:
         if scale < 2 or scale & (scale - 1):
             raise ValueError(f"scale must be a power of two from 2; got {scale}")
@@ -137,7 +147,7 @@ class SuperResolutionFlow(ImageModel):
             noise_steps=noise_steps,
             **own_count,
         )
-        super().__init__(encoder, flow, quant)
+        super().__init__(encoder, flow, quant, margin)
         self.scale = scale
         self.overshoots = architecture == "published"
         self.residual = residual
@@ -174,13 +184,18 @@ class SuperResolutionFlow(ImageModel):
     def upsample(self, lr: Tensor) -> Tensor:
         r"""Returns the bicubic upsampling that the flow's residual is added to.
 
-        Beside hard edges it overshoots. Unless the architecture is the published one, it is cut
-        to the range that :math:`[0, 1]` and the image span.
+        Beside hard edges it overshoots. Where images have a margin, it is that of the LR image as
+        a picture, whose values are cut to :math:`[0, 1]`, and cut to that itself. Else, unless the
+        architecture is the published one, it is cut to the range that :math:`[0, 1]` and the image
+        span.
 
         Arguments:
             lr: The LR images, with shape :math:`(B, 3, H, W)`.
         """
-        base = F.interpolate(lr, scale_factor=float(self.scale), mode="bicubic")
+        shown = lr if self.margin is None else lr.clamp(0.0, 1.0)
+        base = F.interpolate(shown, scale_factor=float(self.scale), mode="bicubic")
+        if self.margin is not None:
+            return base.clamp(0.0, 1.0)
         if self.overshoots:
             return base
         known = lr.detach().nan_to_num(0.0, posinf=math.inf, neginf=-math.inf)
@@ -211,7 +226,8 @@ class SuperResolutionFlow(ImageModel):
         stacked: Sequence[int] = (1, 8, 15, 22),
         **options: Any,
     ) -> Self:
-        r"""Returns an untrained model of the published architecture, with any coupling.
+        r"""Returns an untrained model of the published architecture, with any coupling, and, as
+        published, without a margin.
 
         Arguments:
             scale: The upscaling factor: 2, 4, 8 or 16.
@@ -221,7 +237,7 @@ class SuperResolutionFlow(ImageModel):
             blocks: The number of blocks of the encoder.
             stacked: The blocks whose outputs the encoder stacks onto its maps.
             options: Further arguments of :class:`SuperResolutionFlow`: ``residual=False`` as in
-                SRFlow; ``noise_std=0.05`` as in NCSR, 0.03 at a scale of 8.
+                SRFlow; ``noise_std=0.05`` as in NCSR, 0.03 at a scale of 8; a `margin`.
 
         Example:
             >>> model = SuperResolutionFlow.published(steps=1, blocks=1, stacked=(0,))
@@ -237,7 +253,7 @@ class SuperResolutionFlow(ImageModel):
             coupling=coupling,
             encoder=encoder,
             architecture="published",
-            **options,
+            **{"margin": None, **options},
         )
 
     @classmethod
@@ -365,6 +381,7 @@ class SuperResolutionFlow(ImageModel):
                 features=layout.context_channels,
                 encoder=RRDBEncoder(**encoder, levels=levels),
                 architecture="published",
+                margin=None,
             ),
             found,
             dead,

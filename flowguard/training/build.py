@@ -9,6 +9,7 @@ from torch import nn
 
 from flowguard.image.maps import Coupling
 from flowguard.models import LowLightFlow, SuperResolutionFlow
+from flowguard.models.base import MARGIN
 from flowguard.training.encoders import encoder_for
 
 TASKS = ("superres", "lowlight")
@@ -26,6 +27,7 @@ def build(
     blocks: int | None = None,
     encoder: str | nn.Module | None = None,
     weights: Path | None = None,
+    margin: float | None = MARGIN,
 ) -> SuperResolutionFlow | LowLightFlow:
     r"""Returns an untrained model.
 
@@ -40,6 +42,7 @@ def build(
         blocks: The number of blocks of the encoder.
         encoder: What the encoder is, or itself.
         weights: Where the encoder gets its weights from.
+        margin: How far from :math:`[0, 1]` images may lie; see :meth:`ImageModel.limit`.
 
     Raises:
         ValueError: If there is no such task, or an option does not fit.
@@ -64,7 +67,12 @@ def build(
         )
     if task == "lowlight":
         return LowLightFlow(
-            levels=levels, steps=steps, hidden=hidden, coupling=coupling, encoder=made
+            levels=levels,
+            steps=steps,
+            hidden=hidden,
+            coupling=coupling,
+            encoder=made,
+            margin=margin,
         )
     return SuperResolutionFlow(
         scale=scale,
@@ -74,4 +82,5 @@ def build(
         features=made.channels,
         coupling=coupling,
         encoder=made,
+        margin=margin,
     )

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from flowguard.io.pictures import ImageError
 from flowguard.models.base import ImageModel
+from flowguard.ood.conditioner import Policy
 from flowguard.ood.state import gather
 
 
@@ -32,6 +33,10 @@ class Conditions:
         crops: The crops of held-out conditions to calibrate with.
         size: Their height and width, if the conditions have as many.
         seed: The seed of the crops.
+        policy: The policy of the guard: ``"warn"``, ``"report"``, ``"raise"`` or ``"shrink"``; see
+            :class:`flowguard.OODConditioner`.
+        boundary: The quantile of the calibration's pixels beyond which ``"shrink"`` moves an
+            embedding back.
     """
 
     training: Dataset[Any]
@@ -40,6 +45,8 @@ class Conditions:
     crops: int = 256
     size: int = 24
     seed: int = 0
+    policy: Policy = "warn"
+    boundary: float = 0.999
 
     def to_fit(self, rank: int, world: int) -> Iterator[Tensor]:
         r"""Yields conditions with shape :math:`(1, C, H, W)`: the share of one process.
@@ -86,6 +93,8 @@ def guarded(
         world: How many there are.
     """
     made = copy.deepcopy(model).float().eval()  # that other commands take
+    made.conditioner.policy = conditions.policy
+    made.conditioner.boundary = conditions.boundary
     together = world > 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # few crops: it is said of them once

@@ -3,7 +3,9 @@ r"""What a model in training does with conditions that are unlike those it learn
 __all__ = ["Outside", "Questions", "ask", "middle", "questions", "raw_condition"]
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,12 @@ from torch.utils.data import Dataset
 
 from flowguard import data, metrics
 from flowguard.bounds import attack, certify
+from flowguard.functional import limited
 from flowguard.io.folder import Fault, PictureFiles, find, survey
 from flowguard.io.pictures import ImageError
 from flowguard.models import LowLightFlow, SuperResolutionFlow
 from flowguard.models.encoders.lowlight import BLACK, low_light_input
-from flowguard.ood import OODReport
+from flowguard.ood import OODContextWarning, OODReport
 from flowguard.training import guard
 from flowguard.training.callbacks import MetricsTable
 
@@ -28,6 +31,8 @@ Model = SuperResolutionFlow | LowLightFlow
 
 #: The largest noise that certificate and attack allow.
 NOISE = 4.0
+#: How far a limit must move a pixel for it to be counted.
+BENT = 0.05
 #: How far samples may lie outside the range of [0, 1] and their condition.
 BEYOND = 0.5
 TEMPERATURE = 0.8
@@ -186,6 +191,20 @@ def _reached(model: Model, y: Tensor, seed: int, steps: int) -> float:
     ).value
 
 
+@contextmanager
+def _silent() -> Iterator[None]:
+    r"""Lets the guard say nothing of conditions that are meant to be strange."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", OODContextWarning)
+        yield
+
+
+def _bent(samples: Tensor, margin: float) -> float:
+    r"""The share of pixels that a limit has moved, which is told by where they lie."""
+    free, _ = limited(samples, margin, inverse=True)
+    return float(((free - samples).abs() > BENT).double().mean())
+
+
 def ask(
     model: Model, asked: Questions, *, seed: int = 0, steps: int = 5
 ) -> tuple[dict[str, float], Tensor]:
@@ -202,23 +221,30 @@ def ask(
         ``artefacts`` and ``non_finite``, the shares of pixels over the corruptions that are not
         finite, or lie more than 0.5 outside the range of [0, 1] and the condition; ``auroc``, how
         well the guard tells the corrupted conditions from the others; the same for the ``folder``;
-        the ``certificate``, a bound for all conditions and noise up to 4; and what an attack on
+        for a model with a margin ``bent``, the share of pixels over the corruptions that the limit
+        moves by more than 0.05; the ``certificate``, a bound for all conditions and noise up to 4; and what an attack on
         one ``reached``.
     """
     policy, device = model.conditioner.policy, next(model.parameters()).device
-    model.conditioner.policy = "report"
+    if policy != "shrink":  # which is part of what it does with them
+        model.conditioner.policy = "report"
     try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(device.type, enabled=False), _silent():
             _, usual, *_ = _sampled(model, asked.usual.to(device), seed)
             found = {
                 name: _sampled(model, y.to(device), seed) for name, y in asked.corrupted.items()
             }
             numbers = _means("", usual, list(found.values()))
+            if model.margin is not None:
+                shares = [_bent(samples, model.margin) for samples, *_ in found.values()]
+                numbers["bent"] = sum(shares) / len(shares)
             if asked.folder is not None:
                 strange = _sampled(model, asked.folder.to(device), seed)
                 numbers |= _means("folder_", usual, [strange])
+                if model.margin is not None:
+                    numbers["folder_bent"] = _bent(strange[0], model.margin)
         numbers["certificate"] = certify(model).bound(NOISE)
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False), _silent():
             # A multiple, so that nothing is padded: the residual is over what was given.
             size = max(model.multiple, ATTACKED // model.multiple * model.multiple)
             one = data.crop_to_multiple(middle(asked.usual[:1].to(device), size), model.multiple)

@@ -20,7 +20,7 @@ import abc
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from flowguard import data, metrics
 from flowguard.io.folder import BUDGET, Fault, PictureFiles, find, survey
 from flowguard.io.pictures import ImageError
 from flowguard.models.encoders.lowlight import equalization, low_light_input
+from flowguard.training.corrupt import corrupted
 
 Array = np.ndarray[Any, Any]
 Pair = tuple[Tensor, Tensor]
@@ -61,11 +62,14 @@ class Pairs(abc.ABC):
 
     Attributes:
         scale: How many times larger a target is than its condition.
+        prepares: Whether :meth:`fetch` gives target and condition as pictures, and :meth:`finish`
+            prepares the latter for an encoder; else :meth:`finish` gives both as pictures.
         sizes: The rows and columns of each condition.
         sources: The files that the pairs are made of.
     """
 
     scale: int
+    prepares: bool = False
     sizes: list[tuple[int, int]]
     sources: list[PictureFiles]
 
@@ -235,6 +239,8 @@ class DarkPairs(FilePairs):
         conditions: The dark ones, in the same order.
     """
 
+    prepares = True
+
     def __init__(self, targets: PictureFiles, conditions: PictureFiles) -> None:
         super().__init__(targets, conditions)
         self._tables: dict[int, Array] = {}  # as bytes: 768 of them for each photograph
@@ -280,6 +286,7 @@ class DarkenedPairs(Pairs):
     """
 
     scale = 1
+    prepares = True
 
     def __init__(
         self, files: PictureFiles, *, darkest: float = DARKEST, brightest: float = BRIGHTEST
@@ -473,6 +480,8 @@ class CropBatches(Dataset[Pair]):
         size: The rows and columns of a target's crop, a multiple of the scale.
         batch: The number of crops in a batch.
         seed: The seed.
+        corrupt: The share of the pairs that are corrupted a little; see
+            :func:`flowguard.training.corrupt.corrupted`. The others are what they are without.
 
     Attributes:
         rows: The rows of the batch that are made: those of one of several processes.
@@ -491,14 +500,18 @@ class CropBatches(Dataset[Pair]):
         [(8, 3, 32, 32), (8, 3, 8, 8)]
     """
 
-    def __init__(self, pairs: Pairs, *, size: int, batch: int, seed: int) -> None:
+    def __init__(
+        self, pairs: Pairs, *, size: int, batch: int, seed: int, corrupt: float = 0.0
+    ) -> None:
         if size < 1 or size % pairs.scale:
             raise ValueError(f"size must be a multiple of the scale {pairs.scale}; got {size}")
         if batch < 1 or seed < 0:
             raise ValueError(
                 f"batch must be positive and seed not negative; got {batch} and {seed}"
             )
-        self.pairs, self.size, self.seed = pairs, size, seed
+        if not 0 <= corrupt <= 1:
+            raise ValueError(f"corrupt must be a share, from 0 to 1; got {corrupt}")
+        self.pairs, self.size, self.seed, self.corrupt = pairs, size, seed, corrupt
         self.rows: Sequence[int] = range(batch)
         n = size // pairs.scale
         places = [max(0, h - n + 1) * max(0, w - n + 1) for h, w in pairs.sizes]
@@ -538,12 +551,29 @@ class CropBatches(Dataset[Pair]):
             Unreadable: If the system cannot read a picture that was there.
         """
         fetched, mirrored, turns = zip(*(self._draw(number, r) for r in self.rows), strict=True)
+        if self.pairs.prepares:
+            fetched = tuple(self._spoilt(number, fetched))
+        pairs = self.pairs.finish(fetched)
+        if not self.pairs.prepares:
+            pairs = list(self._spoilt(number, pairs))
         crops = [
             tuple(_turned(part, m, t) for part in pair)
-            for pair, m, t in zip(self.pairs.finish(fetched), mirrored, turns, strict=True)
+            for pair, m, t in zip(pairs, mirrored, turns, strict=True)
         ]
         target, condition = (torch.stack(parts) for parts in zip(*crops, strict=True))
         return target, condition
+
+    def _spoilt(self, number: int, pairs: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
+        r"""The pairs, some of them corrupted, with what else they have."""
+        for row, (target, condition, *rest) in zip(self.rows, pairs, strict=True):
+            # Numbers of its own, so that nothing else is drawn in another way.
+            rng = np.random.default_rng((self.seed, number, row, 1))
+            if rng.random() < self.corrupt:
+                shown = not self.pairs.prepares
+                target, condition = corrupted(
+                    target, condition, self.pairs.scale, rng, patterns=shown
+                )
+            yield (target, condition, *rest)
 
 
 def _turned(image: Tensor, mirrored: bool, turns: int) -> Tensor:

@@ -47,6 +47,7 @@ class Part(Pairs):
     def __init__(self, pairs: Pairs, numbers: Sequence[int]) -> None:
         self.pairs, self.numbers = pairs, list(numbers)
         self.scale, self.sources = pairs.scale, pairs.sources
+        self.prepares = pairs.prepares
         self.sizes = [pairs.sizes[i] for i in self.numbers]
 
     def lost(self) -> set[int]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.distributions import AffineTransform as Constant
 
 from flowguard import bounds, migrate
-from flowguard.bounds import Linear, Scale, certify
+from flowguard.bounds import Limit, Linear, Scale, certify
 from flowguard.bounds.regions import Envelope, Region
 from flowguard.image import (
     ActNorm,
@@ -802,3 +802,20 @@ def test_a_certificate_equals_itself_alone():
     step = certificate.steps[1]
     assert step == step
     assert step in certificate.steps
+
+
+def test_a_limit_lets_nothing_grow_and_nothing_beyond_its_bound():
+    region = Region.cube(torch.tensor([[0.1, 1.0, 30.0]], dtype=torch.float64))
+    step = Limit(bound=1.25, beside=1.0)
+    assert step.through(region, 4.0, 0.0).box.tolist() == [[0.1, 1.0, 1.25]]
+    rounded = step.through(region, 4.0, 1e-3).box[0]
+    assert rounded[0] > 0.1 + 1e-3  # of what is added before and taken away again
+    assert 1.25 < rounded[2] < 1.28
+    assert not replace(step, bound=math.inf).finite
+
+
+def test_what_has_a_limit_has_no_growth():
+    torch.manual_seed(0)
+    model = SuperResolutionFlow(levels=1, steps=1, hidden=4, features=4)
+    assert certify(model).growth == 0
+    assert certify(model.limit(None)).growth > 0.1

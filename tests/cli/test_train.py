@@ -9,6 +9,7 @@ pytest.importorskip("jsonargparse")
 pytest.importorskip("PIL.Image")
 
 from flowguard.cli import train
+from flowguard.cli.parsing import UserError
 from flowguard.io.pictures import Picture, write
 from flowguard.training import pictures
 
@@ -24,8 +25,62 @@ def test_the_processes_of_a_machine_share_the_cache(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pictures, "pairs_of", watched)
     args = SimpleNamespace(
-        data=str(tmp_path), pairs=None, val=None, task="superres", crop=16, batch=4, seed=0
+        data=str(tmp_path),
+        pairs=None,
+        val=None,
+        task="superres",
+        crop=16,
+        batch=4,
+        seed=0,
+        corrupt=0.0,
     )
     for devices in (1, 4):
         train._pictures(SimpleNamespace(**vars(args), cache=1.0, devices=devices), 4)
     assert asked == [10**9, 10**9 // 4]
+
+
+@pytest.mark.parametrize(
+    ("more", "margin", "policy"),
+    [
+        ([], 0.25, "shrink"),
+        (["lowlight"], 0.25, "warn"),
+        (["--coupling", "bspline"], 0.25, "shrink"),
+        (["--coupling", "affine"], 0.0, "warn"),  # whose artefacts are to be seen
+        (["--coupling", "reparametrized"], 0.0, "warn"),
+        (["--coupling", "affine", "--margin", "0.5", "--policy", "shrink"], 0.5, "shrink"),
+        (["--margin", "0", "--policy", "raise"], 0.0, "raise"),
+    ],
+    ids=str,
+)
+def test_a_run_has_a_margin_and_shrinks_unless_its_coupling_is_affine(
+    more, margin, policy, tmp_path
+):
+    args = train.parser().parse_args(
+        ["--data", str(tmp_path), "--out", str(tmp_path / "run"), *more]
+    )
+    args.task = args.task or "superres"
+    train._begin(args)
+    assert (args.margin, args.policy) == (margin, policy)
+
+
+def test_a_run_that_was_begun_before_there_were_margins_goes_on_without(tmp_path):
+    text = f"version: 1\ntask: superres\ndata: {tmp_path}\n"
+    (tmp_path / "config.yaml").write_text(text)
+    args = SimpleNamespace(resume=tmp_path, given={"resume": tmp_path})
+    train._resume(args)
+    assert (args.margin, args.corrupt, args.policy, args.boundary) == (0.0, 0.0, "warn", 0.999)
+    (tmp_path / "config.yaml").write_text(f"{text}margin: 0.5\ncorrupt: 0.2\npolicy: raise\n")
+    train._resume(args)
+    assert (args.margin, args.corrupt, args.policy) == (0.5, 0.2, "raise")
+
+
+def test_a_run_may_get_a_margin_and_no_corruption_when_it_goes_on(tmp_path):
+    """The former changes no step."""
+    (tmp_path / "config.yaml").write_text(f"version: 2\ntask: superres\ndata: {tmp_path}\n")
+    given = {"resume": tmp_path, "margin": 0.25, "policy": "shrink"}
+    args = SimpleNamespace(resume=tmp_path, given=given)
+    train._resume(args)
+    assert (args.margin, args.policy) == (0.25, "shrink")
+    args = SimpleNamespace(resume=tmp_path, given={"resume": tmp_path, "corrupt": 0.3})
+    with pytest.raises(UserError, match=r"--corrupt must be that of the run .*, 0\.0; got 0\.3"):
+        train._resume(args)

@@ -549,3 +549,175 @@ def test_a_frozen_encoder_stays_as_it_is():
     model.train().freeze_encoder(False)
     assert encoder.training
     assert not model.frozen
+
+
+# -- the margin ------------------------------------------------------------------------------
+
+MARGIN = 0.25
+
+
+def far_latents(model, y, times=1.0):
+    generator = torch.Generator().manual_seed(1)
+    shapes = model.latent_shapes(y)
+    return [times * torch.randn(len(y), *s, generator=generator) for s in shapes]
+
+
+@torch.no_grad()
+def test_within_its_margin_a_model_is_what_it_is_without(model):
+    x, y = pair(model, 8, 8)
+    model.limit(None)
+    latents, ladj = model.encode(x, y)
+    bits = model.nll(x, y, dequantize=False)
+    near = model.decode(latents, y)
+    model.limit(MARGIN)
+    (*others, last), limited_ladj = model.encode(x, y)
+    assert all(torch.equal(a, b) for a, b in zip((*others, last), latents, strict=True))
+    assert torch.equal(limited_ladj, ladj)
+    assert torch.equal(model.nll(x, y, dequantize=False), bits)
+    inside = (near >= -MARGIN / 2) & (near <= 1 + MARGIN / 2)
+    assert inside.all()
+    assert torch.equal(model.decode(latents, y), near)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("times", [3.0, 1e3, 1e30])
+def test_no_picture_leaves_the_margin(model, times):
+    _, y = pair(model, 8, 8)
+    far = far_latents(model, y, times)
+    strange = torch.stack((20 * y[0], torch.full_like(y[1], torch.inf)))
+    free = model.limit(None).decode(far, y)
+    assert free.abs().max() > 1.5
+    for condition in (y, strange):
+        x = model.limit(MARGIN).decode(far, condition)
+        assert x.nan_to_num(0.5).min() >= -MARGIN
+        assert x.nan_to_num(0.5).max() <= 1 + MARGIN
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("levels", [5, 16, 256])
+def test_the_noise_within_grey_levels_is_in_the_margin(model, levels):
+    x, y = pair(model, 8, 8)
+    x = (x > 0.5).float()  # black and white, with noise on both sides
+    assert model.limit(MARGIN).nll(x, y, levels).isfinite().all()
+
+
+@torch.no_grad()
+def test_a_picture_in_the_margin_has_a_density_and_one_beyond_has_none(model):
+    model.limit(MARGIN)
+    x, y = pair(model, 8, 8)
+    x[0, 0, 0, 0], x[1, 0, 0, 0] = 1.2, 1.3
+    bits = model.nll(x, y, dequantize=False)
+    assert bits.isfinite().tolist() == [True, False]
+    assert bits[1] == torch.inf
+    latents, ladj = model.encode(x, y)
+    assert ladj.isneginf().tolist() == [False, True]
+    assert all(z.isfinite().all() for z in latents)
+    back = model.decode(latents, y)
+    assert back[0, 0, 0, 0] == pytest.approx(1.2, abs=1e-4)
+    assert back[1, 0, 0, 0] == pytest.approx(1.25, abs=1e-4)
+
+
+def test_the_likelihood_with_a_margin_is_a_density():
+    """The log-determinant is that of the whole map, also where the limit bends."""
+    torch.manual_seed(0)
+    model = superres(margin=MARGIN).double().eval()
+    y = torch.rand(1, 3, 2, 2, dtype=torch.float64)
+    z = far_latents(model, y, 0.6)
+    x = model.decode([t.double() for t in z], y).detach()
+    assert (x > 1.13).any() or (x < -0.13).any()
+    flat = lambda v: torch.cat([t.flatten() for t in model.encode(v, y)[0]])  # noqa: E731
+    jacobian = torch.autograd.functional.jacobian(flat, x).reshape(x.numel(), x.numel())
+    expected = torch.linalg.slogdet(jacobian).logabsdet
+    assert model.encode(x, y)[1].item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_gradients_pass_the_margin(model):
+    model.limit(MARGIN)
+    x, y = pair(model, 8, 8)
+    x[0, 0, 0, 0], x[1, 0, 0, 0] = 1.2, 1.3
+    model.nll(x, y, dequantize=False)[0].backward()
+    for p in model.flow.parameters():
+        assert p.grad is None or p.grad.isfinite().all()
+    y.requires_grad_()
+    model.decode(far_latents(model, y, 1e3), y).sum().backward()
+    assert y.grad.isfinite().all()
+
+
+@torch.no_grad()
+def test_tiles_and_several_samples_keep_the_margin(model):
+    model.limit(MARGIN)
+    _, y = pair(model, 40, 24)
+    whole = model.sample(y, 3, 5.0, torch.Generator().manual_seed(0))
+    tiled = model.sample(y, 3, 5.0, torch.Generator().manual_seed(0), tile=16)
+    assert whole.shape == (3, *pair(model, 40, 24)[0].shape)
+    assert torch.allclose(whole, tiled, atol=1e-4)
+    assert whole.max() <= 1 + MARGIN
+    assert (whole > 1 + MARGIN / 2).any()
+
+
+def test_a_condition_of_another_margin_is_refused(model):
+    model.limit(MARGIN)
+    x, y = pair(model)
+    with torch.no_grad():
+        condition = model.condition(y)
+        model.sample(condition)
+        model.limit(0.5)
+        for call in (lambda: model.sample(condition), lambda: model.nll(x, condition)):
+            with pytest.raises(ValueError, match=r"of the margin 0\.25 .* got one of 0\.5: make"):
+                call()
+        model.limit(MARGIN).sample(condition)
+
+
+@pytest.mark.parametrize(
+    "other", [copy.deepcopy, copy.copy, lambda m: pickle.loads(pickle.dumps(m))]
+)
+def test_copies_keep_the_margin(model, other):
+    assert other(model.limit(0.3)).margin == 0.3
+
+
+def test_what_was_pickled_before_there_were_margins_has_none():
+    model = superres(margin=None)
+    del model.__dict__["_margin"]
+    assert pickle.loads(pickle.dumps(model)).margin is None
+
+
+def test_a_model_says_its_margin(model):
+    assert "margin=0.3" in repr(model.limit(0.3))
+    assert "margin" not in repr(model.limit(None))
+
+
+@pytest.mark.parametrize(
+    ("margin", "error", "match"),
+    [
+        (0, ValueError, "positive and finite; got 0"),
+        (-0.5, ValueError, "positive and finite; got -0.5"),
+        (math.inf, ValueError, "positive and finite; got inf"),
+        ("0.25", TypeError, "must be a number; got str"),
+        (0.001, ValueError, r"at least a grey level, 0\.003922 of 256; got 0\.001"),
+    ],
+)
+def test_margins_that_cannot_be_are_told(model, margin, error, match):
+    before = model.margin
+    with pytest.raises(error, match=match):
+        model.limit(margin)
+    assert model.margin == before
+
+
+def test_fewer_grey_levels_than_the_margin_has_room_for_are_told(model):
+    x, y = pair(model)
+    with pytest.raises(ValueError, match=r"at least a grey level, 1 of 2; got 0\.25: limit"):
+        model.limit(MARGIN).nll(x, y, 2)
+    model.limit(None).nll(x, y, 2)
+
+
+@pytest.mark.parametrize("make", [superres, low_light], ids=["superres", "low light"])
+def test_new_models_have_a_margin_and_their_certificate_says_it(make):
+    torch.manual_seed(0)
+    model = make().eval()
+    assert model.margin == MARGIN
+    certificate = certify(model)
+    for radius in (4.0, 1e6):
+        assert 1 + MARGIN <= certificate.bound(radius) < 1 + MARGIN + 1e-4
+    assert certify(model.limit(0.5)).bound(1e6) == pytest.approx(1.5, abs=1e-4)
+    assert certify(model.limit(None)).bound(1e6) > 1e5
+    assert "images within [-0.5, 1.5]" in str(certify(model.limit(0.5)))

@@ -11,7 +11,7 @@ from flowguard import models
 SAVED = Path(__file__).parents[1] / "golden" / "saved"
 
 
-@pytest.fixture(params=["robust", "guarded", "migrated"])
+@pytest.fixture(params=["robust", "guarded", "migrated", "limited"])
 def saved(request):
     folder = SAVED / request.param
     return models.load(folder), load_file(folder / "expected.safetensors")
@@ -37,7 +37,9 @@ def test_a_saved_guard_judges_as_ever():
     torch.testing.assert_close(p_values, expected["p_values"], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "calibrated"), [("robust", 0), ("guarded", 1), ("migrated", 1)])
+@pytest.mark.parametrize(
+    ("name", "calibrated"), [("robust", 0), ("guarded", 1), ("migrated", 1), ("limited", 0)]
+)
 def test_saved_guards_come_back(name, calibrated):
     assert models.load(SAVED / name).conditioner.calibrated == calibrated
 
@@ -46,3 +48,11 @@ def test_saved_models_say_what_they_were_saved_with(saved):
     model, _ = saved
     assert not model.training
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("name", "margin"),
+    [("robust", None), ("guarded", None), ("migrated", None), ("limited", 0.25)],
+)
+def test_saved_models_have_the_margin_that_they_were_saved_with(name, margin):
+    assert models.load(SAVED / name).margin == margin

@@ -384,7 +384,7 @@ def test_one_bad_value_does_not_change_the_brightness_of_a_picture(value):
 
 
 def test_brightness_of_samples():
-    model = small()
+    model = small(margin=None)
     _, low = images(16, 16)
     plain = model.sample(low, 2, 0.3, torch.Generator().manual_seed(0))
     wanted = torch.tensor([0.2, 0.4])
@@ -642,3 +642,16 @@ MISTAKES = {
 def test_mistakes(call, kind, message):
     with pytest.raises(kind, match=message):
         call()
+
+
+@torch.no_grad()
+def test_a_brightness_that_is_asked_for_leaves_no_margin():
+    model = small().eval()
+    assert model.margin == 0.25
+    low = 0.2 * torch.rand(2, 3, 8, 8)
+    bright = model.sample(low, 2, 0.0, brightness=0.9)
+    free = model.limit(None).sample(low, 2, 0.0, brightness=0.9)
+    inside = (free >= -0.125) & (free <= 1.125)
+    assert not inside.all()
+    assert torch.equal(bright[inside], free[inside])
+    assert bright.max() <= 1.25

@@ -175,16 +175,21 @@ def test_what_was_migrated_twice_is_saved(tmp_path):
     assert_same(robust, SuperResolutionFlow.from_pretrained(tmp_path))
 
 
-def test_the_format_is_raised_for_migrated_models_alone(tmp_path):
+def test_the_format_is_raised_for_migrated_and_limited_models_alone(tmp_path):
     torch.manual_seed(0)
-    model = superres()
-    model.save_pretrained(tmp_path / "plain")
-    migrated(superres).save_pretrained(tmp_path / "migrated")
-    formats = {
-        name: json.loads((tmp_path / name / "config.json").read_text())["format"]
-        for name in ("plain", "migrated")
+    robust = migrated(superres)
+    models = {
+        "plain": superres().limit(None),
+        "migrated": copy.deepcopy(robust).limit(None),
+        "limited": superres().limit(0.25),
+        "both": robust.limit(0.25),
     }
-    assert formats == {"plain": 2, "migrated": 3}
+    formats = {}
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+        formats[name] = json.loads((tmp_path / name / "config.json").read_text())["format"]
+        assert repr(SuperResolutionFlow.from_pretrained(tmp_path / name)) == repr(model.eval())
+    assert formats == {"plain": 2, "migrated": 3, "limited": 4, "both": 4}
     # All that reads no more than format 2 refuses a higher number by it.
     assert "replaced" not in json.loads((tmp_path / "plain" / "config.json").read_text())
 

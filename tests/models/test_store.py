@@ -719,3 +719,62 @@ def test_a_coupling_that_is_made_by_a_callable(coupling, tmp_path):
     assert again.flow.steps[0][0].coupling.map == coupling()
     for key, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[key], value)
+
+
+# -- margins ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("margin", [None, 0.25, 0.5])
+def test_the_margin_comes_back(margin, tmp_path):
+    model = guarded(build()).limit(margin)
+    model.save_pretrained(tmp_path)
+    loaded = SuperResolutionFlow.from_pretrained(tmp_path)
+    assert loaded.margin == margin
+    assert_same(model, loaded)
+    config = json.loads((tmp_path / "config.json").read_text())
+    # What an older flowguard can hold is in the format that it reads.
+    assert config["format"] == (2 if margin is None else 4)
+    assert ("margin" in config["arguments"]) == (margin is not None)
+
+
+def test_folders_that_say_no_margin_have_none(files):
+    config = json.loads((files / "config.json").read_text())
+    del config["arguments"]["margin"]
+    change(files, arguments=config["arguments"], format=2)
+    assert SuperResolutionFlow.from_pretrained(files).margin is None
+
+
+@pytest.mark.parametrize(
+    ("value", "match"),
+    [
+        ("wide", "margin of SuperResolutionFlow must be"),
+        (True, "margin of SuperResolutionFlow must be"),
+        (-1.0, "must be positive and finite; got -1"),
+        (1e-9, "at least a grey level"),
+    ],
+)
+def test_a_margin_that_cannot_be(value, match, files):
+    arguments = json.loads((files / "config.json").read_text())["arguments"]
+    change(files, arguments={**arguments, "margin": value})
+    refused(files, f"do not fit.*{match}")
+
+
+class Plain(SuperResolutionFlow):
+    """A model whose constructor knows of no margin."""
+
+    def __init__(self, size=4):
+        super().__init__(scale=2, levels=1, steps=1, hidden=size, features=size)
+
+
+class Handing(SuperResolutionFlow):
+    """One that hands on whatever it is given."""
+
+    def __init__(self, **options):
+        super().__init__(**{"levels": 1, "steps": 1, "hidden": 4, "features": 4, **options})
+
+
+@pytest.mark.parametrize("cls", [Plain, Handing])
+@pytest.mark.parametrize("margin", [None, 0.25, 0.5])
+def test_margins_of_users_classes_come_back(cls, margin, tmp_path):
+    cls().limit(margin).save_pretrained(tmp_path)
+    assert cls.from_pretrained(tmp_path).margin == margin

@@ -9,7 +9,8 @@ import warnings
 import pytest
 import torch
 
-from flowguard import data
+from flowguard import data, migrate
+from flowguard.bounds import attack, certify
 from flowguard.models import PyramidEncoder, SuperResolutionFlow
 from flowguard.training.loop import train
 
@@ -317,7 +318,7 @@ def test_mistakes_are_told(call, error, match):
 
 
 def test_the_base_of_the_residual_stays_within_the_image():
-    model = small()
+    model = small(margin=None)
     lr = torch.rand(3, 3, 8, 8).round()
     lr[1] = 5 * lr[1] - 2
     lr[2, 0, 0, 0] = torch.nan
@@ -351,3 +352,68 @@ def test_arguments_are_called_as_the_model_calls_them(call, match):
     model = SuperResolutionFlow(scale=2, levels=1, steps=1, hidden=8, features=8)
     with pytest.raises(TypeError, match=match):
         call(model, torch.rand(1, 3, 8, 8), torch.rand(1, 3, 4, 4))
+
+
+def test_with_a_margin_the_base_is_that_of_the_condition_as_a_picture():
+    model = small()
+    assert model.margin == 0.25
+    lr = torch.rand(4, 3, 8, 8).round()
+    lr[1] = 20 * lr[1] - 2
+    lr[2, 0, 0, 0] = torch.inf
+    lr[3, 0, 0, 0] = torch.nan
+    base = model.upsample(lr)
+    assert torch.equal(base[:3], model.upsample(lr[:3].clamp(0, 1)))
+    assert base[:3].min() == 0
+    assert base[:3].max() == 1
+    assert base[3].isnan().any()  # never hidden
+    inside = torch.rand(1, 3, 8, 8)
+    assert torch.equal(model.upsample(inside), small(margin=None).upsample(inside))
+
+
+@pytest.mark.parametrize("residual", [True, False])
+@torch.no_grad()
+def test_no_residual_exceeds_the_certificate_of_a_margin(residual):
+    torch.manual_seed(0)
+    model = small(residual=residual, steps=2).eval()
+    for p in model.flow.parameters():
+        p.add_(0.2 * torch.randn_like(p))
+    bound = certify(model).bound(4.0)
+    assert 1.25 <= bound <= 2
+    y = torch.rand(2, 3, 6, 6)
+    z = [4 * torch.randn(2, *s).sign() for s in model.latent_shapes(y)]
+    for condition in (y, 20 * y, -5 * y, y + torch.randn_like(y), 1e30 * (y - 0.5)):
+        x = model.decode(z, condition)
+        assert (x - model.upsample(condition) if residual else x).abs().max() <= bound
+        assert x.min() >= -0.25
+        assert x.max() <= 1.25
+
+
+def test_published_models_are_unchanged_until_they_are_limited():
+    model = SuperResolutionFlow.published(steps=1, blocks=1, stacked=(0,), hidden=4)
+    assert model.margin is None
+    lr = torch.rand(1, 3, 4, 4).round()
+    assert model.upsample(lr).min() < 0  # it overshoots
+    assert model.limit().margin == 0.25
+    assert model.upsample(lr).min() == 0
+    assert SuperResolutionFlow.published(steps=1, blocks=1, stacked=(0,), margin=0.5).margin == 0.5
+
+
+def test_a_model_that_migrates_keeps_its_margin():
+    torch.manual_seed(0)
+    model = small(coupling="affine")
+    hr, lr = torch.rand(8, 3, 16, 16), torch.rand(8, 3, 4, 4)
+    model.nll(hr, lr)
+    robust, _ = migrate(model.eval(), hr, lr)
+    assert robust.margin == 0.25
+    assert 1.25 <= certify(robust).bound(4.0) < 1.26
+    assert not certify(model).certified  # infinity and NaN are still within reach
+
+
+def test_an_attack_stays_within_the_margin():
+    torch.manual_seed(0)
+    model = small().eval()
+    with torch.no_grad():
+        for p in model.flow.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    found = attack(model, torch.rand(1, 3, 4, 4), steps=3, restarts=2)
+    assert 1 < found.value <= 1.25

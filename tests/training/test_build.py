@@ -23,3 +23,10 @@ def test_what_does_not_fit_is_refused():
         build("x")
     with pytest.raises(ValueError, match="at least 1 block; got 0"):
         build("lowlight", blocks=0)
+
+
+@pytest.mark.parametrize("task", ["superres", "lowlight"])
+@pytest.mark.parametrize("options", [{}, {"margin": None}, {"margin": 0.5}], ids=str)
+def test_models_have_the_margin_that_is_asked_for(task, options):
+    model = build(task, levels=1, steps=1, hidden=8, features=8, blocks=1, **options)
+    assert model.margin == options.get("margin", 0.25)

@@ -109,3 +109,11 @@ def test_conditions_are_taken_evenly_and_shared_out_by_turns():
     shared = [list(few.to_calibrate(rank, 2)) for rank in (0, 1)]
     assert sorted(map(len, shared)) == [5, 6]
     assert all(any(c.equal(d) for d in crops) for part in shared for c in part)
+
+
+def test_a_guard_has_the_policy_and_the_boundary_that_it_is_given(tmp_path):
+    save(tmp_path, model(), conditions(policy="shrink", boundary=0.95))
+    conditioner = load(tmp_path).conditioner
+    assert (conditioner.policy, conditioner.boundary) == ("shrink", 0.95)
+    conditioner = guarded(model(), conditions()).conditioner
+    assert (conditioner.policy, conditioner.boundary) == ("warn", 0.999)

@@ -1,14 +1,17 @@
 r"""Models in training and strange conditions."""
 
 import math
+import warnings
 
 import pytest
 import torch
 
 from flowguard import data
+from flowguard.functional import limited
 from flowguard.io import pictures
 from flowguard.models import LowLightEncoder, LowLightFlow, PyramidEncoder, SuperResolutionFlow
 from flowguard.models.encoders.lowlight import low_light_input
+from flowguard.ood import OODContextWarning
 
 pytest.importorskip("lightning")
 pytest.importorskip("PIL.Image")
@@ -152,3 +155,34 @@ def test_low_light_models_are_asked_too():
     numbers, _ = ask(made, questions(dark, size=16)[0], steps=2)
     assert 0 < numbers["reached"] < numbers["certificate"] < math.inf
     assert numbers["auroc"] > 0.5
+
+
+def test_what_a_margin_moves_is_counted():
+    model, asked = enlarging(), questions(pairs(), size=8)[0]
+    sample, far = model.sample, limited(torch.tensor(7.0), model.margin)[0]
+
+    def broken(y, *rest):
+        x = sample(y, *rest).clamp(0, 1)
+        x[..., :16] = far
+        x[..., 16:24] = 1.1  # within the inner half
+        return x
+
+    model.sample = broken
+    asked = Questions(asked.usual, asked.corrupted, asked.usual)
+    numbers, _ = ask(model, asked)
+    assert numbers["bent"] == pytest.approx(0.5)
+    assert numbers["folder_bent"] == pytest.approx(0.5)
+    assert numbers["artefacts"] == 0  # which says nothing with a margin
+    assert "bent" not in ask(model.limit(None), asked)[0]
+
+
+def test_a_guard_that_shrinks_does_so_when_a_model_is_asked():
+    model, asked = enlarging(), questions(pairs(), size=8)[0]
+    model.conditioner.boundary = 0.5  # moves half of all pixels
+    told = ask(model, asked)
+    model.conditioner.policy = "shrink"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", OODContextWarning)
+        shrunk = ask(model, asked)
+    assert not torch.equal(told[1], shrunk[1])
+    assert model.conditioner.policy == "shrink"

@@ -53,9 +53,9 @@ def folder(tmp_path):
     return top
 
 
-def batches(folder, *, size=32, batch=6, seed=0, scale=4, **options):
+def batches(folder, *, size=32, batch=6, seed=0, scale=4, corrupt=0.0, **options):
     pairs, _ = pairs_of(folder, scale=scale, crop=size, **options)
-    return CropBatches(pairs, size=size, batch=batch, seed=seed)
+    return CropBatches(pairs, size=size, batch=batch, seed=seed, corrupt=corrupt)
 
 
 def same(first, second):
@@ -400,3 +400,38 @@ def test_batches_must_fit(folder, options, match):
     pairs, _ = pairs_of(folder, scale=4, crop=32)
     with pytest.raises(ValueError, match=match):
         CropBatches(pairs, **{"size": 32, "batch": 6, "seed": 0} | options)
+
+
+# -- pairs that are corrupted a little ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"task": "lowlight", "scale": 1}], ids=str)
+def test_a_share_of_the_pairs_is_corrupted_and_the_others_stay(folder, options):
+    clean, made = (batches(folder, batch=40, corrupt=c, **options)[3] for c in (0.0, 0.25))
+    changed = (clean[1] != made[1]).flatten(1).any(1)
+    targets = (clean[0] != made[0]).flatten(1).any(1)
+    assert 4 <= changed.sum() <= 16
+    assert not (targets & ~changed).any()
+    assert bool(targets.any()) == (not options)  # patterns are for superres
+    assert made[0].shape == clean[0].shape
+    assert made[1].shape == clean[1].shape
+    whole = batches(folder, batch=40, corrupt=1.0, **options)[3]
+    assert ((clean[1] != whole[1]).flatten(1).any(1)).sum() >= 38
+
+
+def test_corrupted_batches_depend_on_seed_and_number_alone(folder):
+    first = batches(folder, corrupt=0.5)
+    in_order = [first[n] for n in range(4)]
+    assert same(batches(folder, corrupt=0.5, budget=0)[3], in_order[3])
+    parts = []
+    for rank in range(2):
+        mine = batches(folder, corrupt=0.5)
+        mine.rows = range(3 * rank, 3 * rank + 3)
+        parts.append(mine[3])
+    assert same(in_order[3], [torch.cat(p) for p in zip(*parts, strict=True)])
+
+
+@pytest.mark.parametrize("corrupt", [-0.1, 1.5, float("nan")])
+def test_the_share_that_is_corrupted_is_one(folder, corrupt):
+    with pytest.raises(ValueError, match="corrupt must be a share, from 0 to 1; got"):
+        batches(folder, corrupt=corrupt)

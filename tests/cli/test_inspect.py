@@ -1,0 +1,16 @@
+r"""``flowguard inspect``: what it says of a model."""
+
+import pytest
+import torch
+
+from flowguard.cli.inspect import certificate
+from flowguard.models import SuperResolutionFlow
+
+
+@pytest.mark.parametrize("margin", [0.25, None])
+def test_the_margin_is_told_with_the_certificate(margin):
+    torch.manual_seed(0)
+    model = SuperResolutionFlow(levels=1, steps=1, hidden=4, features=4, margin=margin)
+    told = certificate(model, 4.0)
+    assert ("Images lie within -0.25 and 1.25" in told) == (margin is not None)
+    assert ("no element of the flow's output exceeds 1.25." in told) == (margin is not None)
