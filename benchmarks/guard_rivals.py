@@ -12,6 +12,7 @@ photographs that nothing has seen) and ``realsrset``.
 """
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ from flowguard.models import SuperResolutionFlow
 from flowguard.ood import StreamingGaussian
 
 ALPHA = 0.01
-NEIGHBOURS, BANK = 10, 4096
+NEIGHBOURS, BANK = 10, 2048
 CLUSTERS = 8
 POOLED = 9  # pixels of the condition, in the rivals that average over them
 
@@ -243,13 +244,16 @@ def rows(found: Gathered) -> Iterator[tuple[str, Row]]:
     levels = range(len(found.parts["fit"].levels))
     # Vectors were kept at as many pixels as the last level has; a finer one has four times as many.
     shares = [4.0 ** (len(levels) - 1 - level) for level in levels]
+    whole = found
     for name, fit in RIVALS.items():
         raw, cost = [], 0.0
+        # Neighbours take long to find: they are asked for at every other row and column.
+        found = thinned(whole) if "neighbours" in name else whole
         for level in levels:
             maps = level_maps(fit, found, level)
             raw.append(maps)
-            some = found.parts["photographs"].levels[level]
-            score = fit(vectors_of(found.parts["fit"].levels[level][:8]))
+            some = whole.parts["photographs"].levels[level][:8]
+            score = fit(vectors_of(whole.parts["fit"].levels[level][:8]))
             start = time.process_time()
             score(vectors_of(some))
             cost += shares[level] * (time.process_time() - start) / len(some)
@@ -265,6 +269,21 @@ def rows(found: Gathered) -> Iterator[tuple[str, Row]]:
 def cut(part: Part, rows: slice) -> Part:
     levels, *rest = part
     return Part([maps[rows] for maps in levels], *(values[rows] for values in rest))
+
+
+def thinned(found: Gathered) -> Gathered:
+    r"""Returns every other row and column of all but what is fitted to."""
+
+    def some(values: Tensor) -> Tensor:
+        return values[..., ::2, ::2] if values.ndim > 2 else values
+
+    parts = {
+        name: part
+        if name == "fit"
+        else Part([some(maps) for maps in part.levels], *map(some, part[1:]))
+        for name, part in found.parts.items()
+    }
+    return found._replace(parts=parts)
 
 
 def sampled_rows(found: Gathered) -> Iterator[tuple[str, Row]]:
@@ -304,7 +323,11 @@ def lines(measured: Mapping[str, Row], levels: int) -> str:
 
 def compare(found: Gathered) -> dict[str, Row]:
     r"""Returns the measures of all scores, by name."""
-    return dict([*rows(found), *sampled_rows(found)])
+    measured = {}
+    for name, one in itertools.chain(rows(found), sampled_rows(found)):
+        print(f"{name}: {one}", flush=True)
+        measured[name] = one
+    return measured
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

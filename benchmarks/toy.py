@@ -395,10 +395,10 @@ def write_page(found: Mapping[str, Mapping[int, Answers]], page: Path, steps: in
     r"""Writes table and figures into the page, and the figures beside it."""
     images = page.parents[1] / "images"
     parts = [lines(found), told(found)]
-    for name, (draw, told) in FIGURES.items():
+    for name, (draw, caption) in FIGURES.items():
         file = images / f"toy-{name}.png"
         draw(found, file)
-        parts.append(f"![{told}](../images/{file.name})\n\n*{told}*")
+        parts.append(f"![{caption}](../images/{file.name})\n\n*{caption}*")
     seeds = len(next(iter(found.values())))
     seconds = sum(one.numbers["seconds"] for n in MAPS for one in found.get(n, {}).values())
     parts.append(
