@@ -13,6 +13,7 @@ photographs that nothing has seen) and ``realsrset``.
 
 import argparse
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -312,9 +313,10 @@ def lines(measured: Mapping[str, Row], levels: int) -> str:
 
     def cells(one: Row) -> list[str]:
         areas = ["–"] * (levels + 1 - len(one.artefacts)) + [f"{a:.3f}" for a in one.artefacts]
-        cost = f"{100 * one.cost:.1f} %" if one.cost == one.cost else "a sample"
-        shares = [f"{100 * s:.1f} %" for s in (one.crops, one.pictures)]
-        return [*areas, f"{one.source:.3f}", f"{one.worlds:.3f}", *shares, cost]
+        told = [*areas, f"{one.source:.3f}", f"{one.worlds:.3f}"]
+        if math.isnan(one.cost):  # too few were calibrated with for α
+            return [*told, "–", "–", "a sample"]
+        return [*told, *(f"{100 * s:.1f} %" for s in (one.crops, one.pictures, one.cost))]
 
     head = ["score", *(f"level {n + 1}" for n in range(levels)), "combined"]
     head += ["other worlds", "RealSRSet", "crops flagged", "photographs flagged", "cost"]
