@@ -340,7 +340,7 @@ def draw_reliability(found: Mapping[str, Mapping[int, Answers]], file: Path) -> 
         axis.set_title(where, fontsize=9)
         axis.set_xlabel("decile of the score")
     curves[0].set_ylabel("artefacts among samples, %")
-    curves[0].legend(fontsize=6)
+    curves[1].legend(fontsize=6)
     for seed, one in found.get("affine", {}).items():
         foretold, seen, _ = reliability(one.moved_scores, one.moved_errors)
         right.plot(100 * foretold, 100 * seen, "o", label=f"affine, seed {seed}", markersize=4)
