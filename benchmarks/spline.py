@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from pages import between, write_part
 from torch import Tensor
 
 OURS = "flowguard"
@@ -46,7 +47,7 @@ PROBE = 2**17  # elements on which memory is measured before a larger run
 COPY_BYTES = 2**28
 README = Path(__file__).resolve().parents[1] / "README.md"
 CLOCK = [time.perf_counter]
-START, END = "<!-- spline-benchmark:start -->", "<!-- spline-benchmark:end -->"
+PART = "spline-benchmark"  # the name of the markers in the README
 
 Spline = Callable[[Tensor, Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]
 Call = Callable[[], Sequence[Tensor]]
@@ -443,16 +444,6 @@ def tables(results: Sequence[Result], names: Sequence[str] = (OURS, *PEERS)) -> 
     return text
 
 
-def readme_parts() -> tuple[str, str]:
-    r"""The README up to the tables, and from their end on."""
-    before, start, rest = README.read_text(encoding="utf-8").partition(START)
-    _, end, after = rest.partition(END)
-    if not (start and end):
-        raise ValueError(f"README.md must hold the markers {START} and {END}; add both.")
-
-    return before + start, end + after
-
-
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     parser = argparse.ArgumentParser(
@@ -500,7 +491,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise SystemExit("--processor-time is for one thread: add --device cpu --threads 1")
         CLOCK[0] = time.process_time
     if options.write_readme:
-        readme_parts()  # fail before the long run, not after it
+        between(README.read_text(encoding="utf-8"), PART, "")  # fail before the long run
     warnings.simplefilter("ignore")
     logging.getLogger("torch._dynamo").setLevel(logging.CRITICAL)  # graph breaks: see the tables
 
@@ -529,8 +520,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.markdown:
         options.markdown.write_text(text + "\n", encoding="utf-8")
     if options.write_readme:
-        before, after = readme_parts()
-        README.write_text(f"{before}\n{text}\n{after}", encoding="utf-8")
+        write_part(README, PART, text)
 
 
 if __name__ == "__main__":

@@ -209,7 +209,9 @@ def risk_coverage(scores: Arrays, risks: Arrays) -> RiskCoverage:
     return RiskCoverage(coverage, curves[0], *areas)
 
 
-def level_maps(report: OODReport, size: tuple[int, int] | None = None) -> dict[str, Tensor]:
+def level_maps(
+    report: OODReport, size: tuple[int, int] | None = None, reach: int = 0
+) -> dict[str, Tensor]:
     r"""Returns the map of each level, and of all together, at the size of a picture.
 
     ``"combined"`` is the largest quantile over the levels, and beyond all calibration pixels
@@ -218,17 +220,24 @@ def level_maps(report: OODReport, size: tuple[int, int] | None = None) -> dict[s
     Arguments:
         report: The report.
         size: The height and width; the largest map's by default. Pixels are repeated.
+        reach: Over how many pixels of that size on each side the scores are averaged, at the
+            border over those that there are. A flow looks around each pixel: what it makes there
+            depends on the embedding of the neighbours too, and an average tells more of it.
 
     Raises:
-        ValueError: If all embeddings are vectors.
+        ValueError: If all embeddings are vectors, or the reach is no number of pixels.
     """
+    if isinstance(reach, bool) or not isinstance(reach, int) or reach < 0:
+        raise ValueError(f"reach must be a number of pixels, 0 or more; got {reach}")
     maps = {name: level.map for name, level in report.levels.items() if level.map is not None}
     if not maps:
         raise ValueError("a level of the report must have a map; got vectors alone")
     if size is None:
         height, width = max(tuple(m.shape[1:]) for m in maps.values())
         size = (height, width)
-    scaled = {name: _resize(value, size) for name, value in maps.items()}
+    scaled = {name: _averaged(_resize(value, size), reach) for name, value in maps.items()}
+    if reach:
+        maps = dict(scaled)
     if len(scaled) > 1:
         ranks = []
         for name, value in maps.items():
@@ -241,7 +250,7 @@ def level_maps(report: OODReport, size: tuple[int, int] | None = None) -> dict[s
 
 
 def evaluate_maps(
-    report: OODReport | Sequence[OODReport], masks: Arrays
+    report: OODReport | Sequence[OODReport], masks: Arrays, reach: int = 0
 ) -> dict[str, dict[str, float]]:
     r"""Returns how well the maps of each level find the faulty pixels.
 
@@ -249,6 +258,7 @@ def evaluate_maps(
         report: The report, or one for each of several batches.
         masks: Where the flow's output is faulty, with shape :math:`(B, H, W)`, one for each
             report; the maps are brought to its size.
+        reach: Over how many pixels on each side scores are averaged; see :func:`level_maps`.
 
     Returns:
         For each level, and for ``"combined"`` where there are several: ``"auroc"``, ``"auprc"``,
@@ -266,7 +276,7 @@ def evaluate_maps(
         )
     maps: dict[str, list[Tensor]] = {}
     for one, mask in zip(reports, batches, strict=True):
-        for name, value in level_maps(one, (mask.shape[-2], mask.shape[-1])).items():
+        for name, value in level_maps(one, (mask.shape[-2], mask.shape[-1]), reach).items():
             maps.setdefault(name, []).extend(value.unbind())
     truth = [mask for batch in batches for mask in batch.unbind()]
     return {
@@ -284,6 +294,19 @@ def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
     if maps.shape[1:] == size:
         return maps
     return torch.nn.functional.interpolate(maps[:, None], size, mode="nearest-exact")[:, 0]
+
+
+def _averaged(maps: Tensor, reach: int) -> Tensor:
+    r"""Local means, along rows and then along columns: a window at the border counts its pixels."""
+    if not reach:
+        return maps
+    scores = maps[:, None]
+    for window in ((2 * reach + 1, 1), (1, 2 * reach + 1)):
+        padding = (window[0] // 2, window[1] // 2)
+        scores = torch.nn.functional.avg_pool2d(
+            scores, window, 1, padding, count_include_pad=False
+        )
+    return scores[:, 0]
 
 
 def _require(name: str) -> Any:

@@ -27,7 +27,12 @@ from flowguard.migration.imitate import Rescaled, RescaledSpline
 from flowguard.migration.inscribe import InscribedAffine, InscribedShift
 from flowguard.migration.moments import BoundedMoments, MomentsSite
 from flowguard.spline.invert import unconstrain
-from flowguard.transforms import RobustSpline, Univariate
+from flowguard.transforms import (
+    AffineTransform,
+    ReparametrizedAffineTransform,
+    RobustSpline,
+    Univariate,
+)
 
 from .bases import BoundedNormal, depends, normal_of
 from .standin import InPlaceRQSTransform
@@ -39,7 +44,9 @@ LAYERS = (ElementWiseTransform, GeneralCouplingTransform, MaskedAutoregressiveTr
 ADDITIVE: tuple[type, ...] = tuple(
     getattr(T, name) for name in ("AdditiveTransform",) if hasattr(T, name)
 )
-INSCRIBED = (T.MonotonicAffineTransform, *ADDITIVE)
+#: The baselines of the core, which take the place of zuko's affine map in a layer.
+BASELINES = (AffineTransform, ReparametrizedAffineTransform)
+INSCRIBED = (T.MonotonicAffineTransform, *ADDITIVE, *BASELINES)
 UNIVARIATES = (*INSCRIBED, T.MonotonicRQSTransform, InPlaceRQSTransform)
 CONTAINERS = (zuko.lazy.LazyComposedTransform, zuko.lazy.LazyInverse)
 LARGEST = 1e20  # what parameters are cut at: zuko's soft clips make NaN of what is infinite
@@ -75,10 +82,10 @@ class _Witness(Transform):
 
 
 class InscribedUnivariate(nn.Module):
-    r"""Creates a constructor of robust maps that follow zuko's affine ones.
+    r"""Creates a constructor of robust maps that follow affine ones.
 
     Arguments:
-        univariate: The constructor of zuko's maps.
+        univariate: The constructor of the affine maps.
         map: What makes the robust ones of slope and value at zero, or of a shift.
     """
 
@@ -106,11 +113,14 @@ def _cut(p: Tensor) -> Tensor:
 
 
 def line(f: Any) -> tuple[Tensor, Tensor]:
-    r"""Returns slope and value at zero of one of zuko's affine maps.
+    r"""Returns slope and value at zero of one of zuko's affine maps, or of those of the core.
 
     Arguments:
         f: The map.
     """
+    if isinstance(f, BASELINES):
+        value, ladj = f.call_and_ladj(torch.zeros_like(f.shift))
+        return ladj.exp(), value
     return getattr(f, "scale", torch.ones_like(f.shift)), f.shift
 
 

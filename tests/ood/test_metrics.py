@@ -126,6 +126,42 @@ def test_maps_are_brought_to_the_size_of_the_picture(reports):
     assert tuple(metrics.level_maps(reports[0][0])["combined"].shape) == (2, 8, 12)
 
 
+def test_maps_are_averaged_over_what_a_flow_sees_around_a_pixel(reports):
+    report = reports[0][0]
+    plain = metrics.level_maps(report, (16, 24))
+    wide = metrics.level_maps(report, (16, 24), reach=2)
+    assert plain.keys() == wide.keys()
+    for name in report.levels:
+        m = plain[name]
+        window = m[:, 3:8, 5:10]
+        assert torch.allclose(wide[name][:, 5, 7], window.mean(dim=(1, 2)))
+        corner = m[:, :3, -3:]  # at the border, over what there is
+        assert torch.allclose(wide[name][:, 0, -1], corner.mean(dim=(1, 2)))
+    for name, m in metrics.level_maps(report, (16, 24), reach=0).items():
+        assert torch.equal(m, plain[name])
+    largest = torch.stack([wide[name].flatten(1).amax(dim=1) for name in report.levels])
+    assert (largest <= torch.stack([plain[n].flatten(1).amax(dim=1) for n in report.levels])).all()
+
+
+def test_an_infinite_score_stays_so_and_no_map_is_nan(reports):
+    level = reports[0][0].levels["level1"]
+    level.map[0, 4, 4] = torch.inf
+    maps = metrics.level_maps(reports[0][0], reach=1)
+    assert maps["level1"][0].isinf().sum() == 9
+    assert not any(m.isnan().any() for m in maps.values())
+
+
+def test_artefacts_beside_strange_pixels_are_found_by_a_wider_reach(reports):
+    report = reports[0][0]
+    mask = metrics.level_maps(report)["level1"]
+    strange = mask > mask.flatten(1).quantile(0.9, dim=1)[:, None, None]
+    beside = torch.nn.functional.max_pool2d(strange.float()[:, None], 5, 1, 2)[:, 0] > 0
+    near, wide = (
+        metrics.evaluate_maps(report, beside, reach=r)["level1"]["auroc"] for r in (0, 2)
+    )
+    assert wide > near + 0.02
+
+
 @pytest.mark.parametrize(
     ("call", "match"),
     [
@@ -143,6 +179,12 @@ def test_maps_are_brought_to_the_size_of_the_picture(reports):
 def test_refusals(call, match):
     with pytest.raises(ValueError, match=match):
         call()
+
+
+@pytest.mark.parametrize("reach", [-1, 1.5, True])
+def test_a_reach_that_is_no_number_of_pixels_is_refused(reports, reach):
+    with pytest.raises(ValueError, match=rf"reach must be a number of pixels.*; got {reach}"):
+        metrics.level_maps(reports[0][0], reach=reach)
 
 
 def test_one_batch_of_masks_for_each_report(reports):

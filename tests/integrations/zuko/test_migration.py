@@ -13,7 +13,11 @@ from flowguard.migration import migrate
 from flowguard.migration.imitate import Rescaled, RescaledSpline
 from flowguard.ood import OODConditioner, OODContextError
 from flowguard.spline.invert import unconstrain
-from flowguard.transforms import RobustSpline
+from flowguard.transforms import (
+    AffineTransform,
+    ReparametrizedAffineTransform,
+    RobustSpline,
+)
 
 zuko = pytest.importorskip("zuko")
 
@@ -399,6 +403,23 @@ def test_a_flow_without_a_context_and_other_layers():
     assert "GeneralCouplingTransform[MonotonicAffineTransform]" in text
     assert "before: not certified" in text
     assert "after: certified" in text
+
+
+@pytest.mark.parametrize("univariate", [AffineTransform, ReparametrizedAffineTransform])
+def test_flowguards_own_affine_maps_are_replaced_in_zukos_layers(univariate):
+    flow = NICE(2, 2, transforms=3, hidden_features=(16,), univariate=univariate, shapes=[(), ()])
+    x, c = moons(1024)
+    x = (x - x.mean(0)) / x.std(0)
+    robust, report = migrate(flow, x, c)
+    kind = f"GeneralCouplingTransform[{univariate.__name__}]"
+    assert [r.before for r in report.replaced] == [kind] * 3
+    assert not report.certificate_before.certified
+    assert report.certificate_after.certified
+    # Nothing was trained: the splines follow the maps wherever the data lie.
+    old, new = flow(c).log_prob(x), robust(c).log_prob(x)
+    assert (old - new).abs().median() < 1e-3
+    far = robust(1e6 * c).sample((8,))
+    assert far.isfinite().all()
 
 
 def test_one_feature_and_residual_networks():
