@@ -19,13 +19,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from imaging.experiment import experiment
 from lowlight import LowLightStudy
 
-PAGE = ROOT / "docs" / "experiments" / "lowlight.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "experiments" / "lowlight.md"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -21,13 +21,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from imaging.experiment import experiment
 from superres import SuperResolutionStudy
 
-PAGE = ROOT / "docs" / "experiments" / "superres.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "experiments" / "superres.md"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -143,7 +143,7 @@ def report(
     lines += [
         f"![Quality and artefacts of each coupling](images/{args.part}-figure.png)",
         "",
-        f"![Samples at temperature 0.8; artefact pixels are red](images/{args.part}-gallery.png)",
+        f"![Samples at temperature 0.8; artefact pixels are magenta](images/{args.part}-gallery.png)",
     ]
     return "\n".join(lines)
 

@@ -55,7 +55,7 @@ def gallery(
     sets: Sequence[str],
     device: str = "cpu",
 ) -> None:
-    r"""Draws samples of the first model of each kind; artefact pixels are red.
+    r"""Draws samples of the first model of each kind; artefact pixels are magenta.
 
     Arguments:
         study: What is asked.
@@ -100,5 +100,5 @@ def _shown(study: Study, model: object, y: Tensor) -> Tensor:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         x = model.sample(y, 1, TEMPERATURE, generator)[0]
-    red = torch.tensor([1.0, 0.0, 0.0], device=x.device)[:, None, None]
-    return torch.where(artefact_mask(x, y)[0], red, x[0])
+    magenta = torch.tensor([1.0, 0.0, 1.0], device=x.device)[:, None, None]
+    return torch.where(artefact_mask(x, y)[0], magenta, x[0])

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,6 +107,7 @@ class Kept:
         self.file = file
         self.head = {"model": model, "options": dataclasses.asdict(options)}
         self.rows: list[Row] = []
+        self._keys: set[tuple[str, str, str]] = set()
         if not file.exists():
             return
         try:
@@ -122,13 +122,10 @@ class Kept:
             )
         if held["model"] == model:
             self.rows = rows
+            self._keys = {(row["set"], row["picture"], row["kind"]) for row in rows}
 
     def __contains__(self, key: tuple[str, str, str]) -> bool:
-        return key in set(self._keys())
-
-    def _keys(self) -> Iterator[tuple[str, str, str]]:
-        for row in self.rows:
-            yield row["set"], row["picture"], row["kind"]
+        return key in self._keys
 
     def add(self, key: tuple[str, str, str], row: Row) -> None:
         r"""Keeps what was measured of a picture.
@@ -138,5 +135,6 @@ class Kept:
             row: The numbers.
         """
         of, picture, kind = key
+        self._keys.add(key)
         self.rows.append({"set": of, "picture": picture, "kind": kind, **row})
         write_json(self.file, {**self.head, "rows": self.rows})

@@ -42,8 +42,8 @@ LARGE = 2**20
 #: of it, in units of the boundary; see :func:`flowguard.ood.metrics.level_maps`.
 EDGES = torch.cat(
     (
-        torch.linspace(0, 1, 1025, dtype=torch.float64)[1:],
-        1 + torch.logspace(0, 12, 1025, dtype=torch.float64),
+        torch.linspace(0, 1, 257, dtype=torch.float64)[1:],
+        1 + torch.logspace(0, 12, 257, dtype=torch.float64),
     )
 )
 BINS = len(EDGES) + 1
@@ -319,17 +319,19 @@ def strange_row(study: Study, model: Any, strange: Strange) -> Row:
     return row | {"score": float(strangeness(report)[0]), "counts": _counted(report, mask)}
 
 
-def _counted(report: OODReport, mask: Tensor) -> list[list[int]]:
-    r"""For each bin of scores that occurs its number, the pixels that are artefacts, the others."""
+def _counted(report: OODReport, mask: Tensor) -> str:
+    r"""For each bin of scores that occurs its number, the pixels that are artefacts, the others; as
+    a text, for there are many."""
     maps = level_maps(report, (mask.shape[-2], mask.shape[-1]))
     scores = list(maps.values())[-1]  # of all levels together, if there are several
     bins = torch.bucketize(scores.double(), EDGES)
     wrong, right = (torch.bincount(bins[m], minlength=BINS) for m in (mask, ~mask))
     there = (wrong + right).nonzero().flatten()
-    return torch.stack((there, wrong[there], right[there]), 1).tolist()
+    counts = torch.stack((there, wrong[there], right[there]), 1).tolist()
+    return " ".join(":".join(map(str, part)) for part in counts)
 
 
-def artefact_auroc(counts: Sequence[Sequence[Sequence[int]]]) -> float | None:
+def artefact_auroc(counts: Sequence[str]) -> float | None:
     r"""Returns how well the guard's score of a pixel tells whether it is an artefact; :py:`None`
     where all are, or none is.
 
@@ -340,14 +342,14 @@ def artefact_auroc(counts: Sequence[Sequence[Sequence[int]]]) -> float | None:
         ImportError: If scikit-learn is not installed.
 
     Example:
-        >>> artefact_auroc([[[3, 0, 10]], [[7, 5, 0]]])
+        >>> artefact_auroc(["3:0:10", "7:5:0"])
         1.0
     """
     from sklearn.metrics import roc_auc_score
 
     wrong, right = torch.zeros(2, BINS, dtype=torch.int64)
     for picture in counts:
-        for number, first, second in picture:
+        for number, first, second in (map(int, part.split(":")) for part in picture.split()):
             wrong[number] += first
             right[number] += second
     if not (wrong.any() and right.any()):

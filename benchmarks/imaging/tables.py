@@ -20,7 +20,7 @@ from imaging.measure import Row, Study, artefact_auroc
 Found = dict[str, dict[str, list[float]]]
 
 OUTSIDE = {
-    "artefacts": ("artefact pixels, %", ".2g"),
+    "artefacts": ("artefact pixels, %", ".3g"),
     "with_artefacts": ("pictures with any, %", ".3g"),
     "non_finite": ("not finite, %", ".3g"),
     "largest": ("largest value", ".3g"),
@@ -134,7 +134,7 @@ def _conditions(study: Study, kinds: Mapping[str, Found]) -> list[str]:
     if not places:
         return []
     body = [
-        [name, *(spread(f.get(p, {}).get("artefacts", []), ".2g") for f in kinds.values())]
+        [name, *(spread(f.get(p, {}).get("artefacts", []), ".3g") for f in kinds.values())]
         for p, name in places.items()
     ]
     return [table(["artefact pixels, %", *kinds], body)]
@@ -187,7 +187,7 @@ def verdicts(
         for p, title in study.strange.items():
             if p in found and p in base:
                 ours, theirs = (fmean(f[p]["artefacts"]) for f in (found, base))
-                told.append(f"artefact pixels on {title} {ours:.2g} % against {theirs:.2g} %")
+                told.append(f"artefact pixels on {title} {ours:.3g} % against {theirs:.3g} %")
         lines.append(f"- **{kind}** against {first}: {'; '.join(told)}.")
     return lines
 
@@ -207,12 +207,10 @@ def draw(
 
     sets = [p for p in study.held if any(p in f for f in kinds.values())]
     places = _places(study, kinds)
-    parts = [p for p in (sets, places) if p]
-    rows = max(len(kinds), 3)
-    widths = [2.4 * max(1, len(sets)), 0.34 * len(places) + 2.2]
-    widths = [w for w, part in zip(widths, (sets, places), strict=True) if part]
-    figure = Figure(figsize=(sum(widths) + 1.5, 0.45 * rows + 2.2), layout="constrained")
-    axes = list(figure.subplots(1, len(parts), squeeze=False, width_ratios=widths)[0])
+    heights = {"sets": 3.0, "places": 0.32 * len(kinds) + 1.9}
+    there = [heights[n] for n, part in (("sets", sets), ("places", places)) if part]
+    figure = Figure(figsize=(11, sum(there) + 0.2), layout="constrained")
+    axes = [*figure.subplots(len(there), 1, squeeze=False, height_ratios=there)[:, 0]]
     if sets:
         _draw_quality(axes.pop(0), study, kinds, rivals, sets)
     if places:
@@ -227,7 +225,7 @@ def _draw_quality(
     rivals: Mapping[str, Found],
     sets: Sequence[str],
 ) -> None:
-    markers, heading = "osD^vP*X", study.measures[study.score][0]
+    markers, heading = "osD^vP*X", study.measures[study.score][0].partition(" ")[0]
     for j, (name, found) in enumerate({**rivals, **kinds}.items()):
         for measure, full in ((study.score, True), (f"sample_{study.score}", False)):
             values = [found.get(p, {}).get(measure, []) for p in sets]
@@ -246,10 +244,10 @@ def _draw_quality(
             )
     axis.set_xticks(range(len(sets)), [study.held[p] for p in sets])
     axis.set_xlim(-0.6, len(sets) - 0.4)
-    axis.set_ylabel(heading)
+    axis.set_ylabel(f"{heading}, dB")
     axis.set_title("full: temperature 0, hollow: 0.8", fontsize=9)
     axis.grid(axis="y", alpha=0.3)
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def _draw_artefacts(
@@ -268,9 +266,7 @@ def _draw_artefacts(
     )
     for i, row in enumerate(shares):
         for j, share in enumerate(row):
-            text = "" if math.isnan(share) else "0" if share == 0 else f"{share:.0e}"
-            if share >= 0.01:
-                text = f"{share:.2g}"
+            text = "" if math.isnan(share) else f"{share:.0f}" if share >= 10 else f"{share:.1g}"
             axis.text(
                 j,
                 i,
