@@ -43,7 +43,7 @@ LARGE = 2**20
 EDGES = torch.cat(
     (
         torch.linspace(0, 1, 257, dtype=torch.float64)[1:],
-        1 + torch.logspace(0, 12, 257, dtype=torch.float64),
+        1 + torch.logspace(0, 6, 513, dtype=torch.float64),
     )
 )
 BINS = len(EDGES) + 1

@@ -19,6 +19,7 @@ TINY += "--guard-pictures 2 --accelerator cpu".split()
 def test_a_coupling_is_trained_measured_and_told_of(tmp_path):
     data = tmp_path / "data"
     for name, count in (("bsds400", 3), ("dark-sci", 1)):
+        (data / name).mkdir(parents=True)
         for i in range(count):
             write(data / name / f"{i}.png", Picture(torch.rand(3, 40, 48)))
     page = tmp_path / "page.md"

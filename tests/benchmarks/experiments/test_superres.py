@@ -20,6 +20,7 @@ TINY += "--guard-pictures 2 --accelerator cpu".split()
 def test_two_couplings_are_trained_measured_and_told_of(tmp_path, monkeypatch):
     data = tmp_path / "data"
     for name, count in (("bsds400", 3), ("kodak24", 1), ("set5", 1)):
+        (data / name).mkdir(parents=True)
         for i in range(count):
             write(data / name / f"{i}.png", Picture(torch.rand(3, 48, 56)))
     page = tmp_path / "docs" / "page.md"

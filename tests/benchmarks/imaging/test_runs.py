@@ -72,6 +72,7 @@ def test_of_an_affine_model_one_shrinks_and_one_is_certified(tmp_path):
     model.conditioner.calibrate(torch.rand(49, 3, 8, 8), progress=False)
     run = Run(tmp_path / "runs" / "affine-seed0")
     model.save_pretrained(run.model)
+    (tmp_path / "pictures").mkdir()
     write(tmp_path / "pictures" / "one.png", Picture(torch.rand(3, 24, 24)))
     asked = ("superres", "affine-seed0", run, str(tmp_path / "pictures"), 16, tmp_path / "derived")
     made = runs.derive(*asked)
