@@ -46,6 +46,7 @@ class LowLightStudy(Study):
     }
     usual = ("bsds400",)
     score = "psnr"
+    bounded = "certified sample"
     measures = {  # noqa: RUF012
         "psnr": ("PSNR τ=0", ".2f"),
         "psnr_gt_mean": ("with GT mean", ".2f"),

@@ -1,10 +1,11 @@
 r"""Measures the models of a folder, one picture after another, and writes what was found."""
 
-__all__ = ["add_options", "asked_of", "measure_models", "parser", "run", "write"]
+__all__ = ["add_options", "asked_of", "in_one_line", "measure_models", "parser", "run", "write"]
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from flowguard.models import load
 from imaging import tables
 from imaging.gallery import gallery
 from imaging.kept import Kept, digest, find_models
-from imaging.measure import Options, Row, Study, held_row, strange_row
+from imaging.measure import MODEL, Options, Row, Study, held_row, model_row, strange_row
 
 Rows = dict[str, list[Row]]
 
@@ -120,6 +121,8 @@ def measure_models(
         if model.conditioner.policy != "shrink":  # which changes what is made
             model.conditioner.policy = "report"
         kept = Kept(folder / f"{name.replace('/', '--')}.json", digest(place), study.options)
+        if (MODEL, "", "") not in kept:
+            kept.add((MODEL, "", ""), model_row(model))
         for of in held:
             _each(
                 kept,
@@ -134,7 +137,7 @@ def measure_models(
                 (((of, s.picture, s.kind), s) for s in study.asked(of)),
                 lambda s, model=model: strange_row(study, model, _to(s, device)),
             )
-        found[name] = _of(kept, [*held, *strange])
+        found[name] = _of(kept, [MODEL, *held, *strange])
     return found, rivals
 
 
@@ -176,6 +179,22 @@ def write(study: Study, found: Rows, rivals: Rows, out: Path) -> str:
     return text
 
 
+@contextlib.contextmanager
+def in_one_line(made: argparse.ArgumentParser) -> Iterator[None]:
+    r"""Tells mistakes in one line, and how to go on after Ctrl-C.
+
+    Arguments:
+        made: The parser of the command.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        made.error(str(error))
+    except KeyboardInterrupt:
+        print("\nstopped; what was measured is kept: the same command goes on", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
 def run(study: type[Study], told: str, argv: Sequence[str] | None = None) -> None:
     r"""Runs a benchmark from the command line.
 
@@ -188,7 +207,7 @@ def run(study: type[Study], told: str, argv: Sequence[str] | None = None) -> Non
     args = made.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    try:
+    with in_one_line(made):
         places = find_models(args.models)
         asked = asked_of(study, args)
         args.out.mkdir(parents=True, exist_ok=True)
@@ -197,6 +216,4 @@ def run(study: type[Study], told: str, argv: Sequence[str] | None = None) -> Non
             raise ValueError(f"there must be a {study.model.__name__} in {args.models}; got none")
         print(write(asked, found, rivals, args.out))
         gallery(asked, places, args.out / "gallery.png", args.sets, args.device)
-    except (OSError, ValueError) as error:
-        made.error(str(error))
     print(f"\n{args.out / 'table.md'}, figure.png and gallery.png beside it")

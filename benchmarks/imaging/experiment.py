@@ -8,11 +8,11 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from pages import write_part
+from pages import between, write_part
 
 from flowguard.io.atomic import write_text
 from imaging import runs, tables
-from imaging.bench import add_options, asked_of, measure_models, write
+from imaging.bench import add_options, asked_of, in_one_line, measure_models, write
 from imaging.gallery import gallery
 from imaging.measure import Study
 
@@ -71,6 +71,12 @@ def experiment(
     args = made.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
+    with in_one_line(made):
+        _run(task, study, args, options)
+
+
+def _run(task: str, study: type[Study], args: argparse.Namespace, options: Sequence[str]) -> None:
+    between(args.page.read_text(encoding="utf-8"), args.part, "")  # told before the work
     data = args.data / args.train_on
     common = ["--data", str(data), "--crop", str(args.crop_size), *options, *args.train]
     common = [word.replace("{data}", str(args.data)) for word in common]

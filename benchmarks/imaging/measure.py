@@ -2,6 +2,7 @@ r"""What is measured of an image model: on pictures with a truth, and on conditi
 
 __all__ = [
     "BINS",
+    "MODEL",
     "Held",
     "Options",
     "Row",
@@ -9,6 +10,7 @@ __all__ = [
     "Study",
     "artefact_auroc",
     "held_row",
+    "model_row",
     "some",
     "strange_row",
 ]
@@ -25,7 +27,9 @@ import torch
 from torch import Tensor
 
 from flowguard import data, metrics
+from flowguard.bounds import certify
 from flowguard.demo.run import Sampled, artefact_mask, bits_of
+from flowguard.demo.task import NOISE
 from flowguard.io.folder import PictureFiles, find, survey
 from flowguard.ood import OODReport
 from flowguard.ood.metrics import level_maps
@@ -36,6 +40,8 @@ from flowguard.training.validation import TEMPERATURE, Part, Wholes
 #: What was measured of one picture, as JSON holds it.
 Row = dict[str, Any]
 
+#: What stands for a set in rows of what is true of a model whatever it is asked.
+MODEL = "model"
 #: Images of more pixels are made in tiles, so that any picture fits into memory.
 LARGE = 2**20
 #: The edges of the scores that are counted: quantiles of the calibration, then what is beyond all
@@ -102,6 +108,7 @@ class Study(abc.ABC):
     usual: Sequence[str]  # the sets that the guard is to find usual
     measures: Mapping[str, tuple[str, str]]  # for each number its heading and its format
     score: str  # the measure that figures show
+    bounded: str  # what the certificate is about
 
     def __init__(self, folder: Path, options: Options, most: int | None = None) -> None:
         self.folder, self.options, self.most = folder, options, most
@@ -256,6 +263,20 @@ def _sample(model: Any, y: Tensor, count: int, temperature: float, generator: An
 def _guard_of(model: Any) -> OODReport | None:
     report: OODReport | None = model.conditioner.report
     return report
+
+
+def model_row(model: Any) -> Row:
+    r"""Returns what is true of a model whatever it is asked.
+
+    Arguments:
+        model: The model, in evaluation mode.
+
+    Returns:
+        The number of its ``parameters``, and the ``certificate``: what no sample (or residual)
+        exceeds for any condition and noise up to 4; infinite if there is no such bound.
+    """
+    count = sum(p.numel() for p in model.parameters())
+    return {"parameters": count, "certificate": certify(model).bound(NOISE)}
 
 
 def held_row(study: Study, model: Any, held: Held) -> Row:

@@ -14,7 +14,7 @@ from pages import spread, table
 
 from flowguard.ood.metrics import auroc
 from imaging.kept import named
-from imaging.measure import Row, Study, artefact_auroc
+from imaging.measure import MODEL, Row, Study, artefact_auroc
 
 #: Of each set and kind of condition, each measure of each seed.
 Found = dict[str, dict[str, list[float]]]
@@ -23,6 +23,7 @@ OUTSIDE = {
     "artefacts": ("artefact pixels, %", ".3g"),
     "with_artefacts": ("pictures with any, %", ".3g"),
     "non_finite": ("not finite, %", ".3g"),
+    "with_non_finite": ("pictures with any, %", ".3g"),
     "largest": ("largest value", ".3g"),
     "picture_auroc": ("AUROC, pictures", ".3f"),
     "pixel_auroc": ("AUROC, artefact pixels", ".3f"),
@@ -99,6 +100,8 @@ def markdown(
     }
     several = {n for n in seeds.values() if n > 1}
     lines = ["Mean ± standard deviation over seeds.", ""] if several else []
+    head = {"parameters": ("parameters", ".0f"), "certificate": (study.bounded, ".3g")}
+    lines += _table("model", [(k, f[MODEL]) for k, f in kinds.items() if MODEL in f], head)
     both = {**(rivals or {}), **kinds}
     for place, title in study.held.items():
         lines += _table(
@@ -181,8 +184,8 @@ def verdicts(
                 text = f"{label} on {study.held[p]} {more * gain:+{form}}"
                 if len(theirs) > 1 and len(set(theirs)) > 1:
                     deviation = stdev(theirs)
-                    held = "not worse by" if gain >= -deviation else "worse by more than"
-                    text += f" ({held} one standard deviation of {first}, {deviation:{form}})"
+                    held = "not worse" if gain >= -deviation else "worse"
+                    text += f" ({held} by more than one standard deviation, {deviation:{form}})"
                 told.append(text)
         for p, title in study.strange.items():
             if p in found and p in base:

@@ -101,6 +101,7 @@ def test_a_row_is_kept_for_each_picture_and_condition(measured):
     counts = {name: sum(row["set"] == name for row in rows) for name in {r["set"] for r in rows}}
     corruptions = 3 * len(data.corruptions(0))
     assert counts == {
+        "model": 1,
         "set5": 2,
         "kodak24": 2,
         "realsrset": 1,
@@ -125,6 +126,7 @@ def test_what_was_measured_is_not_measured_again(measured, models, sets, tmp_pat
 
     monkeypatch.setattr(bench, "strange_row", watched)
     monkeypatch.setattr(bench, "held_row", None)
+    monkeypatch.setattr(bench, "model_row", None)
     monkeypatch.setattr(bench, "gallery", lambda *_: None)
     superres.run(superres.SuperResolutionStudy, "Told.", options(models, sets, out))
     assert asked == [last["kind"]]
@@ -148,6 +150,17 @@ def test_mistakes_are_told_in_one_line(measured, models, sets, capsys, change, t
         superres.run(superres.SuperResolutionStudy, "Told.", asked)
     assert end.value.code == 2
     assert told in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_ctrl_c_tells_how_to_go_on(measured, models, sets, tmp_path, monkeypatch, capsys):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "held_row", stopped)
+    with pytest.raises(SystemExit) as end:
+        superres.run(superres.SuperResolutionStudy, "Told.", options(models, sets, tmp_path))
+    assert end.value.code == 130
+    assert capsys.readouterr().err.endswith("is kept: the same command goes on\n")
 
 
 def test_a_folder_without_models_is_refused(sets, tmp_path, capsys):

@@ -30,7 +30,7 @@ def test_a_coupling_is_trained_measured_and_told_of(tmp_path):
     lowlight.main([*asked, "--", *TINY])
     text = page.read_text(encoding="utf-8")
     for kind in ("affine", "affine+migrated", "affine+shrink"):
-        assert text.count(f"\n| {kind} |") == 2
+        assert text.count(f"\n| {kind} |") == 3
     for kind in ("input", "histogram equalisation", "gamma fitted to the truth"):
         assert text.count(f"\n| {kind} |") == 1
     assert (tmp_path / "images" / "lowlight-gallery.png").exists()

@@ -37,7 +37,7 @@ def test_two_couplings_are_trained_measured_and_told_of(tmp_path, monkeypatch):
     )
     assert text.endswith("<!-- superres-pyramid:end -->\n\nAfter.\n")
     for kind in ("affine", "affine+migrated", "affine+shrink", "robust8"):
-        assert text.count(f"\n| {kind} |") == 2
+        assert text.count(f"\n| {kind} |") == 3  # of the model, of Set5, of corruptions
     assert "- **robust8** against affine: PSNR τ=0 on Set5" in text
     assert "Measured on the middle 40² of each." in text
     assert "for 4 steps with the seeds 0, 1" in text
@@ -50,7 +50,8 @@ def test_two_couplings_are_trained_measured_and_told_of(tmp_path, monkeypatch):
 
     # Nothing is trained or measured again.
     monkeypatch.setattr(runs, "main", None)
-    monkeypatch.setattr("imaging.bench.held_row", None)
+    for row in ("model_row", "held_row"):
+        monkeypatch.setattr(f"imaging.bench.{row}", None)
     monkeypatch.setattr("imaging.bench.strange_row", None)
     superres.main([*asked, "--", *TINY])
     assert page.read_text(encoding="utf-8") == text
@@ -60,3 +61,12 @@ def test_its_page_has_the_markers_of_both_encoders():
     text = superres.PAGE.read_text(encoding="utf-8")
     for part in ("superres-pyramid", "superres-rrdb"):
         assert text.count(f"<!-- {part}:start -->") == text.count(f"<!-- {part}:end -->") == 1
+
+
+def test_a_page_without_markers_is_told_of_before_the_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "train", None)
+    page = tmp_path / "page.md"
+    page.write_text("nothing")
+    with pytest.raises(SystemExit):
+        superres.main(["--data", "d", "--out", str(tmp_path / "out"), "--page", str(page)])
+    assert "must hold the markers <!-- superres-pyramid:start -->" in capsys.readouterr().err
