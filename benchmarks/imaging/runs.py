@@ -3,6 +3,7 @@ r"""Runs of training for an experiment: each coupling with each seed, under the 
 __all__ = ["COUPLINGS", "DERIVED", "derive", "seconds_of_a_step", "train", "train_all"]
 
 import csv
+import itertools
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -128,10 +129,12 @@ def _migrated(task: str, model: Any, data: str, crop: int) -> Any:
 
 
 def seconds_of_a_step(run: Run) -> float:
-    r"""Returns the median of the seconds that the steps of a run took.
+    r"""Returns the median of the seconds between two steps of a run.
 
     Arguments:
         run: The run.
     """
     with (run.folder / "metrics.csv").open(encoding="utf-8", newline="") as file:
-        return median(float(row["seconds"]) for row in csv.DictReader(file))
+        ends = [float(row["seconds"]) for row in csv.DictReader(file)]
+    # A run that was gone on with may count anew.
+    return median(b - a for a, b in itertools.pairwise(ends) if b > a)

@@ -125,10 +125,15 @@ def _table(
         return []
     head = [title, *(columns[c][0] for c in there)]
     body = [
-        [kind, *(spread(numbers.get(c, []), columns[c][1]) for c in there)]
+        [kind, *(_spread(numbers.get(c, []), columns[c][1]) for c in there)]
         for kind, numbers in rows
     ]
     return [table(head, body), ""]
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    r"""Mean and standard deviation, but for what is the same for all seeds, as zero often is."""
+    return spread(values if len(set(values)) > 1 else values[:1], form)
 
 
 def _conditions(study: Study, kinds: Mapping[str, Found]) -> list[str]:
@@ -137,7 +142,7 @@ def _conditions(study: Study, kinds: Mapping[str, Found]) -> list[str]:
     if not places:
         return []
     body = [
-        [name, *(spread(f.get(p, {}).get("artefacts", []), ".3g") for f in kinds.values())]
+        [name, *(_spread(f.get(p, {}).get("artefacts", []), ".3g") for f in kinds.values())]
         for p, name in places.items()
     ]
     return [table(["artefact pixels, %", *kinds], body)]

@@ -97,7 +97,8 @@ def test_of_an_affine_model_one_shrinks_and_one_is_certified(tmp_path):
     assert all(f.stat().st_mtime_ns != b for f, b in zip(files, before, strict=True))
 
 
-def test_the_seconds_of_a_step_are_those_of_the_middle_one(tmp_path):
-    rows = "".join(f"{i},{s}\n" for i, s in enumerate((9.0, 0.5, 0.7)))
+def test_the_seconds_of_a_step_are_those_between_two(tmp_path):
+    ends = (9.0, 9.5, 10.2, 3.0, 13.0)  # gone on with after the third
+    rows = "".join(f"{i},{s}\n" for i, s in enumerate(ends))
     (tmp_path / "metrics.csv").write_text(f"step,seconds\n{rows}")
-    assert runs.seconds_of_a_step(Run(tmp_path)) == 0.7
+    assert runs.seconds_of_a_step(Run(tmp_path)) == pytest.approx(0.7)
