@@ -1,6 +1,6 @@
 r"""The models that are measured, and what is kept of each of them: a file of JSON."""
 
-__all__ = ["Kept", "Named", "find_models", "model_name", "named"]
+__all__ = ["Kept", "Named", "digest", "find_models", "model_name", "named"]
 
 import dataclasses
 import hashlib

@@ -14,9 +14,11 @@ import torch
 
 import flowguard
 from flowguard.cli.main import main
+from flowguard.io.atomic import write_text
 from flowguard.models import load
 from flowguard.training.pictures import CropBatches, pairs_of
 from flowguard.training.run import Run, steps_done
+from imaging.kept import digest
 
 #: The options of ``flowguard train`` that make each coupling.
 COUPLINGS = {
@@ -99,12 +101,12 @@ def derive(task: str, name: str, run: Run, data: str, crop: int, folder: Path) -
     Returns:
         The folders of the models, by name.
     """
-    made = {}
+    made, source = {}, digest(run.model)
     for kind in DERIVED:
         new = folder / name.replace("affine", kind)
         made[new.name] = new
-        written = [place / "model.safetensors" for place in (run.model, new)]
-        if written[1].exists() and written[1].stat().st_mtime >= written[0].stat().st_mtime:
+        note = folder / f"{new.name}.source"  # what it was made of
+        if note.exists() and note.read_text(encoding="utf-8") == source:
             continue
         model: Any = load(run.model).eval()
         if kind == "affine+shrink":
@@ -112,6 +114,7 @@ def derive(task: str, name: str, run: Run, data: str, crop: int, folder: Path) -
         else:
             model = _migrated(task, model, data, crop)
         model.save_pretrained(new)
+        write_text(note, source)
     return made
 
 

@@ -195,7 +195,8 @@ def luma_ssim(image: Tensor, target: Tensor, border: int) -> float:
         >>> luma_ssim(image, image, border=4)
         1.0
     """
-    return float(metrics.ssim(*_inner_luma(image, target, border, least=metrics.WINDOW)))
+    first, second = _inner_luma(image, target, border, least=metrics.WINDOW)
+    return float(metrics.ssim(first, second))
 
 
 def _inner_luma(image: Tensor, target: Tensor, border: int, least: int) -> list[Tensor]:
