@@ -158,7 +158,7 @@ def _taken(args: argparse.Namespace) -> str:
     r"""Which part of the sets was measured, if not all of it."""
     parts = []
     if args.pictures:
-        parts.append(f"{args.pictures} pictures of each set")
+        parts.append(f"{args.pictures} picture(s) of each set")
     if args.crop:
         parts.append(f"the middle {args.crop}² of each")
     if args.outside_crop:

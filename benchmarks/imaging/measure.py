@@ -301,7 +301,9 @@ def held_row(study: Study, model: Any, held: Held) -> Row:
     report = _guard_of(model)
     row: Row = dict(study.quality(mean, held))
     row |= {f"sample_{name}": value for name, value in study.quality(first[0], held).items()}
-    row |= {"bits_per_dim": bits_of(model, x, y, o.seed, draws=1), "seconds": seconds}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        row |= {"bits_per_dim": bits_of(model, x, y, o.seed, draws=1), "seconds": seconds}
     if o.samples > 1:
         more = _sample(model, y, o.samples - 1, TEMPERATURE, generator)
         row["diversity"] = float(metrics.diversity(torch.cat((first, more)), x))
