@@ -173,6 +173,12 @@ def _add_model(train: Parser) -> None:
         help="coupling of the flow (default: robust)",
     )
     train.add_argument(
+        "--bins",
+        type=whole(2, 256),
+        metavar="N",
+        help="bins of the splines of --coupling robust (default: 2)",
+    )
+    train.add_argument(
         "--scale",
         type=whole(2, 64),
         default=4,
@@ -566,7 +572,7 @@ def _run(args: Any, held: contextlib.ExitStack) -> int:
         torch.manual_seed(args.seed)
         model = build.build(
             args.task,
-            coupling=args.coupling,
+            coupling=_coupling(args),
             scale=args.scale,
             levels=args.levels,
             steps=args.flow_steps,
@@ -672,6 +678,20 @@ def _refuse_a_run(out: Path) -> None:
         )
 
 
+def _coupling(args: Any) -> Any:
+    r"""The map of the couplings: its name, or one of as many bins as were asked for."""
+    if args.bins is None:
+        return args.coupling
+    if args.coupling != "robust":
+        raise UserError(
+            f"--bins must come with --coupling robust, whose splines it is about; got it with"
+            f" {args.coupling}: leave it out"
+        )
+    from flowguard.image.maps import Robust
+
+    return Robust(bins=args.bins)
+
+
 def _frozen(args: Any) -> bool:
     r"""Whether the encoder is left as it is."""
     if args.freeze_encoder and args.encoder_lr:
@@ -711,7 +731,7 @@ def _check_machine(args: Any) -> None:
 
 def _pictures(args: Any, scale: int) -> tuple[Any, Any, Any]:
     r"""Batches, and the whole pairs that are trained with and validated with."""
-    from flowguard.training.pictures import CropBatches, pairs_of
+    from flowguard.training.pictures import CropBatches, own_partners, pairs_of
     from flowguard.training.validation import sound, split_off
 
     budget = int(args.cache * 1e9 / args.devices)  # of the processes of a machine together
@@ -725,7 +745,7 @@ def _pictures(args: Any, scale: int) -> tuple[Any, Any, Any]:
         training, rest = split_off(pairs)
     else:
         least = 2 * scale * max(1, 8 // scale)
-        own = _own_partners(args.val) if args.task == "superres" else None
+        own = own_partners(args.val) if args.task == "superres" else None
         partners = args.val_pairs or own
         rest, faults = pairs_of(
             args.val, task=args.task, scale=scale, crop=least, pairs=partners, budget=budget // 4
@@ -739,13 +759,6 @@ def _pictures(args: Any, scale: int) -> tuple[Any, Any, Any]:
         training, size=args.crop, batch=args.batch, seed=args.seed, corrupt=args.corrupt
     )
     return batches, training, held_out
-
-
-def _own_partners(val: str) -> str | None:
-    r"""The folder itself, where it holds pairs: NAME_HR.png and NAME_LRx4.png."""
-    from flowguard.io.folder import find
-
-    return val if any(file.stem.endswith("_HR") for file in find(val)) else None
 
 
 def _name(files: Sequence[Any], what: str) -> None:

@@ -213,8 +213,8 @@ def split(image: Tensor) -> tuple[Tensor, Tensor]:
     return image[..., :cut], image[..., cut:]
 
 
-def bits_of(model: Model, target: Tensor, y: Tensor, seed: int) -> float:
-    r"""Returns an upper bound of the bits per dimension that a picture takes, over four draws of
+def bits_of(model: Model, target: Tensor, y: Tensor, seed: int, draws: int = 4) -> float:
+    r"""Returns an upper bound of the bits per dimension that a picture takes, over some draws of
     the dequantisation noise.
 
     Arguments:
@@ -222,10 +222,11 @@ def bits_of(model: Model, target: Tensor, y: Tensor, seed: int) -> float:
         target: The picture, with shape :math:`(1, 3, H, W)`.
         y: Its condition.
         seed: The seed of the noise.
+        draws: How many there are; of a large picture one will do.
     """
     torch.manual_seed(seed)
     with torch.no_grad():
-        return sum(float(model.nll(target, y).mean()) for _ in range(4)) / 4
+        return sum(float(model.nll(target, y).mean()) for _ in range(draws)) / draws
 
 
 def _quality(task: Task, model: Model, target: Tensor, y: Tensor, seed: int) -> dict[str, float]:

@@ -1,6 +1,14 @@
 r"""What a model in training does with conditions that are unlike those it learns from."""
 
-__all__ = ["Outside", "Questions", "ask", "middle", "questions", "raw_condition"]
+__all__ = [
+    "Outside",
+    "Questions",
+    "ask",
+    "middle",
+    "questions",
+    "raw_condition",
+    "strangeness",
+]
 
 import math
 import warnings

@@ -13,6 +13,7 @@ __all__ = [
     "ReducedPairs",
     "Undecodable",
     "match",
+    "own_partners",
     "pairs_of",
 ]
 
@@ -362,6 +363,19 @@ def match(targets: str | Path, conditions: str | Path) -> Matched:
                 reason = f"several pictures are called {name}"
             faults += [Fault(file, reason) for file in files]
     return Matched(sorted(pairs), sorted(faults, key=lambda fault: fault.path))
+
+
+def own_partners(folder: str | Path) -> str | Path | None:
+    r"""Returns the folder itself where it holds both pictures of its pairs, as ``NAME_HR`` and
+    ``NAME_LRx4``, and :py:`None` otherwise.
+
+    Arguments:
+        folder: The folder.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+    """
+    return folder if any(file.stem.endswith("_HR") for file in find(folder)) else None
 
 
 def _named(

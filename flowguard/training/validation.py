@@ -6,6 +6,7 @@ __all__ = [
     "Wholes",
     "luma",
     "luma_psnr",
+    "luma_ssim",
     "measure",
     "restored",
     "sound",
@@ -171,12 +172,39 @@ def luma_psnr(image: Tensor, target: Tensor, border: int) -> float:
         target: The truth.
         border: The rows and columns that are left out on each side.
     """
-    border = min(border, *((n - 1) // 2 for n in target.shape[-2:]))
-    inner = slice(border, -border or None)
-    first, second = (
-        luma(whole_numbers(i.double()) / 255)[..., inner, inner] for i in (image, target)
-    )
+    first, second = _inner_luma(image, target, border, least=1)
     return float(-10 * torch.log10((first - second).square().mean()))
+
+
+def luma_ssim(image: Tensor, target: Tensor, border: int) -> float:
+    r"""Returns the structural similarity of the luminance of images as files would hold them; see
+    :func:`flowguard.metrics.ssim`.
+
+    Of images that are all border, as much is left out as leaves a window of it.
+
+    Arguments:
+        image: The image, with shape :math:`(1, 3, H, W)`.
+        target: The truth.
+        border: The rows and columns that are left out on each side.
+
+    Raises:
+        ImportError: If torchmetrics is not installed.
+        ValueError: If the images are smaller than its window.
+
+    Example:
+        >>> image = torch.rand(1, 3, 24, 20)
+        >>> luma_ssim(image, image, border=4)
+        1.0
+    """
+    first, second = _inner_luma(image, target, border, least=metrics.WINDOW)
+    return float(metrics.ssim(first, second))
+
+
+def _inner_luma(image: Tensor, target: Tensor, border: int, least: int) -> list[Tensor]:
+    r"""The luminance of both, without a border that leaves so many rows and columns at least."""
+    border = min(border, *(max(0, n - least) // 2 for n in target.shape[-2:]))
+    inner = slice(border, -border or None)
+    return [luma(whole_numbers(i.double()) / 255)[..., inner, inner] for i in (image, target)]
 
 
 def restored(lr: Tensor, scale: int) -> Tensor:

@@ -10,6 +10,7 @@ pytest.importorskip("PIL.Image")
 
 from flowguard.cli import train
 from flowguard.cli.parsing import UserError
+from flowguard.image.maps import Robust
 from flowguard.io.pictures import Picture, write
 from flowguard.training import pictures
 
@@ -84,3 +85,21 @@ def test_a_run_may_get_a_margin_and_no_corruption_when_it_goes_on(tmp_path):
     args = SimpleNamespace(resume=tmp_path, given={"resume": tmp_path, "corrupt": 0.3})
     with pytest.raises(UserError, match=r"--corrupt must be that of the run .*, 0\.0; got 0\.3"):
         train._resume(args)
+
+
+def test_bins_are_those_of_the_robust_spline():
+    options = SimpleNamespace(coupling="robust", bins=8)
+    assert train._coupling(options) == Robust(bins=8)
+    assert train._coupling(SimpleNamespace(coupling="bspline", bins=None)) == "bspline"
+
+
+def test_bins_of_another_coupling_are_refused():
+    with pytest.raises(
+        UserError, match=r"--bins must come with --coupling robust.*got it with aff"
+    ):
+        train._coupling(SimpleNamespace(coupling="affine", bins=8))
+
+
+def test_a_run_that_knew_of_no_bins_goes_on_with_the_usual_ones():
+    given = train.parser().saved({"data": "pictures", "coupling": "robust"})
+    assert given["bins"] is None

@@ -13,7 +13,7 @@ from flowguard import data, metrics
 from flowguard.io import pictures
 from flowguard.io.pictures import Picture
 from flowguard.models.encoders.lowlight import low_light_input
-from flowguard.training.pictures import CropBatches, match, pairs_of
+from flowguard.training.pictures import CropBatches, match, own_partners, pairs_of
 
 pytest.importorskip("PIL.Image")
 pytest.importorskip("tifffile")
@@ -266,6 +266,12 @@ def test_one_folder_may_hold_both(tmp_path):
     found = match(tmp_path, tmp_path)
     assert [(x.stem, y.stem) for x, y in found.pairs] == [("0_HR", "0_LRx4"), ("1_HR", "1_LRx4")]
     assert found.faults == []
+    assert own_partners(tmp_path) == tmp_path
+
+
+def test_a_folder_of_single_pictures_holds_no_partners(tmp_path):
+    put(tmp_path / "THR.png", 48, 64)
+    assert own_partners(tmp_path) is None
 
 
 def test_pairs_are_cropped_alike(two):

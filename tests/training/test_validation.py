@@ -14,6 +14,7 @@ from flowguard.training.validation import (
     Wholes,
     luma,
     luma_psnr,
+    luma_ssim,
     measure,
     restored,
     sound,
@@ -131,3 +132,24 @@ def test_an_untrained_model_measures_as_bicubic():
     # Samples at temperature 0.8 are rougher.
     assert found["sample_psnr"] < found["psnr"]
     assert found["sample_lr_psnr"] < found["lr_psnr"]
+
+
+def test_the_ssim_of_the_luminance_sees_no_border_and_whole_numbers_alone():
+    target = torch.rand(1, 3, 40, 36)
+    image = (target + 0.1 * torch.randn_like(target)).clamp(0, 1)
+    inner = [luma((255 * i.double()).round() / 255)[..., 4:-4, 4:-4] for i in (image, target)]
+    wanted = metrics.ssim(*inner).item()
+    assert luma_ssim(image, target, border=4) == pytest.approx(wanted, abs=1e-12)
+    image[..., :4, :] = torch.nan
+    image[..., -4:] = 7.0
+    assert luma_ssim(image, target, border=4) == pytest.approx(wanted, abs=1e-12)
+
+
+def test_of_a_small_picture_a_window_is_left_by_the_border():
+    target = torch.rand(1, 3, 13, 40)
+    assert luma_ssim(target, target, border=4) == 1
+    image = target.clone()
+    image[..., 0, :] = 1 - image[..., 0, :]  # a row of the border that there is room for
+    assert luma_ssim(image, target, border=4) == 1
+    with pytest.raises(ValueError, match="needs images of at least 11"):
+        luma_ssim(target[..., :9, :], target[..., :9, :], border=4)
