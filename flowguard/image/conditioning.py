@@ -32,11 +32,11 @@ from flowguard.image.layers import (
     InvertibleConv1x1,
     NormedConv2d,
     ZeroConv2d,
-    folded,
+    laid_out,
 )
 from flowguard.image.maps import work_out
 from flowguard.image.steps import FlowStep, TransitionStep
-from flowguard.numerics import inv_and_logabsdet
+from flowguard.numerics import inv_and_logabsdet, network_dtype
 
 #: The most numbers of hidden channels that are held at a time.
 BUDGET = 2**25
@@ -144,8 +144,8 @@ def conditions(
 ) -> list[Condition]:
     r"""Returns what the coupling of each step makes of a context.
 
-    Without gradients the steps are computed together, and their weights folded. With
-    them, or for layers that are not what the coupling was made of (hooked, parametrised, quantised
+    Without gradients the steps are computed together, and their weights folded; under autocast
+    these are held in its precision, and what elementwise maps take is not. With gradients, or for layers that are not what the coupling was made of (hooked, parametrised, quantised
     or not initialised ones), :meth:`ConditionalCoupling.condition` is called for each.
 
     Arguments:
@@ -159,6 +159,8 @@ def conditions(
         return [c.condition(context, n) for c, n in zip(couplings, noises, strict=True)]
     couplings[0].check_context(context)
     mixes = _fold_mixes(steps)
+    single, half = couplings[0].first_kept.weight.dtype, network_dtype(context)
+    context = laid_out(context, half)
     width = 2 * couplings[0].first_kept.out_channels * context.shape[0]
     together = max(1, BUDGET // max(1, width * context.shape[-2] * context.shape[-1]))
     made: list[Condition] = []
@@ -168,11 +170,12 @@ def conditions(
         hidden = _convolve([c.first_context for c in couplings[part]], context)
         injected = _convolve([c.injector[0] for c in couplings[part]], context)
         for (c, noise, mix), h, i in zip(shared, hidden, injected, strict=True):
-            raw = last_layers(_fold(c.injector[2], c.injector[4]), i)
+            raw = last_layers(_fold(half, c.injector[2], c.injector[4]), i)
             channels = c.kept + c.changed
+            raw = raw.to(single, memory_format=torch.contiguous_format)
             family, parameters = work_out(c.map_of("injector"), raw, channels, overwrite=True)
-            rest = (_first(c), *_fold(c.rest[1], c.rest[3]))
-            told = () if c.noise is None else _fold(c.noise[0], c.noise[2], c.noise[4])
+            rest = (_first(c).to(half), *_fold(half, c.rest[1], c.rest[3]))
+            told = () if c.noise is None else _fold(half, c.noise[0], c.noise[2], c.noise[4])
             noise = c.fit_noise(noise, context)
             made.append(Condition(parameters, h, noise, family, mix, rest, told))
     return made
@@ -211,11 +214,11 @@ def _fold_mixes(steps: Sequence[FlowStep] | Sequence[TransitionStep]) -> list[Fo
 
 def _convolve(convs: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     r"""Applies several 3×3 convolutions to the same input."""
-    weights, biases = zip(*(folded(conv) for conv in convs), strict=True)
+    weights, biases = zip(*(Folded.of(conv).to(x.dtype) for conv in convs), strict=True)
     y = convolve(x, torch.cat(weights))
     # The bias is added in place, part by part: each becomes a tensor of its own.
     shares = zip(y.chunk(len(convs), dim=1), biases, strict=True)
-    return [t.contiguous() if b is None else t + b[:, None, None] for t, b in shares]
+    return [laid_out(t, t.dtype) if b is None else t + b[:, None, None] for t, b in shares]
 
 
 def convolve(x: Tensor, weight: Tensor) -> Tensor:
@@ -262,8 +265,8 @@ def _coarse(x: Tensor) -> Tensor | None:
     return same if 0.25 <= share < 1 else None
 
 
-def _fold(*convs: nn.Module) -> tuple[Folded, ...]:
-    return tuple(map(Folded.of, convs))
+def _fold(dtype: torch.dtype, *convs: nn.Module) -> tuple[Folded, ...]:
+    return tuple(Folded.of(conv).to(dtype) for conv in convs)
 
 
 def _first(coupling: ConditionalCoupling) -> Folded:

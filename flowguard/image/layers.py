@@ -11,6 +11,7 @@ __all__ = [
     "Squeeze",
     "ZeroConv2d",
     "folded",
+    "laid_out",
     "pixelwise",
 ]
 
@@ -257,6 +258,26 @@ class NormedConv2d(nn.Conv2d):
         return self._conv_forward(x, *self.folded())
 
 
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def laid_out(x: Tensor, dtype: torch.dtype) -> Tensor:
+    r"""Returns maps of a dtype, laid out as its convolutions are quickest: on a CPU, and in half
+    precision anywhere, with the channels of a pixel together.
+
+    Arguments:
+        x: The maps, or the kernels, with four dimensions.
+        dtype: The dtype.
+
+    Example:
+        >>> laid_out(torch.zeros(1, 2, 3, 4), torch.bfloat16).stride()
+        (24, 1, 8, 2)
+    """
+    if dtype in HALVES or (x.is_cpu and dtype == torch.float32):
+        return x.to(dtype, memory_format=torch.channels_last)
+    return x.to(dtype)
+
+
 def folded(conv: nn.Module) -> tuple[Tensor, Tensor | None]:
     r"""Returns weight and bias of the plain convolution that a convolution amounts to.
 
@@ -286,9 +307,14 @@ class Folded(NamedTuple):
         r"""Returns what a convolution amounts to; see :func:`folded`."""
         return cls(*folded(conv))
 
+    def to(self, dtype: torch.dtype) -> Self:
+        r"""Returns the same convolution with weights of a dtype, laid out for it."""
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return type(self)(laid_out(self.weight, dtype), bias)
+
     def __call__(self, x: Tensor) -> Tensor:
         size = self.weight.shape[-1]
-        if size == 1:
+        if size == 1 and x.is_contiguous():
             return pixelwise(x, self.weight.flatten(1), self.bias)
         return F.conv2d(x, self.weight, self.bias, padding=size // 2)
 
