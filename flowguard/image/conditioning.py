@@ -235,8 +235,9 @@ def convolve(x: Tensor, weight: Tensor) -> Tensor:
     coarse = _coarse(x)
     if coarse is None:
         return F.conv2d(x, weight, padding=1)
-    y = F.conv2d(x[:, ~coarse], weight[:, ~coarse], padding=1)
-    blocks, weight = F.pad(x[:, coarse, ::2, ::2], (1, 1, 1, 1)), weight[:, coarse]
+    y = F.conv2d(_channels(x, ~coarse), _channels(weight, ~coarse), padding=1)
+    blocks = F.pad(_channels(x[..., ::2, ::2], coarse), (1, 1, 1, 1))
+    weight = _channels(weight, coarse)
     height, width = x.shape[-2] // 2, x.shape[-1] // 2
     for i in (0, 1):
         for j in (0, 1):
@@ -244,6 +245,11 @@ def convolve(x: Tensor, weight: Tensor) -> Tensor:
             part = blocks[..., i : i + height + 1, j : j + width + 1]
             y[..., i::2, j::2] += F.conv2d(part, kernel)
     return y
+
+
+def _channels(x: Tensor, chosen: Tensor) -> Tensor:
+    r"""Some channels of maps, with those of a pixel together, as to index the maps would not."""
+    return x.movedim(1, -1)[..., chosen].movedim(-1, 1)
 
 
 def _on_blocks(weight: Tensor, dim: int, pixel: int) -> Tensor:
@@ -259,8 +265,9 @@ def _coarse(x: Tensor) -> Tensor | None:
         return None
     if x.shape[-2] % 2 or x.shape[-1] % 2:
         return None
-    blocks = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
-    same = (blocks == blocks[..., :1, :, :1]).flatten(2).all(2).all(0)
+    first = x[..., ::2, ::2]
+    others = (x[..., ::2, 1::2], x[..., 1::2, ::2], x[..., 1::2, 1::2])
+    same = torch.stack([(first == other).all(3).all(2).all(0) for other in others]).all(0)
     share = same.float().mean().item()
     return same if 0.25 <= share < 1 else None
 

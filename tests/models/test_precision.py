@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn as nn
 
+from flowguard.bounds import certify
 from flowguard.image import ActNorm, ZeroConv2d
 from flowguard.models import LowLightEncoder, LowLightFlow, SuperResolutionFlow
 from flowguard.models.encoders.rrdb import DenseBlock
@@ -51,7 +52,7 @@ def pair(model, rows=2):
 
 
 def psnr(a, b):
-    return float(-10 * (a - b).square().mean().log10())
+    return float(-10 * (a - b).detach().square().mean().log10())
 
 
 # -- what it computes ------------------------------------------------------------------------------
@@ -67,14 +68,14 @@ def test_images_in_bf16_are_those_of_float32_but_for_rounding(model, tile):
     assert psnr(found, expected) > 45
 
 
-def test_the_flow_in_bf16_is_undone_to_single_precision(model):
-    # What half precision rounds are parameters of maps, which both directions take alike.
+def test_the_flow_in_bf16_is_undone_but_for_rounding(model):
+    # On the way back a network's input may be rounded to the next number of half precision.
     y, z = pair(model)
     condition = model.condition(y, precision="bf16")
     again, _ = model.encode(model.decode(z, condition), condition)
     # The image is cut to the size of the condition, which loses nothing of one of this size.
     for a, b in zip(again, z, strict=True):
-        assert (a - b).abs().median() < 1e-4
+        assert (a - b).abs().median() < 1e-3
 
 
 def test_networks_are_half_and_their_ends_are_not(model):
@@ -152,6 +153,18 @@ def test_what_blocks_add_to_stays_in_single_precision():
     nn.init.zeros_(block.conv5.bias)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(block(x), x, rtol=0, atol=0)
+
+
+def test_the_certificate_holds_in_bf16():
+    torch.manual_seed(0)
+    model = moved(superres())
+    bound = certify(model.flow).bound(4.0)
+    far = 1e6 * torch.randn(2, 3, 16, 12)
+    z = [torch.randn(2, *shape).clamp(-4, 4) for shape in model.latent_shapes(far)]
+    with torch.no_grad():
+        condition = model.condition(far, precision="bf16")
+        image, _ = model.flow.inverse(z, condition.maps)
+    assert image.abs().max() <= bound
 
 
 # -- the guard -------------------------------------------------------------------------------------
