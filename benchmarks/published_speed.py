@@ -7,8 +7,8 @@ in one process, in turns; the table gives medians of wall-clock and of processor
 ratios of processor time are medians over the turns. On a loaded machine the processor time is the
 one to read; with one thread it is what the wall clock would show on an idle one.
 
-`--precision bf16` adds runs whose networks compute in half precision, how far their images and
-scores are from those of float32, and the ratio of both times. `--peak` counts the products of each
+`--precision bf16` adds runs whose networks compute in half precision, and the ratio of both times
+(`train_step.py` tells what a trained model's images lose). `--peak` counts the products of each
 run, and compares their rate with that of one large product of matrices: what the processor can do
 at most by the same arithmetic.
 
@@ -83,22 +83,6 @@ def with_guard(model: SuperResolutionFlow, size: int) -> None:
         model.conditioner.calibrate(pictures[4:], progress=False)
 
 
-def compare(model: SuperResolutionFlow, lr: Tensor, precision: str) -> None:
-    r"""Prints how far images and scores are from those in float32."""
-    guard = model.conditioner
-    images, flagged = [], []
-    for name in ("float32", precision):
-        images.append(model.sample(lr, 1, 0.0, precision=name))
-        levels = guard.report.levels.values()
-        flagged.append([level.map > level.boundary for level in levels])
-    psnr = -10 * (images[0] - images[1]).square().mean().log10()
-    other = [(a ^ b).float().mean().item() for a, b in zip(*flagged, strict=True)]
-    print(
-        f"{precision} against float32, at temperature 0: PSNR {psnr:.1f} dB between both; pixels"
-        f" flagged otherwise, by level: {', '.join(f'{100 * o:.3f} %' for o in other)}"
-    )
-
-
 def rate_of_products(turns: int = 5, size: int = 1024) -> float:
     r"""Returns how many operations a second one large product of float32 matrices makes."""
     a, b = torch.randn(2, size, size)
@@ -153,7 +137,6 @@ def main() -> None:
         if args.precision is not None:
             half = args.precision
             with torch.no_grad():
-                compare(model, lr, half)
                 condition = model.condition(lr, precision=half)
             rows |= {
                 f"a further sample, {half}": lambda m=model, c=condition: m.sample(c),
