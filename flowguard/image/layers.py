@@ -273,9 +273,11 @@ def laid_out(x: Tensor, dtype: torch.dtype) -> Tensor:
         >>> laid_out(torch.zeros(1, 2, 3, 4), torch.bfloat16).stride()
         (24, 1, 8, 2)
     """
-    if dtype in HALVES or (x.is_cpu and dtype == torch.float32):
-        return x.to(dtype, memory_format=torch.channels_last)
-    return x.to(dtype)
+    if dtype not in HALVES and not (x.is_cpu and dtype == torch.float32):
+        return x.to(dtype)
+    # By views, which torch.vmap takes, where it has no such format of memory.
+    pixels = x.movedim(1, -1).to(dtype, memory_format=torch.contiguous_format)
+    return pixels.contiguous().movedim(-1, 1)
 
 
 def folded(conv: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -314,7 +316,7 @@ class Folded(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         size = self.weight.shape[-1]
-        if size == 1 and x.is_contiguous():
+        if size == 1:
             return pixelwise(x, self.weight.flatten(1), self.bias)
         return F.conv2d(x, self.weight, self.bias, padding=size // 2)
 
@@ -345,7 +347,8 @@ def _of_image(ladj: Tensor, x: Tensor, sign: int = 1) -> Tensor:
 
 
 def pixelwise(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
-    r"""Multiplies every pixel by a matrix and adds a bias, by one matrix product for an image.
+    r"""Multiplies every pixel by a matrix and adds a bias, by one matrix product for an image, or
+    for all where the channels of a pixel lie together.
 
     Arguments:
         x: The images, with shape :math:`(B, C, H, W)`.
@@ -356,6 +359,10 @@ def pixelwise(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
         >>> pixelwise(torch.ones(1, 2, 3, 4), torch.eye(2)).shape
         torch.Size([1, 2, 3, 4])
     """
+    pixels = x.movedim(1, -1)
+    if not x.is_contiguous() and pixels.is_contiguous():
+        # With one thread, torch has no quick 1×1 convolution for it.
+        return F.linear(pixels, matrix, bias).movedim(-1, 1)
     flat, matrix = x.flatten(2), matrix.expand(x.shape[0], -1, -1)
     y = torch.bmm(matrix, flat) if bias is None else torch.baddbmm(bias[:, None], matrix, flat)
     return y.unflatten(2, x.shape[-2:])

@@ -307,7 +307,7 @@ def apply(
     # Under autocast the networks compute in half precision, the maps do not; and what keeps the
     # channels of a pixel together is laid out for the networks alone.
     dtype = torch.promote_types(raw.dtype, x.dtype)
-    raw = raw.to(dtype, memory_format=torch.contiguous_format)
+    raw = raw.to(dtype, memory_format=torch.contiguous_format).contiguous()
     f = family.transform(raw.unflatten(1, (x.shape[1], family.parameters)))
     if not ladj:
         y = f.inv(x) if inverse else f(x)

@@ -12,7 +12,7 @@ __all__ = ["PRECISIONS", "Precision", "Trial", "fastest", "networks", "wanted"]
 import contextlib
 import time
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 from weakref import WeakKeyDictionary
 
 import torch
@@ -44,7 +44,7 @@ class Trial(NamedTuple):
 _taken: WeakKeyDictionary[nn.Module, dict[tuple[torch.device, int], Trial]] = WeakKeyDictionary()
 
 
-def fastest(model: nn.Module, clock: Callable[[], float] = time.perf_counter) -> Trial:
+def fastest(model: Any, clock: Callable[[], float] = time.perf_counter) -> Trial:
     r"""Tries float32 and bf16 on a small tile, and returns which took less time.
 
     Without units for it, a processor takes longer for half precision than for single. The answer

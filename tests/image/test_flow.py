@@ -27,7 +27,7 @@ from flowguard.image import (
     ZeroConv2d,
     elementwise,
 )
-from flowguard.image.layers import folded, pixelwise
+from flowguard.image.layers import folded, laid_out, pixelwise
 from flowguard.image.maps import Affine, apply, work_out
 
 COUPLINGS = {
@@ -837,3 +837,43 @@ def test_what_is_no_list_of_tensors_is_named(call, match):
     flow, condition = a_condition()
     with pytest.raises((TypeError, ValueError), match=match):
         call(flow, torch.rand(1, 3, 8, 8), condition.features)
+
+
+# -- layout ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [None, torch.randn(7)], ids=["", "bias"])
+@pytest.mark.parametrize("shape", [(2, 5, 4, 6), (1, 5, 1, 1), (0, 5, 4, 6), (3, 1, 2, 2)])
+def test_pixels_are_multiplied_in_both_layouts(shape, bias):
+    x, matrix = torch.randn(shape), torch.randn(7, shape[1])
+    expected = torch.nn.functional.conv2d(x, matrix[..., None, None], bias)
+    for given in (x, laid_out(x, x.dtype)):
+        torch.testing.assert_close(pixelwise(given, matrix, bias), expected)
+
+
+def test_channels_of_a_pixel_are_kept_together_for_networks_alone():
+    flow, _ = a_condition()
+    context = [torch.randn(1, 5, 4, 4), torch.randn(1, 5, 2, 2)]
+    with torch.no_grad():
+        steps = [s for level in flow.condition(context).steps for s in level]
+    for step in steps:
+        assert step.hidden.movedim(1, -1).is_contiguous()
+        assert step.injected.is_contiguous()
+
+
+def test_double_precision_is_left_as_it_lies():
+    x = torch.randn(1, 3, 4, 5)
+    assert laid_out(x, torch.float64).is_contiguous()
+    assert not laid_out(x, torch.float32).is_contiguous()
+
+
+def test_samples_are_taken_under_vmap():
+    flow, _ = a_condition()
+    context = [torch.randn(1, 5, 4, 4), torch.randn(1, 5, 2, 2)]
+    z = [torch.randn(3, 1, *shape) for shape in flow.latent_shapes(8, 8)]
+    with torch.no_grad():
+        condition = flow.condition(context)
+        together = torch.func.vmap(lambda *z: flow.inverse(z, condition, ladj=False)[0])(*z)
+        for i in range(3):
+            alone, _ = flow.inverse([t[i] for t in z], condition)
+            torch.testing.assert_close(together[i], alone, rtol=0, atol=1e-5)
