@@ -25,6 +25,7 @@ from torch import Tensor
 
 from flowguard.image.coupling import Condition, ConditionalCoupling, last_layers
 from flowguard.image.layers import (
+    HALVES,
     ActNorm,
     FixedConv1x1,
     Folded,
@@ -248,7 +249,9 @@ def convolve(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _channels(x: Tensor, chosen: Tensor) -> Tensor:
-    r"""Some channels of maps, with those of a pixel together, as to index the maps would not."""
+    r"""Some channels of maps, laid out as their dtype wants it: to index them would not be."""
+    if x.dtype not in HALVES:
+        return x[:, chosen]
     return x.movedim(1, -1)[..., chosen].movedim(-1, 1)
 
 

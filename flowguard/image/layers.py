@@ -5,6 +5,7 @@ __all__ = [
     "FixedConv1x1",
     "Folded",
     "FoldedMix",
+    "HALVES",
     "InvertibleConv1x1",
     "NormedConv2d",
     "OrthogonalConv1x1",
@@ -262,8 +263,8 @@ HALVES = (torch.bfloat16, torch.float16)
 
 
 def laid_out(x: Tensor, dtype: torch.dtype) -> Tensor:
-    r"""Returns maps of a dtype, laid out as its convolutions are quickest: on a CPU, and in half
-    precision anywhere, with the channels of a pixel together.
+    r"""Returns maps of a dtype, laid out as its convolutions are quickest: in half precision with
+    the channels of a pixel together, and else with the pixels of a channel.
 
     Arguments:
         x: The maps, or the kernels, with four dimensions.
@@ -273,8 +274,8 @@ def laid_out(x: Tensor, dtype: torch.dtype) -> Tensor:
         >>> laid_out(torch.zeros(1, 2, 3, 4), torch.bfloat16).stride()
         (24, 1, 8, 2)
     """
-    if dtype not in HALVES and not (x.is_cpu and dtype == torch.float32):
-        return x.to(dtype)
+    if dtype not in HALVES:
+        return x.to(dtype, memory_format=torch.contiguous_format).contiguous()
     # By views, which torch.vmap takes, where it has no such format of memory.
     pixels = x.movedim(1, -1).to(dtype, memory_format=torch.contiguous_format)
     return pixels.contiguous().movedim(-1, 1)

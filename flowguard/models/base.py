@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flowguard.image.conditioning import Origin, origin_of
 from flowguard.image.flow import ConditionalMultiscaleFlow, FlowCondition
-from flowguard.image.layers import laid_out
+from flowguard.image.layers import HALVES
 from flowguard.image.tiling import MEMORY, TiledFlow, TileSize
 from flowguard.models.checkpoints import (
     DEAD,
@@ -289,9 +289,11 @@ class ImageModel(Pretrained, nn.Module):
                 raise ValueError(f"the noise must be finite and not negative; got {noise}")
             noise = y.new_full((1, 1, 1, 1), float(noise))
         half = network_dtype(padded)
-        # The layout of the encoder's input is that of all its maps. It is chosen for the networks,
-        # whose precision the input itself need not have.
-        fed = padded if torch.is_grad_enabled() else laid_out(padded, padded.dtype)
+        # The layout of the encoder's input, which need not be in half precision itself, is that of
+        # all its maps.
+        fed = padded
+        if half in HALVES and half != padded.dtype:
+            fed = padded.contiguous(memory_format=torch.channels_last)
         features = self.conditioner(fed)
         maps = (flow or self.flow).work_out(features, noise)
         mean = self.mean_of(features, padded)

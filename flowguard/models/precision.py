@@ -79,7 +79,7 @@ def fastest(model: Any, clock: Callable[[], float] = time.perf_counter) -> Trial
     return known[key]
 
 
-def wanted(model: nn.Module, precision: Precision | None) -> torch.dtype | None:
+def wanted(model: nn.Module, precision: str | None) -> torch.dtype | None:
     r"""Returns the dtype that a precision stands for; :py:`None` for what the caller has set.
 
     Arguments:

@@ -847,24 +847,28 @@ def test_what_is_no_list_of_tensors_is_named(call, match):
 def test_pixels_are_multiplied_in_both_layouts(shape, bias):
     x, matrix = torch.randn(shape), torch.randn(7, shape[1])
     expected = torch.nn.functional.conv2d(x, matrix[..., None, None], bias)
-    for given in (x, laid_out(x, x.dtype)):
+    for given in (x, x.movedim(1, -1).contiguous().movedim(-1, 1)):
         torch.testing.assert_close(pixelwise(given, matrix, bias), expected)
 
 
-def test_channels_of_a_pixel_are_kept_together_for_networks_alone():
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_the_channels_of_a_pixel_together(half):
     flow, _ = a_condition()
     context = [torch.randn(1, 5, 4, 4), torch.randn(1, 5, 2, 2)]
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", half):
         steps = [s for level in flow.condition(context).steps for s in level]
     for step in steps:
+        assert step.hidden.dtype == half
         assert step.hidden.movedim(1, -1).is_contiguous()
         assert step.injected.is_contiguous()
 
 
-def test_double_precision_is_left_as_it_lies():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_other_precision_keeps_the_pixels_of_a_channel_together(dtype):
     x = torch.randn(1, 3, 4, 5)
-    assert laid_out(x, torch.float64).is_contiguous()
-    assert not laid_out(x, torch.float32).is_contiguous()
+    for given in (x, x.movedim(1, -1).contiguous().movedim(-1, 1)):
+        assert laid_out(given, dtype).is_contiguous()
+        assert not laid_out(given, torch.bfloat16).is_contiguous()
 
 
 def test_samples_are_taken_under_vmap():
