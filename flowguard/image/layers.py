@@ -1,11 +1,11 @@
 r"""The context-free layers of an image flow."""
 
 __all__ = [
+    "HALVES",
     "ActNorm",
     "FixedConv1x1",
     "Folded",
     "FoldedMix",
-    "HALVES",
     "InvertibleConv1x1",
     "NormedConv2d",
     "OrthogonalConv1x1",
