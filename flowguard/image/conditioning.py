@@ -268,9 +268,8 @@ def _coarse(x: Tensor) -> Tensor | None:
         return None
     if x.shape[-2] % 2 or x.shape[-1] % 2:
         return None
-    first = x[..., ::2, ::2]
-    others = (x[..., ::2, 1::2], x[..., 1::2, ::2], x[..., 1::2, 1::2])
-    same = torch.stack([(first == other).all(3).all(2).all(0) for other in others]).all(0)
+    blocks = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
+    same = (blocks == blocks[..., :1, :, :1]).flatten(2).all(2).all(0)
     share = same.float().mean().item()
     return same if 0.25 <= share < 1 else None
 
