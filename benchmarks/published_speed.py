@@ -7,17 +7,25 @@ in one process, in turns; the table gives medians of wall-clock and of processor
 ratios of processor time are medians over the turns. On a loaded machine the processor time is the
 one to read; with one thread it is what the wall clock would show on an idle one.
 
+`--precision bf16` adds runs whose networks compute in half precision, and the ratio of both times
+(`train_step.py` tells what a trained model's images lose). `--peak` counts the products of each
+run, and compares their rate with that of one large product of matrices: what the processor can do
+at most by the same arithmetic.
+
     python benchmarks/published_speed.py
     python benchmarks/published_speed.py --threads 2 --repeats 5 --size 160
+    python benchmarks/published_speed.py --precision bf16 --only "10 samples" "10 samples, bf16"
 """
 
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from flowguard.image import ZeroConv2d
 from flowguard.models import SuperResolutionFlow
@@ -35,6 +43,15 @@ def build(coupling: str, blocks: int, steps: int) -> SuperResolutionFlow:
         if isinstance(layer, ZeroConv2d):
             torch.nn.init.normal_(layer.weight, std=0.01)
     return model
+
+
+def score(model: SuperResolutionFlow, lr: Tensor, maps: list[Tensor]) -> None:
+    r"""What the guard does of maps that the encoder has made."""
+    guard, encoder = model.conditioner, model.conditioner.encoder
+    kept = encoder.forward
+    encoder.forward = lambda y: maps  # type: ignore[method-assign]
+    guard(lr)
+    encoder.forward = kept  # type: ignore[method-assign]
 
 
 def plain_sample(model: SuperResolutionFlow, lr: Tensor) -> Tensor:
@@ -55,6 +72,32 @@ def train_step(model: SuperResolutionFlow, hr: Tensor, lr: Tensor) -> None:
     model.eval()
 
 
+def with_guard(model: SuperResolutionFlow, size: int) -> None:
+    r"""Fits and calibrates the guard on pictures of noise, smooth ones among them."""
+    torch.manual_seed(1)
+    pictures = [torch.rand(1, 3, 1, 1) + 0.1 * torch.rand(1, 3, size, size) for _ in range(8)]
+    model.conditioner.policy = "report"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # eight pictures are few
+        model.conditioner.fit(pictures[:4], progress=False)
+        model.conditioner.calibrate(pictures[4:], progress=False)
+
+
+def rate_of_products(turns: int = 5, size: int = 1024) -> float:
+    r"""Returns how many operations a second one large product of float32 matrices makes."""
+    a, b = torch.randn(2, size, size)
+    times = []
+    for _ in range(turns):
+        start = time.process_time()
+        a @ b
+        times.append(time.process_time() - start)
+    return 2 * size**3 / min(times)
+
+
+def median_ratio(pairs: Iterable[tuple[float, float]]) -> float:
+    return statistics.median(a / b for a, b in pairs)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", type=int, default=160, help="of the HR image")
@@ -64,6 +107,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--train-size", type=int, default=64)
+    parser.add_argument("--precision", choices=("bf16", "float16"))
+    parser.add_argument("--peak", action="store_true", help="count the products of each run")
     parser.add_argument("--only", nargs="*", help="names of the runs to keep")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -76,9 +121,12 @@ def main() -> None:
         model = build(coupling, args.blocks, args.steps)
         # Normalisations take their values from a first batch; the first step may not be timed.
         train_step(model, large, small)
+        with_guard(model, args.size // 4)
         condition = torch.no_grad()(model.condition)(lr)
+        maps = torch.no_grad()(model.conditioner.encoder)(lr)
         rows: dict[str, Callable[[], object]] = {
-            "encoder": lambda m=model: m.conditioner(lr),
+            "encoder": lambda m=model: m.conditioner.encoder(lr),
+            "the guard's score": lambda m=model, f=maps: score(m, lr, f),
             "condition": lambda m=model: m.condition(lr),
             "a further sample": lambda m=model, c=condition: m.sample(c),
             "the first sample": lambda m=model: m.sample(lr),
@@ -86,6 +134,19 @@ def main() -> None:
             "plain sample": lambda m=model: plain_sample(m, lr),
             "training step": lambda m=model: train_step(m, large, small),
         }
+        if args.precision is not None:
+            half = args.precision
+            with torch.no_grad():
+                condition = model.condition(lr, precision=half)
+            rows |= {
+                f"a further sample, {half}": lambda m=model, c=condition: m.sample(c),
+                f"the first sample, {half}": lambda m=model: m.sample(
+                    lr, precision=args.precision
+                ),
+                f"{args.samples} samples, {half}": lambda m=model: m.sample(
+                    lr, args.samples, precision=args.precision
+                ),
+            }
         runs |= {(name, coupling): run for name, run in rows.items()}
     names = [n for n in dict.fromkeys(n for n, _ in runs) if not args.only or n in args.only]
 
@@ -110,11 +171,28 @@ def main() -> None:
     for name in names:
         a, b = ((name, c) for c in COUPLINGS)
         medians = [statistics.median(t[k]) for t in (wall, cpu) for k in (a, b)]
-        ratio = statistics.median(y / x for x, y in zip(cpu[a], cpu[b], strict=True))
+        ratio = median_ratio(zip(cpu[b], cpu[a], strict=True))
         print(
             f"{name:18} {medians[0]:8.3f} {medians[1]:8.3f} {medians[2]:11.3f} {medians[3]:11.3f}"
             f" {ratio:6.2f}"
         )
+    for name in names if args.precision is not None else []:
+        other = f"{name}, {args.precision}"
+        for key in ((name, c) for c in COUPLINGS if other in names):
+            pairs = zip(cpu[key], cpu[other, key[1]], strict=True)
+            print(f"{key[1]}, {name}: float32 / {args.precision} = {median_ratio(pairs):.2f}")
+    if args.peak:
+        peak = rate_of_products()
+        print(f"one product of float32 matrices: {peak / 1e9:.0f} GFLOP/s")
+        for key in runs:
+            if key[0] in names and "training" not in key[0]:
+                with FlopCounterMode(display=False) as counter, torch.no_grad():
+                    runs[key]()
+                count, seconds = counter.get_total_flops(), statistics.median(cpu[key])
+                print(
+                    f"{key[0]}, {key[1]}: {count / 1e9:.1f} GFLOP, {count / seconds / 1e9:.0f}"
+                    f" GFLOP/s, {count / seconds / peak:.0%} of it"
+                )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@ r"""What the robust spline costs in training and in sampling, beside the affine 
 
 Trains the demo's two models side by side, a step of the one after a step of the other, then
 samples an image from both by turns. The ratio of each pair of turns is taken, and of these the
-median, so that other work on the machine falls on both.
+median, so that other work on the machine falls on both. Then samples with networks in half
+precision, by turns with those in float32, and how much further from the photograph that takes the
+image of temperature zero.
 
     python benchmarks/train_step.py
     python benchmarks/train_step.py --threads 1 --processor-time    # on a machine at work
@@ -11,7 +13,7 @@ median, so that other work on the machine falls on both.
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from common import by_turns
@@ -19,8 +21,10 @@ from torch import Tensor
 
 from flowguard import data
 from flowguard.models import SuperResolutionFlow
+from flowguard.models.precision import Precision
 
 COUPLINGS = ("affine", "robust")
+PRECISIONS: tuple[Precision, Precision] = ("bf16", "float32")
 SCALE, CROP, BATCH, TEMPERATURE = 4, 32, 16, 0.8  # as in the demo
 SIZES = {"scale": SCALE, "levels": 2, "steps": 4, "hidden": 64, "features": 64}
 
@@ -39,13 +43,13 @@ def step(model: SuperResolutionFlow, optimizer: torch.optim.Optimizer) -> Callab
     return run
 
 
-def report(what: str, times: dict[str, list[float]]) -> None:
-    affine, robust = (times[name] for name in COUPLINGS)
+def report(what: str, times: dict[str, list[float]], names: Sequence[str] = COUPLINGS) -> None:
+    (first, affine), (second, robust) = ((name, times[name]) for name in names)
     ratios = sorted(r / a for a, r in zip(affine, robust, strict=True))
     quarter = len(ratios) // 4
     print(
-        f"{what}: affine {1e3 * statistics.median(affine):.1f} ms,"
-        f" robust {1e3 * statistics.median(robust):.1f} ms,"
+        f"{what}: {first} {1e3 * statistics.median(affine):.1f} ms,"
+        f" {second} {1e3 * statistics.median(robust):.1f} ms,"
         f" ratio {statistics.median(ratios):.2f}"
         f" (half of the turns within {ratios[quarter]:.2f} to {ratios[-1 - quarter]:.2f})"
     )
@@ -77,18 +81,23 @@ def main() -> None:
         steps[name] = lambda run=run, crops=crops: run(*next(crops))
     report("training step", by_turns(steps, args.steps, warm=5, clock=clock))
 
-    lr = data.downsample(
-        data.crop_to_multiple(data.photograph(data.HELD_OUT_PHOTOGRAPH), SCALE)[None],
-        SCALE,
-    )
+    hr = data.crop_to_multiple(data.photograph(data.HELD_OUT_PHOTOGRAPH), SCALE)[None]
+    lr = data.downsample(hr, SCALE)
 
-    def sample(model: SuperResolutionFlow) -> Callable[[], Tensor]:
+    def sample(model: SuperResolutionFlow, precision: Precision) -> Callable[[], Tensor]:
         generator = torch.Generator().manual_seed(args.seed)
-        return lambda: model.eval().sample(lr, 1, TEMPERATURE, generator)
+        return lambda: model.eval().sample(lr, 1, TEMPERATURE, generator, precision=precision)
 
     size = "x".join(str(SCALE * n) for n in lr.shape[-2:])
-    samples = {name: sample(model) for name, model in models.items()}
+    samples = {name: sample(model, "float32") for name, model in models.items()}
     report(f"sampling {size}", by_turns(samples, args.samples, warm=1, clock=clock))
+    for name, model in models.items():
+        precisions = {p: sample(model, p) for p in PRECISIONS}
+        times = by_turns(precisions, args.samples, warm=1, clock=clock)
+        report(f"sampling {size}, {name}", times, PRECISIONS)
+        images = [model.sample(lr, 1, 0.0, precision=p)[0] for p in PRECISIONS]
+        half, single = (-10 * (x - hr).square().mean().log10().item() for x in images)
+        print(f"{name}, temperature 0: PSNR {single:.3f} dB in float32, {half:.3f} dB in bf16")
 
 
 if __name__ == "__main__":

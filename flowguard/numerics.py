@@ -11,6 +11,7 @@ __all__ = [
     "inv_ex",
     "logabsdet",
     "lu",
+    "network_dtype",
     "normal_log_prob",
     "repeat_rows",
     "solve",
@@ -305,6 +306,24 @@ def _one_by_one(f: Callable[..., Any], *stacks: Tensor) -> Any:
     if isinstance(found[0], Tensor):
         return torch.stack(found).unflatten(0, batch)
     return tuple(torch.stack(t).unflatten(0, batch) for t in zip(*found, strict=True))
+
+
+def network_dtype(x: Tensor) -> torch.dtype:
+    r"""Returns the dtype that networks compute in with such an input: that of autocast, where it is
+    on, and else that of the input. Autocast leaves double precision alone.
+
+    Arguments:
+        x: The input.
+
+    Example:
+        >>> with torch.autocast("cpu", torch.bfloat16):
+        ...     network_dtype(torch.zeros(1)), network_dtype(torch.zeros(1).double())
+        (torch.bfloat16, torch.float64)
+    """
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[Any]:

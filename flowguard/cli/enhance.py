@@ -103,6 +103,16 @@ def add_arguments(parser: Parser, *, temperature: float) -> None:
         ),
     )
     parser.add_argument(
+        "--precision",
+        default="float32",
+        choices=("auto", "bf16", "float16", "float32"),
+        help=(
+            "what the networks compute in (default: float32); bf16 is quicker where the processor"
+            " has units for it and slower where not: auto tries both on a tile, and says which it"
+            " took"
+        ),
+    )
+    parser.add_argument(
         "--format",
         default="png",
         choices=("png", "tiff"),
@@ -180,11 +190,41 @@ def enhance(
     folder = work.jobs[0].targets[0].parent
     with contextlib.nullcontext() if alone else Ledger(folder, share, args.patience) as ledger:
         with threads(args.threads, share.local_world), at_most(args.max_pixels):
+            precision = chosen(args.precision, model)
             bar = _bar(share.of(work.jobs), hidden=share.rank > 0)
-            outcomes = [_one(job, args, model, finish, grow) for job in bar]
+            outcomes = [_one(job, args, model, precision, finish, grow) for job in bar]
         if ledger is None:
             return _account_of(outcomes, args, work)
         return _together(ledger, outcomes, args, work)
+
+
+def chosen(precision: str, model: Any) -> str | None:
+    r"""Returns what the networks of a model are to compute in, and says so where it was tried.
+
+    Arguments:
+        precision: The precision that is asked for.
+        model: The model.
+
+    Returns:
+        The name of the precision; :py:`None` for that of a model that is in float32 as it is, or
+        that is in another, as saved.
+
+    Raises:
+        UserError: If another precision is asked of a model that is not in float32.
+    """
+    from flowguard.models.precision import fastest, wanted
+
+    if precision == "float32":
+        return None
+    try:
+        wanted(model, precision)
+    except TypeError as error:
+        raise UserError(f"--precision: {error}") from None
+    if precision != "auto":
+        return precision
+    tried = fastest(model)
+    print(f"flowguard: {tried}; --precision chooses another", file=sys.stderr)
+    return tried.precision
 
 
 def _account_of(outcomes: list[Outcome], args: Any, work: Work, by: str = "") -> int:
@@ -280,7 +320,12 @@ def _bar(work: Sequence[Job], hidden: bool) -> Iterator[Job]:
 
 
 def _one(
-    job: Job, args: Any, model: Any, finish: Callable[[Any], Any], grow: Callable[[Any], Any]
+    job: Job,
+    args: Any,
+    model: Any,
+    precision: str | None,
+    finish: Callable[[Any], Any],
+    grow: Callable[[Any], Any],
 ) -> Outcome:
     outcome = Outcome(job.source, job.targets)
     start = time.perf_counter()
@@ -291,7 +336,7 @@ def _one(
             return outcome
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a guard's warning is told of at the end
-            _write(outcome, missing, args, model, finish, grow)
+            _write(outcome, missing, args, model, precision, finish, grow)
     except Exception as error:  # one picture must not end the others
         outcome.status = "failed"
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -319,6 +364,7 @@ def _write(
     missing: list[int],
     args: Any,
     model: Any,
+    precision: str | None,
     finish: Callable[[Any], Any],
     grow: Callable[[Any], Any],
 ) -> None:
@@ -337,7 +383,8 @@ def _write(
         outcome.pictures.append(("input", thumbnail(picture.colour)))
     for i in missing:
         seed = seed_of(args.seed, outcome.source.name, i)
-        x, reports = sample(model, y, latents_for(model, y, args.temperature, seed), tile)
+        latents = latents_for(model, y, args.temperature, seed)
+        x, reports = sample(model, y, latents, tile, precision)
         if reports:
             outcome.p_value = min(float(r.p_value.min()) for r in reports)
             outcome.flagged = any(bool(r.flagged.any()) for r in reports)

@@ -53,7 +53,11 @@ def latents_for(model: Any, y: Tensor, temperature: float, seed: int) -> list[Te
 
 @torch.no_grad()
 def sample(
-    model: Any, y: Tensor, latents: Sequence[Tensor], tile: Tile = "auto"
+    model: Any,
+    y: Tensor,
+    latents: Sequence[Tensor],
+    tile: Tile = "auto",
+    precision: str | None = None,
 ) -> tuple[Tensor, list[Any]]:
     r"""Returns the sample that the latents give, and what the guard said of the condition.
 
@@ -67,23 +71,24 @@ def sample(
         latents: The latents of the whole picture.
         tile: How the picture is cut: ``"auto"``, :py:`None` for not at all, or the number of rows
             and columns of the tiles, in pixels of the sample.
+        precision: What the model's networks compute in, as its own methods take it.
 
     Returns:
         The sample, with shape :math:`(1, 3, H', W')`, and a report for each condition that the
         encoder saw; none if the model is not calibrated.
     """
-    scale = getattr(model, "scale", 1)
+    scale, how = getattr(model, "scale", 1), {} if precision is None else {"precision": precision}
     height, width = (scale * n for n in y.shape[-2:])
     if tile == "auto":
         tile = CUT if height * width > WHOLE else None
     if tile is None or int(tile) >= max(height, width):
-        return model.decode(latents, y), _reports(model)
+        return model.decode(latents, y, **how), _reports(model)
     if isinstance(model, LowLightFlow):
         y = model.encoder.prepare(y)  # the histogram is that of the whole picture
     tileable = "tile" in inspect.signature(model.decode).parameters
     if tileable and height * width <= PIXELS and _feature_bytes(model, y) <= FEATURES:
-        return model.decode(latents, y, tile=int(tile)), _reports(model)
-    return _tiled(model, y, latents, max(1, int(tile) // scale), scale)
+        return model.decode(latents, y, tile=int(tile), **how), _reports(model)
+    return _tiled(model, y, latents, max(1, int(tile) // scale), scale, how)
 
 
 def _feature_bytes(model: Any, y: Tensor) -> float:
@@ -112,7 +117,12 @@ def _spans(
 
 
 def _tiled(
-    model: Any, y: Tensor, latents: Sequence[Tensor], tile: int, scale: int
+    model: Any,
+    y: Tensor,
+    latents: Sequence[Tensor],
+    tile: int,
+    scale: int,
+    how: dict[str, str],
 ) -> tuple[Tensor, list[Any]]:
     multiple = model.flow.multiple if scale == 1 else model.lr_multiple
     height, width = y.shape[-2:]
@@ -129,7 +139,7 @@ def _tiled(
     for top, bottom, i, j in _spans(height, tile, margin, multiple):
         for left, right, k, m in _spans(width, tile, margin, multiple):
             cut = [part(part(z, -2, i, j), -1, k, m) for z in latents]
-            x = model.decode(cut, y[..., i:j, k:m])
+            x = model.decode(cut, y[..., i:j, k:m], **how)
             reports += _reports(model)
             rows = slice(scale * (top - i), scale * (bottom - i))
             columns = slice(scale * (left - k), scale * (right - k))

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from flowguard.image.coupling import Condition, ConditionalCoupling, last_layers
 from flowguard.image.layers import (
+    HALVES,
     ActNorm,
     FixedConv1x1,
     Folded,
@@ -32,11 +33,11 @@ from flowguard.image.layers import (
     InvertibleConv1x1,
     NormedConv2d,
     ZeroConv2d,
-    folded,
+    laid_out,
 )
 from flowguard.image.maps import work_out
 from flowguard.image.steps import FlowStep, TransitionStep
-from flowguard.numerics import inv_and_logabsdet
+from flowguard.numerics import inv_and_logabsdet, network_dtype
 
 #: The most numbers of hidden channels that are held at a time.
 BUDGET = 2**25
@@ -144,8 +145,8 @@ def conditions(
 ) -> list[Condition]:
     r"""Returns what the coupling of each step makes of a context.
 
-    Without gradients the steps are computed together, and their weights folded. With
-    them, or for layers that are not what the coupling was made of (hooked, parametrised, quantised
+    Without gradients the steps are computed together, and their weights folded; under autocast
+    these are held in its precision, and what elementwise maps take is not. With gradients, or for layers that are not what the coupling was made of (hooked, parametrised, quantised
     or not initialised ones), :meth:`ConditionalCoupling.condition` is called for each.
 
     Arguments:
@@ -159,6 +160,8 @@ def conditions(
         return [c.condition(context, n) for c, n in zip(couplings, noises, strict=True)]
     couplings[0].check_context(context)
     mixes = _fold_mixes(steps)
+    single, half = couplings[0].first_kept.weight.dtype, network_dtype(context)
+    context = laid_out(context, half)
     width = 2 * couplings[0].first_kept.out_channels * context.shape[0]
     together = max(1, BUDGET // max(1, width * context.shape[-2] * context.shape[-1]))
     made: list[Condition] = []
@@ -168,11 +171,12 @@ def conditions(
         hidden = _convolve([c.first_context for c in couplings[part]], context)
         injected = _convolve([c.injector[0] for c in couplings[part]], context)
         for (c, noise, mix), h, i in zip(shared, hidden, injected, strict=True):
-            raw = last_layers(_fold(c.injector[2], c.injector[4]), i)
+            raw = last_layers(_fold(half, c.injector[2], c.injector[4]), i)
             channels = c.kept + c.changed
+            raw = raw.to(single, memory_format=torch.contiguous_format)
             family, parameters = work_out(c.map_of("injector"), raw, channels, overwrite=True)
-            rest = (_first(c), *_fold(c.rest[1], c.rest[3]))
-            told = () if c.noise is None else _fold(c.noise[0], c.noise[2], c.noise[4])
+            rest = (_first(c).to(half), *_fold(half, c.rest[1], c.rest[3]))
+            told = () if c.noise is None else _fold(half, c.noise[0], c.noise[2], c.noise[4])
             noise = c.fit_noise(noise, context)
             made.append(Condition(parameters, h, noise, family, mix, rest, told))
     return made
@@ -211,11 +215,11 @@ def _fold_mixes(steps: Sequence[FlowStep] | Sequence[TransitionStep]) -> list[Fo
 
 def _convolve(convs: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     r"""Applies several 3×3 convolutions to the same input."""
-    weights, biases = zip(*(folded(conv) for conv in convs), strict=True)
+    weights, biases = zip(*(Folded.of(conv).to(x.dtype) for conv in convs), strict=True)
     y = convolve(x, torch.cat(weights))
     # The bias is added in place, part by part: each becomes a tensor of its own.
     shares = zip(y.chunk(len(convs), dim=1), biases, strict=True)
-    return [t.contiguous() if b is None else t + b[:, None, None] for t, b in shares]
+    return [laid_out(t, t.dtype) if b is None else t + b[:, None, None] for t, b in shares]
 
 
 def convolve(x: Tensor, weight: Tensor) -> Tensor:
@@ -232,8 +236,9 @@ def convolve(x: Tensor, weight: Tensor) -> Tensor:
     coarse = _coarse(x)
     if coarse is None:
         return F.conv2d(x, weight, padding=1)
-    y = F.conv2d(x[:, ~coarse], weight[:, ~coarse], padding=1)
-    blocks, weight = F.pad(x[:, coarse, ::2, ::2], (1, 1, 1, 1)), weight[:, coarse]
+    y = F.conv2d(_channels(x, ~coarse), _channels(weight, ~coarse), padding=1)
+    blocks = F.pad(_channels(x[..., ::2, ::2], coarse), (1, 1, 1, 1))
+    weight = _channels(weight, coarse)
     height, width = x.shape[-2] // 2, x.shape[-1] // 2
     for i in (0, 1):
         for j in (0, 1):
@@ -241,6 +246,13 @@ def convolve(x: Tensor, weight: Tensor) -> Tensor:
             part = blocks[..., i : i + height + 1, j : j + width + 1]
             y[..., i::2, j::2] += F.conv2d(part, kernel)
     return y
+
+
+def _channels(x: Tensor, chosen: Tensor) -> Tensor:
+    r"""Some channels of maps, laid out as their dtype wants it: to index them would not be."""
+    if x.dtype not in HALVES:
+        return x[:, chosen]
+    return x.movedim(1, -1)[..., chosen].movedim(-1, 1)
 
 
 def _on_blocks(weight: Tensor, dim: int, pixel: int) -> Tensor:
@@ -262,8 +274,8 @@ def _coarse(x: Tensor) -> Tensor | None:
     return same if 0.25 <= share < 1 else None
 
 
-def _fold(*convs: nn.Module) -> tuple[Folded, ...]:
-    return tuple(map(Folded.of, convs))
+def _fold(dtype: torch.dtype, *convs: nn.Module) -> tuple[Folded, ...]:
+    return tuple(Folded.of(conv).to(dtype) for conv in convs)
 
 
 def _first(coupling: ConditionalCoupling) -> Folded:

@@ -10,7 +10,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowguard.image.layers import Folded, FoldedMix, NormedConv2d, ZeroConv2d, folded
+from flowguard.image.layers import (
+    Folded,
+    FoldedMix,
+    NormedConv2d,
+    ZeroConv2d,
+    folded,
+    laid_out,
+)
 from flowguard.image.maps import Coupling, Elementwise, apply, elementwise
 from flowguard.numerics import repeat_rows
 
@@ -181,7 +188,8 @@ class ConditionalCoupling(nn.Module):
         first, hidden = self.first_context, condition.hidden
         if condition.rest:
             first_kept, *rest = condition.rest
-            return last_layers(rest, first_kept(kept).add_(hidden))
+            made = first_kept(laid_out(kept, first_kept.weight.dtype))
+            return last_layers(rest, add_rows(made, hidden))
         if not isinstance(first, NormedConv2d):
             return self.rest(self.first_kept(kept) + hidden)
         if not (kept.numel() > 0 and first.norm.pending):
@@ -196,6 +204,8 @@ class ConditionalCoupling(nn.Module):
         if condition.noise is not None and self.noise is not None:
             both = torch.cat((kept, condition.noise.to(kept.dtype)), dim=1)
             told = condition.told
+            if told:
+                both = laid_out(both, told[0].weight.dtype)
             noise = last_layers(told[1:], told[0](both)) if told else self.noise(both)
             raws.insert(0, (self.map_of("noise"), noise))
         return raws
@@ -219,12 +229,13 @@ class ConditionalCoupling(nn.Module):
                 f"the context must have the size {tuple(x.shape[-2:])} of the image at this level;"
                 f" got {tuple(context.hidden.shape[-2:])}"
             )
+        held = () if torch.is_grad_enabled() else (context.mix, context.rest, context.told)
         return Condition(
             repeat_rows(context.injected, x),
-            repeat_rows(context.hidden, x),
+            context.hidden if held and context.rest else repeat_rows(context.hidden, x),
             None if context.noise is None else repeat_rows(context.noise, x),
             context.map,
-            *(() if torch.is_grad_enabled() else (context.mix, context.rest, context.told)),
+            *held,
         )
 
     def forward(
@@ -267,6 +278,19 @@ class ConditionalCoupling(nn.Module):
         family = condition.map or self.map_of("injector")
         x, more = apply(family, both, injected, inverse=True, ladj=ladj)
         return x, total + more
+
+
+def add_rows(y: Tensor, t: Tensor) -> Tensor:
+    r"""Adds a tensor to another in place, row :math:`i \bmod B` of it to row :math:`i`.
+
+    Arguments:
+        y: What is overwritten, with shape :math:`(n B, *)`.
+        t: What is added, with shape :math:`(B, *)`.
+    """
+    if len(t) in (1, len(y)):
+        return y.add_(t)
+    y.unflatten(0, (-1, len(t))).add_(t)
+    return y
 
 
 def last_layers(layers: Sequence[Folded], hidden: Tensor) -> Tensor:

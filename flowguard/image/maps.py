@@ -304,8 +304,10 @@ def apply(
     r"""Transforms `x`, with shape :math:`(B, C, H, W)`, by raw network outputs with shape
     :math:`(B, C n, H, W)`; returns the output and the log-determinant with shape :math:`(B)`, or
     NaN in its place if it is not wanted."""
-    # Under autocast the networks compute in half precision, the maps do not.
-    raw = raw.to(torch.promote_types(raw.dtype, x.dtype))
+    # Under autocast the networks compute in half precision, the maps do not; and what keeps the
+    # channels of a pixel together is laid out for the networks alone.
+    dtype = torch.promote_types(raw.dtype, x.dtype)
+    raw = raw.to(dtype, memory_format=torch.contiguous_format).contiguous()
     f = family.transform(raw.unflatten(1, (x.shape[1], family.parameters)))
     if not ladj:
         y = f.inv(x) if inverse else f(x)

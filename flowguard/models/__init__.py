@@ -7,6 +7,7 @@ from flowguard.models.encoders.lowlight import LowLightEncoder
 from flowguard.models.encoders.pyramid import PyramidEncoder
 from flowguard.models.encoders.rrdb import RRDBEncoder
 from flowguard.models.lowlight import LowLightFlow
+from flowguard.models.precision import Trial, fastest
 from flowguard.models.store import PretrainedError, Recorded, load
 from flowguard.models.superres import SuperResolutionFlow
 
@@ -22,5 +23,7 @@ __all__ = [
     "RRDBEncoder",
     "Recorded",
     "SuperResolutionFlow",
+    "Trial",
+    "fastest",
     "load",
 ]

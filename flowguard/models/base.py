@@ -10,6 +10,7 @@ __all__ = [
     "pad_to_multiple",
 ]
 
+import contextlib
 import functools
 import inspect
 import math
@@ -26,6 +27,7 @@ from torch import Tensor
 from flowguard.functional import KEPT, check_margin, limited
 from flowguard.image.conditioning import Origin, origin_of
 from flowguard.image.flow import ConditionalMultiscaleFlow, FlowCondition
+from flowguard.image.layers import HALVES
 from flowguard.image.tiling import MEMORY, TiledFlow, TileSize
 from flowguard.models.checkpoints import (
     DEAD,
@@ -36,9 +38,10 @@ from flowguard.models.checkpoints import (
     plan_flow,
     plan_module,
 )
+from flowguard.models.precision import PRECISIONS, Precision, networks, wanted
 from flowguard.models.ranges import ImageConditioner, advice, mistaken
 from flowguard.models.store import Pretrained
-from flowguard.numerics import normal_log_prob, repeat_rows, sum_rows
+from flowguard.numerics import network_dtype, normal_log_prob, repeat_rows, sum_rows
 
 BITS = ("dim", "pixel")
 METHODS = ("condition", "forward", "nll", "encode", "decode", "latent_shapes", "sample")
@@ -62,6 +65,7 @@ class ImageCondition(NamedTuple):
     mean: Tensor | None  # of the last latent, where it is not zero
     origin: Origin | None = None  # what made it; none for what is used up at once
     margin: float | None = None  # that of the model when it was made
+    networks: torch.dtype | None = None  # what the networks computed in; none for the images' own
 
 
 Given = Tensor | ImageCondition
@@ -289,7 +293,7 @@ class ImageModel(Pretrained, nn.Module):
         r"""What the size of a condition is padded to a multiple of."""
         return max(1, self.flow.multiple // self.scale)
 
-    def condition(self, y: Tensor) -> ImageCondition:
+    def condition(self, y: Tensor, *, precision: Precision | None = None) -> ImageCondition:
         r"""Computes all that depends on the condition alone, to be shared by many calls.
 
         Whatever takes conditions takes this instead, as long as it is the same model with the
@@ -299,9 +303,39 @@ class ImageModel(Pretrained, nn.Module):
 
         Arguments:
             y: The conditions, with shape :math:`(B, 3, H, W)`.
+            precision: What the networks compute in; see :meth:`sample`. What is made is used in
+                the same precision.
         """
-        self.watch(y)
-        return self.sign(self.look(y))
+        with self.computing(y, precision):
+            self.watch(y)
+            return self.sign(self.look(y))
+
+    def computing(
+        self, y: Given, precision: Precision | None
+    ) -> contextlib.AbstractContextManager[object]:
+        r"""Within, the model's networks compute in a precision.
+
+        Arguments:
+            y: The conditions, or what :meth:`condition` made of them.
+            precision: The precision; see :meth:`sample`.
+
+        Raises:
+            ValueError: If there is no such precision, or the condition was made in another.
+            TypeError: If the model is not in float32.
+        """
+        if not isinstance(y, ImageCondition):
+            dtype = wanted(self, precision)
+            return networks(dtype, y) if isinstance(y, Tensor) else contextlib.nullcontext()
+        if precision not in (None, "auto"):
+            made = y.networks or y.images.dtype
+            if wanted(self, precision) != made:
+                name = next((n for n, d in PRECISIONS.items() if d == made), str(made))
+                raise ValueError(
+                    f"a condition is used in the precision that it was made in, {name};"
+                    f" got precision={precision!r}: make it again with"
+                    f" condition(..., precision={precision!r})"
+                )
+        return networks(y.networks, y.images)
 
     def sign(self, condition: ImageCondition) -> ImageCondition:
         r"""Returns a condition with the memory of the weights that went into it.
@@ -335,10 +369,17 @@ class ImageModel(Pretrained, nn.Module):
             if not 0 <= noise < math.inf:
                 raise ValueError(f"the noise must be finite and not negative; got {noise}")
             noise = y.new_full((1, 1, 1, 1), float(noise))
-        features = self.conditioner(padded)
+        half = network_dtype(padded)
+        # The layout of the encoder's input, which need not be in half precision itself, is that of
+        # all its maps.
+        fed = padded
+        if half in HALVES and half != padded.dtype:
+            fed = padded.contiguous(memory_format=torch.channels_last)
+        features = self.conditioner(fed)
         maps = (flow or self.flow).work_out(features, noise)
         mean = self.mean_of(features, padded)
-        return ImageCondition(y, maps, base, mean, margin=self.margin)
+        computed = None if half == padded.dtype else half
+        return ImageCondition(y, maps, base, mean, margin=self.margin, networks=computed)
 
     def known(
         self, y: Given, flow: ConditionalMultiscaleFlow | TiledFlow | None = None
@@ -525,6 +566,7 @@ class ImageModel(Pretrained, nn.Module):
         tile: TileSize = None,
         memory: float = MEMORY,
         progress: bool = False,
+        precision: Precision | None = None,
     ) -> tuple[list[Tensor], Tensor]:
         r"""Takes images to latents, given their conditions.
 
@@ -535,13 +577,15 @@ class ImageModel(Pretrained, nn.Module):
                 :meth:`decode`.
             memory: The memory in bytes that tiles of the size ``"auto"`` take about.
             progress: Whether to show a progress bar over the tiles.
+            precision: What the networks compute in; see :meth:`sample`.
 
         Returns:
             The latents, as :meth:`latent_shapes` lists them, and the log-determinant, with shape
             :math:`(B)`.
         """
         flow = self._way(tile, memory, progress)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and tile is None):
+        graph = torch.is_grad_enabled() and tile is None
+        with torch.set_grad_enabled(graph), self.computing(y, precision):
             return self._encoded(x, self.known(y, flow), flow)
 
     def _encoded(
@@ -568,6 +612,7 @@ class ImageModel(Pretrained, nn.Module):
         tile: TileSize = None,
         memory: float = MEMORY,
         progress: bool = False,
+        precision: Precision | None = None,
     ) -> Tensor:
         r"""Takes latents to images, given their conditions. Nothing is clamped, but see
         :meth:`limit`.
@@ -585,6 +630,7 @@ class ImageModel(Pretrained, nn.Module):
                 `memory` allows. If :py:`None`, the image is taken as a whole.
             memory: The memory in bytes that tiles of the size ``"auto"`` take about.
             progress: Whether to show a progress bar over the tiles.
+            precision: What the networks compute in; see :meth:`sample`.
 
         Returns:
             The images, with shape :math:`(n B, 3, sH, sW)`.
@@ -600,7 +646,8 @@ class ImageModel(Pretrained, nn.Module):
         """
         self._check_latents(latents)
         flow = self._way(tile, memory, progress)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and tile is None):
+        graph = torch.is_grad_enabled() and tile is None
+        with torch.set_grad_enabled(graph), self.computing(y, precision):
             return self._decoded(latents, self.known(y, flow), flow)
 
     def _decoded(
@@ -657,6 +704,7 @@ class ImageModel(Pretrained, nn.Module):
         tile: TileSize = None,
         memory: float = MEMORY,
         progress: bool = False,
+        precision: Precision | None = None,
     ) -> Tensor:
         r"""Draws images given their conditions. Nothing is clamped.
 
@@ -669,13 +717,29 @@ class ImageModel(Pretrained, nn.Module):
                 :meth:`decode`. The latents are drawn for the whole image, and are the same.
             memory: The memory in bytes that tiles of the size ``"auto"`` take about.
             progress: Whether to show a progress bar over the tiles.
+            precision: What the networks of encoder and couplings compute in: ``"bf16"``,
+                ``"float16"``, which holds no numbers beyond 65 504 and so turns far conditions
+                into NaN, ``"float32"``, or ``"auto"`` for the quicker of bf16 and float32 here,
+                which :func:`flowguard.models.fastest` tells. All else, elementwise maps,
+                log-determinants and the scores of the guard, is in float32. If :py:`None`, what
+                :class:`torch.autocast` says around the call.
 
         Returns:
             The samples, with shape :math:`(n, B, 3, sH, sW)`.
         """
         _check_sampling(num_samples, temperature)
         flow = self._way(tile, memory, progress)
-        condition = self.known(y, flow)
+        with self.computing(y, precision):
+            return self._sampled(self.known(y, flow), flow, num_samples, temperature, generator)
+
+    def _sampled(
+        self,
+        condition: ImageCondition,
+        flow: ConditionalMultiscaleFlow | TiledFlow,
+        num_samples: int,
+        temperature: float,
+        generator: torch.Generator | None,
+    ) -> Tensor:
         like = condition.images
         height, width = self._size(like)
         latents = [
@@ -692,7 +756,7 @@ class ImageModel(Pretrained, nn.Module):
         ]
         # All at once in tiles: what they need to know of the condition is worked out once each.
         fits = max(1, TOGETHER // max(1, len(like) * height * width))
-        at_once = fits if tile is None else num_samples
+        at_once = num_samples if isinstance(flow, TiledFlow) else fits
         parts = zip(*(z.split(at_once) for z in latents), strict=True)
         images = (self._decoded([z.flatten(0, 1) for z in p], condition, flow) for p in parts)
         return torch.cat([*images]).unflatten(0, (num_samples, len(like)))

@@ -23,6 +23,7 @@ from flowguard.models.base import (
 )
 from flowguard.models.checkpoints import Checkpoint, Source, Stacked
 from flowguard.models.encoders.lowlight import LowLightEncoder, color_map
+from flowguard.models.precision import Precision
 
 #: What LLFlow's encoder carries along and never reads, beside the last of its ``downconv``.
 DEAD_ENCODER = ("HRconv", "awb_para", "conv_last")
@@ -206,6 +207,7 @@ class LowLightFlow(ImageModel):
         tile: TileSize = None,
         memory: float = MEMORY,
         progress: bool = False,
+        precision: Precision | None = None,
     ) -> Tensor:
         r"""Draws bright images given dark ones. Nothing is clamped.
 
@@ -222,12 +224,18 @@ class LowLightFlow(ImageModel):
                 latents are drawn for the whole image, and are the same.
             memory: The memory in bytes that tiles of the size ``"auto"`` take about.
             progress: Whether to show a progress bar over the tiles.
+            precision: What the networks compute in; see :meth:`ImageModel.sample`.
 
         Returns:
             The samples, with shape :math:`(n, B, 3, H, W)`.
         """
-        tiles: dict[str, Any] = {"tile": tile, "memory": memory, "progress": progress}
-        samples = super().sample(low, num_samples, temperature, generator, **tiles)
+        how: dict[str, Any] = {
+            "tile": tile,
+            "memory": memory,
+            "progress": progress,
+            "precision": precision,
+        }
+        samples = super().sample(low, num_samples, temperature, generator, **how)
         if brightness is None:
             return samples
         rows = samples.shape[1]

@@ -25,6 +25,7 @@ from flowguard.models.base import (
 from flowguard.models.checkpoints import Checkpoint, Source
 from flowguard.models.encoders.pyramid import PyramidEncoder
 from flowguard.models.encoders.rrdb import RRDBEncoder
+from flowguard.models.precision import Precision
 
 FLOWS: dict[str, Callable[..., ConditionalMultiscaleFlow]] = {
     "bounded": ConditionalMultiscaleFlow,
@@ -158,7 +159,13 @@ class SuperResolutionFlow(ImageModel):
         r"""The same as :attr:`multiple`: what the size of an LR image is padded to."""
         return self.multiple
 
-    def condition(self, lr: Tensor, noise: Tensor | float | None = 0.0) -> ImageCondition:
+    def condition(
+        self,
+        lr: Tensor,
+        noise: Tensor | float | None = 0.0,
+        *,
+        precision: Precision | None = None,
+    ) -> ImageCondition:
         r"""Computes all that depends on the condition alone, to be shared by many calls.
 
         Whatever takes LR images takes this instead.
@@ -168,14 +175,17 @@ class SuperResolutionFlow(ImageModel):
             noise: The noise that a noise-conditional flow is told of: a map with shape
                 :math:`(B, 3, H', W')` of any size, or one number for all. If :py:`None`, the
                 parts of the flow that know of noise are left out, which is not the same as 0.
+            precision: What the networks compute in; see :meth:`sample`. What is made is used in
+                the same precision.
 
         Example:
             >>> model = SuperResolutionFlow(scale=2, levels=1, steps=1, hidden=8, features=8)
             >>> condition = model.condition(torch.rand(1, 3, 5, 6))
             >>> a, b = model.sample(condition), model.sample(condition, num_samples=4)
         """
-        self.watch(lr)
-        return self.sign(self.look(lr, noise))
+        with self.computing(lr, precision):
+            self.watch(lr)
+            return self.sign(self.look(lr, noise))
 
     def base_of(self, padded: Tensor) -> Tensor | None:
         r"""Returns the bicubic upsampling, if the flow models the residual over it."""

@@ -27,7 +27,7 @@ from flowguard.image import (
     ZeroConv2d,
     elementwise,
 )
-from flowguard.image.layers import folded, pixelwise
+from flowguard.image.layers import folded, laid_out, pixelwise
 from flowguard.image.maps import Affine, apply, work_out
 
 COUPLINGS = {
@@ -837,3 +837,47 @@ def test_what_is_no_list_of_tensors_is_named(call, match):
     flow, condition = a_condition()
     with pytest.raises((TypeError, ValueError), match=match):
         call(flow, torch.rand(1, 3, 8, 8), condition.features)
+
+
+# -- layout ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [None, torch.randn(7)], ids=["", "bias"])
+@pytest.mark.parametrize("shape", [(2, 5, 4, 6), (1, 5, 1, 1), (0, 5, 4, 6), (3, 1, 2, 2)])
+def test_pixels_are_multiplied_in_both_layouts(shape, bias):
+    x, matrix = torch.randn(shape), torch.randn(7, shape[1])
+    expected = torch.nn.functional.conv2d(x, matrix[..., None, None], bias)
+    for given in (x, x.movedim(1, -1).contiguous().movedim(-1, 1)):
+        torch.testing.assert_close(pixelwise(given, matrix, bias), expected)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_the_channels_of_a_pixel_together(half):
+    flow, _ = a_condition()
+    context = [torch.randn(1, 5, 4, 4), torch.randn(1, 5, 2, 2)]
+    with torch.no_grad(), torch.autocast("cpu", half):
+        steps = [s for level in flow.condition(context).steps for s in level]
+    for step in steps:
+        assert step.hidden.dtype == half
+        assert step.hidden.movedim(1, -1).is_contiguous()
+        assert step.injected.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_other_precision_keeps_the_pixels_of_a_channel_together(dtype):
+    x = torch.randn(1, 3, 4, 5)
+    for given in (x, x.movedim(1, -1).contiguous().movedim(-1, 1)):
+        assert laid_out(given, dtype).is_contiguous()
+        assert not laid_out(given, torch.bfloat16).is_contiguous()
+
+
+def test_samples_are_taken_under_vmap():
+    flow, _ = a_condition()
+    context = [torch.randn(1, 5, 4, 4), torch.randn(1, 5, 2, 2)]
+    z = [torch.randn(3, 1, *shape) for shape in flow.latent_shapes(8, 8)]
+    with torch.no_grad():
+        condition = flow.condition(context)
+        together = torch.func.vmap(lambda *z: flow.inverse(z, condition, ladj=False)[0])(*z)
+        for i in range(3):
+            alone, _ = flow.inverse([t[i] for t in z], condition)
+            torch.testing.assert_close(together[i], alone, rtol=0, atol=1e-5)

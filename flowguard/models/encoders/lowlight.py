@@ -239,6 +239,7 @@ class LowLightEncoder(Recorded, nn.Module):
         shares = color_map(torch.exp(y[:, :3]))
         x = self.conv_first(torch.cat((y, shares, noise_map(shares)), dim=1))
         head = F.max_pool2d(self.conv_second(leaky(x)), 2)
+        head = head.to(y.dtype)  # single precision under autocast too: all blocks add to it
         last, stack = self.RRDB_trunk(head)
         maps = [head + self.trunk_conv(last)]
         for i in range(1, self.levels):

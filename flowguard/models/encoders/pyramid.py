@@ -81,7 +81,8 @@ class PyramidEncoder(Recorded, nn.Module):
     def forward(self, y: Tensor) -> list[Tensor]:
         r"""Returns the map of each level, finest first, of images with shape :math:`(B, 3, H, W)`."""
         # Pixels in [0, 1] become numbers around zero.
-        own = self.body(self.first(y - 0.5))
+        # Under autocast the convolutions take half precision, and what the blocks add to does not.
+        own = self.body(self.first(y - 0.5).to(y.dtype))
         finer = [own]
         for conv in self.up:
             grown = F.interpolate(finer[0], scale_factor=2.0, mode="nearest")

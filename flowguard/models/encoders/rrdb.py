@@ -26,6 +26,7 @@ from flowguard.models.encoders.rrdb_graph import recognise
 from flowguard.models.encoders.rrdb_names import published_names
 from flowguard.models.ncnn import read_ncnn
 from flowguard.models.store import Recorded
+from flowguard.numerics import full_precision, network_dtype
 
 LONG_SKIPS = ("last", "first")
 
@@ -36,8 +37,8 @@ def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
 
 
 def leaky(x: Tensor) -> Tensor:
-    r"""Applies the activation of these encoders."""
-    return F.leaky_relu(x, 0.2)
+    r"""Applies the activation of these encoders to what a convolution made, which it may overwrite."""
+    return F.leaky_relu(x, 0.2, inplace=not torch.is_grad_enabled())
 
 
 class DenseBlock(nn.Module):
@@ -61,7 +62,8 @@ class DenseBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         r"""Returns maps with the shape of the input."""
-        seen = x
+        # Under autocast the convolutions take half precision, and what is added up does not.
+        seen = x.to(network_dtype(x))
         for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
             seen = torch.cat((seen, leaky(conv(seen))), dim=1)
         return torch.add(x, self.conv5(seen), alpha=0.2)
@@ -246,7 +248,9 @@ class RRDBEncoder(Recorded, nn.Module):
             )
 
     def _trunk(self, y: Tensor) -> tuple[Tensor, list[Tensor]]:
-        first = self.conv_first(y)
+        # So few channels take no time: single precision here is what all blocks add to.
+        with full_precision(y):
+            first = self.conv_first(y)
         last, stack = self.RRDB_trunk(first)
         # That of the published flows starts at the last block, not at the first convolution.
         start = first if self.long_skip == "first" else last
