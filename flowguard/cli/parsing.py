@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import jsonargparse
 
 from flowguard.cli import COMMANDS
+from flowguard.hosts import install
 
 
 class UserError(Exception):
@@ -254,7 +255,7 @@ def need(*packages: tuple[str, str], extra: str = "demo") -> None:
         try:
             __import__(module)
         except ImportError:
-            raise UserError(f'{package} is missing: pip install "flowguard-nf[{extra}]"') from None
+            raise UserError(f"{package} is missing: {install(extra)}") from None
 
 
 def writable(path: Path, option: str) -> Path:

@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flowguard._version import __version__
+from flowguard.hosts import install
 from flowguard.image.maps import Affine, CubicBSpline, ReparametrizedAffine, Robust
 from flowguard.image.migration import BoundedSplit, InscribedCoupling
 from flowguard.io.atomic import atomic, save_tensors
@@ -174,9 +175,7 @@ class Pretrained(
         if config is not None:
             raise ValueError("config is made from the model; leave it out")
         if not HUB and (push_to_hub or push_to_hub_kwargs or repo_id is not None):
-            raise ImportError(
-                'pushing to the Hub needs huggingface_hub: pip install "flowguard-nf[hub]"'
-            )
+            raise ImportError(f"pushing to the Hub needs huggingface_hub: {install('hub')}")
         folder, model = Path(save_directory), _module(self)
         described, state = describe(model), _state(model)
         _check_twin(model, described, state)
@@ -568,7 +567,7 @@ def _downloaded(name: str, options: dict[str, Any]) -> Path:
     if not HUB:
         raise PretrainedError(
             f"there is no folder {name}; to load a model of that name from the Hub install"
-            ' huggingface_hub: pip install "flowguard-nf[hub]"'
+            f" huggingface_hub: {install('hub')}"
         )
     from huggingface_hub import hf_hub_download
 
