@@ -76,6 +76,7 @@ def _run(argv: Sequence[str] | None) -> int:
         sub = parsers[name] = command.parser()
         subcommands.add_subcommand(name, sub, help=command.HELP)
         sub.prog = f"flowguard {name}"
+    parser.commands = parsers
     if words and words[0] in parsers:
         parsers[words[0]].refuse_unknown(words[1:])
     try:

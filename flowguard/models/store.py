@@ -257,7 +257,7 @@ def load(
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise PretrainedError(f"there is no folder {folder}")
+        raise PretrainedError(_no_folder(folder))
     return _loaded(Pretrained, folder, torch.device(map_location), foreign)
 
 
@@ -559,11 +559,20 @@ def _digest(data: bytes | None) -> str:
     return "" if data is None else hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
+def _no_folder(path: Path) -> str:
+    if path.is_file():
+        return (
+            f"a model is a folder, which save_pretrained writes; got the file {path}: `flowguard"
+            " convert` makes one of a published checkpoint"
+        )
+    return f"there is no folder {path}"
+
+
 def _downloaded(name: str, options: dict[str, Any]) -> Path:
     r"""The folder of a model of the Hub."""
     parts = name.split("/")
     if len(parts) > 2 or not all(parts) or name.startswith((".", "~")) or os.path.exists(name):
-        raise PretrainedError(f"there is no folder {name}")
+        raise PretrainedError(_no_folder(Path(name)))
     if not HUB:
         raise PretrainedError(
             f"there is no folder {name}; to load a model of that name from the Hub install"

@@ -682,7 +682,57 @@ def test_without_jsonargparse(monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "flowguard.cli.parsing", raising=False)
     code, _, errors = run(capsys, "superres", "--help")
     assert code == 2
-    assert 'pip install "flowguard-nf[demo]"' in errors
+    assert 'pip install "flowguard-nf[cli]" (in a clone: pip install -e ".[cli]")' in errors
+    assert run(capsys, "--version") == (0, f"flowguard {flowguard.__version__}\n", "")
+
+
+#: What newcomers type, and what they are told.
+MISTAKES = {
+    "no command": ("", "COMMAND must be one of superres, "),
+    "a command misspelt": (
+        "superes a.png out",
+        "invalid choice: 'superes' .*; did you mean superres?",
+    ),
+    "nothing given": (
+        "superres",
+        "superres: error: INPUT, OUTPUT, --model must be given; got nothing",
+    ),
+    "no model": ("superres a.png out", "--model must be given; got nothing"),
+    "no such model": ("superres a.png out --model nowhere", "--model: there is no folder nowhere"),
+    "a file for a model": (
+        "inspect a.png",
+        "a model is a folder, .*; got the file a.png: `flowguard",
+    ),
+    "an option misspelt": ("train --step 3", "there is no option --step; did you mean --steps?"),
+    "an option of another name": ("demo --epochs 3 --devise cuda", "there is no option --epochs"),
+    "a word for a number": (
+        "superres a.png out --model . --temperature hot",
+        "--temperature: must be a number; got 'hot'",
+    ),
+    "a number out of range": (
+        "superres a.png out --model . --threads 0",
+        "--threads: must be at least 1 and at most 1024; got 0",
+    ),
+    "a value misspelt": (
+        "demo --task lowligh",
+        "invalid choice: 'lowligh' .*; did you mean lowlight?",
+    ),
+    "an option without its value": ("demo --out", "--out: expected one argument"),
+    "a picture for a checkpoint": (
+        "convert srflow a.png b",
+        "a.png cannot be read as a file of tensors",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_an_ordinary_mistake_is_answered_in_one_line(name, tmp_path, monkeypatch, capsys):
+    line, answer = MISTAKES[name]
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("a.png")
+    code, out, errors = run(capsys, *line.split())
+    assert (code, out, errors.count("\n")) == (2, "", 1)
+    assert re.search(answer, errors), errors
 
 
 def test_inspect(superres, lowlight, capsys):
