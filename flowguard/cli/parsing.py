@@ -73,9 +73,10 @@ class Parser(jsonargparse.ArgumentParser):
             names: What they are stored as.
         """
         typed = {
-            a.dest: (a.option_strings or [a.metavar or a.dest.upper()])[-1] for a in self._actions
+            a.dest: a.option_strings[-1] if a.option_strings else str(a.metavar or a.dest.upper())
+            for a in self._actions
         }
-        self.error(f"{', '.join(str(typed.get(n, n)) for n in names)} must be given; got nothing")
+        self.error(f"{', '.join(typed.get(n, n) for n in names)} must be given; got nothing")
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         r"""Ends with an exit code, after a message on the standard error."""

@@ -562,8 +562,8 @@ def _digest(data: bytes | None) -> str:
 def _no_folder(path: Path) -> str:
     if path.is_file():
         return (
-            f"a model is a folder, which save_pretrained writes; got the file {path}: `flowguard"
-            " convert` makes one of a published checkpoint"
+            f"there is no folder {path}, but a file of that name; a model is a folder, which"
+            " save_pretrained writes, and `flowguard convert` makes one of a published checkpoint"
         )
     return f"there is no folder {path}"
 

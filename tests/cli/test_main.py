@@ -701,7 +701,7 @@ MISTAKES = {
     "no such model": ("superres a.png out --model nowhere", "--model: there is no folder nowhere"),
     "a file for a model": (
         "inspect a.png",
-        "a model is a folder, .*; got the file a.png: `flowguard",
+        "there is no folder a.png, but a file of that name; a model is a folder",
     ),
     "an option misspelt": ("train --step 3", "there is no option --step; did you mean --steps?"),
     "an option of another name": ("demo --epochs 3 --devise cuda", "there is no option --epochs"),

@@ -549,3 +549,11 @@ def test_a_frozen_encoder_stays_as_it_is():
     model.train().freeze_encoder(False)
     assert encoder.training
     assert not model.frozen
+
+
+def test_images_on_another_device_than_the_model_are_refused():
+    model = SuperResolutionFlow(scale=2, levels=1, steps=1, hidden=8, features=8)
+    with pytest.raises(
+        ValueError, match=r"device cpu of the model; got meta: call lr\.to\('cpu'\)"
+    ):
+        model.sample(torch.rand(1, 3, 8, 8, device="meta"))

@@ -22,6 +22,7 @@ from flowguard.models import (
     LowLightFlow,
     PyramidEncoder,
     SuperResolutionFlow,
+    load,
     store,
 )
 from flowguard.models.store import PretrainedError
@@ -719,3 +720,12 @@ def test_a_coupling_that_is_made_by_a_callable(coupling, tmp_path):
     assert again.flow.steps[0][0].coupling.map == coupling()
     for key, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[key], value)
+
+
+def test_a_file_is_no_folder_of_a_model(tmp_path):
+    (tmp_path / "weights.pth").write_bytes(b"")
+    for read in (load, SuperResolutionFlow.from_pretrained):
+        with pytest.raises(
+            PretrainedError, match=r"but a file of that name; .* `flowguard convert`"
+        ):
+            read(tmp_path / "weights.pth")
