@@ -26,7 +26,7 @@ def folders(root, name):
 def test_the_list_of_packages_is_complete():
     there = {
         *folders("flowguard", "flowguard"),
-        *folders("integrations", "flowguard.integrations"),
+        *folders("flowguard/integrations", "flowguard.integrations"),
     }
     assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == there
 
@@ -142,8 +142,8 @@ def test_the_source_distribution_holds_what_its_tests_need(source):
     kept = {p.relative_to(source).as_posix() for p in source.rglob("*") if p.is_file()}
     left_out = {n for n in kept - names if not n.startswith("integrations/")}
     assert {n for n in left_out if "egg-info" not in n and not n.startswith("build/")} == set()
-    adapters = (p.relative_to(ROOT).as_posix() for p in (ROOT / "integrations").rglob("*.py"))
-    assert {f"flowguard/{name}" for name in adapters} <= names
+    adapters = (p.relative_to(ROOT) for p in (ROOT / "flowguard/integrations").rglob("*.py"))
+    assert {path.as_posix() for path in adapters} <= names
 
 
 def test_an_editable_install_is_a_path_that_type_checkers_follow(source):
@@ -219,7 +219,10 @@ def test_the_wheel_holds_what_it_should(wheel):
     for package in PYPROJECT["tool"]["setuptools"]["packages"]:
         assert package.replace(".", "/") + "/__init__.py" in files
     assert "flowguard/py.typed" in files
-    roots = {"flowguard": ROOT / "flowguard", "flowguard/integrations": ROOT / "integrations"}
+    roots = {
+        "flowguard": ROOT / "flowguard",
+        "flowguard/integrations": ROOT / "flowguard/integrations",
+    }
     for package, root in roots.items():
         sources = {f"{package}/{p.relative_to(root).as_posix()}" for p in root.rglob("*.py")}
         assert sources <= files

@@ -49,7 +49,7 @@ def test_a_single_row_is_refused_with_the_rule():
 )
 def test_weights_without_their_flow_are_refused(given):
     with pytest.raises(
-        TypeError, match="must be a module; got .*: build the flow that the weights"
+        TypeError, match=r"must be a module; got .*: build the flow that the weights"
     ):
         migrate(given, torch.rand(9, 2))
 
