@@ -85,14 +85,14 @@ def test_the_workflow_runs_what_is_run_here():
     assert set(re.findall(r'"(3\.\d+)"', workflow)) == told
 
 
-def test_the_page_on_an_index_has_whole_addresses(source):
-    with zipfile.ZipFile(built(source, "wheel")) as archive:
+def test_the_page_on_an_index_has_whole_addresses(wheel):
+    with zipfile.ZipFile(wheel[0]) as archive:
         (name,) = (n for n in archive.namelist() if n.endswith("METADATA"))
         page = archive.read(name).decode("utf-8")
     assert "Description-Content-Type: text/markdown" in page
     address = PYPROJECT["project"]["urls"]["Source"]
     targets = re.findall(r"\]\(([^)\s]+)\)", page)
-    assert len(targets) > 20
+    assert len(targets) > 10
     for target in targets:
         assert target.startswith(("https://", "#")), target
         if target.startswith(address):
@@ -133,7 +133,7 @@ def built(source, what):
 def wheel(source):
     file = built(source, "wheel")
     with zipfile.ZipFile(file) as archive:
-        yield file.name, set(archive.namelist())
+        yield file, set(archive.namelist())
 
 
 def test_the_source_distribution_holds_what_its_tests_need(source):
@@ -213,8 +213,8 @@ def test_a_users_file_is_checked_strictly_against_an_editable_install(source, tm
 
 
 def test_the_wheel_holds_what_it_should(wheel):
-    name, files = wheel
-    assert name.startswith("flowguard_nf-")
+    file, files = wheel
+    assert file.name.startswith("flowguard_nf-")
     assert {f.split("/")[0] for f in files if ".dist-info" not in f} == {"flowguard"}
     for package in PYPROJECT["tool"]["setuptools"]["packages"]:
         assert package.replace(".", "/") + "/__init__.py" in files
