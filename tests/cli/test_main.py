@@ -457,8 +457,8 @@ def test_variables_that_cannot_be(superres, six, tmp_path, capsys, monkeypatch):
 
 
 MISTAKES = {
-    "no model": (["in", "out"], "are required: model"),
-    "no arguments": ([], "are required: input, output, model"),
+    "no model": (["in", "out"], "--model must be given; got nothing"),
+    "no arguments": ([], "INPUT, OUTPUT, --model must be given; got nothing"),
     "no such input": (["absent", "out", "--model", "m"], "there is no file or folder absent"),
     "no such glob": (["in/*.gif", "out", "--model", "m"], "matches in/*.gif"),
     "an empty folder": (["in/within", "out", "--model", "m"], "there is no picture"),
@@ -687,7 +687,7 @@ def test_without_jsonargparse(monkeypatch, capsys):
 
 
 #: What newcomers type, and what they are told.
-MISTAKES = {
+NEWCOMERS = {
     "no command": ("", "COMMAND must be one of superres, "),
     "a command misspelt": (
         "superes a.png out",
@@ -725,9 +725,9 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("name", MISTAKES)
+@pytest.mark.parametrize("name", NEWCOMERS)
 def test_an_ordinary_mistake_is_answered_in_one_line(name, tmp_path, monkeypatch, capsys):
-    line, answer = MISTAKES[name]
+    line, answer = NEWCOMERS[name]
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (8, 8)).save("a.png")
     code, out, errors = run(capsys, *line.split())
