@@ -69,11 +69,12 @@ def parser() -> "Parser":
             " missing for which extra. The exit code is 1 if something will not work."
         )
     )
-    doctor.add_argument("--device", default="cpu", metavar="NAME", help="a device to try")
+    doctor.add_argument(
+        "--device", default="cpu", metavar="NAME", help="a device to try (default: cpu)"
+    )
     doctor.add_argument(
         "--extra",
         nargs="+",
-        default=[],
         metavar="NAME",
         help="extras that have to be complete, such as train",
     )
@@ -87,7 +88,7 @@ def run(args: Any) -> int:
     Arguments:
         args: The arguments.
     """
-    return report(args.device, args.extra)
+    return report(args.device, args.extra or ())
 
 
 def report(device: str = "cpu", needed: Sequence[str] = ()) -> int:

@@ -646,6 +646,7 @@ def test_the_configuration_is_printed(command, tmp_path, capsys):
         "compare": ["--models", "a", "b", "--images", "c"],
         "demo": ["--out", "d"],
         "train": ["lowlight", "--data", "d", "--out", "r", "--steps", "9"],
+        "doctor": ["--extra", "train", "hub"],
     }[command]
     code, text, errors = run(capsys, command, *arguments, "--print_config")
     assert code == 0, errors
