@@ -324,7 +324,7 @@ def extras(wanted: Sequence[Requirement], needed: Sequence[str] = ()) -> Iterato
         if not absent and not old:
             yield Finding(f"{name}: complete")
             continue
-        lacks = [f"missing {', '.join(absent)}"] if absent else []
+        lacks = [f"missing {', '.join(dict.fromkeys(absent))}"] if absent else []
         lacks += [f"does not fit {', '.join(old)}"] if old else []
         text = f"{name}: {'; '.join(lacks)}: {hosts.install(name)}"
         yield Finding(text, wrong=bool(old) or name in needed)
