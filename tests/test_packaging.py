@@ -12,6 +12,7 @@ import venv
 import zipfile
 
 import pytest
+import torch
 
 ROOT = pathlib.Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -194,7 +195,8 @@ def test_a_users_file_is_checked_strictly_against_an_editable_install(source, tm
         (path,) = (archive.read(n).decode() for n in archive.namelist() if n.endswith(".pth"))
     venv.create(tmp_path / "venv", symlinks=True)
     (site,) = (tmp_path / "venv").rglob("site-packages")
-    (site / "flowguard.pth").write_text(path)
+    beside = pathlib.Path(torch.__file__).parents[1]  # where torch is
+    (site / "flowguard.pth").write_text(f"{path.strip()}\n{beside}\n")
     (tmp_path / "mine.py").write_text(USER)
     (tmp_path / "mypy.ini").write_text(STRICT)
     options = ["--python-executable", str(tmp_path / "venv" / "bin" / "python"), "mine.py"]
