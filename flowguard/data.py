@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flowguard.hosts import install
 from flowguard.io.pictures import read_image
 
 #: Colour photographs that scikit-image ships, by file name.
@@ -62,9 +63,7 @@ def photograph(name: str) -> Tensor:
     try:
         folder = importlib.resources.files("skimage") / "data"
     except ModuleNotFoundError as error:
-        raise ImportError(
-            'the photographs come with scikit-image: pip install "flowguard-nf[demo]"'
-        ) from error
+        raise ImportError(f"the photographs come with scikit-image: {install('demo')}") from error
     file = folder / name
     if not file.is_file():
         raise FileNotFoundError(f"this version of scikit-image ships no {name!r}")

@@ -773,7 +773,10 @@ def check_spline(
 def _check_tensors(*params: Tensor) -> None:
     if not all(isinstance(p, Tensor) for p in params):
         kinds = ", ".join(type(p).__name__ for p in params)
-        raise TypeError(f"widths, heights and derivatives must be tensors; got {kinds}")
+        raise TypeError(
+            f"widths, heights and derivatives must be tensors; got {kinds}: torch.as_tensor makes one"
+            " of an array"
+        )
 
 
 def _check_slopes(widths: Tensor, derivatives: Tensor, more: int, what: str) -> None:
@@ -836,11 +839,21 @@ def check_least_slope(slope: float) -> None:
 def _result_dtype(*tensors: Tensor) -> torch.dtype:
     for t in tensors:
         if not isinstance(t, Tensor) or not t.is_floating_point():
-            given = t.dtype if isinstance(t, Tensor) else type(t).__name__
-            raise TypeError(f"the spline needs floating point tensors; got {given}")
-    dtype = tensors[0].dtype
+            told = isinstance(t, Tensor)
+            given = (
+                f"{t.dtype}: call .float()" if told else f"{type(t).__name__}: torch.as_tensor(…)"
+            )
+            raise TypeError(
+                f"the spline needs floating point tensors; got {given} makes one of it"
+            )
+    dtype, device = tensors[0].dtype, tensors[0].device
     for t in tensors[1:]:
         dtype = torch.promote_types(dtype, t.dtype)
+        if t.device != device and t.dim() and tensors[0].dim():  # a lone number may be anywhere
+            raise ValueError(
+                "x and the parameters of the spline must be on one device;"
+                f" got {device} and {t.device}: move one of them with .to(…)"
+            )
     return dtype
 
 

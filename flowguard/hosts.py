@@ -14,14 +14,17 @@ __all__ = [
     "HOSTS",
     "WRAPPERS",
     "Opened",
+    "install",
     "load",
     "missing",
     "of_a_host",
     "opened",
     "register",
+    "rivals",
     "unregister",
 ]
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from functools import singledispatch
@@ -134,7 +137,7 @@ def register(host: str | None = None, *, splines: bool = False) -> None:
     if not hosts:
         raise ImportError(
             "none of the libraries that flowguard has an adapter for is installed;"
-            ' try: pip install "flowguard-nf[zuko]"'
+            f" try: {install('zuko')}"
         )
     names = [entry for h in hosts for entry in _exports(_adapter(h))]
     for namespace, name, ours in names:
@@ -190,6 +193,44 @@ def unregister(host: str | None = None) -> None:
                     listed.remove(name)
 
 
+def install(extra: str) -> str:
+    r"""Returns the command that installs an optional part of the package, and what it is in a clone.
+
+    Arguments:
+        extra: The name of the extra.
+
+    Example:
+        >>> install("train")
+        'pip install "flowguard-nf[train]" (in a clone: pip install -e ".[train]")'
+    """
+    return f'pip install "flowguard-nf[{extra}]" (in a clone: pip install -e ".[{extra}]")'
+
+
+def rivals(name: str = "flowguard", ours: str = "flowguard-nf") -> list[str]:
+    r"""Returns the other distributions that are installed and bring a package of the same name: the
+    files of one overwrite those of the other.
+
+    Arguments:
+        name: The name of the package.
+        ours: The distribution that it should come from.
+    """
+    from importlib.metadata import distributions  # not for each import of the package
+
+    found = set()
+    for distribution in distributions():
+        named = distribution.metadata["Name"]
+        if named and re.sub(r"[-_.]+", "-", named).lower() != ours and _brings(distribution, name):
+            found.add(named)
+    return sorted(found)
+
+
+def _brings(distribution: Any, name: str) -> bool:
+    top = (distribution.read_text("top_level.txt") or "").split()
+    if top:
+        return name in top
+    return any(file.parts[0] == name for file in distribution.files or ())
+
+
 def missing(host: str) -> ImportError:
     r"""Returns the error that says how to install a host.
 
@@ -198,7 +239,7 @@ def missing(host: str) -> ImportError:
     """
     return ImportError(
         f"flowguard.integrations.{host} needs {host}, which could not be imported;"
-        f' try: pip install "flowguard-nf[{host}]"',
+        f" try: {install(host)}",
         name=host,
     )
 
@@ -217,7 +258,11 @@ def _available(host: str) -> bool:
 def _adapter(host: str) -> ModuleType:
     name = f"{ADAPTERS}.{host}"
     if find_spec(name) is None:
-        raise ImportError(f"this version of flowguard has no adapter for {host}", name=name)
+        raise ImportError(
+            f"this version of flowguard has no adapter for {host}. In a clone, flowguard/integrations"
+            " must be a link to integrations: git config core.symlinks true, and check it out again",
+            name=name,
+        )
     return import_module(name)
 
 

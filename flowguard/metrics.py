@@ -30,6 +30,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from flowguard.hosts import install
 from flowguard.io.pictures import GREY, shown, whole_numbers
 
 #: A distance of images (N, 3, H, W) to images of the same shape, as a map (N, H, W).
@@ -156,9 +157,7 @@ def _torchmetrics(name: str, what: str) -> Any:
     try:
         import torchmetrics.functional.image as functional
     except ImportError as error:
-        raise ImportError(
-            f'{what} needs torchmetrics: pip install "flowguard-nf[metrics]"'
-        ) from error
+        raise ImportError(f"{what} needs torchmetrics: {install('metrics')}") from error
     return getattr(functional, name)
 
 
@@ -447,9 +446,7 @@ def _lpips_net(net: Net, spatial: bool) -> Any:
     try:
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
     except ImportError as error:
-        raise ImportError(
-            'LPIPS needs torchmetrics: pip install "flowguard-nf[metrics]"'
-        ) from error
+        raise ImportError(f"LPIPS needs torchmetrics: {install('metrics')}") from error
     network = LearnedPerceptualImagePatchSimilarity(net, normalize=True).net
     network.spatial = spatial
     return network.eval()

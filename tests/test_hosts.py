@@ -1,12 +1,15 @@
 r"""Tests for the registry of hosts."""
 
+import ast
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+import flowguard.integrations
 from flowguard import hosts
 from flowguard.hosts import HOSTS, PACKAGES, register, unregister
 
@@ -211,3 +214,37 @@ flowguard.unregister()
 assert not hasattr(host, "RobustSplineCouplingTransform")
 """
     )
+
+
+def test_every_command_that_installs_says_how_in_a_clone_too():
+    for name, package in (("flowguard", flowguard), ("integrations", flowguard.integrations)):
+        for file in Path(package.__file__).parent.rglob("*.py"):
+            code = ast.parse(file.read_text(encoding="utf-8"))
+            docs = {
+                node.body[0].value
+                for node in ast.walk(code)
+                if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef)
+                and ast.get_docstring(node, clean=False)
+            }
+            for node in ast.walk(code):
+                if isinstance(node, ast.Constant) and node not in docs and file.stem != "hosts":
+                    assert "flowguard-nf[" not in str(node.value), f"{name}: {file}"
+    assert hosts.install("zuko") in str(hosts.missing("zuko"))
+
+
+def installed(folder, name, **files):
+    info = folder / f"{name}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    for file, text in files.items():
+        (info / file.replace("_txt", ".txt")).write_text(text)
+
+
+def test_other_distributions_of_the_same_package_are_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    installed(tmp_path, "flowguard_nf", RECORD="flowguard/__init__.py,,\n")
+    installed(tmp_path, "numbers", top_level_txt="numbers\n", RECORD="numbers/__init__.py,,\n")
+    assert hosts.rivals() == []
+    installed(tmp_path, "flowguard", RECORD="flowguard/__init__.py,,\n")
+    installed(tmp_path, "older", top_level_txt="flowguard\n")
+    assert hosts.rivals() == ["flowguard", "older"]

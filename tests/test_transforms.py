@@ -6,6 +6,7 @@ import math
 import pickle
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
@@ -375,3 +376,42 @@ def test_what_is_no_tensor_is_named(given):
         RobustSpline(given, *params[1:], torch.zeros(4))
     with pytest.raises(TypeError, match=told):
         RobustSpline(*params, torch.zeros(4))(given)
+
+
+def zeros(*shape, device="cpu"):
+    return [torch.zeros(*shape, device=device) for _ in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "answer"),
+    [
+        (
+            lambda: RobustSpline(*np.zeros((3, 2, 7))),
+            TypeError,
+            r"got ndarray, .*torch\.as_tensor",
+        ),
+        (
+            lambda: RobustSpline(*zeros(2, 7))(np.zeros(2)),
+            TypeError,
+            r"got ndarray: torch\.as_tensor",
+        ),
+        (
+            lambda: RobustSpline(*zeros(2, 7))(torch.arange(2)),
+            TypeError,
+            r"int64: call \.float\(\)",
+        ),
+        (
+            lambda: RobustSpline(*zeros(2, 7))(torch.zeros(2, device="meta")),
+            ValueError,
+            "must be on one device; got meta and cpu: move one of them",
+        ),
+        (
+            lambda: RobustSpline(*zeros(2, 7, device="meta")).inv(torch.zeros(2)),
+            ValueError,
+            "must be on one device; got cpu and meta",
+        ),
+    ],
+)
+def test_an_ordinary_mistake_is_answered_by_the_rule(call, kind, answer):
+    with pytest.raises(kind, match=answer):
+        call()

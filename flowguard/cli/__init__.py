@@ -6,4 +6,4 @@ the exit code.
 
 __all__ = ["COMMANDS"]
 
-COMMANDS = ("superres", "lowlight", "train", "convert", "inspect", "compare", "demo")
+COMMANDS = ("superres", "lowlight", "train", "convert", "inspect", "compare", "demo", "doctor")

@@ -1,5 +1,5 @@
 r"""The command line: ``flowguard superres``, ``lowlight``, ``train``, ``convert``, ``inspect``,
-``compare`` and ``demo``."""
+``compare``, ``demo`` and ``doctor``."""
 
 __all__ = ["main"]
 
@@ -13,6 +13,7 @@ from typing import Any
 from flowguard._version import __version__
 from flowguard.cli import COMMANDS
 from flowguard.cli.signals import Terminated, termination
+from flowguard.hosts import install
 
 
 def _commands() -> dict[str, Any]:
@@ -43,15 +44,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 143 if isinstance(stop, Terminated) else 130
 
 
+def _bare(words: Sequence[str]) -> int:
+    r"""Runs what needs no parser, where there is none."""
+    if words == ["--version"]:
+        print(f"flowguard {__version__}")
+        return 0
+    if words == ["doctor"]:
+        return importlib.import_module("flowguard.cli.doctor").report()
+    print(
+        f"flowguard: error: the command line needs jsonargparse, which is missing: {install('cli')};"
+        " without it there are flowguard --version and flowguard doctor",
+        file=sys.stderr,
+    )
+    return 2
+
+
 def _run(argv: Sequence[str] | None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
         from flowguard.cli.parsing import Parser, UserError
     except ImportError:
-        print(
-            'flowguard: error: jsonargparse is missing: pip install "flowguard-nf[demo]"',
-            file=sys.stderr,
-        )
-        return 2
+        return _bare(words)
     parser = Parser(
         prog="flowguard",
         description="Robust conditional normalizing flows.",
@@ -63,7 +76,7 @@ def _run(argv: Sequence[str] | None) -> int:
         sub = parsers[name] = command.parser()
         subcommands.add_subcommand(name, sub, help=command.HELP)
         sub.prog = f"flowguard {name}"
-    words = list(sys.argv[1:] if argv is None else argv)
+    parser.commands = parsers
     if words and words[0] in parsers:
         parsers[words[0]].refuse_unknown(words[1:])
     try:

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import jsonargparse
 
 from flowguard.cli import COMMANDS
+from flowguard.hosts import install
 
 
 class UserError(Exception):
@@ -45,16 +46,37 @@ class Parser(jsonargparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=Formatter, **options)
+        self.commands: dict[str, Parser] = {}
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         r"""Ends with exit code 2 and one line: what is wrong, and how to get help."""
         # jsonargparse puts the command before each name: superres.output.
         names = "|".join(COMMANDS)
+        required = re.search(rf"required: ({names})\.", message)
+        if required and required[1] in self.commands:
+            self.commands[required[1]].miss(re.findall(rf"{required[1]}\.(\w+)", message))
+        if "but it was not provided" in message:
+            message = f"COMMAND must be one of {', '.join(COMMANDS)}; got none"
         plain = re.sub(rf'(?<=[ "])(?:{names})\.(?=[a-z_]+(?:[",:]|$))', "", message)
         line = " ".join(plain.split())
+        choice = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", line)
+        if choice:
+            line += meant(choice[1], re.findall(r"'([^']*)'", choice[2]))
         if not self.exit_on_error:
             raise UserError(line)
         self.exit(2, f"{self.prog}: error: {line} (see {self.prog} --help)\n")
+
+    def miss(self, names: Sequence[str]) -> NoReturn:
+        r"""Ends with exit code 2 and one line: which arguments are missing, as they are typed.
+
+        Arguments:
+            names: What they are stored as.
+        """
+        typed = {
+            a.dest: a.option_strings[-1] if a.option_strings else str(a.metavar or a.dest.upper())
+            for a in self._actions
+        }
+        self.error(f"{', '.join(typed.get(n, n) for n in names)} must be given; got nothing")
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         r"""Ends with an exit code, after a message on the standard error."""
@@ -124,9 +146,7 @@ class Parser(jsonargparse.ArgumentParser):
                 return
             if word.startswith("--"):
                 option = word.partition("=")[0]
-                alike = difflib.get_close_matches(option, takers, 1)
-                meant = f"; did you mean {alike[0]}?" if alike else ""
-                self.error(f"there is no option {option}{meant}")
+                self.error(f"there is no option {option}{meant(option, takers)}")
 
     def _sorted_out(self, argv: Sequence[str]) -> tuple[set[str], list[str]]:
         r"""What the options that are given are stored as, and the words that are none and belong to
@@ -153,6 +173,22 @@ class Parser(jsonargparse.ArgumentParser):
             metavar="FILE",
             help="a YAML file of options; those given on the command line win when they follow it",
         )
+
+
+def meant(word: str, known: Sequence[str]) -> str:
+    r"""Returns a question for the known word that is most like one that is not known; nothing where
+    none is like it.
+
+    Arguments:
+        word: The word.
+        known: The words that are known.
+
+    Example:
+        >>> meant("superes", ["superres", "train"])
+        '; did you mean superres?'
+    """
+    alike = difflib.get_close_matches(word, known, 1)
+    return f"; did you mean {alike[0]}?" if alike else ""
 
 
 def whole(least: int, most: int) -> Callable[[Any], int]:
@@ -254,7 +290,7 @@ def need(*packages: tuple[str, str], extra: str = "demo") -> None:
         try:
             __import__(module)
         except ImportError:
-            raise UserError(f'{package} is missing: pip install "flowguard-nf[{extra}]"') from None
+            raise UserError(f"{package} is missing: {install(extra)}") from None
 
 
 def writable(path: Path, option: str) -> Path:

@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowguard.hosts import install
 from flowguard.io.atomic import atomic
 
 Array = np.ndarray[Any, Any]
@@ -227,9 +228,7 @@ def _pillow() -> Any:
     try:
         from PIL import Image
     except ImportError as error:
-        raise ImportError(
-            'reading and writing images needs Pillow: pip install "flowguard-nf[demo]"'
-        ) from error
+        raise ImportError(f"reading and writing images needs Pillow: {install('cli')}") from error
     return Image
 
 
@@ -356,7 +355,7 @@ def _is_deep_tiff(path: Path) -> bool:
     try:
         import tifffile
     except ImportError as error:
-        raise ImportError('TIFF needs tifffile: pip install "flowguard-nf[demo]"') from error
+        raise ImportError(f"TIFF needs tifffile: {install('cli')}") from error
     with tifffile.TiffFile(path) as file:
         page: Any = file.pages[0]
         return bool(page.bitspersample > 8)
@@ -567,9 +566,7 @@ def _write_tiff(path: Path, pixels: Array, picture: Picture, note: str) -> None:
     try:
         import tifffile
     except ImportError as error:
-        raise ImportError(
-            'writing TIFF needs tifffile: pip install "flowguard-nf[demo]"'
-        ) from error
+        raise ImportError(f"writing TIFF needs tifffile: {install('cli')}") from error
     alone = pixels.shape[-1] == 1
     tifffile.imwrite(
         path,

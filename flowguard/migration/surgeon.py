@@ -6,6 +6,7 @@ import abc
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import singledispatch
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from flowguard.bounds.holders import HeldConditions, held
 from flowguard.bounds.parts import parts
-from flowguard.hosts import load
+from flowguard.hosts import HOSTS, WRAPPERS, load
 from flowguard.migration.exchange import exchange
 from flowguard.migration.imitate import AnyTransform, RescaledSpline
 
@@ -269,9 +270,15 @@ def surgeon(model: Any) -> Surgeon:
         for cls in type(part).__mro__:
             if cls in _HOLDERS:
                 return _HOLDERS[cls](model)
+    what = type(model).__name__
+    if isinstance(model, str | Path | Mapping):  # a file of weights, or what was read from it
+        raise TypeError(
+            f"a flow to be migrated must be a module; got {what}: build the flow that the weights"
+            " belong to, load them into it, and give that"
+        )
     raise TypeError(
-        f"flowguard does not know how to migrate {type(model).__name__}: give a flow of a library"
-        " that it has an adapter for, or a module that holds layers of one"
+        f"flowguard does not know how to migrate {what}: give a flow of a library that it has an"
+        f" adapter for ({', '.join((*HOSTS, *WRAPPERS))}), or a module that holds layers of one"
     )
 
 

@@ -451,7 +451,13 @@ class ImageModel(Pretrained, nn.Module):
         self._check_dtype(name, y)
 
     def _check_dtype(self, name: str, images: Tensor) -> None:
-        dtype = next(self.parameters()).dtype
+        weight = next(self.parameters())
+        dtype = weight.dtype
+        if images.device != weight.device:
+            raise ValueError(
+                f"{name} must be on the device {weight.device} of the model; got {images.device}:"
+                f" call {name}.to({str(weight.device)!r}), or move the model"
+            )
         cast = images.is_floating_point() and torch.is_autocast_enabled(images.device.type)
         if images.dtype != dtype and not cast:
             rest = "" if images.is_floating_point() else ": divide those of 0 to 255 by 255"

@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flowguard._version import __version__
+from flowguard.hosts import install
 from flowguard.image.maps import Affine, CubicBSpline, ReparametrizedAffine, Robust
 from flowguard.image.migration import BoundedSplit, InscribedCoupling
 from flowguard.io.atomic import atomic, save_tensors
@@ -175,9 +176,7 @@ class Pretrained(
         if config is not None:
             raise ValueError("config is made from the model; leave it out")
         if not HUB and (push_to_hub or push_to_hub_kwargs or repo_id is not None):
-            raise ImportError(
-                'pushing to the Hub needs huggingface_hub: pip install "flowguard-nf[hub]"'
-            )
+            raise ImportError(f"pushing to the Hub needs huggingface_hub: {install('hub')}")
         folder, model = Path(save_directory), _module(self)
         described, state = describe(model), _state(model)
         _check_twin(model, described, state)
@@ -259,7 +258,7 @@ def load(
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise PretrainedError(f"there is no folder {folder}")
+        raise PretrainedError(_no_folder(folder))
     return _loaded(Pretrained, folder, torch.device(map_location), foreign)
 
 
@@ -585,15 +584,24 @@ def _digest(data: bytes | None) -> str:
     return "" if data is None else hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
+def _no_folder(path: Path) -> str:
+    if path.is_file():
+        return (
+            f"there is no folder {path}, but a file of that name; a model is a folder, which"
+            " save_pretrained writes, and `flowguard convert` makes one of a published checkpoint"
+        )
+    return f"there is no folder {path}"
+
+
 def _downloaded(name: str, options: dict[str, Any]) -> Path:
     r"""The folder of a model of the Hub."""
     parts = name.split("/")
     if len(parts) > 2 or not all(parts) or name.startswith((".", "~")) or os.path.exists(name):
-        raise PretrainedError(f"there is no folder {name}")
+        raise PretrainedError(_no_folder(Path(name)))
     if not HUB:
         raise PretrainedError(
             f"there is no folder {name}; to load a model of that name from the Hub install"
-            ' huggingface_hub: pip install "flowguard-nf[hub]"'
+            f" huggingface_hub: {install('hub')}"
         )
     from huggingface_hub import hf_hub_download
 

@@ -5,11 +5,12 @@ __all__ = ["OODConditioner", "Policy", "unguarded"]
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import wraps
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, get_args
+from typing import Any, Literal, Self, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -29,14 +30,26 @@ from flowguard.ood.gaussian import Shrinkage
 from flowguard.ood.levels import LevelSet, Statistic
 from flowguard.ood.report import OODReport
 
-F = TypeVar("F")
+F = TypeVar("F", bound=Callable[..., Any])
 
-if TYPE_CHECKING:
-    # torch leaves `torch.compiler.disable` untyped.
-    def _eager(function: F) -> F: ...
+#: What the compiler leaves alone, by what it does.
+_kept_out: dict[Callable[..., Any], Callable[..., Any]] = {}
 
-else:
-    _eager = torch.compiler.disable
+
+def _eager(function: F) -> F:
+    r"""Keeps a method out of what is compiled, as `torch.compiler.disable` does, which loads the
+    whole compiler at once: here it is asked when something has loaded it."""
+
+    @wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **options)
+        if function not in _kept_out:
+            _kept_out[function] = torch.compiler.disable(function)
+        return _kept_out[function](*args, **options)
+
+    return cast(F, call)
+
 
 Policy = Literal["warn", "report", "raise", "shrink"]
 

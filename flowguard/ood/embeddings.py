@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -89,10 +90,19 @@ def contexts(
         name: What the bar is called.
 
     Raises:
-        TypeError: If the batches are not iterable.
+        TypeError: If the batches are not iterable, or are arrays or numbers.
         ValueError: If there is no batch, or nothing says which part of one is the context.
     """
+    if isinstance(batches, np.ndarray):
+        raise TypeError(
+            f"`{name}` needs tensors; got an array of shape {batches.shape}: give"
+            " torch.as_tensor(y).float(), contexts in the rows"
+        )
     if isinstance(batches, Tensor):
+        if not batches.ndim:
+            raise ValueError(
+                f"`{name}` needs a batch of contexts, one in each row; got a single number"
+            )
         batches = batches.split(64)
     elif not isinstance(batches, Iterable):
         raise TypeError(
@@ -103,6 +113,11 @@ def contexts(
     for batch in tqdm(batches, desc=name, unit="batch", disable=not progress, leave=False):
         empty = False
         y = _select(batch, select)
+        if isinstance(y, np.ndarray | int | float):
+            raise TypeError(
+                f"`{name}` needs batches of contexts as tensors; got one that is a"
+                f" {type(y).__name__}: torch.as_tensor makes one of an array"
+            )
         yield y.to(device) if device is not None and isinstance(y, Tensor) else y
     if empty:
         raise ValueError(
@@ -115,7 +130,14 @@ def _select(batch: Any, select: Selector) -> Any:
     if callable(select):
         return select(batch)
     if select is not None:
-        return batch[select]
+        try:
+            return batch[select]
+        except (KeyError, IndexError, TypeError) as error:
+            told = f" with the keys {list(batch)}" if isinstance(batch, Mapping) else ""
+            raise ValueError(
+                "`context` must say which part of a batch is the context, by a key, an index or a"
+                f" function; got {select!r}, for a batch that is a {type(batch).__name__}{told}"
+            ) from error
     if isinstance(batch, list | tuple) and len(batch) == 1:
         return batch[0]
     if isinstance(batch, list | tuple | dict):

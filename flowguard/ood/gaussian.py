@@ -224,8 +224,8 @@ class StreamingGaussian(PinnedState):
         """
         if self.n < 2:
             raise NotFittedError(
-                f"a covariance needs at least 2 vectors; got {int(self.n)}: "
-                "call `update(features)` first"
+                f"a covariance needs at least 2 vectors; got {int(self.n)}: give more contexts, one"
+                " in each row of a batch (`update(features)` of more vectors)"
             )
         a = _intensity(shrinkage, self.moments)
         covariance = (1 - a) * self.scatter / self.n

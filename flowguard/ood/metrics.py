@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowguard.hosts import install
 from flowguard.ood.report import OODReport
 
 Arrays = Tensor | Sequence[Tensor]
@@ -314,7 +315,7 @@ def _require(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(
-            f'these metrics need {name.partition(".")[0]}: pip install "flowguard-nf[metrics]"'
+            f"these metrics need {name.partition('.')[0]}: {install('metrics')}"
         ) from error
 
 

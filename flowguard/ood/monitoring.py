@@ -101,6 +101,10 @@ class Monitor(nn.Module):
     ) -> None:
         super().__init__()
         model = opened(model).module
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"the model must be a torch.nn.Module, or hold one; got {type(model).__name__}"
+            )
         self._model = (model,)  # in a tuple, so that it is not registered as a submodule
         self.alpha = alpha
         self.guard = LevelSet(shrinkage, normalize, statistic)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from flowguard.hosts import install
 from flowguard.io.atomic import strict_json
 from flowguard.ood.calibration import Calibration
 
@@ -293,7 +294,7 @@ def plot_report(
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('plots need matplotlib: pip install "flowguard-nf[plot]"') from error
+        raise ImportError(f"plots need matplotlib: {install('plot')}") from error
 
     if not len(report):
         raise ValueError("a report must hold a context to be drawn; got none")

@@ -98,6 +98,14 @@ def _pick(number: Tensor, values: Sequence[Tensor | float], first: int = 0) -> T
     return picked
 
 
+def _of_both(
+    number: Tensor, u: Softmax, v: Softmax, values: Callable[[Softmax], Sequence[Tensor | float]]
+) -> Pair:
+    r"""What :func:`_pick` takes of widths and of heights. A function of its own: those that are
+    made while the compiler looks on have their annotations worked out, at which torch 2.6 stops."""
+    return _pick(number, values(u)), _pick(number, values(v))
+
+
 def slope_limits(s0: Tensor, s1: Tensor, low: float) -> Pair:
     r"""The slope for a raw zero at the knot between two secants, and the largest one, where the
     least one is `low`."""
@@ -183,14 +191,13 @@ def _prepare(x: Tensor, rows: Sequence[Rows], o: Options, vertical: bool) -> Sta
         beyond = x - _sizes(u, v, sums, k * floor - o.bound)[vertical]
         number = torch.where(beyond >= 0, float(k), number)
 
-    def pick(values: Callable[[Softmax], Sequence[Tensor | float]]) -> Pair:
-        return _pick(number, values(u)), _pick(number, values(v))
-
     # A NaN in any of them is one of the element; this adds it, or else zero.
     *_, total = accumulate(d.detach().abs() for d in derivatives)
     bad = (-total).relu()
-    own, left = pick(lambda s: [*s.exps, 1.0]), pick(lambda s: [s.exps[0], *s.exps])
-    right, passed = pick(lambda s: [*s.exps[1:], 1.0]), pick(lambda s: [0.0, *s.sums])
+    own = _of_both(number, u, v, lambda s: [*s.exps, 1.0])
+    left = _of_both(number, u, v, lambda s: [s.exps[0], *s.exps])
+    right = _of_both(number, u, v, lambda s: [*s.exps[1:], 1.0])
+    passed = _of_both(number, u, v, lambda s: [0.0, *s.sums])
     raw = _pick(number, [0.0, *derivatives]) + bad, _pick(number, derivatives) + bad
 
     x0, y0 = _sizes(u, v, passed, number * floor - o.bound)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from flowguard.hosts import install
 from flowguard.models import LowLightFlow, SuperResolutionFlow
 from flowguard.models.base import ImageModel
 
@@ -102,7 +103,7 @@ def train(
     try:
         import lightning.pytorch as pl
     except ImportError as error:
-        raise ImportError('training needs Lightning: pip install "flowguard-nf[train]"') from error
+        raise ImportError(f"training needs Lightning: {install('train')}") from error
     from torch.utils.data import DataLoader
 
     from flowguard.training.callbacks import Progress, StepLog

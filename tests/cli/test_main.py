@@ -515,8 +515,8 @@ def test_variables_that_cannot_be(superres, six, tmp_path, capsys, monkeypatch):
 
 
 MISTAKES = {
-    "no model": (["in", "out"], "are required: model"),
-    "no arguments": ([], "are required: input, output, model"),
+    "no model": (["in", "out"], "--model must be given; got nothing"),
+    "no arguments": ([], "INPUT, OUTPUT, --model must be given; got nothing"),
     "no such input": (["absent", "out", "--model", "m"], "there is no file or folder absent"),
     "no such glob": (["in/*.gif", "out", "--model", "m"], "matches in/*.gif"),
     "an empty folder": (["in/within", "out", "--model", "m"], "there is no picture"),
@@ -704,6 +704,7 @@ def test_the_configuration_is_printed(command, tmp_path, capsys):
         "compare": ["--models", "a", "b", "--images", "c"],
         "demo": ["--out", "d"],
         "train": ["lowlight", "--data", "d", "--out", "r", "--steps", "9"],
+        "doctor": ["--extra", "train", "hub"],
     }[command]
     code, text, errors = run(capsys, command, *arguments, "--print_config")
     assert code == 0, errors
@@ -740,7 +741,57 @@ def test_without_jsonargparse(monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "flowguard.cli.parsing", raising=False)
     code, _, errors = run(capsys, "superres", "--help")
     assert code == 2
-    assert 'pip install "flowguard-nf[demo]"' in errors
+    assert 'pip install "flowguard-nf[cli]" (in a clone: pip install -e ".[cli]")' in errors
+    assert run(capsys, "--version") == (0, f"flowguard {flowguard.__version__}\n", "")
+
+
+#: What newcomers type, and what they are told.
+NEWCOMERS = {
+    "no command": ("", "COMMAND must be one of superres, "),
+    "a command misspelt": (
+        "superes a.png out",
+        "invalid choice: 'superes' .*; did you mean superres?",
+    ),
+    "nothing given": (
+        "superres",
+        "superres: error: INPUT, OUTPUT, --model must be given; got nothing",
+    ),
+    "no model": ("superres a.png out", "--model must be given; got nothing"),
+    "no such model": ("superres a.png out --model nowhere", "--model: there is no folder nowhere"),
+    "a file for a model": (
+        "inspect a.png",
+        "there is no folder a.png, but a file of that name; a model is a folder",
+    ),
+    "an option misspelt": ("train --step 3", "there is no option --step; did you mean --steps?"),
+    "an option of another name": ("demo --epochs 3 --devise cuda", "there is no option --epochs"),
+    "a word for a number": (
+        "superres a.png out --model . --temperature hot",
+        "--temperature: must be a number; got 'hot'",
+    ),
+    "a number out of range": (
+        "superres a.png out --model . --threads 0",
+        "--threads: must be at least 1 and at most 1024; got 0",
+    ),
+    "a value misspelt": (
+        "demo --task lowligh",
+        "invalid choice: 'lowligh' .*; did you mean lowlight?",
+    ),
+    "an option without its value": ("demo --out", "--out: expected one argument"),
+    "a picture for a checkpoint": (
+        "convert srflow a.png b",
+        "a.png cannot be read as a file of tensors",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NEWCOMERS)
+def test_an_ordinary_mistake_is_answered_in_one_line(name, tmp_path, monkeypatch, capsys):
+    line, answer = NEWCOMERS[name]
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("a.png")
+    code, out, errors = run(capsys, *line.split())
+    assert (code, out, errors.count("\n")) == (2, "", 1)
+    assert re.search(answer, errors), errors
 
 
 def test_inspect(superres, lowlight, capsys):

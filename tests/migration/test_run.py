@@ -42,3 +42,20 @@ def test_a_single_row_is_refused_with_the_rule():
     x, y = torch.rand(1, 3, 4, 4), [torch.randn(1, 8, 2, 2)]
     with pytest.raises(ValueError, match=r"at least two rows.*got \(1, 3, 4, 4\)"):
         migrate(flow, x, y)
+
+
+@pytest.mark.parametrize(
+    "given", ["flow.pt", torch.nn.Linear(2, 2).state_dict()], ids=["file", "state"]
+)
+def test_weights_without_their_flow_are_refused(given):
+    with pytest.raises(
+        TypeError, match=r"must be a module; got .*: build the flow that the weights"
+    ):
+        migrate(given, torch.rand(9, 2))
+
+
+def test_of_what_is_no_flow_the_libraries_are_named():
+    with pytest.raises(
+        TypeError, match=r"migrate Linear: give a flow of .*nflows, normflows, pyro"
+    ):
+        migrate(torch.nn.Linear(2, 2), torch.rand(9, 2))

@@ -721,3 +721,11 @@ def test_new_models_have_a_margin_and_their_certificate_says_it(make):
     assert certify(model.limit(0.5)).bound(1e6) == pytest.approx(1.5, abs=1e-4)
     assert certify(model.limit(None)).bound(1e6) > 1e5
     assert "images within [-0.5, 1.5]" in str(certify(model.limit(0.5)))
+
+
+def test_images_on_another_device_than_the_model_are_refused():
+    model = SuperResolutionFlow(scale=2, levels=1, steps=1, hidden=8, features=8)
+    with pytest.raises(
+        ValueError, match=r"device cpu of the model; got meta: call lr\.to\('cpu'\)"
+    ):
+        model.sample(torch.rand(1, 3, 8, 8, device="meta"))

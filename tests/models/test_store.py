@@ -22,6 +22,7 @@ from flowguard.models import (
     LowLightFlow,
     PyramidEncoder,
     SuperResolutionFlow,
+    load,
     store,
 )
 from flowguard.models.store import PretrainedError
@@ -778,3 +779,12 @@ class Handing(SuperResolutionFlow):
 def test_margins_of_users_classes_come_back(cls, margin, tmp_path):
     cls().limit(margin).save_pretrained(tmp_path)
     assert cls.from_pretrained(tmp_path).margin == margin
+
+
+def test_a_file_is_no_folder_of_a_model(tmp_path):
+    (tmp_path / "weights.pth").write_bytes(b"")
+    for read in (load, SuperResolutionFlow.from_pretrained):
+        with pytest.raises(
+            PretrainedError, match=r"but a file of that name; .* `flowguard convert`"
+        ):
+            read(tmp_path / "weights.pth")

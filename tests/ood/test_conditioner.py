@@ -11,6 +11,7 @@ from collections import OrderedDict, namedtuple
 import nflows.distributions
 import nflows.flows
 import nflows.transforms
+import numpy as np
 import pytest
 import torch
 import zuko
@@ -845,3 +846,50 @@ def test_unguarded_is_of_one_thread():
         thread.start()
         thread.join()
     assert raised == [True]
+
+
+# -- ordinary mistakes -----------------------------------------------------------------------
+
+MISTAKES = {
+    "an array": (lambda c: c.fit(np.zeros((9, 3)), False), TypeError, r"got an array .*as_tensor"),
+    "arrays as batches": (
+        lambda c: c.fit([np.zeros((9, 3))], False),
+        TypeError,
+        "is a ndarray: torch",
+    ),
+    "numbers as batches": (
+        lambda c: c.fit([1.0, 2.0], False),
+        TypeError,
+        "got one that is a float",
+    ),
+    "a single number": (
+        lambda c: c.fit(torch.tensor(1.0), False),
+        ValueError,
+        "one in each row; got",
+    ),
+    "one vector": (
+        lambda c: c.fit(torch.zeros(3), False),
+        NotFittedError,
+        "at least 2 vectors; got 1: give more contexts, one in each row",
+    ),
+    "a key that is not there": (
+        lambda c: c.fit([{"y": torch.zeros(9, 3)}], False, context="x"),
+        ValueError,
+        r"got 'x', for a batch that is a dict with the keys \['y'\]",
+    ),
+    "an index beyond": (
+        lambda c: c.fit([(torch.zeros(9, 3),)], False, context=1),
+        ValueError,
+        "got 1, for a batch that is a tuple",
+    ),
+}
+
+
+@pytest.mark.parametrize("encoder", [None, lambda: nn.Linear(3, 2)], ids=["bare", "encoder"])
+@pytest.mark.parametrize("name", MISTAKES)
+def test_an_ordinary_mistake_is_answered_by_the_rule(name, encoder):
+    call, kind, answer = MISTAKES[name]
+    conditioner = OODConditioner(encoder and encoder())
+    with pytest.raises(kind, match=answer):
+        call(conditioner)
+    assert not conditioner.fitted

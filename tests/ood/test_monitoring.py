@@ -441,3 +441,8 @@ def test_a_refused_entry_leaves_nothing_behind():
         model(FAR)
     assert hooks(model) == 0
     assert len(watch.reports) == 1
+
+
+def test_what_is_no_module_is_named():
+    with pytest.raises(TypeError, match=r"must be a torch.nn.Module, or hold one; got str"):
+        monitor("encoder")
