@@ -28,7 +28,8 @@ def absolute(text: str, repository: str) -> str:
 if __name__ == "__main__":
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    address = project.get("urls", {}).get("Source")
     setup(
-        long_description=absolute(readme, project["urls"]["Source"]),
+        long_description=absolute(readme, address) if address else readme,
         long_description_content_type="text/markdown",
     )
