@@ -27,7 +27,7 @@ LADDER = [
     {"transforms"},
     {"bounds"},
     {"migration"},
-    {"image"},
+    {"autoregression", "image"},
     {"models"},
     {"data"},
     {"training"},
@@ -37,7 +37,7 @@ LADDER = [
 FLOOR = {wing: floor for floor, wings in enumerate(LADDER) for wing in wings}
 TOP = {"benchmarks", "examples", "integrations"}  # folders of the root that tests mirror
 FILES = {"__init__", "__main__", "_version", "hosts"}
-FILES |= {"numerics", "functional", "transforms", "data", "metrics"}
+FILES |= {"numerics", "functional", "transforms", "autoregression", "data", "metrics"}
 
 #: Who may import the kernels of the splines, and what else an adapter may take of the core.
 KERNELS = "flowguard.spline"

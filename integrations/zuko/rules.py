@@ -47,6 +47,7 @@ from flowguard.migration.imitate import RescaledSpline
 from flowguard.migration.inscribe import InscribedAffine, InscribedShift
 from flowguard.migration.rules import BoundOfMap
 
+from .autoregressive import GroupedAutoregressiveTransform
 from .bases import BoundedNormal
 from .flows import GuardedFlow
 from .image import ConditionalMultiscaleTransform, MultiscaleFlow, MultiscaleTransform
@@ -210,7 +211,7 @@ def _elementwise(layer: Any, sampling: bool) -> Iterator[Step]:
     yield from _constant_map(layer.univariate, lambda: layer.univariate(*layer.phi), sampling)
 
 
-@rule(T.AutoregressiveTransform)
+@rule(T.AutoregressiveTransform, GroupedAutoregressiveTransform)
 def _autoregressive_given_context(f: Any, sampling: bool) -> Iterator[Step]:
     layer = _owner(f.meta, zuko.flows.autoregressive.MaskedAutoregressiveTransform)
     yield from _refused(UNKNOWN) if layer is None else steps(layer, sampling)
