@@ -14,6 +14,7 @@ __all__ = [
     "depends",
     "invert",
     "made_groups",
+    "masked_inverse",
     "narrowed",
     "order_of",
     "unhooked",
@@ -161,6 +162,48 @@ def unhooked(*modules: nn.Module) -> bool:
 def at_rest(net: nn.Module) -> bool:
     r"""Whether what a network says of a row depends on this row alone."""
     return not any(isinstance(m, RESTLESS) and m.training for m in net.modules())
+
+
+def masked_inverse(
+    net: Any,
+    y: Tensor,
+    context: Any,
+    solve: Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor]],
+    *,
+    kinds: Sequence[type],
+    alike: bool = True,
+) -> tuple[Tensor, Tensor]:
+    r"""Returns the inverse of maps whose parameters a masked autoencoder tells, and its
+    log-determinant.
+
+    Where it is not known in which order the network goes, each pass works out all features.
+
+    Arguments:
+        net: The network, called with what is mapped and the context; see :func:`made_groups`.
+        y: The values of the maps, with shape :math:`(N, D)`.
+        context: The context.
+        solve: Called with the values of some features, with what the network says of them, and
+            with their indices or, for all, a slice; returns the inverse and the log-determinant.
+        kinds: The classes of such a network, of its blocks and of its layers.
+        alike: Whether `solve` can be asked of some features alone.
+    """
+    features = y.shape[1]
+    groups = made_groups(net, features, kinds) if alike else None
+    if groups is None:
+        x = torch.zeros_like(y)
+        for _ in range(features):
+            # After pass i the first i features are right, and do not change any more.
+            x, ladj = solve(y, net(x, context), slice(None))
+        return x, ladj
+    twin, last = narrowed(net, "final_layer", features)
+
+    def step(x: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+        last.features = new
+        return solve(y[:, new], twin(x, context), new)
+
+    x, total = invert(y, groups, step)
+    assert total is not None  # of the first group at least
+    return x, total
 
 
 def made_groups(net: Any, features: int, kinds: Sequence[type]) -> list[Tensor] | None:

@@ -26,6 +26,7 @@ INNER = (
     0.5  # the share of the box that all values which were met shall lie in: rarer ones shall, too
 )
 WIDEST = 4.0  # by how much it may be widened for that
+ALL = slice(None)  # all features
 FAR = 1e6  # what an intercept is cut at first: far beyond any box, and its square is finite
 
 
@@ -75,6 +76,11 @@ def inscribe(
         scale = 2 * shift_bound / math.pi
         shift = scale * torch.tan(shift / scale)
     return *raw, shift
+
+
+def _of(unit: Tensor, of: Tensor | slice) -> Tensor:
+    r"""The units of some features, where they do not share theirs."""
+    return unit if isinstance(of, slice) or unit.shape[-1] == 1 else unit[..., of]
 
 
 def _flattest(dtype: torch.dtype, bound: float, slope: float | None) -> float:
@@ -149,15 +155,16 @@ class InscribedAffine(Additional, InUnits):
             **spline.options,
         )
 
-    def forward(self, scale: Tensor, shift: Tensor) -> Rescaled:
+    def forward(self, scale: Tensor, shift: Tensor, of: Tensor | slice = ALL) -> Rescaled:
         r"""Returns the spline that follows :math:`s x + t`.
 
         Arguments:
             scale: The slope :math:`s`, with shape :math:`(*, D)`.
             shift: The value :math:`t` at zero, with shape :math:`(*, D)`.
+            of: The features that are meant, if they are not all: :math:`D` of them.
         """
         scale, shift = single(scale), single(shift)
-        loc_in, scale_in, loc_out, scale_out = units = tuple(map(single, self.units))
+        loc_in, scale_in, loc_out, scale_out = units = tuple(_of(single(t), of) for t in self.units)
         gain = scale * (scale_in / scale_out)
         intercept = (scale * loc_in + shift - loc_out) / scale_out
         base = RobustSpline(*inscribe(gain, intercept, **self.options), **self.options)
@@ -231,15 +238,17 @@ class InscribedShift(Additional):
         r"""Returns the bound of the shift, for the printed module."""
         return f"shift_bound={self.shift_bound}"
 
-    def forward(self, shift: Tensor) -> Rescaled:
+    def forward(self, shift: Tensor, of: Tensor | slice = ALL) -> Rescaled:
         r"""Returns the map :math:`x + t`.
 
         Arguments:
             shift: The shift :math:`t`, with shape :math:`(*, D)`.
+            of: The features that are meant, if they are not all: :math:`D` of them.
         """
-        raw = (shift - self.loc) / self.scale
+        loc, unit = _of(self.loc, of), _of(self.scale, of)
+        raw = (shift - loc) / unit
         if self.shift_bound is not None:
             scale = 2 * self.shift_bound / math.pi
             raw = scale * torch.tan(saturate(raw, self.shift_bound) / scale)
         base = AdditiveTransform(raw, self.shift_bound)
-        return Rescaled(base, torch.zeros_like(self.loc), self.scale, self.loc, self.scale)
+        return Rescaled(base, torch.zeros_like(loc), unit, loc, unit)
