@@ -9,7 +9,7 @@ Nothing here knows a library: adapters say what their networks are made of.
 """
 
 __all__ = [
-    "Rows",
+    "RowsOfFeatures",
     "at_rest",
     "depends",
     "invert",
@@ -113,7 +113,7 @@ def depends(masks: Iterable[Tensor], reach: Tensor) -> Tensor:
     return reach
 
 
-class Rows(nn.Module):
+class RowsOfFeatures(nn.Module):
     r"""Creates the masked linear layer that tells the parameters of some features alone.
 
     Arguments:
@@ -134,7 +134,7 @@ class Rows(nn.Module):
         return F.linear(h, self.rows[self.features].flatten(0, 1), bias)
 
 
-def narrowed(net: nn.Module, last: str, features: int) -> tuple[nn.Module, Rows]:
+def narrowed(net: nn.Module, last: str, features: int) -> tuple[nn.Module, RowsOfFeatures]:
     r"""Returns a network that runs as another one, up to the rows of its last layer; and that
     layer, which is told of which features it shall speak.
 
@@ -143,7 +143,7 @@ def narrowed(net: nn.Module, last: str, features: int) -> tuple[nn.Module, Rows]
         last: The name of its last layer, a masked one.
         features: The number of features.
     """
-    rows = Rows(getattr(net, last), features)
+    rows = RowsOfFeatures(getattr(net, last), features)
     return successor(net, **{last: rows}), rows
 
 

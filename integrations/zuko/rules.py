@@ -49,7 +49,7 @@ from flowguard.migration.rules import BoundOfMap
 
 from .autoregressive import GroupedAutoregressiveTransform
 from .bases import BoundedNormal
-from .flows import GuardedFlow
+from .flows import GuardedFlow, RobustNSF
 from .image import ConditionalMultiscaleTransform, MultiscaleFlow, MultiscaleTransform
 from .migration import CarriedSpline, InscribedUnivariate
 from .standin import InPlaceRQSTransform
@@ -69,7 +69,7 @@ known_bases(events=[zuko.distributions.DiagNormal])
 SAMPLING_ONLY = "a flow is bounded in its sampling direction only"
 
 
-@rule(zuko.lazy.Flow)
+@rule(zuko.lazy.Flow, RobustNSF)  # which changes how samples are computed, not which they are
 def _flow(flow: Any, sampling: bool) -> Iterator[Step]:
     if not sampling:
         yield Refused(reason=SAMPLING_ONLY)
