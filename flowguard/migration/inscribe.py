@@ -4,10 +4,18 @@ Where :mod:`flowguard.migration.imitate` fits a network to an affine map, this c
 the old network asks for, in closed form, so that the network is kept as a whole.
 """
 
-__all__ = ["Additional", "InscribedAffine", "InscribedShift", "inscribe", "middle", "single"]
+__all__ = [
+    "Additional",
+    "InscribedAffine",
+    "InscribedLine",
+    "InscribedShift",
+    "inscribe",
+    "middle",
+    "single",
+]
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -16,9 +24,10 @@ from torch import Tensor
 
 from flowguard.functional import FAITHFUL, saturate
 from flowguard.migration.imitate import SMALLEST, InUnits, Rescaled, RescaledSpline
+from flowguard.numerics import watchable
 from flowguard.spline.invert import unconstrain
 from flowguard.spline.options import Options
-from flowguard.transforms import AdditiveTransform, RobustSpline
+from flowguard.transforms import AdditiveTransform, RobustSpline, Univariate
 
 STRAIGHT = 0.9  # the share of the box in which the map is straight, for slopes up to one
 STRAIGHT_STEEP = 0.75  # and for the steepest ones, which need some room to bend
@@ -27,6 +36,8 @@ INNER = (
 )
 WIDEST = 4.0  # by how much it may be widened for that
 ALL = slice(None)  # all features
+CLEAR = 1.05  # how far within its limits a spline has to be for its middle to be called straight
+MANY = 0.25  # the share of bent elements from which on all go through the spline
 FAR = 1e6  # what an intercept is cut at first: far beyond any box, and its square is finite
 
 
@@ -99,6 +110,126 @@ def single(t: Tensor) -> Tensor:
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
+class InscribedLine(Rescaled):
+    r"""Creates the robust spline that follows :math:`s x + t` in units, for maps that are lines
+    nearly everywhere.
+
+    Where the spline is that line, which is nearly everywhere that it was made for, the line is
+    what is computed: value, slope and gradients are those of the spline up to rounding. The other
+    elements, in the bends, outside of the box and where the spline cannot follow, go through the
+    spline. What is compiled, traced, batched by `torch.func`, or on another device than the CPU,
+    goes there as a whole, as which elements these are would have to be read back.
+
+    Arguments:
+        scale: The slope :math:`s`, with shape :math:`(*)`, in single precision or better.
+        shift: The value :math:`t` at zero, with shape :math:`(*)`.
+        units: Origin and unit of the input, and of the output.
+        bound: The bound :math:`B` of the box.
+        shift_bound: The bound of the spline's shift; :py:`None` for none.
+        slope: The least slope of the spline.
+
+    Example:
+        >>> units = torch.tensor([0.0, 1.0, 0.0, 1.0]).unbind()
+        >>> options = {"bound": 5.0, "shift_bound": 5.0, "slope": 1e-3}
+        >>> f = InscribedLine(torch.tensor(2.0), torch.tensor(0.5), units, **options)
+        >>> f(torch.tensor([1.0])), f(torch.tensor([1e6])) == f.base(torch.tensor([1e6]))
+        (tensor([2.5000]), tensor([True]))
+    """
+
+    def __init__(
+        self,
+        scale: Tensor,
+        shift: Tensor,
+        units: Sequence[Tensor],
+        *,
+        bound: float,
+        shift_bound: float | None,
+        slope: float | None,
+    ) -> None:
+        Univariate.__init__(self)  # the spline is made when it is asked for
+        self.scale, self.shift = scale, shift
+        self.loc_in, self.scale_in, self.loc_out, self.scale_out = units
+        self.bound, self.shift_bound, self.slope = bound, shift_bound, slope
+
+    @property
+    def options(self) -> dict[str, Any]:
+        r"""The options of the spline."""
+        return {"bound": self.bound, "shift_bound": self.shift_bound, "slope": self.slope}
+
+    @property
+    def base(self) -> RobustSpline:  # type: ignore[override]
+        r"""The spline, in the units."""
+        loc_in, scale_in, loc_out, scale_out = self.units
+        gain = self.scale * (scale_in / scale_out)
+        intercept = (self.scale * loc_in + self.shift - loc_out) / scale_out
+        return RobustSpline(*inscribe(gain, intercept, **self.options), **self.options)
+
+    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self._run(x, False)
+
+    def _backward(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self._run(y, True)
+
+    def _run(self, v: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        if not (watchable() and v.device.type == "cpu"):
+            return self._through_spline(v, inverse)
+        wide = v.to(torch.promote_types(v.dtype, self.scale.dtype))
+        out, ladj = _line(wide, self.scale, self.shift, inverse)
+        with torch.no_grad():
+            bent = ~self._is_straight(*((out, wide) if inverse else (wide, out)))
+            count = int(bent.count_nonzero())
+        if count > MANY * bent.numel():
+            return self._through_spline(v, inverse)
+        if count:
+            # What is not finite would make NaN of gradients that do not count.
+            parts = [t.expand(bent.shape) for t in (wide, self.scale, self.shift)]
+            safe = (t.masked_fill(bent, k) for t, k in zip(parts, (0.0, 1.0, 0.0), strict=True))
+            out, ladj = _line(*safe, inverse)
+            x, scale, shift = (t[bent] for t in parts)
+            units = [t.expand(bent.shape)[bent] for t in self.units]
+            few = InscribedLine(scale, shift, units, **self.options)
+            there = (bent,)
+            bends, slopes = few._through_spline(x, inverse)
+            out, ladj = out.index_put(there, bends), ladj.index_put(there, slopes.to(ladj))
+        return out.to(v.dtype), ladj
+
+    def _through_spline(self, v: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        return super()._backward(v) if inverse else super()._forward(v)
+
+    def _is_straight(self, x: Tensor, y: Tensor) -> Tensor:
+        r"""Where the spline of :func:`inscribe` is the line on which `x` and `y` lie."""
+        o = Options(x.dtype, self.bound, self.slope)
+        u, v = (x - self.loc_in) / self.scale_in, (y - self.loc_out) / self.scale_out
+        a = self.scale * (self.scale_in / self.scale_out)
+        b = torch.addcmul(v, a, u, value=-1)
+        steep = a.clamp_min(1.0)
+        by = b / steep.square()
+        edge = self.bound * (STRAIGHT_STEEP + (STRAIGHT - STRAIGHT_STEEP) / steep)
+        # Of a flat line, the bins at both sides are steep, as far as a secant may be that.
+        flattest = _flattest(a.dtype, self.bound, self.slope)
+        steepest = 1 / flattest
+        if o.share > 0:
+            flattest = max(flattest, (1 - (1 - STRAIGHT) / (o.share * CLEAR)) / STRAIGHT)
+        fine = (a >= flattest) & (a <= steepest)
+        # On its way through the inner square.
+        fine &= (u.abs() <= edge) & ((v - by).abs() <= edge)
+        if self.shift_bound is not None:
+            fine &= by.abs() <= FAITHFUL * self.shift_bound
+        # Not beyond what is left is followed; and of a steep line, the flattest bin at its side,
+        # with a secant m = a (B - e) / (a B - e + |rest|), has to allow for the slope, m² ≥ λ² a.
+        far = FAITHFUL * steep * edge
+        if o.share > 0:
+            room = steep.sqrt() * (self.bound - edge) / (o.share * CLEAR)
+            far = torch.minimum(far, room - steep * self.bound + edge)
+        return fine & ((b - by).abs() <= far)
+
+
+def _line(v: Tensor, scale: Tensor, shift: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    out = (v - shift) / scale if inverse else torch.addcmul(shift, scale, v)
+    ladj = scale.log()
+    return out, (-ladj if inverse else ladj).expand(out.shape)
+
+
 class Additional(nn.Module):
     r"""A module with buffers of its own, which older weights know nothing of."""
 
@@ -163,12 +294,8 @@ class InscribedAffine(Additional, InUnits):
             shift: The value :math:`t` at zero, with shape :math:`(*, D)`.
             of: The features that are meant, if they are not all: :math:`D` of them.
         """
-        scale, shift = single(scale), single(shift)
-        loc_in, scale_in, loc_out, scale_out = units = tuple(_of(single(t), of) for t in self.units)
-        gain = scale * (scale_in / scale_out)
-        intercept = (scale * loc_in + shift - loc_out) / scale_out
-        base = RobustSpline(*inscribe(gain, intercept, **self.options), **self.options)
-        return Rescaled(base, *units)
+        units = [_of(single(t), of) for t in self.units]
+        return InscribedLine(single(scale), single(shift), units, **self.options)
 
 
 def middle(logs: Tensor, reach: float) -> Tensor:
