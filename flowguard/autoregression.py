@@ -76,7 +76,7 @@ def invert(y: Tensor, groups: Sequence[Tensor], solve: Solve) -> tuple[Tensor, T
 
 def order_of(parents: Tensor, most: int) -> list[Tensor] | None:
     r"""Returns the features in groups, each of which depends on earlier groups alone; :py:`None`
-    if there is no such order, or if it has too many groups.
+    if there is no such order, if it has too many groups, or if no numbers are there.
 
     Arguments:
         parents: Whether feature :math:`i` depends on feature :math:`j`, with shape :math:`(D, D)`.
@@ -88,6 +88,8 @@ def order_of(parents: Tensor, most: int) -> list[Tensor] | None:
         >>> order_of(torch.tensor([[False, True], [True, False]]), 2) is None
         True
     """
+    if parents.is_meta:
+        return None  # there is nothing to be seen
     # What is looked at one by one is faster on the CPU.
     missing, left = parents.cpu(), torch.ones(len(parents), dtype=torch.bool)
     groups = []

@@ -212,9 +212,9 @@ class InscribedLine(Rescaled):
             flattest = max(flattest, (1 - (1 - STRAIGHT) / (o.share * CLEAR)) / STRAIGHT)
         fine = (a >= flattest) & (a <= steepest)
         # On its way through the inner square.
-        fine &= (u.abs() <= edge) & ((v - by).abs() <= edge)
+        fine = fine & (u.abs() <= edge) & ((v - by).abs() <= edge)
         if self.shift_bound is not None:
-            fine &= by.abs() <= FAITHFUL * self.shift_bound
+            fine = fine & (by.abs() <= FAITHFUL * self.shift_bound)
         # Not beyond what is left is followed; and of a steep line, the flattest bin at its side,
         # with a secant m = a (B - e) / (a B - e + |rest|), has to allow for the slope, m² ≥ λ² a.
         far = FAITHFUL * steep * edge
