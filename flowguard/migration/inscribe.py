@@ -176,7 +176,10 @@ class InscribedLine(Rescaled):
         wide = v.to(torch.promote_types(v.dtype, self.scale.dtype))
         out, ladj = _line(wide, self.scale, self.shift, inverse)
         with torch.no_grad():
-            bent = ~self._is_straight(*((out, wide) if inverse else (wide, out)))
+            seen = self._in_units(*((out, wide) if inverse else (wide, out)))
+            if self._is_throughout_straight(*seen):
+                return out.to(v.dtype), ladj
+            bent = ~self._is_straight(*seen)
             count = int(bent.count_nonzero())
         if count > MANY * bent.numel():
             return self._through_spline(v, inverse)
@@ -196,31 +199,64 @@ class InscribedLine(Rescaled):
     def _through_spline(self, v: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         return super()._backward(v) if inverse else super()._forward(v)
 
-    def _is_straight(self, x: Tensor, y: Tensor) -> Tensor:
-        r"""Where the spline of :func:`inscribe` is the line on which `x` and `y` lie."""
-        o = Options(x.dtype, self.bound, self.slope)
+    def _in_units(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        r"""Input, output, slope and intercept, in the units."""
         u, v = (x - self.loc_in) / self.scale_in, (y - self.loc_out) / self.scale_out
         a = self.scale * (self.scale_in / self.scale_out)
-        b = torch.addcmul(v, a, u, value=-1)
+        return u, v, a, torch.addcmul(v, a, u, value=-1)
+
+    def _slopes(self, dtype: torch.dtype) -> tuple[float, float, float]:
+        r"""The least and the largest slope of lines that may be straight, and the share that is
+        kept clear of secants."""
+        share = CLEAR * Options(dtype, self.bound, self.slope).share
+        flattest = least = _flattest(dtype, self.bound, self.slope)
+        if share > 0:
+            # Of a flat line, the bins at both sides are steep, as far as a secant may be that.
+            flattest = max(least, (1 - (1 - STRAIGHT) / share) / STRAIGHT)
+        return flattest, 1 / least, share
+
+    def _room(self, steep: Any, edge: Any, share: float) -> Any:
+        r"""Up to what rest of a steep line the flattest bin at its side, with the secant
+        m = a (B - e) / (a B - e + |rest|), allows for its slope: m² ≥ λ² a."""
+        return steep**0.5 * (self.bound - edge) / share - steep * self.bound + edge
+
+    def _is_throughout_straight(self, u: Tensor, v: Tensor, a: Tensor, b: Tensor) -> bool:
+        r"""Whether a few bounds are enough to tell that all elements are straight, as
+        :func:`_is_straight` has it."""
+        if not v.numel():
+            return True
+        flattest, steepest, share = self._slopes(a.dtype)
+        (least, most), *rest = ([e.item() for e in torch.aminmax(t)] for t in (a, u, v, b))
+        if not flattest <= least <= most <= steepest or share > 0.5:
+            return False
+        farthest, reach, by = (max(-low, high) for low, high in rest)
+        steep = max(most, 1.0)
+        edge = self.bound * (STRAIGHT_STEEP + (STRAIGHT - STRAIGHT_STEEP) / steep)
+        # With θ = 1 / a², what is left of the output without the shift is (1 - θ) v + θ a u, at most
+        # (1 - θ) |v| + √θ |u| ≤ |v| + u² / 4 |v|.
+        inner = reach + farthest**2 / (4 * reach) if reach > 0 else farthest
+        # The room is concave in the slope, hence least at either end.
+        far = FAITHFUL * STRAIGHT * self.bound
+        if share > 0:
+            ends = (1.0, STRAIGHT * self.bound), (steep, edge)
+            far = min(far, *(self._room(s, e, share) for s, e in ends))
+        shifts = math.inf if self.shift_bound is None else FAITHFUL * self.shift_bound
+        return max(farthest, inner) <= edge and by <= shifts and by * (1 - steep**-2) <= far
+
+    def _is_straight(self, u: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        r"""Where the spline of :func:`inscribe` is the line through these."""
         steep = a.clamp_min(1.0)
         by = b / steep.square()
         edge = self.bound * (STRAIGHT_STEEP + (STRAIGHT - STRAIGHT_STEEP) / steep)
-        # Of a flat line, the bins at both sides are steep, as far as a secant may be that.
-        flattest = _flattest(a.dtype, self.bound, self.slope)
-        steepest = 1 / flattest
-        if o.share > 0:
-            flattest = max(flattest, (1 - (1 - STRAIGHT) / (o.share * CLEAR)) / STRAIGHT)
+        flattest, steepest, share = self._slopes(a.dtype)
         fine = (a >= flattest) & (a <= steepest)
         # On its way through the inner square.
         fine = fine & (u.abs() <= edge) & ((v - by).abs() <= edge)
         if self.shift_bound is not None:
             fine = fine & (by.abs() <= FAITHFUL * self.shift_bound)
-        # Not beyond what is left is followed; and of a steep line, the flattest bin at its side,
-        # with a secant m = a (B - e) / (a B - e + |rest|), has to allow for the slope, m² ≥ λ² a.
-        far = FAITHFUL * steep * edge
-        if o.share > 0:
-            room = steep.sqrt() * (self.bound - edge) / (o.share * CLEAR)
-            far = torch.minimum(far, room - steep * self.bound + edge)
+        far = FAITHFUL * steep * edge  # and what is left is followed
+        if share > 0:
+            far = torch.minimum(far, self._room(steep, edge, share))
         return fine & ((b - by).abs() <= far)
 
 

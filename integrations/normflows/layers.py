@@ -12,8 +12,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 from normflows.flows import Flow
-from normflows.nets import ResidualNet
-from normflows.nets import made
+from normflows.nets import ResidualNet, made
 from normflows.nets.made import MADE
 from torch import Tensor
 

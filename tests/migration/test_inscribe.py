@@ -87,7 +87,9 @@ def lines(options, n=500, dtype=torch.float64):
     torch.manual_seed(0)
     scale = (1.5 * torch.randn(n, 2, dtype=dtype)).exp()
     shift, x = 2 * torch.randn(n, 2, dtype=dtype), 3 * torch.randn(n, 2, dtype=dtype)
-    f = InscribedAffine(*UNITS.to(dtype), **options)(scale.requires_grad_(), shift.requires_grad_())
+    f = InscribedAffine(*UNITS.to(dtype), **options)(
+        scale.requires_grad_(), shift.requires_grad_()
+    )
     return f, x.requires_grad_()
 
 
@@ -184,3 +186,24 @@ def test_some_features_have_their_own_units():
 def test_a_line_without_rows():
     f = InscribedAffine(*UNITS)(torch.ones(0, 2), torch.ones(0, 2))
     assert f.call_and_ladj(torch.ones(0, 2))[0].shape == (0, 2)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_what_is_called_straight_throughout_is_straight_everywhere(options):
+    told, (loc_in, scale_in, loc_out, scale_out) = 0, UNITS.double()
+    for seed in range(100):
+        torch.manual_seed(seed)
+        # In units, with as many draws that are narrow as wide ones.
+        wide = torch.rand(3, 1, 1).double().square()
+        a, b, u = wide * torch.randn(3, 20, 2).double()
+        u, b, scale = options["bound"] * u, options["bound"] * b, a.exp() * scale_out / scale_in
+        x, shift = loc_in + scale_in * u, loc_out + scale_out * b - scale * loc_in
+        f = InscribedAffine(*UNITS.double(), **options)(scale, shift)
+        y, ladj = as_spline(f).call_and_ladj(x)
+        seen = f._in_units(x, scale * x + shift)
+        if f._is_throughout_straight(*seen):
+            told += 1
+            assert f._is_straight(*seen).all()
+            assert torch.allclose(y, scale * x + shift, atol=1e-9)
+            assert torch.allclose(ladj, scale.log(), atol=1e-9)
+    assert told >= 2

@@ -95,7 +95,9 @@ def test_each_spline_is_evaluated_once_behind_as_many_hidden_layers_as_passes(pa
     seen = []
     linear = nn.functional.linear
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nn.functional, "linear", lambda h, w, b: seen.append(len(w)) or linear(h, w, b))
+        patch.setattr(
+            nn.functional, "linear", lambda h, w, b: seen.append(len(w)) or linear(h, w, b)
+        )
         flow(torch.randn(7, 2)).sample()
     last = [n for n in seen if n != 64]  # all hidden layers have 64 rows
     assert sum(last) == layer.hyper.out_features
