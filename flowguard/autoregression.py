@@ -163,7 +163,9 @@ def unhooked(*modules: nn.Module) -> bool:
 
 def at_rest(net: nn.Module) -> bool:
     r"""Whether what a network says of a row depends on this row alone."""
-    return not any(isinstance(m, RESTLESS) and m.training for m in net.modules())
+    return not any(
+        isinstance(m, RESTLESS) and m.training and getattr(m, "p", 1) for m in net.modules()
+    )
 
 
 def masked_inverse(
