@@ -92,7 +92,7 @@ def order_of(parents: Tensor, most: int) -> list[Tensor] | None:
         return None  # there is nothing to be seen
     # What is looked at one by one is faster on the CPU.
     missing, left = parents.cpu(), torch.ones(len(parents), dtype=torch.bool)
-    groups = []
+    groups: list[Tensor] = []
     while bool(left.any()):
         now = left & ~(missing & left).any(-1)
         if len(groups) == most or not bool(now.any()):
@@ -146,7 +146,9 @@ def narrowed(net: nn.Module, last: str, features: int) -> tuple[nn.Module, RowsO
         features: The number of features.
     """
     rows = RowsOfFeatures(getattr(net, last), features)
-    return successor(net, **{last: rows}), rows
+    twin: nn.Module = successor(net)
+    setattr(twin, last, rows)
+    return twin, rows
 
 
 def unhooked(*modules: nn.Module) -> bool:

@@ -186,8 +186,10 @@ class InscribedLine(Rescaled):
         if count:
             # What is not finite would make NaN of gradients that do not count.
             parts = [t.expand(bent.shape) for t in (wide, self.scale, self.shift)]
-            safe = (t.masked_fill(bent, k) for t, k in zip(parts, (0.0, 1.0, 0.0), strict=True))
-            out, ladj = _line(*safe, inverse)
+            at, gain, by = (
+                t.masked_fill(bent, k) for t, k in zip(parts, (0.0, 1.0, 0.0), strict=True)
+            )
+            out, ladj = _line(at, gain, by, inverse)
             x, scale, shift = (t[bent] for t in parts)
             units = [t.expand(bent.shape)[bent] for t in self.units]
             few = InscribedLine(scale, shift, units, **self.options)

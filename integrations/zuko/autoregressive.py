@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import zuko
 from torch import Tensor, nn
-from torch.distributions import Transform
 from zuko.flows import MaskedAutoregressiveTransform
 from zuko.nn import MaskedLinear, MaskedMLP, Residual
 from zuko.utils import broadcast, unpack
@@ -24,14 +23,15 @@ from flowguard.autoregression import (
 from flowguard.numerics import watchable
 from flowguard.transforms import RobustSpline
 
-T = zuko.transforms
+T: Any = zuko.transforms
+AutoregressiveTransform: Any = T.AutoregressiveTransform
 
 #: Where torch keeps its activations, and those among them that mix features.
 ACTIVATIONS = "torch.nn.modules.activation"
 MIXING = (nn.Softmax, nn.Softmax2d, nn.Softmin, nn.LogSoftmax, nn.MultiheadAttention)
 
 
-class GroupedAutoregressiveTransform(T.AutoregressiveTransform):
+class GroupedAutoregressiveTransform(AutoregressiveTransform):
     r"""Creates the transform that zuko's masked layer makes of a context, in whose inverse each
     feature is worked out once.
 
@@ -75,7 +75,7 @@ class GroupedAutoregressiveTransform(T.AutoregressiveTransform):
         return invert(y, groups, solve)[0]
 
 
-def grouped(transform: Transform) -> Transform:
+def grouped(transform: Any) -> Any:
     r"""Returns a transform in which zuko's masked autoregressive ones with robust splines are
     :class:`GroupedAutoregressiveTransform`.
 
@@ -87,7 +87,7 @@ def grouped(transform: Transform) -> Transform:
     meta: Any = getattr(transform, "meta", None)
     if type(transform) is not T.AutoregressiveTransform or type(meta) is not partial:
         return transform
-    layer = getattr(meta.func, "__self__", None)
+    layer: Any = getattr(meta.func, "__self__", None)
     if type(layer) is not MaskedAutoregressiveTransform or meta.keywords or len(meta.args) != 1:
         return transform
     if "meta" in vars(layer) or not _alike(layer.univariate) or layer.passes != transform.passes:
@@ -120,7 +120,7 @@ def _groups(layer: Any, features: int) -> list[Tensor] | None:
     return order_of(reach[:, :features], layer.passes)
 
 
-def _reach(layers: list[nn.Module], reach: Tensor) -> Tensor | None:
+def _reach(layers: list[Any], reach: Tensor) -> Tensor | None:
     r"""On which inputs the outputs of layers depend; None if that is not known."""
     for m in layers:
         if type(m) is MaskedLinear:
