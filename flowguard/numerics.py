@@ -17,6 +17,7 @@ __all__ = [
     "solve",
     "sum_rows",
     "trains",
+    "watchable",
 ]
 
 import math
@@ -89,6 +90,18 @@ def sum_rows(ladj: Tensor) -> Tensor:
         tensor([300., 300.])
     """
     return ladj.flatten(1).sum(1, dtype=torch.promote_types(ladj.dtype, torch.float32))
+
+
+def watchable() -> bool:
+    r"""Whether a program may look at the numbers that it computes, and write over them: neither
+    what is compiled or traced nor the transforms of `torch.func` let it.
+
+    Example:
+        >>> watchable()
+        True
+    """
+    traced = torch.compiler.is_compiling() or torch._C._is_tracing()
+    return not (traced or torch._C._are_functorch_transforms_active())
 
 
 def normal_log_prob(latents: Tensor | Sequence[Tensor]) -> Tensor:

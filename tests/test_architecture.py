@@ -29,7 +29,7 @@ LADDER = [
     {"transforms"},
     {"bounds"},
     {"migration"},
-    {"image"},
+    {"autoregression", "image"},
     {"models"},
     {"data"},
     {"training"},
@@ -39,7 +39,7 @@ LADDER = [
 FLOOR = {wing: floor for floor, wings in enumerate(LADDER) for wing in wings}
 TOP = {"benchmarks", "examples"}  # folders of the root that tests mirror
 FILES = {"__init__", "__main__", "_version", "hosts"}
-FILES |= {"numerics", "functional", "transforms", "data", "metrics"}
+FILES |= {"numerics", "functional", "transforms", "autoregression", "data", "metrics"}
 
 #: Who may import the kernels of the splines, and what else an adapter may take of the core.
 KERNELS = "flowguard.spline"

@@ -23,7 +23,6 @@ import flowguard.integrations.zuko.rules
 import flowguard.models.rules  # noqa: F401
 from flowguard.bounds import certify, rules
 from flowguard.integrations.sbi import GuardedPosterior
-from flowguard.migration.imitate import Rescaled
 
 from . import images, lazy, normflows_layers, pyro_layers, transforms
 from .judge import Verdict, judge
@@ -34,7 +33,7 @@ from .tampering import WRAPPERS, tampered, wrapped
 
 FAMILIES = {
     "transforms": (transforms.case_of_transforms, set(transforms.TRANSFORMS)),
-    "zuko": (lazy.case_of_lazy, {*lazy.LAZY, *lazy.GIVEN, Rescaled}),
+    "zuko": (lazy.case_of_lazy, {*lazy.LAZY, *lazy.GIVEN, *lazy.AFFINE}),
     **{name: (partial(case_of_nflows, name=name), nflows_tables()) for name in HOSTS},
     "normflows": (normflows_layers.case_of_normflows, normflows_layers.normflows_tables()),
     "pyro": (pyro_layers.case_of_pyro, {*pyro_layers.PYRO, *pyro_layers.DISTRIBUTIONS}),

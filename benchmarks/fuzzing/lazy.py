@@ -22,8 +22,10 @@ from flowguard.integrations.zuko import (
     RobustCouplingFlow,
     RobustNSF,
 )
+from flowguard.integrations.zuko.autoregressive import GroupedAutoregressiveTransform
 from flowguard.integrations.zuko.image import MultiscaleTransform
 from flowguard.migration.imitate import Rescaled
+from flowguard.migration.inscribe import InscribedLine
 from flowguard.transforms import RobustSpline
 
 from .maker import CONTEXT, ROWS, Case, Maker
@@ -127,9 +129,7 @@ def flow_of_zuko(m: Maker, d: int) -> Any:
     """
     match m.integer(0, 5):
         case 0:
-            return RobustNSF(d, m.context, bins=m.integer(2, 4), bound=m.positive(),
-                             shift_bound=m.positive(), transforms=m.integer(1, 3),
-                             hidden_features=[4])  # fmt: skip
+            return _robust_nsf(m, d)
         case 1:
             return RobustCouplingFlow(d, m.context, bins=m.integer(2, 4), bound=m.positive(),
                              shift_bound=m.positive(), transforms=m.integer(1, 3),
@@ -141,14 +141,20 @@ def flow_of_zuko(m: Maker, d: int) -> Any:
             return Lazy.Flow(layers, _base(m, d))
 
 
+def _robust_nsf(m: Maker, d: int) -> Any:
+    return RobustNSF(d, m.context, bins=m.integer(2, 4), bound=m.positive(),
+                     shift_bound=m.positive(), transforms=m.integer(1, 3),
+                     hidden_features=[4])  # fmt: skip
+
+
 def _migrated(m: Maker, d: int) -> Any:
     kinds = [zuko.flows.MAF, zuko.flows.NICE]
-    kind = m.pick(kinds if m.wanted is Rescaled else [*kinds, zuko.flows.NSF])
+    kind = m.pick(kinds if m.wanted in AFFINE else [*kinds, zuko.flows.NSF])
     old = kind(d, m.context, transforms=m.integer(1, 2), hidden_features=[4])
     x = m.tensor(16, d).clamp(-1e6, 1e6)
     y = torch.randn(16, CONTEXT) if m.context else None
     new, _ = flowguard.migrate(old, x, y, bins=m.integer(2, 4), fit_steps=2)
-    m.made.append(Rescaled)
+    m.made.append(Rescaled if kind is zuko.flows.NSF else InscribedLine)
     return new
 
 
@@ -166,6 +172,7 @@ LAZY: dict[type, Callable[[Maker, int], Any]] = {
     Lazy.LazyInverse: _inverse,
     Lazy.LazyComposedTransform: _composed,
     Lazy.Flow: flow_of_zuko,
+    RobustNSF: _robust_nsf,
     GuardedFlow: _guarded,
     ConditionalMultiscaleTransform: _multiscale,
     MultiscaleFlow: _image_flow,
@@ -175,11 +182,15 @@ LAZY: dict[type, Callable[[Maker, int], Any]] = {
 GIVEN = {
     zuko.distributions.NormalizingFlow,
     zuko.transforms.AutoregressiveTransform,
+    GroupedAutoregressiveTransform,
     zuko.transforms.CouplingTransform,
     MultiscaleTransform,
 }
 
-FLOWS = {Lazy.Flow, GuardedFlow, ConditionalMultiscaleTransform, MultiscaleFlow}
+#: What a migration of affine maps makes.
+AFFINE = {Rescaled, InscribedLine}
+
+FLOWS = {Lazy.Flow, RobustNSF, GuardedFlow, ConditionalMultiscaleTransform, MultiscaleFlow}
 
 
 def _layer(m: Maker, d: int) -> Any:
@@ -197,12 +208,12 @@ def _layer(m: Maker, d: int) -> Any:
 
 def case_of_lazy(m: Maker, dtype: torch.dtype) -> Case:
     r"""Returns a lazy transform or a flow of zuko."""
-    many = {GeneralCouplingTransform, MaskedAutoregressiveTransform, Rescaled, *GIVEN}
+    many = {GeneralCouplingTransform, MaskedAutoregressiveTransform, *AFFINE, *GIVEN}
     d = m.integer(2 if m.wanted in many else 1, 4)
     m.context = CONTEXT if m.wanted is GuardedFlow or m.flip(0.8) else 0
     if m.wanted in FLOWS:
         model = LAZY[m.wanted](m, d)
-    elif m.wanted is Rescaled:
+    elif m.wanted in AFFINE:
         model = _migrated(m, d)
     elif m.wanted in GIVEN:
         model = LAZY[m.pick(MAKERS[m.wanted])](m, d)
@@ -237,6 +248,7 @@ def case_of_lazy(m: Maker, dtype: torch.dtype) -> Case:
 MAKERS: dict[Any, list[type]] = {
     zuko.distributions.NormalizingFlow: [Lazy.Flow],
     zuko.transforms.AutoregressiveTransform: [MaskedAutoregressiveTransform],
+    GroupedAutoregressiveTransform: [RobustNSF],
     zuko.transforms.CouplingTransform: [GeneralCouplingTransform],
     MultiscaleTransform: [ConditionalMultiscaleTransform],
 }
@@ -250,10 +262,16 @@ def _case_of_given(m: Maker, model: Any, core: Any, d: int, dtype: torch.dtype) 
     if isinstance(core, MultiscaleFlow):
         size = core.transform.flow.levels
         context = [torch.randn(CONTEXT, 4 >> n, 4 >> n).to(dtype) for n in range(1, size + 1)]
-    given = m.note(model(context))
+
+    def make() -> Any:
+        made = model(context)
+        grouped = m.wanted is GroupedAutoregressiveTransform
+        return made.transform.transforms[0] if grouped else made
+
+    given = m.note(make())
     if isinstance(given, torch.distributions.Transform):
         # Made again, so that its networks are seen to overflow.
-        return Case(given, lambda noise, _: model(context).inv(noise(ROWS, d)), dtype=dtype)
+        return Case(given, lambda noise, _: make().inv(noise(ROWS, d)), dtype=dtype)
 
     def draw(noise: Any, _: Any) -> torch.Tensor:
         with noise.patched():

@@ -4,10 +4,18 @@ Where :mod:`flowguard.migration.imitate` fits a network to an affine map, this c
 the old network asks for, in closed form, so that the network is kept as a whole.
 """
 
-__all__ = ["Additional", "InscribedAffine", "InscribedShift", "inscribe", "middle", "single"]
+__all__ = [
+    "Additional",
+    "InscribedAffine",
+    "InscribedLine",
+    "InscribedShift",
+    "inscribe",
+    "middle",
+    "single",
+]
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -16,9 +24,10 @@ from torch import Tensor
 
 from flowguard.functional import FAITHFUL, saturate
 from flowguard.migration.imitate import SMALLEST, InUnits, Rescaled, RescaledSpline
+from flowguard.numerics import watchable
 from flowguard.spline.invert import unconstrain
 from flowguard.spline.options import Options
-from flowguard.transforms import AdditiveTransform, RobustSpline
+from flowguard.transforms import AdditiveTransform, RobustSpline, Univariate
 
 STRAIGHT = 0.9  # the share of the box in which the map is straight, for slopes up to one
 STRAIGHT_STEEP = 0.75  # and for the steepest ones, which need some room to bend
@@ -26,6 +35,9 @@ INNER = (
     0.5  # the share of the box that all values which were met shall lie in: rarer ones shall, too
 )
 WIDEST = 4.0  # by how much it may be widened for that
+ALL = slice(None)  # all features
+CLEAR = 1.05  # how far within its limits a spline has to be for its middle to be called straight
+MANY = 0.25  # the share of bent elements from which on all go through the spline
 FAR = 1e6  # what an intercept is cut at first: far beyond any box, and its square is finite
 
 
@@ -77,6 +89,11 @@ def inscribe(
     return *raw, shift
 
 
+def _of(unit: Tensor, of: Tensor | slice) -> Tensor:
+    r"""The units of some features, where they do not share theirs."""
+    return unit if isinstance(of, slice) or unit.shape[-1] == 1 else unit[..., of]
+
+
 def _flattest(dtype: torch.dtype, bound: float, slope: float | None) -> float:
     r"""The least slope that is followed, whose inverse is the greatest."""
     # A secant of a bin is at least that share: twice as much leaves room for the bends.
@@ -91,6 +108,164 @@ def single(t: Tensor) -> Tensor:
         t: The tensor.
     """
     return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+class InscribedLine(Rescaled):
+    r"""Creates the robust spline that follows :math:`s x + t` in units, for maps that are lines
+    nearly everywhere.
+
+    Where the spline is that line, which is nearly everywhere that it was made for, the line is
+    what is computed: value, slope and gradients are those of the spline up to rounding. The other
+    elements, in the bends, outside of the box and where the spline cannot follow, go through the
+    spline. What is compiled, traced, batched by `torch.func`, or on another device than the CPU,
+    goes there as a whole, as which elements these are would have to be read back.
+
+    Arguments:
+        scale: The slope :math:`s`, with shape :math:`(*)`, in single precision or better.
+        shift: The value :math:`t` at zero, with shape :math:`(*)`.
+        units: Origin and unit of the input, and of the output.
+        bound: The bound :math:`B` of the box.
+        shift_bound: The bound of the spline's shift; :py:`None` for none.
+        slope: The least slope of the spline.
+
+    Example:
+        >>> units = torch.tensor([0.0, 1.0, 0.0, 1.0]).unbind()
+        >>> options = {"bound": 5.0, "shift_bound": 5.0, "slope": 1e-3}
+        >>> f = InscribedLine(torch.tensor(2.0), torch.tensor(0.5), units, **options)
+        >>> f(torch.tensor([1.0])), f(torch.tensor([1e6])) == f.base(torch.tensor([1e6]))
+        (tensor([2.5000]), tensor([True]))
+    """
+
+    def __init__(
+        self,
+        scale: Tensor,
+        shift: Tensor,
+        units: Sequence[Tensor],
+        *,
+        bound: float,
+        shift_bound: float | None,
+        slope: float | None,
+    ) -> None:
+        Univariate.__init__(self)  # the spline is made when it is asked for
+        self.scale, self.shift = scale, shift
+        self.loc_in, self.scale_in, self.loc_out, self.scale_out = units
+        self.bound, self.shift_bound, self.slope = bound, shift_bound, slope
+
+    @property
+    def options(self) -> dict[str, Any]:
+        r"""The options of the spline."""
+        return {"bound": self.bound, "shift_bound": self.shift_bound, "slope": self.slope}
+
+    @property
+    def base(self) -> RobustSpline:  # type: ignore[override]
+        r"""The spline, in the units."""
+        loc_in, scale_in, loc_out, scale_out = self.units
+        gain = self.scale * (scale_in / scale_out)
+        intercept = (self.scale * loc_in + self.shift - loc_out) / scale_out
+        return RobustSpline(*inscribe(gain, intercept, **self.options), **self.options)
+
+    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self._run(x, False)
+
+    def _backward(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self._run(y, True)
+
+    def _run(self, v: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        if not (watchable() and v.device.type == "cpu"):
+            return self._through_spline(v, inverse)
+        wide = v.to(torch.promote_types(v.dtype, self.scale.dtype))
+        out, ladj = _line(wide, self.scale, self.shift, inverse)
+        with torch.no_grad():
+            seen = self._in_units(*((out, wide) if inverse else (wide, out)))
+            if self._is_throughout_straight(*seen):
+                return out.to(v.dtype), ladj
+            bent = ~self._is_straight(*seen)
+            count = int(bent.count_nonzero())
+        if count > MANY * bent.numel():
+            return self._through_spline(v, inverse)
+        if count:
+            # What is not finite would make NaN of gradients that do not count.
+            parts = [t.expand(bent.shape) for t in (wide, self.scale, self.shift)]
+            at, gain, by = (
+                t.masked_fill(bent, k) for t, k in zip(parts, (0.0, 1.0, 0.0), strict=True)
+            )
+            out, ladj = _line(at, gain, by, inverse)
+            x, scale, shift = (t[bent] for t in parts)
+            units = [t.expand(bent.shape)[bent] for t in self.units]
+            few = InscribedLine(scale, shift, units, **self.options)
+            there = (bent,)
+            bends, slopes = few._through_spline(x, inverse)
+            out, ladj = out.index_put(there, bends), ladj.index_put(there, slopes.to(ladj))
+        return out.to(v.dtype), ladj
+
+    def _through_spline(self, v: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        return super()._backward(v) if inverse else super()._forward(v)
+
+    def _in_units(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        r"""Input, output, slope and intercept, in the units."""
+        u, v = (x - self.loc_in) / self.scale_in, (y - self.loc_out) / self.scale_out
+        a = self.scale * (self.scale_in / self.scale_out)
+        return u, v, a, torch.addcmul(v, a, u, value=-1)
+
+    def _slopes(self, dtype: torch.dtype) -> tuple[float, float, float]:
+        r"""The least and the largest slope of lines that may be straight, and the share that is
+        kept clear of secants."""
+        share = CLEAR * Options(dtype, self.bound, self.slope).share
+        flattest = least = _flattest(dtype, self.bound, self.slope)
+        if share > 0:
+            # Of a flat line, the bins at both sides are steep, as far as a secant may be that.
+            flattest = max(least, (1 - (1 - STRAIGHT) / share) / STRAIGHT)
+        return flattest, 1 / least, share
+
+    def _room(self, steep: Any, edge: Any, share: float) -> Any:
+        r"""Up to what rest of a steep line the flattest bin at its side, with the secant
+        m = a (B - e) / (a B - e + |rest|), allows for its slope: m² ≥ λ² a."""
+        return steep**0.5 * (self.bound - edge) / share - steep * self.bound + edge
+
+    def _is_throughout_straight(self, u: Tensor, v: Tensor, a: Tensor, b: Tensor) -> bool:
+        r"""Whether a few bounds are enough to tell that all elements are straight, as
+        :func:`_is_straight` has it."""
+        if not v.numel():
+            return True
+        flattest, steepest, share = self._slopes(a.dtype)
+        (least, most), *rest = ([e.item() for e in torch.aminmax(t)] for t in (a, u, v, b))
+        if not flattest <= least <= most <= steepest or share > 0.5:
+            return False
+        farthest, reach, by = (max(-low, high) for low, high in rest)
+        steep = max(most, 1.0)
+        edge = self.bound * (STRAIGHT_STEEP + (STRAIGHT - STRAIGHT_STEEP) / steep)
+        # With θ = 1 / a², what is left of the output without the shift is (1 - θ) v + θ a u, at most
+        # (1 - θ) |v| + √θ |u| ≤ |v| + u² / 4 |v|.
+        inner = reach + farthest**2 / (4 * reach) if reach > 0 else farthest
+        # The room is concave in the slope, hence least at either end.
+        far = FAITHFUL * STRAIGHT * self.bound
+        if share > 0:
+            ends = (1.0, STRAIGHT * self.bound), (steep, edge)
+            far = min(far, *(self._room(s, e, share) for s, e in ends))
+        shifts = math.inf if self.shift_bound is None else FAITHFUL * self.shift_bound
+        return max(farthest, inner) <= edge and by <= shifts and by * (1 - steep**-2) <= far
+
+    def _is_straight(self, u: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        r"""Where the spline of :func:`inscribe` is the line through these."""
+        steep = a.clamp_min(1.0)
+        by = b / steep.square()
+        edge = self.bound * (STRAIGHT_STEEP + (STRAIGHT - STRAIGHT_STEEP) / steep)
+        flattest, steepest, share = self._slopes(a.dtype)
+        fine = (a >= flattest) & (a <= steepest)
+        # On its way through the inner square.
+        fine = fine & (u.abs() <= edge) & ((v - by).abs() <= edge)
+        if self.shift_bound is not None:
+            fine = fine & (by.abs() <= FAITHFUL * self.shift_bound)
+        far = FAITHFUL * steep * edge  # and what is left is followed
+        if share > 0:
+            far = torch.minimum(far, self._room(steep, edge, share))
+        return fine & ((b - by).abs() <= far)
+
+
+def _line(v: Tensor, scale: Tensor, shift: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    out = (v - shift) / scale if inverse else torch.addcmul(shift, scale, v)
+    ladj = scale.log()
+    return out, (-ladj if inverse else ladj).expand(out.shape)
 
 
 class Additional(nn.Module):
@@ -149,19 +324,16 @@ class InscribedAffine(Additional, InUnits):
             **spline.options,
         )
 
-    def forward(self, scale: Tensor, shift: Tensor) -> Rescaled:
+    def forward(self, scale: Tensor, shift: Tensor, of: Tensor | slice = ALL) -> Rescaled:
         r"""Returns the spline that follows :math:`s x + t`.
 
         Arguments:
             scale: The slope :math:`s`, with shape :math:`(*, D)`.
             shift: The value :math:`t` at zero, with shape :math:`(*, D)`.
+            of: The features that are meant, if they are not all: :math:`D` of them.
         """
-        scale, shift = single(scale), single(shift)
-        loc_in, scale_in, loc_out, scale_out = units = tuple(map(single, self.units))
-        gain = scale * (scale_in / scale_out)
-        intercept = (scale * loc_in + shift - loc_out) / scale_out
-        base = RobustSpline(*inscribe(gain, intercept, **self.options), **self.options)
-        return Rescaled(base, *units)
+        units = [_of(single(t), of) for t in self.units]
+        return InscribedLine(single(scale), single(shift), units, **self.options)
 
 
 def middle(logs: Tensor, reach: float) -> Tensor:
@@ -231,15 +403,17 @@ class InscribedShift(Additional):
         r"""Returns the bound of the shift, for the printed module."""
         return f"shift_bound={self.shift_bound}"
 
-    def forward(self, shift: Tensor) -> Rescaled:
+    def forward(self, shift: Tensor, of: Tensor | slice = ALL) -> Rescaled:
         r"""Returns the map :math:`x + t`.
 
         Arguments:
             shift: The shift :math:`t`, with shape :math:`(*, D)`.
+            of: The features that are meant, if they are not all: :math:`D` of them.
         """
-        raw = (shift - self.loc) / self.scale
+        loc, unit = _of(self.loc, of), _of(self.scale, of)
+        raw = (shift - loc) / unit
         if self.shift_bound is not None:
             scale = 2 * self.shift_bound / math.pi
             raw = scale * torch.tan(saturate(raw, self.shift_bound) / scale)
         base = AdditiveTransform(raw, self.shift_bound)
-        return Rescaled(base, torch.zeros_like(self.loc), self.scale, self.loc, self.scale)
+        return Rescaled(base, torch.zeros_like(loc), unit, loc, unit)

@@ -20,7 +20,7 @@ from flowguard.bounds import (
     envelope_rule,
 )
 from flowguard.migration.imitate import Rescaled, RescaledSpline
-from flowguard.migration.inscribe import InscribedAffine, InscribedShift
+from flowguard.migration.inscribe import InscribedAffine, InscribedLine, InscribedShift
 
 #: What the units add to the roundings of a map: a sum and a division before it, a product and a
 #: sum after it.
@@ -62,7 +62,8 @@ class BoundOfMap:
             self.envelope = Envelope(reason=strange)
         self.units: tuple[Tensor, ...] = ()  # origin and unit before the map, and after it
         if isinstance(f, Rescaled):
-            if strange := departure(f, Rescaled):
+            kind = InscribedLine if isinstance(f, InscribedLine) else Rescaled
+            if strange := departure(f, kind):
                 self.envelope = Envelope(reason=strange)
             units = tuple(constant(t).flatten() for t in torch.broadcast_tensors(*f.units))
             self.units = units[2:] + units[:2] if sampling else units
@@ -127,6 +128,6 @@ class BoundOfMap:
         return (loc_after.abs() + scale_after * reach).max().item()
 
 
-@envelope_rule(Rescaled)
+@envelope_rule(Rescaled, InscribedLine)
 def _rescaled(f: Rescaled, sampling: bool) -> Envelope:
     return BoundOfMap(f, sampling).overall()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from flowguard.numerics import watchable
 from flowguard.spline import bin as rq
 from flowguard.spline import many, two, usual
 from flowguard.spline.bin import Params
@@ -40,8 +41,7 @@ def _kernels(widths: Tensor, o: Options) -> tuple[ModuleType, ModuleType]:
 def _in_place() -> bool:
     r"""Whether to compute in place. The compiler fuses better what is not, and the transforms of
     `torch.func` forbid it."""
-    traced = not INPLACE or torch.compiler.is_compiling() or torch._C._is_tracing()
-    return not (traced or torch._C._are_functorch_transforms_active())
+    return INPLACE and watchable()
 
 
 def apply(x: Tensor, params: Params, shift: Tensor | None, o: Options) -> tuple[Tensor, ...]:

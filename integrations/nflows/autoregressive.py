@@ -5,10 +5,10 @@ __all__ = ["MaskedRobustSplineAutoregressiveTransform"]
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flowguard.autoregression import masked_inverse, unhooked
 from flowguard.functional import SLOPE
 from flowguard.numerics import cut
 
@@ -16,6 +16,7 @@ from .host import part
 from .spline import (
     SHIFT_BOUND,
     TAIL_BOUND,
+    PartialHead,
     SplineHead,
     check_floating,
     check_positive,
@@ -24,7 +25,10 @@ from .spline import (
 )
 
 AutoregressiveTransform: Any = part("transforms.autoregressive").AutoregressiveTransform
-MADE: Any = part("transforms.made").MADE
+made: Any = part("transforms.made")
+MADE: Any = made.MADE
+#: What the host's networks are made of, as it is known in which order they go.
+KINDS = (MADE, made.MaskedLinear, made.MaskedFeedforwardBlock, made.MaskedResidualBlock)
 
 
 class MaskedRobustSplineAutoregressiveTransform(AutoregressiveTransform):
@@ -33,7 +37,7 @@ class MaskedRobustSplineAutoregressiveTransform(AutoregressiveTransform):
 
     It takes the place of nflows' ``MaskedPiecewiseRationalQuadraticAutoregressiveTransform``; see
     :class:`RobustSplineCouplingTransform` for the splines, and for what bounds them. It starts as
-    the identity. Sampling needs a pass for each feature.
+    the identity. Sampling needs a pass of the network's hidden layers for each feature.
 
     References:
         | Masked Autoregressive Flow for Density Estimation (Papamakarios et al., 2017)
@@ -133,11 +137,11 @@ class MaskedRobustSplineAutoregressiveTransform(AutoregressiveTransform):
         r"""Takes noise to data, one feature after another; returns the data and the
         log-determinant."""
         self._check(inputs)
-        context = cut(context)
-        outputs = torch.zeros_like(inputs)
-        for _ in range(self.features):
-            # After pass i the first i features are right, and do not change any more.
-            outputs, ladj = self.head(
-                inputs, self.autoregressive_net(outputs, context), inverse=True
-            )
-        return outputs, ladj
+
+        def solve(y: Tensor, raw: Tensor, of: Any) -> tuple[Tensor, Tensor]:
+            # Other heads than ours know of no features by themselves.
+            return self.head(y, raw, True, of) if alike else self.head(y, raw, inverse=True)
+
+        alike = isinstance(self.head, PartialHead) and unhooked(self.head)
+        net = self.autoregressive_net
+        return masked_inverse(net, inputs, cut(context), solve, kinds=KINDS, alike=alike)

@@ -23,7 +23,6 @@ from importlib import import_module
 from typing import Any, Self
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -37,7 +36,7 @@ from flowguard.transforms import RobustSpline, Univariate
 
 from .autoregressive import MaskedRobustSplineAutoregressiveTransform
 from .coupling import RobustSplineCouplingTransform
-from .spline import apply_map
+from .spline import ALL, PartialHead, apply_map
 
 LARGEST = 1e20  # what scales and logits are cut at, so that infinite ones are finite
 
@@ -138,27 +137,30 @@ class MaskedFormula:
         return self.activation(unconstrained), shift
 
 
-class Head(nn.Module, abc.ABC):
+class Head(PartialHead, abc.ABC):
     r"""The abstract way from the outputs of a network to robust maps."""
 
     outputs: int  # the numbers that the network returns for each feature
 
     @abc.abstractmethod
-    def univariate(self, raw: Tensor) -> Univariate:
+    def univariate(self, raw: Tensor, of: Tensor | slice = ALL) -> Univariate:
         r"""Returns the maps, for inputs whose last dimension are the features.
 
         Arguments:
             raw: The outputs of the network, with shape :math:`(N, C n)` or
                 :math:`(N, C n, H, W)`, in no less than single precision.
+            of: The features that are meant.
         """
 
     @abc.abstractmethod
     def example(self) -> Univariate:
         r"""Returns one of the maps, to tell what bounds them all."""
 
-    def forward(self, x: Tensor, raw: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, raw: Tensor, inverse: bool = False, of: Tensor | slice = ALL
+    ) -> tuple[Tensor, Tensor]:
         r"""Transforms `x`, with shape :math:`(N, C)` or :math:`(N, C, H, W)`."""
-        f = self.univariate(raw.to(torch.promote_types(raw.dtype, torch.float32)))
+        f = self.univariate(raw.to(torch.promote_types(raw.dtype, torch.float32)), of)
         y, ladj = apply_map(f, x.movedim(1, -1), inverse)
         return y.movedim(-1, 1).to(x.dtype), ladj
 
@@ -177,10 +179,10 @@ class AffineHead(Head):
         self.map = map
         self.outputs = 2
 
-    def univariate(self, raw: Tensor) -> Rescaled:
+    def univariate(self, raw: Tensor, of: Tensor | slice = ALL) -> Rescaled:
         r"""Returns the robust splines that follow the affine maps that the outputs ask for."""
         scale, shift = self.formula(raw)
-        return self.map(scale.clamp(max=LARGEST), shift)
+        return self.map(scale.clamp(max=LARGEST), shift, of)
 
     def example(self) -> Rescaled:
         r"""Returns one of the maps, to tell what bounds them all."""
@@ -199,9 +201,9 @@ class ShiftHead(Head):
         self.map = map
         self.outputs = 1
 
-    def univariate(self, raw: Tensor) -> Rescaled:
+    def univariate(self, raw: Tensor, of: Tensor | slice = ALL) -> Rescaled:
         r"""Returns the bounded shifts that follow those that the outputs ask for."""
-        return self.map(raw.movedim(1, -1))
+        return self.map(raw.movedim(1, -1), of)
 
     def example(self) -> Rescaled:
         r"""Returns one of the maps, to tell what bounds them all."""
@@ -229,7 +231,7 @@ class CarriedHead(Head):
         phi = raw.unflatten(1, (-1, self.outputs)).movedim((1, 2), (-2, -1))
         return self.knots.logits(phi)
 
-    def univariate(self, raw: Tensor) -> RobustSpline:
+    def univariate(self, raw: Tensor, of: Tensor | slice = ALL) -> RobustSpline:
         r"""Returns the robust splines through the host's knots."""
         return self.knots.robust(self.logits(raw))
 

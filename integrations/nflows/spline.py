@@ -1,9 +1,11 @@
 r"""What the robust layers for nflows share: from the outputs of a network to splines."""
 
 __all__ = [
+    "ALL",
     "IMAGE_SHIFT_BOUND",
     "SHIFT_BOUND",
     "TAIL_BOUND",
+    "PartialHead",
     "SplineHead",
     "apply_map",
     "check_floating",
@@ -37,6 +39,8 @@ IMAGE_SHIFT_BOUND = 1.0
 #: How much faster a gain learns than the network behind it. Without it, a coupling that starts
 #: from a gain of zero lags behind one that starts from a last layer of zeros.
 PACE = 10.0
+
+ALL = slice(None)  # all features
 
 
 def map_of(
@@ -133,7 +137,12 @@ def apply_map(f: Univariate, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     return y, sum_rows(ladj)
 
 
-class SplineHead(nn.Module):
+class PartialHead(nn.Module):
+    r"""What turns the outputs of a network into maps, for some features as for all: called with
+    what is mapped, the outputs, the direction, and the indices of these features."""
+
+
+class SplineHead(PartialHead):
     r"""Creates what turns the outputs of a network into splines.
 
     The logits of widths and heights are divided by :math:`\sqrt{h}`, as nflows does, but nothing
@@ -177,13 +186,14 @@ class SplineHead(nn.Module):
         the printed module."""
         return f"{self.map}, features={self.features}, gain={self.gain is not None}"
 
-    def phi(self, raw: Tensor) -> Tensor:
+    def phi(self, raw: Tensor, of: Tensor | slice = ALL) -> Tensor:
         r"""Returns the parameters of the splines.
 
         Arguments:
             raw: The outputs of the network, with shape :math:`(N, C n)` or
                 :math:`(N, C n, H, W)`: for one feature after another its
                 :math:`n = 3 (K - 1) + 1` numbers, widths, heights, derivatives and shift.
+            of: The features that are meant.
 
         Returns:
             The parameters, with shape :math:`(N, C, n)` or :math:`(N, C, n, H, W)`.
@@ -192,33 +202,36 @@ class SplineHead(nn.Module):
             ValueError: If the network returned another number of outputs.
         """
         n = self.map.parameters
-        if raw.shape[1] != self.features * n:
+        features = self.features if isinstance(of, slice) else len(of)
+        if raw.shape[1] != features * n:
             raise ValueError(
-                f"the network must return {n} numbers for each of {self.features} features,"
-                f" {self.features * n} in all; got {raw.shape[1]}"
+                f"the network must return {n} numbers for each of {features} features,"
+                f" {features * n} in all; got {raw.shape[1]}"
             )
-        phi = raw.unflatten(1, (self.features, n))
+        phi = raw.unflatten(1, (features, n))
         ones = (1,) * (phi.dim() - 3)
         if self.gain is None:
             return phi * self.scale.reshape(-1, *ones)
         # An infinite output times a gain of zero would be NaN.
         far = torch.finfo(phi.dtype).max
-        return phi.clamp(-far, far) * (PACE * self.gain * self.scale).reshape(
-            *self.gain.shape, *ones
-        )
+        gain = PACE * self.gain[of] * self.scale
+        return phi.clamp(-far, far) * gain.reshape(*gain.shape, *ones)
 
-    def spline(self, raw: Tensor) -> Univariate:
+    def spline(self, raw: Tensor, of: Tensor | slice = ALL) -> Univariate:
         r"""Returns the :class:`flowguard.RobustSpline` of these outputs of the network; for their
         shape, see :meth:`phi`.
 
         Arguments:
             raw: The outputs of the network.
+            of: The features that are meant.
         """
-        return self.map.transform(self.phi(raw))
+        return self.map.transform(self.phi(raw, of))
 
-    def forward(self, x: Tensor, raw: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, raw: Tensor, inverse: bool = False, of: Tensor | slice = ALL
+    ) -> tuple[Tensor, Tensor]:
         r"""Transforms `x`, with shape :math:`(N, C)` or :math:`(N, C, H, W)`."""
-        return apply_map(self.spline(raw), x, inverse)
+        return apply_map(self.spline(raw, of), x, inverse)
 
 
 def _start_at_zero(net: Any) -> bool:

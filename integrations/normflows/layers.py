@@ -3,22 +3,27 @@ r"""Robust splines over vectors: a coupling and its autoregressive twin.
 Mind the direction: in normflows `forward` goes from noise to data, `inverse` from data to noise.
 """
 
-__all__ = ["RobustSplineAutoregressive", "RobustSplineCoupling"]
+__all__ = ["KINDS", "RobustSplineAutoregressive", "RobustSplineCoupling"]
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn as nn
 from normflows.flows import Flow
-from normflows.nets import ResidualNet
+from normflows.nets import ResidualNet, made
 from normflows.nets.made import MADE
 from torch import Tensor
 
+from flowguard.autoregression import masked_inverse
 from flowguard.functional import SLOPE
 from flowguard.transforms import SHIFT_BOUND, Univariate
 
 from .context import TAIL_BOUND, check_sizes, context_like, robust_map, total, unpack
+
+#: What the host's masked networks are made of, as it is known in which order they go.
+KINDS = (MADE, made.MaskedLinear, made.MaskedFeedforwardBlock, made.MaskedResidualBlock)
 
 
 class RobustSplineCoupling(Flow):
@@ -183,7 +188,8 @@ class RobustSplineAutoregressive(Flow):
     for argument: each feature is transformed by a :class:`flowguard.RobustSpline` with parameters
     computed from the features before it and the context.
 
-    `forward` goes from noise to data, in :math:`D` passes; `inverse` from data to noise, in one.
+    `forward` goes from noise to data, in :math:`D` passes of the network's hidden layers; `inverse`
+    from data to noise, in one.
     The context may have fewer rows than the input; see :class:`RobustSplineCoupling`.
 
     References:
@@ -262,25 +268,25 @@ class RobustSplineAutoregressive(Flow):
         r"""Returns the numbers of features and of context channels, for the printed module."""
         return f"features={self.features}, context_channels={self.context_channels}"
 
-    def _splines(self, x: Tensor, context: Tensor | None) -> Univariate:
-        return unpack(self.univariate, self.shapes, self.net(x, context))
-
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         r"""Takes noise to data, one feature after another; returns the data and the log-
         determinant, with shape :math:`(B)`."""
         _check_input(z, self.features)
         context = context_like(z, context, self.context_channels)
-        x = torch.zeros_like(z)
-        for _ in range(self.features):  # each pass gets one more feature right
-            x, ladj = self._splines(x, context).inverse_and_ladj(z)
-        return x, total(ladj)
+
+        def solve(z: Tensor, raw: Tensor, _: Any) -> tuple[Tensor, Tensor]:
+            x, ladj = unpack(self.univariate, self.shapes, raw).inverse_and_ladj(z)
+            return x, total(ladj)
+
+        return masked_inverse(self.net, z, context, solve, kinds=KINDS)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         r"""Takes data to noise, all features at once; returns the noise and the log-determinant,
         with shape :math:`(B)`."""
         _check_input(z, self.features)
         context = context_like(z, context, self.context_channels)
-        out, ladj = self._splines(z, context).call_and_ladj(z)
+        raw = self.net(z, context)
+        out, ladj = unpack(self.univariate, self.shapes, raw).call_and_ladj(z)
         return out, total(ladj)
 
 

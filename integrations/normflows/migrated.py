@@ -42,6 +42,7 @@ from normflows.flows.neural_spline.coupling import (
 from torch import Tensor
 from torch.nn import functional as F
 
+from flowguard.autoregression import masked_inverse
 from flowguard.bounds import Step, conditional, envelope, rule
 from flowguard.migration.imitate import Rescaled
 from flowguard.migration.inscribe import InscribedAffine, InscribedShift
@@ -49,6 +50,8 @@ from flowguard.migration.knots import Knots, width_of
 from flowguard.migration.rules import MAKERS, BoundOfMap, made_otherwise
 from flowguard.numerics import cut, sum_rows
 from flowguard.transforms import RobustSpline, Univariate
+
+from .layers import KINDS
 
 STEEPEST = 46.0  # what logarithms of slopes are cut at, so that infinite ones are finite
 FARTHEST = 1e20  # what shifts are cut at
@@ -122,18 +125,19 @@ class _Inscribed:
     map: InscribedAffine | InscribedShift
     flipped: bool
 
-    def follow(self, log_scale: Tensor, shift: Tensor) -> Rescaled:
+    def follow(self, log_scale: Tensor, shift: Tensor, of: Any = slice(None)) -> Rescaled:
         r"""Returns the robust map from data to noise.
 
         Arguments:
             log_scale: The logarithm of the scale of the old layer that goes `forward`.
             shift: The shift of it.
+            of: The features that are meant.
         """
         dtype = torch.promote_types(log_scale.dtype, torch.float32)
         slope, intercept = towards_noise(log_scale.to(dtype), shift.to(dtype), self.flipped)
         if isinstance(self.map, InscribedShift):
-            return self.map(intercept)
-        return self.map(slope, intercept)
+            return self.map(intercept, of)
+        return self.map(slope, intercept, of)
 
     def run(self, f: Rescaled, x: Tensor, forward: bool) -> tuple[Tensor, Tensor]:
         r"""Runs the map in one direction of the layer.
@@ -207,14 +211,34 @@ class _Cut:
         return super().inverse(z, context)  # type: ignore[misc]
 
 
-class MigratedAutoregressive(_Inscribed, _Cut, MaskedAffineAutoregressive):
+class _Masked(_Cut):
+    r"""What autoregressive layers have in common, whose network is a masked one."""
+
+    def solved(self, y: Tensor, phi: Tensor, of: Any) -> tuple[Tensor, Tensor]:
+        r"""Returns the inverse at some features, and the log-determinant of their maps.
+
+        Arguments:
+            y: The values of the maps, with shape :math:`(N, n)`.
+            phi: What the network says of these features.
+            of: The features.
+        """
+        raise NotImplementedError
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        r"""Runs the host's `inverse`, in which each feature is worked out once."""
+        net: Any = self.autoregressive_net  # type: ignore[attr-defined]
+        context = None if context is None else cut(context)
+        return masked_inverse(net, z, context, self.solved, kinds=KINDS)
+
+
+class MigratedAutoregressive(_Inscribed, _Masked, MaskedAffineAutoregressive):
     r"""The robust form of normflows' ``MaskedAffineAutoregressive``."""
 
     def _elementwise_forward(self, inputs: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
         return self.run(self.follow(*autoregressive_scale(phi)), inputs, True)
 
-    def _elementwise_inverse(self, inputs: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
-        return self.run(self.follow(*autoregressive_scale(phi)), inputs, False)
+    def solved(self, y: Tensor, phi: Tensor, of: Any) -> tuple[Tensor, Tensor]:
+        return self.run(self.follow(*autoregressive_scale(phi), of), y, False)
 
 
 def coupling_knots(layer: Any, slope: float | None) -> Knots:
@@ -283,7 +307,7 @@ class CarriedCoupling(_Carried, _Cut, PiecewiseRationalQuadraticCoupling):
         return _run(self.univariate(phi), inputs, inverse)
 
 
-class CarriedMaskedSpline(_Carried, _Cut, MaskedPiecewiseRationalQuadraticAutoregressive):
+class CarriedMaskedSpline(_Carried, _Masked, MaskedPiecewiseRationalQuadraticAutoregressive):
     r"""An autoregressive spline of normflows, made robust."""
 
     def knots(self) -> Knots:
@@ -295,6 +319,9 @@ class CarriedMaskedSpline(_Carried, _Cut, MaskedPiecewiseRationalQuadraticAutore
     ) -> tuple[Tensor, Tensor]:
         phi = autoregressive_params.unflatten(-1, (-1, self._output_dim_multiplier()))
         return _run(self.univariate(phi), inputs, inverse)
+
+    def solved(self, y: Tensor, phi: Tensor, of: Any) -> tuple[Tensor, Tensor]:
+        return self._elementwise(y, phi, inverse=True)
 
 
 def _bound(layer: Any, sampling: bool) -> BoundOfMap:

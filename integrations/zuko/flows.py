@@ -6,13 +6,17 @@ from functools import partial
 from typing import Any
 
 import torch.nn as nn
+from torch import Tensor
 from torch.distributions import Distribution
+from zuko.distributions import NormalizingFlow
 from zuko.flows import MAF, NICE
 from zuko.lazy import LazyDistribution
 
 from flowguard.functional import SLOPE
 from flowguard.ood import OODConditioner, OODReport
 from flowguard.transforms import SHIFT_BOUND, RobustSpline
+
+from .autoregressive import grouped
 
 #: The box: that of zuko's own spline, and of :class:`flowguard.RobustSpline`.
 BOUND = 5.0
@@ -88,6 +92,18 @@ class RobustNSF(MAF):
             shapes=RobustSpline.shapes(bins),
             **kwargs,
         )
+
+    def forward(self, c: Tensor | None = None) -> NormalizingFlow:
+        r"""Returns the distribution given a context, whose samples cost one spline for each
+        feature; see :class:`flowguard.integrations.zuko.autoregressive.GroupedAutoregressiveTransform`.
+
+        Arguments:
+            c: The context, with shape :math:`(*, C)`.
+        """
+        flow = super().forward(c)
+        if type(flow) is NormalizingFlow:
+            flow.transform = grouped(flow.transform)
+        return flow
 
 
 class RobustCouplingFlow(NICE):

@@ -47,8 +47,9 @@ from flowguard.migration.imitate import RescaledSpline
 from flowguard.migration.inscribe import InscribedAffine, InscribedShift
 from flowguard.migration.rules import BoundOfMap
 
+from .autoregressive import GroupedAutoregressiveTransform
 from .bases import BoundedNormal
-from .flows import GuardedFlow
+from .flows import GuardedFlow, RobustNSF
 from .image import ConditionalMultiscaleTransform, MultiscaleFlow, MultiscaleTransform
 from .migration import CarriedSpline, InscribedUnivariate
 from .standin import InPlaceRQSTransform
@@ -68,7 +69,7 @@ known_bases(events=[zuko.distributions.DiagNormal])
 SAMPLING_ONLY = "a flow is bounded in its sampling direction only"
 
 
-@rule(zuko.lazy.Flow)
+@rule(zuko.lazy.Flow, RobustNSF)  # which changes how samples are computed, not which they are
 def _flow(flow: Any, sampling: bool) -> Iterator[Step]:
     if not sampling:
         yield Refused(reason=SAMPLING_ONLY)
@@ -210,7 +211,7 @@ def _elementwise(layer: Any, sampling: bool) -> Iterator[Step]:
     yield from _constant_map(layer.univariate, lambda: layer.univariate(*layer.phi), sampling)
 
 
-@rule(T.AutoregressiveTransform)
+@rule(T.AutoregressiveTransform, GroupedAutoregressiveTransform)
 def _autoregressive_given_context(f: Any, sampling: bool) -> Iterator[Step]:
     layer = _owner(f.meta, zuko.flows.autoregressive.MaskedAutoregressiveTransform)
     yield from _refused(UNKNOWN) if layer is None else steps(layer, sampling)

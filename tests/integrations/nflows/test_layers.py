@@ -573,3 +573,66 @@ raise SystemExit(pytest.main(["-q", "-p", "no:cacheprovider", "-x", "-k", {tests
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def slowly(layer, net, run):
+    r"""What a layer returns if each pass works out all features, as where a hook listens."""
+    hook = net.register_forward_hook(lambda *_: None)
+    try:
+        return run()
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_blocks": 1, "use_residual_blocks": False},
+        {"use_residual_blocks": False, "random_mask": True},
+        {"use_batch_norm": True},
+        {"identity_init": False, "num_bins": 2},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("gain", [False, True])
+def test_features_are_worked_out_once_with_the_same_result(options, gain, monkeypatch):
+    torch.manual_seed(0)
+    counted, spline = [], flowguard.RobustSpline._spline
+
+    def counting(self, x, inverse, steep):
+        counted.append(x.numel())
+        return spline(self, x, inverse, steep)
+
+    context = torch.randn(9, 2).double() if options.get("use_residual_blocks", True) else None
+    layer = Autoregressive(5, 16, None if context is None else 2, **options).double().eval()
+    if gain:
+        layer.head.gain = nn.Parameter(0.1 * torch.rand(5, layer.map.parameters).double())
+    with torch.no_grad():
+        for p in layer.autoregressive_net.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    z = torch.randn(9, 5).double()
+    monkeypatch.setattr(flowguard.RobustSpline, "_spline", counting)
+    new = layer.inverse(z, context)
+    assert sum(counted) == 9 * 5
+    old = slowly(layer, layer.autoregressive_net, lambda: layer.inverse(z, context))
+    assert sum(counted) == 9 * 5 * (1 + 5)
+    for a, b in zip(new, old, strict=True):
+        assert torch.allclose(a, b, atol=1e-9)
+    grads = [
+        torch.autograd.grad(x.square().sum() + ladj.sum(), layer.autoregressive_net.parameters())
+        for x, ladj in (new, old)
+    ]
+    for a, b in zip(*grads, strict=True):
+        assert torch.allclose(a, b, atol=1e-7)
+
+
+def test_a_trained_batch_norm_sees_what_it_saw_before(monkeypatch):
+    torch.manual_seed(0)
+    layer = Autoregressive(3, 8, use_batch_norm=True).train()
+    rows = []
+    final = layer.autoregressive_net.final_layer
+    run = type(final).forward
+    monkeypatch.setattr(type(final), "forward", lambda m, h: rows.append(m) or run(m, h))
+    layer.inverse(torch.randn(9, 3))
+    assert sum(m is final for m in rows) == 3

@@ -588,3 +588,28 @@ def test_hosts_own_test_classes(name, monkeypatch):
     unittest.defaultTestLoader.loadTestsFromModule(module).run(result)
     assert result.testsRun > 0
     assert [trace for _, trace in result.failures + result.errors] == []
+
+
+@pytest.mark.parametrize("permute", [False, True])
+@pytest.mark.parametrize("context", [None, 2])
+def test_features_are_worked_out_once_with_the_same_result(permute, context, monkeypatch):
+    torch.manual_seed(0)
+    counted, spline = [], flowguard.RobustSpline._spline
+
+    def counting(self, x, inverse, steep):
+        counted.append(x.numel())
+        return spline(self, x, inverse, steep)
+
+    layer = RobustSplineAutoregressive(
+        5, 2, 16, context, permute_mask=permute, init_identity=False
+    ).double()
+    z, c = torch.randn(9, 5).double(), context and torch.randn(9, context).double()
+    monkeypatch.setattr(flowguard.RobustSpline, "_spline", counting)
+    new = layer(z, c)
+    assert sum(counted) == 9 * 5
+    hook = layer.net.register_forward_hook(lambda *_: None)  # which wants all of its output
+    old = layer(z, c)
+    hook.remove()
+    assert sum(counted) == 9 * 5 * (1 + 5)
+    for a, b in zip(new, old, strict=True):
+        assert torch.allclose(a, b, atol=1e-9)

@@ -1,0 +1,65 @@
+r"""Tests for the order in which features are worked out."""
+
+import pytest
+import torch
+import torch.nn as nn
+
+from flowguard.autoregression import invert, narrowed, order_of, unhooked
+
+
+def test_groups_come_in_the_order_of_what_they_depend_on():
+    parents = torch.zeros(4, 4, dtype=torch.bool)
+    parents[0, 2] = parents[1, 2] = parents[3, 0] = parents[3, 1] = True
+    assert [g.tolist() for g in order_of(parents, 3)] == [[2], [0, 1], [3]]
+
+
+def test_more_groups_than_passes_are_refused():
+    assert order_of(torch.ones(4, 4).tril(-1) > 0, 3) is None
+
+
+def test_features_that_wait_for_each_other_are_refused():
+    parents = torch.zeros(3, 3, dtype=torch.bool)
+    parents[0, 1] = parents[1, 0] = True
+    assert order_of(parents, 3) is None
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_context_of_more_rows_than_what_is_mapped_makes_as_many(grad):
+    c = torch.arange(6.0).reshape(3, 2).requires_grad_(grad)
+
+    def solve(x, features):
+        return y[features] - c[:, features] - x.sum(-1, keepdim=True), None
+
+    y = torch.tensor([1.0, 10.0])
+    x, _ = invert(y, [torch.tensor([0]), torch.tensor([1])], solve)
+    assert x.tolist() == [[1.0, 8.0], [-1.0, 8.0], [-3.0, 8.0]]
+    if grad:
+        x.sum().backward()
+        assert c.grad.tolist() == [[0.0, -1.0]] * 3
+
+
+def test_a_narrowed_network_speaks_of_some_features_and_leaves_the_old_one_as_it_is():
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 6))
+    net[2].mask = torch.randint(2, (6, 4)).float()
+    twin, rows = narrowed(net, "2", 3)
+    x = torch.randn(5, 3)
+    h = net[1](net[0](x))
+    whole = nn.functional.linear(h, net[2].weight * net[2].mask, net[2].bias)
+    rows.features = torch.tensor([2, 0])
+    expected = whole.unflatten(-1, (3, 2))[:, [2, 0]].flatten(1)
+    assert torch.allclose(twin(x), expected, atol=1e-6)
+    assert type(net[2]) is nn.Linear
+
+
+def test_who_is_listened_to_is_not_run_in_parts():
+    layer = nn.Linear(2, 2)
+    assert unhooked(layer)
+    hook = layer.register_forward_hook(lambda *_: None)
+    assert not unhooked(layer)
+    hook.remove()
+    assert unhooked(layer)
+    hook = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert not unhooked(layer)
+    finally:
+        hook.remove()
