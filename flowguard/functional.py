@@ -12,6 +12,7 @@ __all__ = [
     "additive",
     "affine",
     "bounded",
+    "kernels",
     "prepare",
     "prepared_spline",
     "rational_quadratic_spline",
@@ -34,6 +35,7 @@ from torch import Size, Tensor
 
 from flowguard.spline import autograd
 from flowguard.spline import bin as rq
+from flowguard.spline.choice import kernels
 from flowguard.spline.options import Options, Usual
 
 FAITHFUL = 0.8  # the share of a bound up to which :func:`saturate` is the identity
