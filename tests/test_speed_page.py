@@ -3,8 +3,6 @@ r"""The code of the page on speed runs as it stands."""
 import re
 from pathlib import Path
 
-import pytest
-
 from flowguard.functional import kernels
 from flowguard.spline import choice, compiled
 

@@ -106,8 +106,10 @@ def _in_a_row(t: Tensor, shape: Size, apart: bool) -> Tensor:
     if step is None or not fits:
         t, step, across = t.contiguous(), 1, size
     if count == 1:
-        return t.as_strided((size,), (step,))
-    return t.as_strided((count, size), (across, step))
+        t = t.as_strided((size,), (step,))
+    else:
+        t = t.as_strided((count, size), (across, step))
+    return t.detach()  # of views the compiler also looks at what they are of
 
 
 def _key(t: Tensor | None) -> tuple[Any, ...] | None:
@@ -122,20 +124,25 @@ def _like(t: Tensor | None) -> Tensor | None:
     r"""Zeros that lie as the elements of a tensor do, of which there may be any number."""
     if t is None:
         return None
-    step = t.stride(-1)
-    if t.dim() == 1:
-        zeros = t.new_zeros(step * SIZE + 1).as_strided((SIZE,), (step,))
-    else:
-        count = len(t)
-        across = 1 if t.stride(0) == 1 else SIZE
-        far = step * SIZE + across * count
-        zeros = t.new_zeros(far).as_strided((count, SIZE), (across, step))
+    step, rows = t.stride(-1), t.shape[:-1]
+    across = [1 if stride == 1 else SIZE for stride in t.stride()[:-1]]
+    with torch.inference_mode(t.is_inference()):  # tensors of that mode are others
+        zeros = t.new_zeros(
+            step * SIZE + sum(a * n for a, n in zip(across, rows, strict=True)) + 1
+        )
+        zeros = zeros.as_strided((*rows, SIZE), (*across, step)).detach()
     torch._dynamo.mark_dynamic(zeros, zeros.dim() - 1)
     return zeros
 
 
-def _with_rows(t: Tensor) -> Tensor:
-    return t if t.dim() > 1 else t.unsqueeze(0)
+def _close(params: Sequence[Tensor | None]) -> list[Tensor | None]:
+    r"""Rows of parameters one after the other in memory. Of a loop that reads from all over it the
+    compiler makes no vectors, while it copies in tiles."""
+    rows = [p if p.dim() > 1 else p.unsqueeze(0) for p in params if p is not None]
+    if any(p.stride(-1) != 1 for p in rows):
+        rows = [*torch.cat(rows).split([len(p) for p in rows])]
+    widths, heights, derivatives, *shift = rows
+    return [widths, heights, derivatives, shift[0][0] if shift else None]
 
 
 def _function(formula: Callable[..., Any], o: Options) -> Callable[..., Made]:
@@ -146,10 +153,10 @@ def _function(formula: Callable[..., Any], o: Options) -> Callable[..., Made]:
     ) -> Made:
         if not torch.compiler.is_compiling():
             raise RuntimeError("the compiler of PyTorch is turned off")
-        w, h, d = _with_rows(w), _with_rows(h), _with_rows(d)
+        params = _close((w, h, d, shift))
         if grads:
-            return formula(o, x, w, h, d, shift, *grads)
-        return formula(x, w, h, d, shift, o)[: 1 + o.steep]  # what is not returned is left out
+            return formula(o, x, *params, *grads)
+        return formula(x, *params, o)[: 1 + o.steep]  # what is not returned is left out
 
     code = function.__code__.replace()
     return FunctionType(code, globals(), formula.__name__, None, function.__closure__)
@@ -165,7 +172,8 @@ class _Cache:
         self._lock = threading.RLock()
 
     def works(self, device: torch.device) -> bool:
-        return not self._forked and device.type not in self._failed
+        fit = device.type in ("cpu", "cuda") and device.type not in self._failed
+        return fit and not self._forked
 
     def kernel(
         self, formula: Callable[..., Any], inputs: Tensors, o: Options
@@ -180,9 +188,7 @@ class _Cache:
                 kernel = self._kernels.get(key)
                 if kernel is None:
                     kernel = torch.compile(_function(formula, o), fullgraph=True, backend=BACKEND)
-                    inference = any(t is not None and t.is_inference() for t in inputs)
-                    with torch.inference_mode(inference), torch.no_grad():
-                        kernel(*map(_like, inputs))
+                    kernel(*map(_like, inputs))
                     self._kernels[key] = kernel
         return kernel
 

@@ -56,7 +56,7 @@ def draw(shape, bins, dtype=torch.float64, seed=0):
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*size):
-        return torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
 
     phi = randn(*shape, 3 * (bins - 1) + 1)
     return 3 * randn(*shape), *phi.split([bins - 1] * 3 + [1], -1)
