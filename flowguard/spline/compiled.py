@@ -210,7 +210,7 @@ class _Cache:
     def forked(self) -> None:
         r"""Computes in place from here on: loops that are shared among threads never end in a
         process that has inherited none of these."""
-        self.__init__()  # type: ignore[misc]
+        self._lock = threading.RLock()  # of another thread's nobody would let go
         self._forked = True
 
 
