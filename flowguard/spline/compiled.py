@@ -12,7 +12,7 @@ import contextlib
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any
 
@@ -66,11 +66,12 @@ def _run(formula: Callable[..., Any], tensors: Tensors, o: Options) -> Made | No
         return tuple(t.reshape(*t.shape[:-1], *x.shape) for t in outs if t is not None)
 
 
-def _plain(tensors: Iterable[Tensor]) -> bool:
+def _plain(tensors: Sequence[Tensor]) -> bool:
     r"""Whether these are tensors that a kernel can work on, and nothing listens to operations."""
     kinds = (Tensor, torch.nn.Parameter)
     plain = all(type(t) in kinds and t.layout == torch.strided for t in tensors)
-    return plain and not torch._C._len_torch_dispatch_stack()
+    together = len({t.device for t in tensors}) == 1
+    return plain and together and not torch._C._len_torch_dispatch_stack()
 
 
 def _full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
