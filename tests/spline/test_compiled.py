@@ -92,7 +92,7 @@ def assert_same(function, **tolerances):
 @BINS
 @INVERSE
 def test_another_size_or_shape_compiles_nothing(graphs, inverse, bins):
-    shapes = (2,), (64,), (1000,), (257,), (3, 5), (2, 3, 4, 5), (1, 7), (7, 1)
+    shapes = (2,), (1000,), (257,), (3, 5), (2, 3, 4, 5), (1, 7), (7, 1)
     for shape in shapes:
         tensors = draw(shape, bins)
         assert_same(lambda tensors=tensors: with_gradients(tensors, inverse=inverse))
@@ -130,7 +130,7 @@ def test_all_layouts_in_memory(graphs, bins):
 
 
 def test_gradients_that_come_from_a_sum(graphs):
-    tensors = draw((5, 8), 4)
+    tensors = draw((5, 8), 2)
 
     def function():
         leaves = [t.detach().requires_grad_() for t in tensors]
@@ -144,7 +144,7 @@ def test_gradients_that_come_from_a_sum(graphs):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @INVERSE
 def test_single_and_half_precision(graphs, inverse, dtype):
-    tensors = draw((200,), 4, dtype)
+    tensors = draw((200,), 2, dtype)
     wide = {} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
     tolerances = {"rtol": 1e-4, "atol": 1e-4} | wide
     assert_same(lambda: with_gradients(tensors, inverse=inverse), **tolerances)
@@ -195,16 +195,14 @@ def test_splines_of_other_libraries_are_computed_in_place(graphs):
 def test_without_gradients(graphs, mode):
     def function():
         with mode():
-            return [t.clone() for t in run(*draw((30,), 4))]
+            return [t.clone() for t in run(*draw((30,), 2))]
 
     assert_same(function)
-    outside = run(*draw((30,), 4))  # where tensors are others
-    assert_same(lambda: outside)
-    assert_same(lambda: with_gradients(draw((30,), 4)))
+    assert_same(lambda: with_gradients(draw((30,), 2)))
 
 
 def test_autocast_changes_neither_numbers_nor_kernels(graphs):
-    tensors = draw((30,), 4, torch.float32)
+    tensors = draw((30,), 2, torch.float32)
     assert_same(lambda: with_gradients(tensors), rtol=1e-4, atol=1e-4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert_same(lambda: with_gradients(tensors), rtol=1e-4, atol=1e-4)
@@ -241,7 +239,7 @@ def test_transforms_of_functions_are_computed_as_before(graphs):
 
 def test_the_backward_is_computed_as_the_forward_was(graphs):
     def function():
-        leaves = [t.requires_grad_() for t in draw((40,), 4)]
+        leaves = [t.requires_grad_() for t in draw((40,), 2)]
         outs = run(*leaves)
         with kernels("traced"):  # as another thread may have it
             return torch.autograd.grad(outs, leaves, outs)
@@ -251,7 +249,7 @@ def test_the_backward_is_computed_as_the_forward_was(graphs):
 
 
 def test_in_what_users_compile_the_choice_means_nothing(graphs):
-    tensors = draw((30,), 4)
+    tensors = draw((30,), 2)
     expected = run(*tensors)
     whole = torch.compile(lambda *t: run(*t), fullgraph=True, backend="eager")
     with kernels("compiled"):
@@ -267,10 +265,10 @@ def test_in_what_users_compile_the_choice_means_nothing(graphs):
 
 
 def test_when_the_compiler_forgets_what_it_made(graphs):
-    assert_same(lambda: run(*draw((30,), 4)))
+    assert_same(lambda: run(*draw((30,), 2)))
     torch._dynamo.reset()
     for n in (20, 30, 50):
-        assert_same(lambda n=n: run(*draw((n,), 4)))
+        assert_same(lambda n=n: run(*draw((n,), 2)))
 
 
 def test_threads_share_what_was_compiled(graphs):
@@ -279,7 +277,7 @@ def test_threads_share_what_was_compiled(graphs):
     def work(n):
         try:
             with kernels("compiled"):
-                results.append((n, with_gradients(draw((n,), 4))))
+                results.append((n, with_gradients(draw((n,), 2))))
         except Exception as error:
             errors.append(error)
 
@@ -291,17 +289,17 @@ def test_threads_share_what_was_compiled(graphs):
     assert not errors
     assert len(graphs) == 2
     for n, made in results:
-        for one, other in zip(made, with_gradients(draw((n,), 4)), strict=True):
+        for one, other in zip(made, with_gradients(draw((n,), 2)), strict=True):
             torch.testing.assert_close(one, other)
 
 
 class Flow(nn.Module):
     def __init__(self):
         super().__init__()
-        self.phi = nn.Parameter(torch.randn(20, 10))
+        self.phi = nn.Parameter(torch.randn(20, 4))
 
     def forward(self, x):
-        return run(x, *self.phi.split([3, 3, 3, 1], -1))
+        return run(x, *self.phi.split(1, -1))
 
 
 def test_models_can_be_copied_and_saved(graphs):
@@ -318,12 +316,12 @@ class Splines(Dataset):
         return 2
 
     def __getitem__(self, k):
-        return torch.stack(run(*draw((40,), 4, seed=k)))
+        return torch.stack(run(*draw((40,), 2, seed=k)))
 
 
 def test_workers_that_were_forked_compute_in_place(graphs):
     with kernels("compiled"):
-        run(*draw((40,), 4))
+        run(*draw((40,), 2))
         loader = DataLoader(
             Splines(), batch_size=None, num_workers=1, multiprocessing_context="fork"
         )
@@ -338,7 +336,7 @@ def test_a_compiler_that_fails_is_told_of_once(graphs, monkeypatch):
         raise OSError("no g++")
 
     monkeypatch.setattr(compiled, "BACKEND", backend)
-    tensors = draw((30,), 4)
+    tensors = draw((30,), 2)
     expected = with_gradients(tensors)
     with kernels("compiled"):
         with pytest.warns(RuntimeWarning, match=r"on this cpu; got .*OSError.* in place instead"):
@@ -346,14 +344,14 @@ def test_a_compiler_that_fails_is_told_of_once(graphs, monkeypatch):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             again = with_gradients(tensors)
-            run(*draw((30,), 2))
+            run(*draw((30,), 3))
     for one, other, third in zip(made, again, expected, strict=True):
         assert torch.equal(one, other)
         assert torch.equal(one, third)
 
 
 def test_a_compiler_that_is_turned_off_is_told_of(graphs):
-    tensors = draw((30,), 4)
+    tensors = draw((30,), 2)
     with (
         kernels("compiled"),
         torch.compiler.set_stance("force_eager"),
