@@ -114,4 +114,4 @@ Block = tuple[str, "Block | None"]  # what was chosen in it, and in the block ar
 _state = _State()
 _blocks: ContextVar[Block | None] = ContextVar("kernels", default=None)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_state.unlock)
+    os.register_at_fork(after_in_child=lambda: _state.unlock())

@@ -199,7 +199,9 @@ class _Cache:
             known = device.type in self._failed
             self._failed.add(device.type)
         if not known:
-            reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            # The first line may say no more than which part of the compiler it was.
+            told = f"{type(error).__name__}: {error}".splitlines()
+            reason = " ".join([line.strip() for line in told if line.strip()][:2]).rstrip(".")
             warnings.warn(
                 f"compiled kernels need a compiler that works on this {device.type}; got {reason}."
                 " Splines are computed in place instead. Install one (for a CPU g++ or clang; for"
@@ -217,4 +219,4 @@ class _Cache:
 
 _cache = _Cache()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_cache.forked)
+    os.register_at_fork(after_in_child=lambda: _cache.forked())
