@@ -7,7 +7,7 @@ The parameters are drawn as K logits for the peers; ours takes K - 1, the last o
     python benchmarks/spline.py --bins 2 8 --elements 150000 --repeats 5
     python benchmarks/spline.py --device cpu --threads 1 --write-readme
     python benchmarks/spline.py --device cpu --threads 1 --processor-time   # on a machine at work
-    python benchmarks/spline.py --device cpu --ours inplace,traced          # our two ways, eager
+    python benchmarks/spline.py --device cpu --ours eager,compiled,traced   # our kernels, called eagerly
 
 `x copy` is the time over the copy limit, the bytes that the call has to read and to write divided
 by the bandwidth of `torch.copy_` (256 MiB to 256 MiB, in the same turns): 1 is the speed of the
@@ -37,7 +37,7 @@ from torch import Tensor
 
 OURS = "flowguard"
 PEERS = ("nflows", "zuko", "normflows")
-WAYS = ("inplace", "traced")  # ours in eager mode; what is compiled is traced
+WAYS = ("eager", "compiled", "traced")  # of `flowguard.kernels`, for calls in eager mode
 MODES = ("forward", "inverse", "forward+inverse", "forward+backward")
 HOW = ("eager", "compiled")
 BOUND = 5.0
@@ -86,17 +86,16 @@ def load(name: str) -> Spline:
     r"""The spline of a library as (x, widths, heights, derivatives, inverse) -> (y, ladj)."""
     if is_ours(name):
         ours = importlib.import_module("flowguard.functional").rational_quadratic_spline
-        switch = importlib.import_module("flowguard.spline.autograd")
-        inplace = not name.endswith("traced")
-        if not isinstance(switch.INPLACE, bool):
-            raise TypeError(f"INPLACE must be the switch of our kernels; got {switch.INPLACE!r}")
+        kernels = importlib.import_module("flowguard.functional").kernels
+        way = WAYS[0] if name == OURS else name.split()[1]
 
         def flowguard(
             x: Tensor, w: Tensor, h: Tensor, d: Tensor, inverse: bool
         ) -> tuple[Tensor, Tensor]:
-            if not torch.compiler.is_compiling():
-                switch.INPLACE = inplace  # until the next call: for the backward too
-            return ours(x, w, h, d, bound=BOUND, inverse=inverse)
+            if torch.compiler.is_compiling():
+                return ours(x, w, h, d, bound=BOUND, inverse=inverse)
+            with kernels(way):  # for the backward too
+                return ours(x, w, h, d, bound=BOUND, inverse=inverse)
 
         return flowguard
 
@@ -310,7 +309,8 @@ def measure(
     names: Sequence[str] = (OURS, *PEERS),
 ) -> Result:
     r"""Runs one line of the table: warm up, measure memory, then time all in turns."""
-    torch._dynamo.reset()
+    if case.how == "compiled":
+        torch._dynamo.reset()
     gc.collect()
     ours, peers = (draw(case, device, layout, spare=spare) for spare in (False, True))
     times: dict[str, float | str] = {}
@@ -459,7 +459,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--ours",
         type=lambda s: s.split(","),
         default=list(WAYS[:1]),
-        help="inplace, traced or both, separated by a comma: the way of our eager mode",
+        help=f"some of {', '.join(WAYS)}, separated by commas: our kernels in eager mode",
     )
     add("--layout", choices=("last", "first"), default="last", help="of the bins in memory")
     add("--repeats", type=int, default=15)
@@ -482,7 +482,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(f"--ours must be of {', '.join(WAYS)}; got {', '.join(options.ours)}")
     names = columns(options.ours)
     if names[0] != OURS:
-        options.how = ["eager"]  # compiled, both ways are the same
+        options.how = ["eager"]  # compiled, all are the same
     if options.write_readme and names[0] != OURS:
         raise SystemExit("--write-readme is for the table of our only way; leave --ours out")
     torch.set_num_threads(options.threads)

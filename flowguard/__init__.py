@@ -13,6 +13,7 @@ __all__ = [
     "certify",
     "functional",
     "image",
+    "kernels",
     "migrate",
     "models",
     "monitor",
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowguard import functional, transforms
 from flowguard._version import __version__
+from flowguard.functional import kernels
 from flowguard.hosts import register, unregister
 from flowguard.transforms import RobustSpline
 

@@ -14,6 +14,7 @@ __all__ = [
     "affine",
     "bounded",
     "check_margin",
+    "kernels",
     "limited",
     "prepare",
     "prepared_spline",
@@ -37,6 +38,7 @@ from torch import Size, Tensor
 
 from flowguard.spline import autograd
 from flowguard.spline import bin as rq
+from flowguard.spline.choice import kernels
 from flowguard.spline.options import Options, Usual
 
 FAITHFUL = 0.8  # the share of a bound up to which :func:`saturate` is the identity

@@ -2,12 +2,12 @@ r"""The rational-quadratic spline as one operation with closed-form gradients.
 
 :mod:`flowguard.functional` holds the public functions, :mod:`flowguard.spline.two`,
 :mod:`flowguard.spline.many` and :mod:`flowguard.spline.usual` the maths, written for plain tensors
-of one common shape, and :mod:`flowguard.spline.inplace` the same for eager mode, several times as
-fast. Here alone it is
+of one common shape, :mod:`flowguard.spline.inplace` the same for eager mode, several times as fast,
+and :mod:`flowguard.spline.compiled` what the compiler makes of it, faster yet. Here alone it is
 decided which of them computes.
 """
 
-__all__ = ["INPLACE", "apply", "evaluate", "prepare"]
+__all__ = ["apply", "prepare"]
 
 from collections.abc import Sequence
 from types import ModuleType
@@ -18,30 +18,26 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from flowguard.numerics import watchable
-from flowguard.spline import bin as rq
-from flowguard.spline import many, two, usual
+from flowguard.spline import compiled, formulas
 from flowguard.spline.bin import Params
+from flowguard.spline.choice import kernels
 from flowguard.spline.inplace import many as inplace_many
 from flowguard.spline.inplace import pieces
 from flowguard.spline.inplace import two as inplace_two
 from flowguard.spline.inplace import usual as inplace_usual
 from flowguard.spline.options import Options
 
-#: Whether eager mode computes in place; benchmarks turn it off.
-INPLACE = True
 
-
-def _kernels(widths: Tensor, o: Options) -> tuple[ModuleType, ModuleType]:
-    r"""What computes splines of as many bins: formulas to be traced, and the same in place."""
+def _kernel(widths: Tensor, o: Options) -> ModuleType:
+    r"""What computes splines of as many bins in place."""
     if o.usual is not None:
-        return usual, inplace_usual
-    return (two, inplace_two) if len(widths) == 1 else (many, inplace_many)
+        return inplace_usual
+    return inplace_two if len(widths) == 1 else inplace_many
 
 
-def _in_place() -> bool:
-    r"""Whether to compute in place. The compiler fuses better what is not, and the transforms of
-    `torch.func` forbid it."""
-    return INPLACE and watchable()
+def _evaluate(which: str, inputs: Sequence[Any], o: Options) -> tuple[Tensor, ...]:
+    made = compiled.evaluate(inputs, o) if which == "compiled" else None
+    return pieces.evaluate(_kernel(inputs[1], o), inputs, o) if made is None else made
 
 
 def apply(x: Tensor, params: Params, shift: Tensor | None, o: Options) -> tuple[Tensor, ...]:
@@ -54,16 +50,16 @@ def apply(x: Tensor, params: Params, shift: Tensor | None, o: Options) -> tuple[
     inputs = x, *params, shift
     compiling = torch.compiler.is_compiling()
     forward_mode = not compiling and forward_ad._current_level >= 0
-    if _in_place() and not forward_mode:
+    if watchable() and not forward_mode and (which := kernels.chosen()) != "traced":
         watched = torch.is_grad_enabled()
         if not (watched and any(t is not None and t.requires_grad for t in inputs)):
-            return pieces.evaluate(_kernels(params[0], o)[1], inputs, o)
+            return _evaluate(which, inputs, o)
         if not o.prepared:
-            return _InPlace.apply(*inputs, o)
+            return _Eager.apply(*inputs, o, which)
     if not compiling and torch._C._is_tracing():  # whose graphs hold no operation of ours
-        return evaluate(*inputs, o)[: 1 + o.steep]
+        return formulas.evaluate(*inputs, o)[: 1 + o.steep]
     function = RationalQuadratic if compiling else _Forward
-    outs = evaluate(*inputs, o) if o.prepared else function.apply(*inputs, o)
+    outs = formulas.evaluate(*inputs, o) if o.prepared else function.apply(*inputs, o)
     # What is not wanted the compiler leaves out by itself.
     return outs[: 1 + o.steep]
 
@@ -71,33 +67,7 @@ def apply(x: Tensor, params: Params, shift: Tensor | None, o: Options) -> tuple[
 def prepare(outs: Sequence[Tensor], params: Params, shift: Tensor, o: Options) -> None:
     r"""Writes what there is to know of parameters of two bins and of a shift, taken as constants:
     the knot, the slope there and the shift, which may take the place of the parameters."""
-    pieces.prepare(_kernels(params[0], o)[1], outs, (None, *params, shift), o)
-
-
-def evaluate(
-    v: Tensor, w: Tensor, h: Tensor, d: Tensor, shift: Tensor | None, o: Options
-) -> tuple[Tensor, ...]:
-    r"""The same as formulas that the compiler sees and that can be differentiated."""
-    v, w, h, d = (t.to(o.work) for t in (v, w, h, d))
-    by = None
-    if shift is not None:
-        by = (rq.from_arc if o.prepared else rq.squash)(shift.to(o.work), o.shift_bound)
-    if o.inverse and by is not None:
-        v = v - by
-    out, steep = _kernels(w, o)[0].evaluate(v, (w, h, d), o)
-    return out if o.inverse or by is None else out + by, steep
-
-
-def _pull_back(
-    o: Options, x: Tensor, w: Tensor, h: Tensor, d: Tensor, shift: Tensor | None, *grads: Tensor
-) -> tuple[Tensor | None, ...]:
-    x, w, h, d = (t.to(o.work) for t in (x, w, h, d))
-    to_x, *to_params = _kernels(w, o)[0].pull_back(x, (w, h, d), grads, o)
-    to_shift = None
-    if shift is not None:
-        to_by = -to_x if o.inverse else grads[0]
-        to_shift = rq.squash_pullback(shift.to(o.work), to_by, o.shift_bound)
-    return to_x, *to_params, to_shift
+    pieces.prepare(_kernel(params[0], o), outs, (None, *params, shift), o)
 
 
 class RationalQuadratic(torch.autograd.Function):
@@ -108,7 +78,7 @@ class RationalQuadratic(torch.autograd.Function):
     """
 
     generate_vmap_rule = True
-    forward = staticmethod(evaluate)
+    forward = staticmethod(formulas.evaluate)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -122,7 +92,7 @@ class RationalQuadratic(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _narrowed(ctx, _pull_back(ctx.options, *ctx.saved_tensors, *grads))
+        return _narrowed(ctx, formulas.pull_back(ctx.options, *ctx.saved_tensors, *grads))
 
 
 class _Forward(RationalQuadratic):
@@ -135,7 +105,7 @@ class _Forward(RationalQuadratic):
         zero = torch.zeros_like(one)
 
         def along(*to_outs: Tensor) -> Tensor:
-            grads = _pull_back(ctx.options, *ctx.saved_tensors, *to_outs)
+            grads = formulas.pull_back(ctx.options, *ctx.saved_tensors, *to_outs)
             pairs = zip(grads, tangents, strict=False)
             products = [g * t for g, t in pairs if g is not None and t is not None]
             return sum((p if p.dim() == one.dim() else p.sum(0) for p in products), start=zero)
@@ -143,14 +113,17 @@ class _Forward(RationalQuadratic):
         return along(one, zero), along(zero, one)
 
 
-class _InPlace(torch.autograd.Function):
-    r"""The same in place; without the logarithm of the slope if it is not wanted."""
+class _Eager(torch.autograd.Function):
+    r"""The same in place or compiled; without the logarithm of the slope if it is not wanted.
+
+    What was chosen for the forward computes the backward, which may run in a thread of its own.
+    """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        *tensors, o = inputs
-        outs = pieces.evaluate(_kernels(tensors[1], o)[1], tensors, o)
-        RationalQuadratic.setup_context(ctx, inputs, outs)
+        *tensors, o, ctx.which = inputs
+        outs = _evaluate(ctx.which, tensors, o)
+        RationalQuadratic.setup_context(ctx, inputs[:-1], outs)
         return outs
 
     @staticmethod
@@ -159,13 +132,13 @@ class _InPlace(torch.autograd.Function):
             grads = (*grads, torch.zeros_like(grads[0]))
         # To be differentiated, or batched by `is_grads_batched`.
         batched = any(map(torch._C._functorch.is_legacy_batchedtensor, grads))
-        if torch.is_grad_enabled() or batched or not _in_place():
-            return RationalQuadratic.backward(ctx, *grads)
-        tensors = ctx.saved_tensors
-        made = pieces.pull_back(
-            _kernels(tensors[1], ctx.options)[1], (*tensors, *grads), ctx.options
-        )
-        return _narrowed(ctx, made)
+        if torch.is_grad_enabled() or batched or not watchable():
+            return *RationalQuadratic.backward(ctx, *grads), None
+        tensors, o = (*ctx.saved_tensors, *grads), ctx.options
+        made = compiled.pull_back(tensors, o) if ctx.which == "compiled" else None
+        if made is None:
+            made = pieces.pull_back(_kernel(tensors[1], o), tensors, o)
+        return *_narrowed(ctx, made), None
 
 
 def _narrowed(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
