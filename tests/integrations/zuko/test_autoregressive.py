@@ -25,6 +25,8 @@ ADJACENCY = torch.tensor(  # of a feature on features, then on both numbers of a
     ],
     dtype=torch.bool,
 )
+if not hasattr(zuko.flows, "RealNVP"):  # before 1.5, a context went to all features
+    ADJACENCY = ADJACENCY[:, :4]
 
 FLOWS = {
     "fully autoregressive": partial(RobustNSF, 4, 2),
