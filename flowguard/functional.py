@@ -652,8 +652,9 @@ def limited(
         The output and the logarithm of the slope, with shape :math:`(*)` and the dtype of `x`.
 
     Raises:
-        TypeError: If `x` is no floating point tensor, or the margin no number.
-        ValueError: If the margin is not positive, or not finite, or the interval is empty.
+        TypeError: If `x` is no floating point tensor, or margin or ends no numbers.
+        ValueError: If single precision cannot compute with the margin or the ends, or the interval
+            is empty.
 
     Example:
         >>> y, ladj = limited(torch.tensor([0.25, 1.125, 2.0, torch.inf]), 0.25)
@@ -663,8 +664,7 @@ def limited(
         tensor([0.2500, 1.1250, 2.0000])
     """
     check_margin(margin)
-    if not low < high:
-        raise ValueError(f"low must be less than high; got {low} and {high}")
+    _check_interval(low, high)
     dtype = _result_dtype(x)
     u = x.to(dtype if dtype in (torch.float32, torch.float64) else torch.float32)
     room = (1 - KEPT) * margin
@@ -688,11 +688,24 @@ def limited(
 
 
 def check_margin(margin: float) -> None:
-    r"""Refuses a margin that is no positive number."""
+    r"""Refuses a margin that is no number, or that single precision cannot compute with."""
     if isinstance(margin, bool) or not isinstance(margin, Real):
         raise TypeError(f"the margin must be a number; got {type(margin).__name__}")
-    if not 0 < margin < math.inf:
-        raise ValueError(f"the margin must be positive and finite; got {margin}")
+    check_bound(margin, "the margin")
+
+
+def _check_interval(low: float, high: float) -> None:
+    if any(isinstance(end, bool) or not isinstance(end, Real) for end in (low, high)):
+        given = f"{type(low).__name__} and {type(high).__name__}"
+        raise TypeError(f"low and high must be numbers; got {given}")
+    if not low < high:
+        raise ValueError(f"low must be less than high; got {low} and {high}")
+    most = BOUNDS[1]
+    if not -most <= low < high <= most:
+        raise ValueError(
+            f"low and high must be numbers of at most {most:g}, for which single precision has"
+            f" room; got {low} and {high}. Rescale x instead."
+        )
 
 
 def check_shift_bound(bound: float | None) -> None:

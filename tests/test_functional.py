@@ -810,6 +810,8 @@ def test_the_limit_compiles_as_a_whole():
         (-1, ValueError, "positive and finite; got -1"),
         (math.nan, ValueError, "positive and finite; got nan"),
         (math.inf, ValueError, "positive and finite; got inf"),
+        (1e300, ValueError, r"must lie in \[1e-10, 1e\+10\].*; got 1e\+300"),
+        (1e-300, ValueError, r"must lie in \[1e-10, 1e\+10\].*; got 1e-300"),
         ("wide", TypeError, "must be a number; got str"),
         (True, TypeError, "must be a number; got bool"),
         (None, TypeError, "must be a number; got NoneType"),
@@ -828,3 +830,7 @@ def test_the_limit_is_for_floating_point_tensors():
 def test_the_limit_is_of_an_interval():
     with pytest.raises(ValueError, match="low must be less than high; got 1 and 0"):
         limited(torch.zeros(2), 0.25, low=1, high=0)
+    with pytest.raises(ValueError, match=r"at most 1e\+10, .*; got 0 and 1e\+39"):
+        limited(torch.zeros(2), 0.25, low=0, high=1e39)
+    with pytest.raises(TypeError, match="low and high must be numbers; got str and str"):
+        limited(torch.zeros(2), 0.25, low="a", high="b")

@@ -186,6 +186,7 @@ class ImageModel(Pretrained, nn.Module):
     def margin(self, margin: float | None) -> None:
         if margin is not None:
             check_margin(margin)
+            margin = float(margin)  # which a file can hold, whatever kind of number it was
             self._check_room(margin, self.quant)
         self._margin = margin
 
@@ -321,11 +322,14 @@ class ImageModel(Pretrained, nn.Module):
 
         Raises:
             ValueError: If there is no such precision, or the condition was made in another.
-            TypeError: If the model is not in float32.
+            TypeError: If the model or the conditions are not in float32.
         """
         if not isinstance(y, ImageCondition):
             dtype = wanted(self, precision)
-            return networks(dtype, y) if isinstance(y, Tensor) else contextlib.nullcontext()
+            if dtype is None or not isinstance(y, Tensor):
+                return contextlib.nullcontext()
+            self._check_dtype(self.words[1][0], y, cast=False)
+            return networks(dtype, y)
         if precision not in (None, "auto"):
             made = y.networks or y.images.dtype
             if wanted(self, precision) != made:
@@ -335,7 +339,7 @@ class ImageModel(Pretrained, nn.Module):
                     f" got precision={precision!r}: make it again with"
                     f" condition(..., precision={precision!r})"
                 )
-        return networks(y.networks, y.images)
+        return networks(y.networks or y.images.dtype, y.images)
 
     def sign(self, condition: ImageCondition) -> ImageCondition:
         r"""Returns a condition with the memory of the weights that went into it.
@@ -450,7 +454,7 @@ class ImageModel(Pretrained, nn.Module):
         self.check_shape(y)
         self._check_dtype(name, y)
 
-    def _check_dtype(self, name: str, images: Tensor) -> None:
+    def _check_dtype(self, name: str, images: Tensor, cast: bool = True) -> None:
         weight = next(self.parameters())
         dtype = weight.dtype
         if images.device != weight.device:
@@ -458,11 +462,14 @@ class ImageModel(Pretrained, nn.Module):
                 f"{name} must be on the device {weight.device} of the model; got {images.device}:"
                 f" call {name}.to({str(weight.device)!r}), or move the model"
             )
-        cast = images.is_floating_point() and torch.is_autocast_enabled(images.device.type)
-        if images.dtype != dtype and not cast:
+        kind = images.device.type
+        cast = cast and torch.is_autocast_enabled(kind)
+        half = torch.get_autocast_dtype(kind) if cast else dtype
+        if images.dtype not in (dtype, half):
+            other = "" if half == dtype else f", or the {half} of autocast"
             rest = "" if images.is_floating_point() else ": divide those of 0 to 255 by 255"
             raise TypeError(
-                f"{name} must have the dtype {dtype} of the model; got {images.dtype}."
+                f"{name} must have the dtype {dtype} of the model{other}; got {images.dtype}."
                 f" Images have values in [0, 1]{rest}"
             )
 
@@ -554,9 +561,10 @@ class ImageModel(Pretrained, nn.Module):
         self.watch(y, x)
         noisy = x + (torch.rand_like(x) - 0.5) / (levels - 1) if dequantize else x
         noisy, y = self.perturbed(noisy, y)
-        condition = self._known(y)
-        latents, ladj = self._encoded(noisy, condition, self.flow)
-        latents = self.scored(latents, condition, x)
+        with self.computing(y, None):
+            condition = self._known(y)
+            latents, ladj = self._encoded(noisy, condition, self.flow)
+            latents = self.scored(latents, condition, x)
         log_prob = ladj + normal_log_prob(latents)
         dims = sum(math.prod(z.shape[1:]) for z in latents)
         bits = -log_prob / (math.log(2) * dims)

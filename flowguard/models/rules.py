@@ -60,6 +60,8 @@ def _low_light(model: LowLightFlow, sampling: bool) -> Iterator[Step]:
             )
     if model.margin is not None:
         yield _limit(model.margin)
+    held = "the margin, not the rows above, holds then" if model.margin else "no bound holds then"
+    yield Remark(name="brightness", depends=f"scales samples where one is asked for; {held}")
 
 
 def _limit(margin: float, beside: float = 0.0) -> Limit:

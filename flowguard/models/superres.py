@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowguard.functional import limited
 from flowguard.image.flow import ConditionalMultiscaleFlow
 from flowguard.image.maps import Coupling, Elementwise
 from flowguard.image.published import published_flow
@@ -214,7 +215,8 @@ class SuperResolutionFlow(ImageModel):
 
     def perturbed(self, x: Tensor, y: Given) -> tuple[Tensor, Given]:
         r"""Returns the pair with noise on both images, the LR image's being the HR image's,
-        shrunk, in training mode and if the flow is made to know of noise."""
+        shrunk, in training mode and if the flow is made to know of noise. Where noise would leave
+        the margin, beyond which nothing has a likelihood, it is bent back as samples are."""
         if self.noise_std is None or not self.training or isinstance(y, ImageCondition):
             return x, y
         lr = pad_to_multiple(y, self.multiple)
@@ -222,7 +224,8 @@ class SuperResolutionFlow(ImageModel):
         std = torch.rand_like(hr[:, :1, :1, :1]) * self.noise_std
         noise = std * torch.randn_like(hr)
         small = F.interpolate(noise, size=lr.shape[-2:], mode="bicubic", antialias=True)
-        return hr + noise, self.look(lr + small, noise)
+        noisy = hr + noise if self.margin is None else limited(hr + noise, self.margin)[0]
+        return noisy, self.look(lr + small, noise)
 
     @classmethod
     def published(

@@ -130,7 +130,7 @@ def test_one_affine_step_is_found_among_robust_ones():
 
 
 def test_the_residual_of_super_resolution_is_certified_and_the_table_says_so():
-    model = SuperResolutionFlow(levels=2, steps=1, hidden=8, features=8)
+    model = SuperResolutionFlow(levels=2, steps=1, hidden=8, features=8, margin=None)
     certificate = certify(model)
     assert certificate.bound(RADIUS) == certify(model.flow).bound(RADIUS)
     assert "left out" in certificate.table()[-1].depends

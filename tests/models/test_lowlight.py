@@ -655,3 +655,11 @@ def test_a_brightness_that_is_asked_for_leaves_no_margin():
     assert not inside.all()
     assert torch.equal(bright[inside], free[inside])
     assert bright.max() <= 1.25
+
+
+@pytest.mark.parametrize(("margin", "told"), [(0.25, "the margin, not"), (None, "no bound holds")])
+def test_the_certificate_tells_what_a_brightness_does(margin, told):
+    *_, last = flowguard.certify(small(margin=margin).eval()).table()
+    assert last.name == "brightness"
+    assert told in last.depends
+    assert last.bound_out == last.bound_in

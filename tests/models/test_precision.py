@@ -295,3 +295,48 @@ def test_networks_leaves_alone_what_is_set():
         with networks(torch.float32, x):
             assert not torch.is_autocast_enabled("cpu")
     assert not torch.is_autocast_enabled("cpu")
+
+
+# -- autocast around a call ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", [None, "auto", "float32"])
+def test_a_condition_of_float32_stays_in_float32_under_autocast(model, precision):
+    y, z = pair(model)
+    with torch.no_grad():
+        condition = model.condition(y)
+        expected = model.decode(z, condition)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model.decode(z, condition, precision=precision)
+    assert torch.equal(found, expected)
+
+
+def test_the_likelihood_is_computed_in_the_precision_of_its_condition(model):
+    y, _ = pair(model)
+    x = torch.rand(2, 3, *(model.scale * n for n in y.shape[-2:]))
+    with torch.no_grad():
+        condition = model.condition(y, precision="bf16")
+    found = model.nll(x, condition, dequantize=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model.nll(x, condition, dequantize=False)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("precision", ["bf16", "float16", "float32"])
+def test_conditions_of_another_dtype_are_refused_in_any_precision(dtype, precision):
+    model = superres().eval()
+    message = f"lr must have the dtype torch.float32 of the model; got {dtype}"
+    with pytest.raises(TypeError, match=message):
+        model.sample(torch.rand(1, 3, 8, 8, dtype=dtype), precision=precision)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_autocast_takes_no_images_of_a_third_dtype(dtype):
+    model = superres().eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(
+            TypeError, match=r"the dtype torch\.float32 of the model, or the torch\.b"
+        ):
+            model.sample(torch.rand(1, 3, 8, 8, dtype=dtype))
+        assert model.sample(torch.rand(1, 3, 8, 8).bfloat16()).isfinite().all()

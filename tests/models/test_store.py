@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from fractions import Fraction
 from functools import partial
 
 import numpy as np
@@ -725,7 +726,9 @@ def test_a_coupling_that_is_made_by_a_callable(coupling, tmp_path):
 # -- margins ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("margin", [None, 0.25, 0.5])
+@pytest.mark.parametrize(
+    "margin", [None, 0.25, 0.5, 1, np.float32(0.25), np.float64(0.3), Fraction(1, 4)], ids=repr
+)
 def test_the_margin_comes_back(margin, tmp_path):
     model = guarded(build()).limit(margin)
     model.save_pretrained(tmp_path)

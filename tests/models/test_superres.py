@@ -417,3 +417,22 @@ def test_an_attack_stays_within_the_margin():
             p.add_(0.2 * torch.randn_like(p))
     found = attack(model, torch.rand(1, 3, 4, 4), steps=3, restarts=2)
     assert 1 < found.value <= 1.25
+
+
+@pytest.mark.parametrize("margin", [0.25, 0.1, 0.01])
+@torch.no_grad()
+def test_the_noise_of_training_leaves_no_margin(margin):
+    """White pictures with noise have a likelihood, whatever the noise is."""
+    torch.manual_seed(0)
+    model = small(noise_std=0.3, margin=margin).train()
+    hr, lr = torch.ones(8, 3, 32, 32), torch.ones(8, 3, 8, 8)
+    assert model.nll(hr, lr).isfinite().all()
+    noisy, _ = model.perturbed(hr, lr)
+    assert noisy.max() <= 1 + margin
+    torch.manual_seed(1)
+    free, _ = model.limit(None).perturbed(hr, lr)
+    torch.manual_seed(1)
+    noisy, _ = model.limit(margin).perturbed(hr, lr)
+    inside = (free >= -margin / 2) & (free <= 1 + margin / 2)
+    assert not inside.all()
+    assert torch.equal(noisy[inside], free[inside])
