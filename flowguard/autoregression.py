@@ -152,14 +152,15 @@ def narrowed(net: nn.Module, last: str, features: int) -> tuple[nn.Module, RowsO
 
 
 def unhooked(*modules: nn.Module) -> bool:
-    r"""Whether nobody listens to any of these modules, or has put another `forward` into it, so
-    that they may be run in parts."""
+    r"""Whether nobody listens to any of these modules, has put another `forward` into it or has
+    compiled it, so that they may be run in parts."""
     if nn.modules.module._has_any_global_hook():
         return False
     # Hooks that are called as a module runs; those around its state do not matter here.
     names = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
     return not any(
-        "forward" in vars(m) or any(getattr(m, name) for name in names) for m in modules
+        "forward" in vars(m) or m._compiled_call_impl or any(getattr(m, name) for name in names)
+        for m in modules
     )
 
 

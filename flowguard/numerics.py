@@ -92,16 +92,32 @@ def sum_rows(ladj: Tensor) -> Tensor:
     return ladj.flatten(1).sum(1, dtype=torch.promote_types(ladj.dtype, torch.float32))
 
 
+#: The modes of dispatch under which there are no numbers, or none that may be looked at.
+_NUMBERLESS = (
+    torch._C._TorchDispatchModeKey.FAKE,
+    torch._C._TorchDispatchModeKey.PROXY,
+    torch._C._TorchDispatchModeKey.FUNCTIONAL,
+)
+
+
+def _has_mode(key: Any) -> bool:
+    return torch._C._get_dispatch_mode(key) is not None
+
+
 def watchable() -> bool:
     r"""Whether a program may look at the numbers that it computes, and write over them: neither
-    what is compiled or traced nor the transforms of `torch.func` let it.
+    what is compiled or traced nor the transforms of `torch.func` let it, nor fake tensors, which
+    hold none.
 
     Example:
         >>> watchable()
         True
     """
-    traced = torch.compiler.is_compiling() or torch._C._is_tracing()
-    return not (traced or torch._C._are_functorch_transforms_active())
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._is_tracing() or torch._C._are_functorch_transforms_active():
+        return False
+    return not (torch._C._len_torch_dispatch_stack() and any(map(_has_mode, _NUMBERLESS)))
 
 
 def normal_log_prob(latents: Tensor | Sequence[Tensor]) -> Tensor:

@@ -63,3 +63,9 @@ def test_who_is_listened_to_is_not_run_in_parts():
         assert not unhooked(layer)
     finally:
         hook.remove()
+
+
+def test_what_was_compiled_is_not_run_in_parts():
+    layer = nn.Linear(2, 2)
+    layer.compile(backend="eager")
+    assert not unhooked(layer)

@@ -177,8 +177,9 @@ class InscribedLine(Rescaled):
         out, ladj = _line(wide, self.scale, self.shift, inverse)
         with torch.no_grad():
             seen = self._in_units(*((out, wide) if inverse else (wide, out)))
+            shape = seen[-1].shape  # that of the units too
             if self._is_throughout_straight(*seen):
-                return out.to(v.dtype), ladj
+                return out.to(v.dtype).expand(shape), ladj.expand(shape)
             bent = ~self._is_straight(*seen)
             count = int(bent.count_nonzero())
         if count > MANY * bent.numel():
@@ -196,7 +197,7 @@ class InscribedLine(Rescaled):
             there = (bent,)
             bends, slopes = few._through_spline(x, inverse)
             out, ladj = out.index_put(there, bends), ladj.index_put(there, slopes.to(ladj))
-        return out.to(v.dtype), ladj
+        return out.to(v.dtype).expand(shape), ladj.expand(shape)
 
     def _through_spline(self, v: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         return super()._backward(v) if inverse else super()._forward(v)
@@ -210,8 +211,15 @@ class InscribedLine(Rescaled):
     def _slopes(self, dtype: torch.dtype) -> tuple[float, float, float]:
         r"""The least and the largest slope of lines that may be straight, and the share that is
         kept clear of secants."""
-        share = CLEAR * Options(dtype, self.bound, self.slope).share
-        flattest = least = _flattest(dtype, self.bound, self.slope)
+        o = Options(dtype, self.bound, self.slope)
+        share = CLEAR * o.share
+        # The middle bin has a least height and width, which secants do not keep it clear of where
+        # the least slope is tiny, or there is none.
+        least = max(
+            _flattest(dtype, self.bound, self.slope),
+            o.share + CLEAR * o.least(3) / STRAIGHT_STEEP,
+        )
+        flattest = least
         if share > 0:
             # Of a flat line, the bins at both sides are steep, as far as a secant may be that.
             flattest = max(least, (1 - (1 - STRAIGHT) / share) / STRAIGHT)
@@ -264,7 +272,7 @@ class InscribedLine(Rescaled):
 
 def _line(v: Tensor, scale: Tensor, shift: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     out = (v - shift) / scale if inverse else torch.addcmul(shift, scale, v)
-    ladj = scale.log()
+    ladj = scale.to(out.dtype).log()
     return out, (-ladj if inverse else ladj).expand(out.shape)
 
 

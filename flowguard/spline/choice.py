@@ -8,7 +8,9 @@ __all__ = ["NAMES", "VARIABLE", "kernels"]
 
 import os
 import threading
+import weakref
 from contextvars import ContextVar
+from itertools import takewhile
 from types import TracebackType
 from typing import Self
 
@@ -60,21 +62,15 @@ class kernels:
 
     def __init__(self, which: str) -> None:
         self.which = _checked(which, "kernels")
-        self._in_block = False
-        with _state.lock:
-            self._before, _state.latest = _state.latest, self
+        _state.append(self)
 
     def __repr__(self) -> str:
         return f"kernels({self.which!r})"
 
     def __enter__(self) -> Self:
-        # What was said to all threads was meant for this block. Other threads may have entered or
-        # chosen since: the process keeps the last choice that is not of a block.
-        with _state.lock:
-            self._in_block = True
-            while _state.latest is not None and _state.latest._in_block:
-                _state.latest = _state.latest._before
-        _blocks.set((self.which, _blocks.get()))
+        # What was said to all threads was meant for this block.
+        _state.remove(self)
+        _blocks.set((*_blocks.get(), self))
         return self
 
     def __exit__(
@@ -83,35 +79,57 @@ class kernels:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        block = _blocks.get()
-        assert block is not None
-        _blocks.set(block[1])
+        # Blocks of generators may end in another order than they began.
+        blocks = _blocks.get()
+        k = max((k for k, block in enumerate(blocks) if block is self), default=None)
+        if k is None:
+            raise RuntimeError(
+                "a block ends in the thread, or the asynchronous task, that began it; got the end"
+                f" of {self!r}, which did not begin here: use it in a `with` statement"
+            )
+        _blocks.set(blocks[:k] + blocks[k + 1 :])
 
     @staticmethod
     def chosen() -> str:
         r"""The name of the kernels that compute here and now."""
-        block, latest = _blocks.get(), _state.latest
-        if block is not None:
-            return block[0]
-        return _state.first if latest is None else latest.which
+        blocks = _blocks.get()
+        return blocks[-1].which if blocks else _state.which
 
 
 class _State:
-    r"""What the process has chosen: the last choice, or what it began with."""
+    r"""What the process has chosen: what it began with, and each choice that may still count."""
 
     def __init__(self) -> None:
-        self.first = _checked(os.environ.get(VARIABLE) or NAMES[0], f"the variable {VARIABLE}")
-        self.latest: kernels | None = None
+        self.which = self.first = _checked(
+            os.environ.get(VARIABLE) or NAMES[0], f"the variable {VARIABLE}"
+        )
+        self._choices: list[tuple[str, weakref.ref[kernels]]] = []
         self.unlock()
+
+    def append(self, choice: kernels) -> None:
+        r"""Makes this the last choice."""
+        with self._lock:
+            # Of a choice that nobody holds no block will be made: those before it never count again.
+            held = list(takewhile(lambda c: c[1]() is not None, reversed(self._choices)))
+            kept = len(held) + (len(held) < len(self._choices))
+            self._choices = [
+                *self._choices[len(self._choices) - kept :],
+                (choice.which, weakref.ref(choice)),
+            ]
+            self.which = choice.which
+
+    def remove(self, choice: kernels) -> None:
+        r"""Takes back a choice, of which a block was made. Other threads may have chosen since."""
+        with self._lock:
+            self._choices = [c for c in self._choices if c[1]() is not choice]
+            self.which = self._choices[-1][0] if self._choices else self.first
 
     def unlock(self) -> None:
         r"""Makes a new lock: of another thread's nobody would let go in a process that is forked."""
-        self.lock = threading.Lock()
+        self._lock = threading.Lock()
 
-
-Block = tuple[str, "Block | None"]  # what was chosen in it, and in the block around it
 
 _state = _State()
-_blocks: ContextVar[Block | None] = ContextVar("kernels", default=None)
+_blocks: ContextVar[tuple[kernels, ...]] = ContextVar("kernels", default=())  # innermost last
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: _state.unlock())

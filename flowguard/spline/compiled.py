@@ -62,8 +62,8 @@ def _run(formula: Callable[..., Any], tensors: Tensors, o: Options) -> Made | No
         except Exception as error:  # whatever ails the compiler
             _cache.give_up(x.device, error)
             return None
-        # Of parameters there are rows, as many as there were.
-        return tuple(t.reshape(*t.shape[:-1], *x.shape) for t in outs if t is not None)
+        # Of parameters there are rows, as many as there were. No views: users may write into them.
+        return tuple(t.reshape(*t.shape[:-1], *x.shape).data for t in outs if t is not None)
 
 
 def _plain(tensors: Sequence[Tensor]) -> bool:

@@ -4,10 +4,17 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from flowguard.migration import inscribe
 from flowguard.migration.imitate import Rescaled, RescaledSpline
-from flowguard.migration.inscribe import InscribedAffine, InscribedShift, middle
+from flowguard.migration.inscribe import (
+    InscribedAffine,
+    InscribedLine,
+    InscribedShift,
+    middle,
+)
 from flowguard.transforms import RobustSpline
 
 
@@ -129,6 +136,63 @@ def test_single_precision_agrees_to_its_rounding(monkeypatch):
     f, x = lines(OPTIONS[0], dtype=torch.float32)
     for new, old in zip(f.call_and_ladj(x), as_spline(f).call_and_ladj(x), strict=True):
         assert torch.allclose(new, old, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("slope", [None, 1e-8, 1e-6, 1e-4])
+@pytest.mark.parametrize("name", ["call_and_ladj", "inverse_and_ladj"])
+def test_slopes_for_which_the_middle_bin_would_be_too_small_are_the_splines(
+    slope, name, monkeypatch
+):
+    monkeypatch.setattr(inscribe, "MANY", 1.0)
+    scale = torch.logspace(-3.1, 3.1, 2001, dtype=torch.float64)
+    options = {"bound": 5.0, "shift_bound": 5.0, "slope": slope}
+    units = torch.tensor([0.0, 1.0, 0.0, 1.0]).double().unbind()
+    f = InscribedLine(scale, 0.1 * scale, units, **options)
+    x = torch.full_like(scale, 0.2) / scale.clamp_min(1)
+    v = x if name == "call_and_ladj" else scale * x + 0.1 * scale
+    for new, old in zip(getattr(f, name)(v), getattr(as_spline(f), name)(v), strict=True):
+        assert torch.allclose(new, old, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("far", [1.0, 1e3], ids=["straight", "bent"])
+@pytest.mark.parametrize("name", ["call_and_ladj", "inverse_and_ladj"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_dtypes_are_those_of_the_spline(dtype, name, far):
+    units = torch.tensor([0.0, 1.0, 0.0, 1.5]).unbind()
+    options = {"bound": 5.0, "shift_bound": 5.0, "slope": 1e-3}
+    x = torch.tensor([0.5, 0.3, 0.1, 0.2, far], dtype=dtype)
+    for kind in (torch.float32, torch.float64):
+        f = InscribedLine(torch.full((5,), 1.7, dtype=kind), torch.zeros(5), units, **options)
+        for new, old in zip(getattr(f, name)(x), getattr(as_spline(f), name)(x), strict=True):
+            assert new.dtype == old.dtype
+
+
+@pytest.mark.parametrize("far", [1.0, 1e3], ids=["straight", "bent"])
+def test_one_line_in_the_units_of_many_features_has_their_shape(far):
+    f = InscribedAffine(*UNITS)(torch.full((6, 1), 1.5), torch.zeros(6, 1))
+    x = torch.ones(6, 1)
+    x[0] = far
+    for new, old in zip(f.call_and_ladj(x), as_spline(f).call_and_ladj(x), strict=True):
+        assert new.shape == old.shape == (6, 2)
+
+
+def test_what_holds_no_numbers_takes_the_spline():
+    maps = InscribedAffine(*UNITS)
+
+    def run(scale, shift, x):
+        return maps(scale, shift).inverse_and_ladj(x)
+
+    given = torch.full((3, 2), 1.5), torch.zeros(3, 2), torch.ones(3, 2)
+    with FakeTensorMode() as mode:
+        fake = InscribedAffine(*(mode.from_tensor(t) for t in maps.units))
+        scale, shift, x = (mode.from_tensor(t) for t in given)
+        x, ladj = fake(scale, shift).inverse_and_ladj(x)
+        assert x.shape == ladj.shape == (3, 2)
+    # What was recorded with some numbers holds for others, which bend.
+    traced = make_fx(run)(*given)
+    far = given[0], given[1], torch.full((3, 2), 40.0)
+    for new, old in zip(traced(*far), run(*far), strict=True):
+        assert torch.allclose(new, old, atol=1e-4)
 
 
 def test_a_line_is_no_spline_and_bends_are_few(monkeypatch):

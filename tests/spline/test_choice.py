@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
 
 import pytest
 
@@ -17,6 +18,7 @@ from flowguard.spline import choice
 def fresh(monkeypatch):
     monkeypatch.setattr(choice, "_state", choice._State())
     monkeypatch.setattr(choice._state, "first", "eager")
+    monkeypatch.setattr(choice._state, "which", "eager", raising=False)
 
 
 def in_a_thread(function):
@@ -80,6 +82,45 @@ def test_blocks_that_two_threads_begin_at_once_leave_nothing_behind():
         in_a_thread(lambda block=block: run(block))
     assert seen == ["compiled", "traced"]
     assert kernels.chosen() == "eager"
+
+
+def test_many_choices_are_not_kept():
+    held = [kernels("compiled") for _ in range(3)]
+    for _ in range(50):
+        last = weakref.ref(kernels("traced"))
+        assert last() is None
+    assert len(choice._state._choices) <= 2
+    assert kernels.chosen() == "traced"
+    for block in held:  # which take nothing back that was said since
+        with block:
+            assert kernels.chosen() == "compiled"
+    assert kernels.chosen() == "traced"
+
+
+def test_blocks_of_generators_may_end_in_any_order():
+    def generate():
+        with kernels("compiled"):
+            yield
+
+    generator = generate()
+    next(generator)
+    with kernels("traced"):
+        generator.close()
+        assert kernels.chosen() == "traced"
+    assert kernels.chosen() == "eager"
+
+
+def test_a_block_that_did_not_begin_here_cannot_end_here():
+    def end():
+        with pytest.raises(RuntimeError, match=r"began it; got the end of kernels\('compiled'\)"):
+            block.__exit__(None, None, None)
+        return kernels.chosen()
+
+    block = kernels("compiled")
+    assert end() == "compiled"
+    with block:
+        assert in_a_thread(end) == "eager"
+        assert kernels.chosen() == "compiled"
 
 
 def test_tasks_do_not_see_the_blocks_of_others():

@@ -141,6 +141,18 @@ def test_gradients_that_come_from_a_sum(graphs):
     assert_same(function)
 
 
+@pytest.mark.parametrize("shape", [(40,), (5, 8)], ids=str)
+def test_what_comes_out_may_be_written_over(graphs, shape):
+    def function():
+        leaves = [t.requires_grad_() for t in draw(shape, 2)]
+        y, ladj = run(*leaves)
+        y.add_(1)
+        ladj.mul_(2)
+        return [y, ladj, *torch.autograd.grad(y.sum() + ladj.sum(), leaves)]
+
+    assert_same(function)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @INVERSE
 def test_single_and_half_precision(graphs, inverse, dtype):

@@ -148,6 +148,10 @@ def _put_other_maps(layer, told):
     layer.univariate = lambda *phi: flowguard.RobustSpline(*phi, bound=3.0)
 
 
+def _compile_the_network(layer, told):
+    layer.hyper.compile(backend="eager")
+
+
 def _hide_a_forward(layer, told):
     whole = layer.hyper.forward
     layer.hyper.forward = lambda x: 3 * whole(x)
@@ -162,6 +166,7 @@ def _hide_a_forward(layer, told):
         _derive_the_network,
         _put_other_maps,
         _hide_a_forward,
+        _compile_the_network,
     ],
 )
 def test_what_is_not_known_runs_as_in_zuko(change):
