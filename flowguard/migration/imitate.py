@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from flowguard.functional import FINE_SLOPE
+from flowguard.functional import FINE_SLOPE, check_bound, check_shift_bound, check_slope
 from flowguard.transforms import SHIFT_BOUND, RobustSpline, Univariate
 
 AnyTransform = Any  # hosts give their transforms `call_and_ladj`, torch does not
@@ -139,6 +139,9 @@ class InUnits(nn.Module):
         slope: float | None = FINE_SLOPE,
     ) -> None:
         super().__init__()
+        check_bound(bound)
+        check_shift_bound(shift_bound)
+        check_slope(slope)
         self.register_buffer("loc_in", loc_in)
         self.register_buffer("scale_in", scale_in)
         self.register_buffer("loc_out", loc_out)

@@ -149,9 +149,8 @@ def _close(params: Sequence[Tensor | None]) -> list[Tensor | None]:
 def _function(formula: Callable[..., Any], o: Options) -> Callable[..., Made]:
     r"""What to compile: a function with code of its own."""
 
-    def function(
-        x: Tensor, w: Tensor, h: Tensor, d: Tensor, shift: Tensor | None, *grads: Tensor
-    ) -> Made:
+    # Without annotations, which are worked out in each call while a compiler looks on.
+    def function(x, w, h, d, shift, *grads):  # type: ignore[no-untyped-def]
         if not torch.compiler.is_compiling():
             raise RuntimeError("the compiler of PyTorch is turned off")
         params = _close((w, h, d, shift))

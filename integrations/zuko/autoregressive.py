@@ -45,6 +45,7 @@ class GroupedAutoregressiveTransform(AutoregressiveTransform):
         context: The context.
 
     Example:
+        >>> from flowguard.integrations.zuko import RobustNSF
         >>> flow = RobustNSF(3, transforms=1)
         >>> f = flow().transform.transforms[0]
         >>> f

@@ -56,9 +56,10 @@ def test_the_processes_of_a_machine_share_the_cache(tmp_path, monkeypatch):
 def test_a_run_has_a_margin_and_shrinks_unless_its_coupling_is_affine(
     more, margin, policy, tmp_path
 ):
-    args = train.parser().parse_args(
-        ["--data", str(tmp_path), "--out", str(tmp_path / "run"), *more]
-    )
+    (tmp_path / "pictures").mkdir()
+    places = ["--data", str(tmp_path / "pictures"), "--out", str(tmp_path / "run")]
+    args = train.parser().parse_args([*places, *more])
+    args.given = {}
     args.task = args.task or "superres"
     train._begin(args)
     assert (args.margin, args.policy) == (margin, policy)

@@ -22,7 +22,8 @@ SMALL = {"scale": 2, "levels": 2, "steps": 1, "hidden": 4}
 
 
 def superres(coupling="affine", **options):
-    return SuperResolutionFlow(**SMALL, features=4, coupling=coupling, **options)
+    options = {"coupling": coupling, "margin": None, **options}
+    return SuperResolutionFlow(**SMALL, features=4, **options)
 
 
 def published():

@@ -23,7 +23,9 @@ from flowguard.training import validation
 def model():
     torch.manual_seed(0)
     encoder = PyramidEncoder(4, scale=4, levels=2, blocks=0)
-    made = SuperResolutionFlow(levels=2, steps=1, hidden=4, encoder=encoder, coupling="affine")
+    made = SuperResolutionFlow(
+        levels=2, steps=1, hidden=4, encoder=encoder, coupling="affine", margin=None
+    )
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
