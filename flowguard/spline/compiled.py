@@ -150,7 +150,7 @@ def _function(formula: Callable[..., Any], o: Options) -> Callable[..., Made]:
     r"""What to compile: a function with code of its own."""
 
     # Without annotations, which are worked out in each call while a compiler looks on.
-    def function(x, w, h, d, shift, *grads):  # type: ignore[no-untyped-def]
+    def function(x, w, h, d, shift, *grads):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN002, ANN202
         if not torch.compiler.is_compiling():
             raise RuntimeError("the compiler of PyTorch is turned off")
         params = _close((w, h, d, shift))
