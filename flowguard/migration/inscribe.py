@@ -178,9 +178,8 @@ class InscribedLine(Rescaled):
         with torch.no_grad():
             seen = self._in_units(*((out, wide) if inverse else (wide, out)))
             shape = seen[-1].shape  # that of the units too
-            if self._is_throughout_straight(*seen):
-                return out.to(v.dtype).expand(shape), ladj.expand(shape)
-            bent = ~self._is_straight(*seen)
+            straight = self._is_throughout_straight(*seen)
+            bent = wide.new_zeros((), dtype=torch.bool) if straight else ~self._is_straight(*seen)
             count = int(bent.count_nonzero())
         if count > MANY * bent.numel():
             return self._through_spline(v, inverse)

@@ -271,3 +271,17 @@ def test_what_is_called_straight_throughout_is_straight_everywhere(options):
             assert torch.allclose(y, scale * x + shift, atol=1e-9)
             assert torch.allclose(ladj, scale.log(), atol=1e-9)
     assert told >= 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_gradients_of_what_is_straight_throughout_are_those_of_the_line(inverse, dtype):
+    """What is looked at without gradients is not what is returned."""
+    units = torch.tensor([0.0, 1.0, 0.0, 1.0]).unbind()
+    f = InscribedLine(
+        torch.tensor([2.0]), torch.tensor([0.5]), units, bound=5.0, shift_bound=5.0, slope=1e-3
+    )
+    x = torch.tensor([0.25], dtype=dtype, requires_grad=True)
+    y = f.inv(x) if inverse else f(x)
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    assert slope.tolist() == [0.5 if inverse else 2.0]

@@ -113,4 +113,4 @@ def test_what_is_recorded_gets_its_own(bins):
     expected = spline(*later)[0]
     recorded(x, *params)
     spline(x, *params)
-    assert torch.equal(kept, expected)
+    assert torch.allclose(kept, expected, atol=1e-12)  # it is recorded by the formulas
