@@ -15,7 +15,8 @@ from flowguard.io.atomic import write_text
 Points = Sequence[tuple[float, float]]
 Rows = list[dict[str, str]]
 
-WIDTH, HEIGHT, LEFT, LOW = 460, 240, 62, 26  # of a chart, and of the room for its numbers
+WIDTH, HEIGHT, LEFT, LOW, RIGHT = 460, 240, 62, 26, 22  # of a chart, and of the room for numbers
+LINE = 15  # the height of a line of words
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
 POINTS = 400  # of a curve, at most: more are averaged
 
@@ -86,16 +87,17 @@ def chart(title: str, series: Mapping[str, Points]) -> str:
     room = 0.05 * (max(ys) - min(ys)) or 0.05 * abs(max(ys)) or 1.0
     low, high = min(ys) - room, max(ys) + room
     first, last = min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1
+    top = 10 + LINE * len(drawn)  # the names stand above the curves
 
     def place(x: float, y: float) -> tuple[float, float]:
-        across = LEFT + (x - first) / (last - first) * (WIDTH - LEFT - 10)
-        return across, (HEIGHT - LOW) - (y - low) / (high - low) * (HEIGHT - LOW - 10)
+        across = LEFT + (x - first) / (last - first) * (WIDTH - LEFT - RIGHT)
+        return across, (HEIGHT - LOW) - (y - low) / (high - low) * (HEIGHT - LOW - top)
 
     parts = []
     for tick in _ticks(low, high):
         y = place(first, tick)[1]
         parts.append(
-            f'<line x1="{LEFT}" x2="{WIDTH - 10}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>'
+            f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>'
             f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:.4g}</text>'
         )
     for tick in _ticks(first, last):
@@ -111,7 +113,7 @@ def chart(title: str, series: Mapping[str, Points]) -> str:
             x, y = place(*points[0])
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>')
         parts.append(
-            f'<text x="{WIDTH - 14}" y="{22 + 15 * i}" text-anchor="end" fill="{colour}">'
+            f'<text x="{WIDTH - RIGHT}" y="{LINE * (i + 1)}" text-anchor="end" fill="{colour}">'
             f"{html.escape(name)}</text>"
         )
     return (

@@ -40,6 +40,14 @@ def test_charts_of_few_or_equal_numbers_are_whole(points):
     assert "nan" not in made
 
 
+def test_words_are_within_a_chart_and_cross_no_curve():
+    made = chart("x", {"loss": [(1, 1.0), (20_000, 2.0)], "other": [(1, 2.0), (20_000, 1.5)]})
+    words = {t.text: t for t in svg(made).iter("text")}
+    assert float(words["20000"].get("x")) + 5 * 7 / 2 <= 460  # seven pixels a figure
+    highest = min(y for line in places(made) for _, y in line)
+    assert float(words["other"].get("y")) < highest
+
+
 def test_nothing_is_no_chart():
     assert chart("x", {"y": []}) == ""
 
