@@ -142,6 +142,7 @@ class MaskedRobustSplineAutoregressiveTransform(AutoregressiveTransform):
             # Other heads than ours know of no features by themselves.
             return self.head(y, raw, True, of) if alike else self.head(y, raw, inverse=True)
 
-        alike = isinstance(self.head, PartialHead) and unhooked(self.head)
+        head = self.head
+        alike = isinstance(head, PartialHead) and head.is_partial() and unhooked(head)
         net = self.autoregressive_net
         return masked_inverse(net, inputs, cut(context), solve, kinds=KINDS, alike=alike)

@@ -14,6 +14,8 @@ __all__ = [
     "map_of",
 ]
 
+import functools
+import inspect
 import math
 from numbers import Integral, Real
 from typing import Any
@@ -140,6 +142,14 @@ def apply_map(f: Univariate, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
 class PartialHead(nn.Module):
     r"""What turns the outputs of a network into maps, for some features as for all: called with
     what is mapped, the outputs, the direction, and the indices of these features."""
+
+    @classmethod
+    @functools.cache
+    def is_partial(cls) -> bool:
+        r"""Returns whether all that takes the outputs can be asked of some features: what users
+        write over it need not."""
+        methods = (getattr(cls, name, None) for name in ("forward", "spline", "phi"))
+        return all(m is None or "of" in inspect.signature(m).parameters for m in methods)
 
 
 class SplineHead(PartialHead):

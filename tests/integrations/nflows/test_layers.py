@@ -636,3 +636,29 @@ def test_a_trained_batch_norm_sees_what_it_saw_before(monkeypatch):
     monkeypatch.setattr(type(final), "forward", lambda m, h: rows.append(m) or run(m, h))
     layer.inverse(torch.randn(9, 3))
     assert sum(m is final for m in rows) == 3
+
+
+def test_a_head_of_users_that_knows_of_no_features_works_out_all():
+    class Tempered(type(Autoregressive(3, 8).head)):
+        def phi(self, raw):
+            return 0.5 * super().phi(raw)
+
+        def spline(self, raw):
+            return self.map.transform(self.phi(raw))
+
+        def forward(self, x, raw, inverse=False):
+            f = self.spline(raw)
+            y, ladj = f.inverse_and_ladj(x) if inverse else f.call_and_ladj(x)
+            return y, ladj.sum(-1)
+
+    torch.manual_seed(0)
+    layer = Autoregressive(3, 8).double().eval()
+    layer.head.__class__ = Tempered
+    with torch.no_grad():
+        for p in layer.autoregressive_net.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    x = torch.randn(5, 3).double()
+    z, ladj = layer(x)
+    back, back_ladj = layer.inverse(z)
+    assert torch.allclose(back, x, atol=1e-6)
+    assert torch.allclose(back_ladj, -ladj, atol=1e-6)
