@@ -36,7 +36,7 @@ Solve = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 #: Layers that mix the rows of a batch, or draw at random, as long as they are trained: what they
 #: return depends on how often, and on what, they are run.
-RESTLESS = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+RESTLESS = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, nn.RReLU)
 
 #: What may stand before the first layer: nothing, or what does nothing.
 PASSING = (type(None), nn.Identity)

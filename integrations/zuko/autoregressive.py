@@ -28,7 +28,7 @@ AutoregressiveTransform: Any = T.AutoregressiveTransform
 
 #: Where torch keeps its activations, and those among them that mix features.
 ACTIVATIONS = "torch.nn.modules.activation"
-MIXING = (nn.Softmax, nn.Softmax2d, nn.Softmin, nn.LogSoftmax, nn.MultiheadAttention)
+MIXING = (nn.Softmax, nn.Softmax2d, nn.Softmin, nn.LogSoftmax, nn.GLU, nn.MultiheadAttention)
 
 
 class GroupedAutoregressiveTransform(AutoregressiveTransform):
