@@ -108,6 +108,11 @@ def depends(masks: Iterable[Tensor], reach: Tensor) -> Tensor:
     Arguments:
         masks: The masks of the layers, one after another, each with shape :math:`(M, N)`.
         reach: On which inputs the :math:`N` inputs of the first layer depend.
+
+    Example:
+        >>> mask = torch.tensor([[False, False], [True, False]])
+        >>> depends([mask], torch.eye(2, dtype=torch.bool)).tolist()
+        [[False, False], [True, False]]
     """
     for mask in masks:
         # In numbers, as there is no product of truths.
@@ -165,7 +170,15 @@ def unhooked(*modules: nn.Module) -> bool:
 
 
 def at_rest(net: nn.Module) -> bool:
-    r"""Whether what a network says of a row depends on this row alone."""
+    r"""Returns whether what a network says of a row depends on this row alone.
+
+    Arguments:
+        net: The network.
+
+    Example:
+        >>> at_rest(nn.Dropout()), at_rest(nn.Dropout().eval())
+        (False, True)
+    """
     return not any(
         isinstance(m, RESTLESS) and m.training and getattr(m, "p", 1) for m in net.modules()
     )

@@ -213,6 +213,10 @@ def rivals(name: str = "flowguard", ours: str = "flowguard-nf") -> list[str]:
     Arguments:
         name: The name of the package.
         ours: The distribution that it should come from.
+
+    Example:
+        >>> rivals("torch", ours="torch")
+        []
     """
     from importlib.metadata import distributions  # not for each import of the package
 

@@ -227,6 +227,16 @@ def level_maps(
 
     Raises:
         ValueError: If all embeddings are vectors, or the reach is no number of pixels.
+
+    Example:
+        >>> import flowguard
+        >>> guard = flowguard.OODConditioner(policy="report", alpha=0.1)
+        >>> guard = guard.fit(torch.randn(16, 3, 8, 8), progress=False)
+        >>> guard.calibrate(torch.randn(99, 3, 8, 8), progress=False)(torch.randn(2, 3, 8, 8)).shape
+        torch.Size([2, 3, 8, 8])
+        >>> maps = level_maps(guard.report, (16, 16), reach=2)  # one level, nothing to combine
+        >>> {name: tuple(scores.shape) for name, scores in maps.items()}
+        {'level1': (2, 16, 16)}
     """
     if isinstance(reach, bool) or not isinstance(reach, int) or reach < 0:
         raise ValueError(f"reach must be a number of pixels, 0 or more; got {reach}")

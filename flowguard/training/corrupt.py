@@ -148,6 +148,12 @@ def corrupted(
         rng: The source of all that is random.
         patterns: Whether patterns are among the ways: every other time. A condition that is a dark
             shot of its target holds them at a brightness that nobody knows.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> target, condition = corrupted(torch.rand(3, 16, 16), torch.rand(3, 4, 4), 4, rng)
+        >>> target.shape, condition.shape
+        (torch.Size([3, 16, 16]), torch.Size([3, 4, 4]))
     """
     if patterns and rng.random() < 0.5:
         return patterned(target, condition, scale, rng)
