@@ -728,6 +728,9 @@ def _absent(folder: Path, name: str) -> str:
         if pickles
         else ""
     )
+    within = [p.parent.name for p in sorted(folder.glob(f"*/{name}"))]  # such as a run of training
+    if within:
+        rest += f"; its folder(s) {', '.join(within)} do: name one of them"
     return f"{folder} holds no {name}, which save_pretrained writes{rest}"
 
 

@@ -791,3 +791,11 @@ def test_a_file_is_no_folder_of_a_model(tmp_path):
             PretrainedError, match=r"but a file of that name; .* `flowguard convert`"
         ):
             read(tmp_path / "weights.pth")
+
+
+def test_a_folder_of_models_is_told_from_a_model(tmp_path):
+    """As a run of training is one."""
+    for name in ("best", "model"):
+        build().save_pretrained(tmp_path / name)
+    with pytest.raises(PretrainedError, match=r"folder\(s\) best, model do: name one of them"):
+        load(tmp_path)
