@@ -2,21 +2,30 @@ r"""Collects the photographs that the models in the package are trained on, with
 
 They are those of Debian's packages ``lomiri-wallpapers-16.04`` and ``mate-backgrounds`` (install
 them first; their drawings are left out) and of scikit-image. The large ones are out of focus
-pixel by pixel, so that each is reduced to two sizes at which it is sharp.
+pixel by pixel, so that each is reduced to sizes at which it is sharp.
 
-    python benchmarks/photographs.py OUT
+    python benchmarks/photographs.py OUT --tile 192
+
+writes OUT/train, in tiles without the smooth ones, and OUT/held-out, whole.
 """
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image
 from skimage import data
+
+from flowguard.data import downsample
+from flowguard.metrics import psnr
+from flowguard.training.validation import restored
 
 ROOT = Path("/usr/share/backgrounds")
 
 #: The long sides, in pixels, to which photographs are reduced.
-SIZES = (1600, 900)
+SIZES = (1600, 1130, 800, 560, 400)
 
 #: Files below the folder of backgrounds, by terms; the packages' copyright files say the same.
 BACKGROUNDS = {
@@ -61,30 +70,58 @@ SKIMAGE = {
 }
 
 
-def collect(out: Path) -> None:
-    r"""Writes the photographs as PNG files, and ``SOURCES.csv`` with their terms."""
-    out.mkdir(parents=True, exist_ok=True)
-    lines = ["file,source,terms"]
+#: What no model is trained on: models are chosen by it, and their guards calibrated.
+HELD_OUT = ("LadyBird", "coffee", "friends_by", "picosdeeuropa", "seeding", "free_by", "Garden")
 
-    def keep(picture: Image.Image, name: str, source: str, terms: str) -> None:
-        picture.save(out / name)
-        lines.append(f"{name},{source},{terms}")
 
+def photographs() -> Iterator[tuple[Image.Image, str, str]]:
+    r"""Yields the photographs as they are, with where they are from and their terms."""
     for terms, files in BACKGROUNDS.items():
         for file in files:
-            picture = Image.open(ROOT / file).convert("RGB")
-            for size in SIZES:
-                factor = size / max(picture.size)
-                if factor < 1:
-                    sides = tuple(round(side * factor) for side in picture.size)
-                    reduced = picture.resize(sides, Image.Resampling.LANCZOS, reducing_gap=3.0)
-                else:
-                    reduced = picture
-                keep(reduced, f"{Path(file).stem}-{size}.png", file, terms)
+            yield Image.open(ROOT / file).convert("RGB"), file, terms
     for terms, names in SKIMAGE.items():
         for name in names:
-            picture = Image.fromarray(getattr(data, name)()).convert("RGB")
-            keep(picture, f"{name}.png", "scikit-image", terms)
+            yield Image.fromarray(getattr(data, name)()).convert("RGB"), name, terms
+
+
+def reduced(picture: Image.Image, size: int) -> Image.Image:
+    r"""Returns a picture whose long side has a number of pixels."""
+    factor = size / max(picture.size)
+    sides = (round(picture.width * factor), round(picture.height * factor))
+    return picture.resize(sides, Image.Resampling.LANCZOS, reducing_gap=3.0)
+
+
+def tiles(picture: Image.Image, size: int, scale: int, most: float) -> Iterator[Image.Image]:
+    r"""Yields the tiles of a picture, which cover it, that bicubic interpolation does not restore well.
+
+    Arguments:
+        picture: The picture.
+        size: The height and width of a tile.
+        scale: The factor by which it is reduced and enlarged.
+        most: The greatest PSNR in dB: what is smoother than that teaches little.
+    """
+    across, down = (np.linspace(0, n - size, -(-n // size)) for n in picture.size)
+    for left, top in np.stack(np.meshgrid(across, down), -1).reshape(-1, 2).astype(int).tolist():
+        tile = picture.crop((left, top, left + size, top + size))
+        hr = torch.from_numpy(np.array(tile)).movedim(-1, 0)[None] / 255
+        if float(psnr(restored(downsample(hr, scale), scale).clamp(0, 1), hr).mean()) <= most:
+            yield tile
+
+
+def collect(out: Path, size: int | None, scale: int, most: float) -> None:
+    r"""Writes the photographs as PNG files, and ``SOURCES.csv`` with their terms."""
+    lines = ["file,source,terms"]
+    for picture, source, terms in photographs():
+        held = Path(source).stem.startswith(HELD_OUT)
+        folder = out / ("held-out" if held else "train")
+        folder.mkdir(parents=True, exist_ok=True)
+        for side in (s for s in SIZES if s < max(picture.size) or s == SIZES[-1]):
+            small = reduced(picture, min(side, max(picture.size)))
+            parts = [small] if held or size is None else tiles(small, size, scale, most)
+            for number, part in enumerate(parts):
+                file = folder / f"{Path(source).stem}-{side}-{number:03d}.png"
+                part.save(file)
+                lines.append(f"{file.relative_to(out)},{source},{terms}")
     (out / "SOURCES.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{len(lines) - 1} pictures in {out}")
 
@@ -92,4 +129,10 @@ def collect(out: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    collect(parser.parse_args().out)
+    parser.add_argument("--tile", type=int, help="cut what is trained on into tiles of this size")
+    parser.add_argument("--scale", type=int, default=4, help="of the models (default: 4)")
+    parser.add_argument(
+        "--most", type=float, default=36.0, help="PSNR of tiles that are left out (default: 36)"
+    )
+    args = parser.parse_args()
+    collect(args.out, args.tile, args.scale, args.most)

@@ -232,6 +232,9 @@ def test_the_wheel_holds_what_it_should(wheel):
     for package, root in roots.items():
         sources = {f"{package}/{p.relative_to(root).as_posix()}" for p in root.rglob("*.py")}
         assert sources <= files
+    shipped = {f.relative_to(ROOT).as_posix() for f in ROOT.glob("flowguard/models/shipped/*/*")}
+    assert len(shipped) == 6
+    assert shipped <= files
 
 
 def test_importing_flowguard_imports_no_host_and_no_optional_package():

@@ -37,11 +37,12 @@ def read_tile(text: Any) -> int | str:
     return str(text) if text in ("auto", "none") else whole(8, 10**6)(text)
 
 
-def add_arguments(parser: Parser, *, temperature: float) -> None:
+def add_arguments(parser: Parser, *, model: str, temperature: float) -> None:
     r"""Adds the arguments that both commands have.
 
     Arguments:
         parser: The parser of the command.
+        model: The model by default.
         temperature: The default of the temperature.
     """
     parser.add_argument(
@@ -66,9 +67,12 @@ def add_arguments(parser: Parser, *, temperature: float) -> None:
     parser.add_argument(
         "--model",
         type=folder,
-        required=True,
+        default=model,
         metavar="DIR",
-        help="folder of the model, as save_pretrained or `flowguard convert` wrote it (required)",
+        help=(
+            "folder of the model, as save_pretrained, `flowguard train` or `flowguard convert`"
+            f" wrote it (default: {model}, which the package brings)"
+        ),
     )
     parser.add_argument(
         "--samples",

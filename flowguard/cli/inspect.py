@@ -22,7 +22,12 @@ def parser() -> Parser:
             " calibrated."
         )
     )
-    inspect.add_argument("folder", type=folder, metavar="DIR", help="folder of the model")
+    inspect.add_argument(
+        "folder",
+        type=folder,
+        metavar="DIR",
+        help="folder of a model, or the name of one that the package brings",
+    )
     inspect.add_argument(
         "--radius",
         type=number(0, 1e6),
@@ -44,8 +49,9 @@ def run(args: Any) -> int:
 
     paths(args, "folder")
     try:
-        config = store.read_config(args.folder) if args.folder.is_dir() else {}
-        model = store.load(args.folder)
+        found = store.located(args.folder)
+        config = store.read_config(found) if found.is_dir() else {}
+        model = store.load(found)
     except store.PretrainedError as error:
         raise UserError(f"DIR: {error}") from None
     print(f"{args.folder}: {config['class']}, written by flowguard {config['flowguard']}\n")

@@ -21,7 +21,7 @@ def parser() -> Parser:
             " then 1. Started by torchrun, or by srun, the processes share the pictures out."
         )
     )
-    add_arguments(lowlight, temperature=0.0)
+    add_arguments(lowlight, model="lowlight", temperature=0.0)
     lowlight.add_argument(
         "--brightness",
         type=number(0, 1),

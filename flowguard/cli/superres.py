@@ -21,7 +21,7 @@ def parser() -> Parser:
             " then 1. Started by torchrun, or by srun, the processes share the pictures out."
         )
     )
-    add_arguments(superres, temperature=0.9)
+    add_arguments(superres, model="superres-x4", temperature=0.9)
     superres.add_argument(
         "--scale",
         type=whole(2, 64),

@@ -5,7 +5,7 @@ has (:data:`MAPS`), what derives from :class:`Recorded` (models and encoders), a
 migration puts in the place of others (:data:`REPLACED`).
 """
 
-__all__ = ["Pretrained", "PretrainedError", "Recorded", "load"]
+__all__ = ["Pretrained", "PretrainedError", "Recorded", "load", "located"]
 
 import contextlib
 import copy
@@ -58,6 +58,8 @@ LIMITED = 4  # the same, with or without such layers, and a margin for images
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 TYPE = "type"  # the key that names the class of an object
 FOREIGN = "foreign"  # an object that whoever loads has to give
+#: Where the models lie that the package brings: their networks in half precision, to be small.
+SHIPPED = Path(__file__).with_name("shipped")
 PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 REGISTRY: dict[str, type[Any]] = {}
 
@@ -214,7 +216,8 @@ class Pretrained(
         Every number comes back bit for bit. No code is run, whatever the files hold.
 
         Arguments:
-            pretrained_model_name_or_path: The folder, or the name of a model on the Hub.
+            pretrained_model_name_or_path: The folder, the name of a model that the package brings
+                (``"superres-x4"`` or ``"lowlight"``), or that of one on the Hub.
             force_download: See ``PyTorchModelHubMixin.from_pretrained``, as for all that follow;
                 they concern the Hub only.
             token: The token for the Hub.
@@ -230,7 +233,7 @@ class Pretrained(
                 or of a newer flowguard.
         """
         name = os.fspath(pretrained_model_name_or_path)
-        folder = Path(name)
+        folder = located(name)
         if not folder.is_dir():
             download = {
                 "force_download": force_download,
@@ -243,20 +246,38 @@ class Pretrained(
         return _loaded(cls, folder, torch.device(map_location), foreign)
 
 
+def located(name: str | os.PathLike[str]) -> Path:
+    r"""Returns the folder of a model that the package brings, or the one that is named itself.
+
+    Arguments:
+        name: A folder, or a name such as ``"superres-x4"``. A model in a folder of that name
+            comes first.
+
+    Example:
+        >>> sorted(file.name for file in located("superres-x4").iterdir())
+        ['README.md', 'config.json', 'model.safetensors']
+    """
+    folder = Path(name)
+    own = any((folder / file).exists() for file in (CONFIG, WEIGHTS))  # not one of pictures
+    brought = not own and len(folder.parts) == 1 and (SHIPPED / folder / CONFIG).is_file()
+    return SHIPPED / folder if brought else folder
+
+
 def load(
     folder: str | os.PathLike[str], map_location: str | torch.device = "cpu", **foreign: Any
 ) -> Any:
     r"""Loads a model of whichever class was saved in a folder.
 
     Arguments:
-        folder: The folder that ``save_pretrained`` wrote.
+        folder: The folder that ``save_pretrained`` wrote, or the name of a model that the package
+            brings.
         map_location: The device.
         foreign: The arguments that could not be saved; see :meth:`Pretrained.from_pretrained`.
 
     Raises:
         PretrainedError: If the folder holds no such model.
     """
-    folder = Path(folder)
+    folder = located(folder)
     if not folder.is_dir():
         raise PretrainedError(_no_folder(folder))
     return _loaded(Pretrained, folder, torch.device(map_location), foreign)
@@ -590,13 +611,17 @@ def _no_folder(path: Path) -> str:
             f"there is no folder {path}, but a file of that name; a model is a folder, which"
             " save_pretrained writes, and `flowguard convert` makes one of a published checkpoint"
         )
-    return f"there is no folder {path}"
+    brought = " and ".join(sorted(file.parent.name for file in SHIPPED.glob(f"*/{CONFIG}")))
+    return (
+        f"there is no folder {path}; the package brings the models {brought}, and those of the Hub"
+        " are called OWNER/NAME"
+    )
 
 
 def _downloaded(name: str, options: dict[str, Any]) -> Path:
     r"""The folder of a model of the Hub."""
     parts = name.split("/")
-    if len(parts) > 2 or not all(parts) or name.startswith((".", "~")) or os.path.exists(name):
+    if len(parts) != 2 or not all(parts) or name.startswith((".", "~")) or os.path.exists(name):
         raise PretrainedError(_no_folder(Path(name)))
     if not HUB:
         raise PretrainedError(
@@ -743,6 +768,8 @@ def _loaded(cls: type[P], folder: Path, device: torch.device, foreign: dict[str,
     with _opened(folder) as opened:
         config = _agreed(folder, opened.metadata() or {})
         state = {name: opened.get_tensor(name) for name in opened.keys()}
+    if folder.parent == SHIPPED:
+        state = {name: t.float() if t.dtype == torch.float16 else t for name, t in state.items()}
     kind = REGISTRY.get(config["class"])
     if kind is None or not issubclass(kind, Pretrained):
         raise PretrainedError(

@@ -14,6 +14,7 @@ from torch import nn
 from flowguard.io.atomic import atomic, save_tensors
 from flowguard.models import LowLightEncoder, PyramidEncoder, RRDBEncoder, load
 from flowguard.models.base import ImageModel
+from flowguard.models.store import located
 
 ENCODERS: dict[str, type[nn.Module]] = {
     "pyramid": PyramidEncoder,
@@ -68,7 +69,7 @@ def encoder_for(
         raise ValueError(f"the encoder of {task} must be one of {', '.join(kinds)}; got {kind!r}")
     if weights is None:
         return _fresh(kind or kinds[0], scale, levels, features, blocks)
-    encoder = _read(Path(weights), levels)
+    encoder = _read(located(weights), levels)
     found = next((name for name, cls in ENCODERS.items() if type(encoder) is cls), None)
     if found is None or found not in ([kind] if kind else kinds):
         raise ValueError(

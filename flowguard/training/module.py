@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from flowguard.models.base import ImageModel
+from flowguard.models.base import Given, ImageCondition, ImageModel
 from flowguard.training.encoders import groups
 from flowguard.training.kept import KeptMaps
 from flowguard.training.validation import Measured, measure
@@ -65,11 +65,12 @@ class Optimization:
     seed: int = 0
     most_skipped: float = 0.01
     encoder_lr: float | None = None
+    pixel_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if isinstance(self.steps, bool) or not isinstance(self.steps, Integral):
             raise TypeError(f"steps must be a whole number; got {self.steps!r}")
-        for name in ("lr", "clip"):
+        for name in ("lr", "clip", "pixel_weight"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Real):
                 raise TypeError(f"{name} must be a number; got {value!r}")
@@ -79,6 +80,8 @@ class Optimization:
             )
         if self.encoder_lr is not None and not 0 < self.encoder_lr < math.inf:
             raise ValueError(f"encoder_lr must be positive; got {self.encoder_lr}")
+        if not 0 <= self.pixel_weight < math.inf:
+            raise ValueError(f"pixel_weight must not be negative; got {self.pixel_weight}")
         if self.schedule not in SCHEDULES:
             raise ValueError(
                 f"schedule must be one of {', '.join(SCHEDULES)}; got {self.schedule!r}"
@@ -195,7 +198,7 @@ class FlowModule(pl.LightningModule):
 
     # -- the step --------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x: Tensor, y: Given) -> Tensor:
         r"""Returns the bits per dimension of each image, with shape :math:`(B)`."""
         bits: Tensor = self.model(x, y)
         return bits
@@ -213,11 +216,21 @@ class FlowModule(pl.LightningModule):
         together = (
             contextlib.nullcontext() if alone else draws_of_all(len(x), self.global_rank, world)
         )
+        weight = self.optimization.pixel_weight
         with together:
-            loss = self(x, y).mean()
+            # Once for both ways; but the first batch initialises weights on its way.
+            given = self.model.condition(y) if weight and self.global_step else y
+            loss = self(x, given).mean()
+            error = (self._of_no_noise(given) - x).abs().mean() if weight else 0.0
         loss = loss.to(torch.promote_types(loss.dtype, torch.float32))
         self._losses.append(loss.detach())
-        return loss
+        return loss + weight * error
+
+    def _of_no_noise(self, given: Given) -> Tensor:
+        r"""The images of latents that are zero."""
+        like = given.images if isinstance(given, ImageCondition) else given
+        shapes = self.model.latent_shapes(given)
+        return self.model.decode([like.new_zeros(len(like), *s) for s in shapes], given)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Measured:
         r"""Returns what is measured of a validation picture."""

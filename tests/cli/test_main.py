@@ -515,8 +515,7 @@ def test_variables_that_cannot_be(superres, six, tmp_path, capsys, monkeypatch):
 
 
 MISTAKES = {
-    "no model": (["in", "out"], "--model must be given; got nothing"),
-    "no arguments": ([], "INPUT, OUTPUT, --model must be given; got nothing"),
+    "no arguments": ([], "INPUT, OUTPUT must be given; got nothing"),
     "no such input": (["absent", "out", "--model", "m"], "there is no file or folder absent"),
     "no such glob": (["in/*.gif", "out", "--model", "m"], "matches in/*.gif"),
     "an empty folder": (["in/within", "out", "--model", "m"], "there is no picture"),
@@ -754,9 +753,8 @@ NEWCOMERS = {
     ),
     "nothing given": (
         "superres",
-        "superres: error: INPUT, OUTPUT, --model must be given; got nothing",
+        "superres: error: INPUT, OUTPUT must be given; got nothing",
     ),
-    "no model": ("superres a.png out", "--model must be given; got nothing"),
     "no such model": ("superres a.png out --model nowhere", "--model: there is no folder nowhere"),
     "a file for a model": (
         "inspect a.png",

@@ -10,6 +10,7 @@ import sys
 import warnings
 from fractions import Fraction
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from flowguard import OODContextWarning, certify
 from flowguard.image import maps
 from flowguard.models import (
     LowLightEncoder,
@@ -799,3 +801,53 @@ def test_a_folder_of_models_is_told_from_a_model(tmp_path):
         build().save_pretrained(tmp_path / name)
     with pytest.raises(PretrainedError, match=r"folder\(s\) best, model do: name one of them"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("cls", "name"), [(SuperResolutionFlow, "superres-x4"), (LowLightFlow, "lowlight")]
+)
+def test_models_of_the_package_are_loaded_by_name_with_their_guard_and_without_a_network(
+    cls, name, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(store, "_downloaded", None)
+    model = cls.from_pretrained(name)
+    assert not model.training
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model.conditioner.guard.calibrated
+    assert model.conditioner.policy == "shrink"
+    files = {file.name: file.stat().st_size for file in store.located(name).iterdir()}
+    assert files.keys() == {"README.md", "config.json", "model.safetensors"}
+    assert files["model.safetensors"] <= 8e6
+    page = Path(__file__).parents[2] / "docs" / "models" / f"{name}.md"
+    assert (store.located(name) / "README.md").read_text() == page.read_text()
+
+
+def test_a_folder_comes_before_a_model_of_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "superres-x4").mkdir()  # of pictures
+    assert SuperResolutionFlow.from_pretrained("superres-x4").scale == 4
+    model = SuperResolutionFlow(scale=2, levels=1, steps=1, hidden=8, features=8)
+    model.save_pretrained("superres-x4")
+    assert SuperResolutionFlow.from_pretrained("superres-x4").scale == 2
+
+
+def test_the_name_of_no_model_is_told_which_there_are_and_asks_no_network(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(PretrainedError, match="brings the models lowlight and superres-x4, and"):
+        SuperResolutionFlow.from_pretrained("superres-x5")
+    with pytest.raises(PretrainedError, match=r"holds a SuperResolutionFlow; load it by"):
+        LowLightFlow.from_pretrained("superres-x4")
+
+
+def test_what_the_package_brings_is_bounded_and_flags_what_is_no_photograph():
+    for name, residual in (("superres-x4", 1.25), ("lowlight", 1.25)):
+        model = store.load(name)
+        assert certify(model).bound <= residual
+    model = store.load("superres-x4")
+    strange = (torch.arange(24)[:, None] + torch.arange(24)) % 2 * torch.ones(1, 3, 1, 1)
+    plain = torch.full((1, 3, 24, 24), 0.5) + 0.02 * torch.rand(1, 3, 24, 24)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", OODContextWarning)
+        model.condition(torch.cat([strange, plain]))
+    assert model.conditioner.report.p_value[0] < 0.01

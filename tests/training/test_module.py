@@ -1,6 +1,7 @@
 """What a step does, on one process and on two."""
 
 import contextlib
+import copy
 import math
 
 import pytest
@@ -13,6 +14,7 @@ from flowguard.models import SuperResolutionFlow
 
 pl = pytest.importorskip("lightning.pytorch")
 
+from flowguard.training.build import build  # noqa: E402
 from flowguard.training.callbacks import Averaging, StepLog  # noqa: E402
 from flowguard.training.module import (  # noqa: E402
     Diverged,
@@ -44,6 +46,16 @@ class Random(Dataset):
         if number in self.spoilt:
             hr[0, 0, 0, 0] = math.inf
         return hr, torch.rand(self.rows, 3, 4, 4, generator=generator)
+
+
+class Losses(pl.Callback):
+    """What each step descends."""
+
+    def __init__(self):
+        self.losses = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.losses.append(float(outputs["loss"]))
 
 
 def fit(module, data, callbacks=(), **options):
@@ -184,7 +196,30 @@ def test_a_compiled_model_takes_the_same_steps():
     assert found[0] == pytest.approx(found[1], abs=1e-4)
 
 
+@pytest.mark.parametrize("task", ["superres", "lowlight"])
+def test_the_pixel_weight_adds_the_error_of_the_image_of_no_noise(task):
+    torch.manual_seed(0)
+    made = build(task, levels=1, steps=1, hidden=8, features=8, blocks=1, scale=2)
+    size = made.scale * 4
+    x, y = torch.rand(4, 3, size, size), torch.rand(4, 3, 4, 4)
+    told = []
+    for weight in (0.0, 3.0):
+        module = FlowModule(copy.deepcopy(made), Optimization(2, lr=1e-3, pixel_weight=weight))
+        fit(module, [(x, y)] * 2, callbacks=[each := Losses()])
+        told.append(each.losses)
+    plain, weighed = told
+    first = copy.deepcopy(made)
+    torch.manual_seed(seed_of(0, 0, 0))
+    bits = first.train()(x, y).mean()
+    error = (first.sample(y, temperature=0.0).reshape(x.shape) - x).abs().mean()
+    assert plain[0] == pytest.approx(float(bits.detach()), rel=1e-5)
+    assert weighed[0] == pytest.approx(float((bits + 3 * error).detach()), rel=1e-5)
+    assert weighed[1] != pytest.approx(plain[1], rel=1e-3)
+
+
 def test_options_out_of_range_are_refused():
+    with pytest.raises(ValueError, match=r"pixel_weight must not be negative; got -1\.0"):
+        Optimization(1, pixel_weight=-1.0)
     with pytest.raises(ValueError, match="must be positive; got 0, "):
         Optimization(0)
     with pytest.raises(
