@@ -196,7 +196,7 @@ def build(superres: Sequence[Partner], lowlight: Sequence[Partner], note: str = 
 
 def _source(gr: Any) -> tuple[Any, Any, Any, Any]:
     r"""What a photograph comes from, where it is kept, and what is said of it."""
-    file = gr.File(label="Drop a photograph, or choose one", file_types=list(_KINDS), height=120)
+    file = gr.File(label="Drop a photograph, or choose one", file_types=list(_KINDS), height=160)
     name = gr.Dropdown(list(EXAMPLES), value=None, label="or an example")
     held = gr.State(None, time_to_live=_KEPT)
     told = gr.HTML(drawing.sentence(NOTHING))

@@ -49,7 +49,7 @@ def panel(partners: Sequence[Partner], asked: Asked) -> str:
     first = [drawing.figure("condition", to_uint8(y), _range(y), sharp=True)]
     if asked.truth is not None:
         first.append(drawing.figure("photograph", to_uint8(asked.truth)))
-    first += [drawing.figure(name, to_uint8(a.sample[0]), _told(a)) for name, a in made.items()]
+    flows = [drawing.figure(name, to_uint8(a.sample[0]), _told(a)) for name, a in made.items()]
     masks = [
         drawing.figure(f"artefacts, {name}", _marked(a), f"{100 * a.share:.3g} % of the pixels")
         for name, a in made.items()
@@ -57,7 +57,8 @@ def panel(partners: Sequence[Partner], asked: Asked) -> str:
     last = made[partners[-1].name].report
     kind = "flagged" if last is not None and bool(last.flagged[0]) else ""
     parts = [drawing.sentence(asked.told)] if asked.told else []
-    parts += [drawing.row(first), drawing.sentence(words.chance(last), kind=kind)]
+    parts += [drawing.row(first), drawing.row(flows)]
+    parts.append(drawing.sentence(words.chance(last), kind=kind))
     if last is not None:
         parts += [drawing.row(drawing.ood_maps(last)), drawing.bar()]
     parts.append(drawing.row(masks))

@@ -32,10 +32,7 @@ def chance(report: OODReport | None) -> str:
     if p <= least * (1 + 1e-6) and least < 0.5:
         how = f"none of the {count} conditions that the guard was calibrated with is as strange"
     else:
-        how = (
-            f"about {_share(p)} conditions like those of training are as strange as this one, or"
-            " stranger"
-        )
+        how = f"{_share(p)} conditions like those of training are as strange as this one, or stranger"
     if bool(report.flagged[0]):
         return f"Out of distribution: p = {p:.2g}; {how}."
     if p < 0.05:
@@ -49,10 +46,8 @@ def _count(report: OODReport) -> int:
 
 def _share(p: float) -> str:
     if p >= 0.995:
-        return "all"
-    if p >= 0.01:
-        return f"{100 * p:.0f} in 100"
-    return f"1 in {1 / p:,.0f}"
+        return "nearly all"
+    return f"about {100 * p:.0f} in 100" if p >= 0.01 else f"about 1 in {1 / p:,.0f}"
 
 
 def certificate(made: Certificate, *, added: bool = False) -> str:

@@ -2,12 +2,14 @@ r"""``flowguard app``."""
 
 __all__ = ["HELP", "parser", "run"]
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from flowguard.cli.enhance import chosen, load_model
 from flowguard.cli.machine import add_machine, check_device, threads
 from flowguard.cli.parsing import Parser, UserError, folder, need, paths, whole
+from flowguard.hosts import install
 
 HELP = "serve a page on which to try it"
 
@@ -137,12 +139,13 @@ def run(args: Any) -> int:
         args: The arguments.
     """
     need(
-        ("gradio", "gradio"),
         ("matplotlib", "matplotlib"),
         ("PIL", "Pillow"),
         ("skimage", "scikit-image"),
         extra="app",
     )
+    if find_spec("gradio") is None:  # imported once its folder is chosen
+        raise UserError(f"gradio is missing: {install('app')}")
     from flowguard.app.page import build, serve
 
     paths(args, "model", "lowlight_model", "affine")
