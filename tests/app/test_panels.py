@@ -34,6 +34,7 @@ def pictures(page):
     return found
 
 
+@pytest.mark.filterwarnings("ignore::flowguard.ood.OODContextWarning")
 def test_all_is_shown_side_by_side():
     both = partners(model("robust"), model("affine", margin=None))
     asked = Asked(9 + torch.rand(3, 16, 20), "told <before>", torch.rand(3, 64, 80))
