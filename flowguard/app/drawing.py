@@ -138,7 +138,7 @@ def scatter(name: str, points: Tensor, gone: float) -> str:
         f' class="{"in" if kept else "out"}"/>'
         for (x, y), kept in zip(drawn.tolist(), inside.tolist(), strict=True)
     )
-    told = f"{100 * gone:.0f} % have left the frame" if gone else "all are in the frame"
+    told = f"{100 * gone:.3g} % have left the frame" if gone else "all are in the frame"
     box = f"{-FRAME} {-FRAME} {2 * FRAME} {2 * FRAME}"
     return (
         f"<figure><figcaption><b>{html.escape(name)}</b></figcaption>"

@@ -59,23 +59,31 @@ svg.fg-plane circle { fill: #d33 }
 
 #: Moves the condition of the toy to where it is dragged, and tells the server.
 DRAG = """
-let held = false;
+let held = false, x = 0, y = 0, told = 0;
+function tell() {
+  told = performance.now();
+  trigger('input', {first: Math.round(20 * x) / 20, second: Math.round(20 * y) / 20});
+}
 function move(event) {
   const svg = element.querySelector('svg');
   const box = svg.getBoundingClientRect();
   const at = (value) => Math.max(-REACH, Math.min(REACH, value));
-  const x = at(REACH * (2 * (event.clientX - box.left) / box.width - 1));
-  const y = at(REACH * (1 - 2 * (event.clientY - box.top) / box.height));
+  x = at(REACH * (2 * (event.clientX - box.left) / box.width - 1));
+  y = at(REACH * (1 - 2 * (event.clientY - box.top) / box.height));
   const dot = svg.querySelector('circle');
   dot.setAttribute('cx', x); dot.setAttribute('cy', -y);
-  trigger('input', {first: Math.round(20 * x) / 20, second: Math.round(20 * y) / 20});
+  if (performance.now() - told > 150) tell();
+}
+function drop() {
+  if (held) tell();
+  held = false;
 }
 element.addEventListener('pointerdown', (event) => {
   if (event.target.closest('svg')) { held = true; move(event); event.preventDefault(); }
 });
 window.addEventListener('pointermove', (event) => { if (held) move(event); });
-window.addEventListener('pointerup', () => { held = false; });
-window.addEventListener('pointercancel', () => { held = false; });
+window.addEventListener('pointerup', drop);
+window.addEventListener('pointercancel', drop);
 """.replace("REACH", f"{REACH:g}")
 
 NOTHING = "Drop a photograph, or choose an example."
@@ -325,16 +333,14 @@ def _toy_tab(gr: Any, tab: Any) -> None:
         first, second = float(event.first), float(event.second)
         return first, second, *_toy(first, second)
 
-    how = {
-        "concurrency_id": "toy",
-        "concurrency_limit": 1,
-        "api_visibility": "private",
-        "trigger_mode": "always_last",
-    }
+    how = {"concurrency_id": "toy", "concurrency_limit": 1, "api_visibility": "private"}
+    last = {"show_progress": "hidden", "trigger_mode": "always_last", **how}
     tab.select(from_sliders, numbers, [plane, shown, told], **how)
     for number in numbers:
-        number.input(from_sliders, numbers, [plane, shown, told], show_progress="hidden", **how)
-    plane.input(from_plane, None, [*numbers, shown, told], show_progress="hidden", **how)
+        number.input(from_sliders, numbers, [plane, shown, told], **last)
+    # All are answered, in turn: of the last event alone gradio forgets what came with it.
+    each = {"show_progress": "hidden", "trigger_mode": "multiple", **how}
+    plane.input(from_plane, None, [*numbers, shown, told], **each)
 
 
 @contextlib.contextmanager

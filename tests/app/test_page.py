@@ -315,12 +315,16 @@ def test_two_visitors_are_answered_at_once_each_with_what_is_theirs(answered, op
     other.browser.quit()
 
 
-def test_the_other_tabs_answer_and_the_condition_can_be_dragged(answered, folder):
-    from selenium.webdriver.common.action_chains import ActionChains
-
+def test_a_dark_photograph_is_answered(answered, folder):
     answered.tab("Brighten")
     answered.drop(folder / "wide.png")
     answered.until(lambda: 'alt="robust"' in answered.shown())
+    assert "taken in the dark, with 0.06 of its light" in answered.shown()
+
+
+def test_a_condition_that_is_dragged_away_makes_affine_samples_fly_off(answered):
+    from selenium.webdriver.common.action_chains import ActionChains
+
     answered.tab("Two numbers")
     answered.until(lambda: len(answered.seen(".fg-row svg")) == 3)
     answered.says("all are in the frame")
