@@ -210,7 +210,7 @@ class Toys(NamedTuple):
 
 
 @functools.cache
-def _flows() -> dict[str, ToyFlow]:
+def _learned() -> dict[str, ToyFlow]:
     affine, robust = trained("affine"), trained("robust")
     guarded = copy.deepcopy(affine)
     guarded.conditioner.policy = "shrink"
@@ -220,7 +220,7 @@ def _flows() -> dict[str, ToyFlow]:
 def toys() -> dict[str, ToyFlow]:
     r"""Returns the flows by name, trained when they are first asked for: some seconds."""
     with _LOCK:  # two who ask at once are given the same ones
-        return _flows()
+        return _learned()
 
 
 def drawn(first: float, second: float) -> Toys:
