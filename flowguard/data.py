@@ -9,17 +9,21 @@ __all__ = [
     "Corruption",
     "PairedCrops",
     "Pictures",
+    "blur",
     "corruptions",
     "crop_to_multiple",
     "delinearize",
     "downsample",
     "expose",
+    "jpeg",
     "linearize",
     "photograph",
     "read_image",
 ]
 
 import importlib.resources
+import io
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -30,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowguard.hosts import install
-from flowguard.io.pictures import read_image
+from flowguard.io.pictures import read_image, to_uint8
 
 #: Colour photographs that scikit-image ships, by file name.
 TRAINING_PHOTOGRAPHS = ("astronaut.png", "coffee.png", "rocket.jpg", "motorcycle_left.png")
@@ -329,6 +333,62 @@ def expose(
     noise = torch.randn(counted.shape, generator=generator, dtype=counted.dtype)
     light = ((counted + read_noise * noise) / full_well).clamp(0, 1)
     return (255 * delinearize(light)).round() / 255
+
+
+def blur(image: Tensor, sigma: float, reach: int | None = None) -> Tensor:
+    r"""Blurs an image by a Gaussian; beyond its border the outermost pixels go on.
+
+    Arguments:
+        image: The image, with shape :math:`(C, H, W)`.
+        sigma: The standard deviation in pixels; 0 leaves the image as it is.
+        reach: How many pixels the kernel reaches to each side; three standard deviations by
+            default.
+
+    Raises:
+        ValueError: If the standard deviation is negative or not finite.
+
+    Example:
+        >>> edge = torch.zeros(3, 8, 8)
+        >>> edge[..., 4:] = 1.0
+        >>> bool(0 < blur(edge, 1.0)[0, 0, 3] < 0.5)
+        True
+    """
+    if not 0 <= sigma < math.inf:
+        raise ValueError(f"sigma must be finite and not negative; got {sigma}")
+    if sigma == 0:
+        return image
+    reach = math.ceil(3 * sigma) if reach is None else reach
+    at = torch.arange(-reach, reach + 1, dtype=image.dtype, device=image.device)
+    kernel = torch.exp(-at.square() / (2 * sigma**2))
+    kernel = kernel / kernel.sum()
+    wide = F.pad(image[:, None], (reach,) * 4, mode="replicate")
+    return F.conv2d(F.conv2d(wide, kernel[None, None, None]), kernel[None, None, :, None])[:, 0]
+
+
+def jpeg(image: Tensor, quality: int) -> Tensor:
+    r"""Returns an image as it is read back from a JPEG file: cut to :math:`[0, 1]`, of 8 bits.
+
+    Arguments:
+        image: The image in :math:`[0, 1]`, with shape :math:`(3, H, W)`.
+        quality: The quality, from 1 to 95.
+
+    Raises:
+        ImportError: If Pillow is not installed.
+
+    Example:
+        >>> grey = torch.full((3, 16, 16), 0.5)
+        >>> bool((jpeg(grey, 90) - grey).abs().max() < 0.01)
+        True
+    """
+    levels = to_uint8(image)
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError(f"JPEG needs Pillow: {install('cli')}") from error
+    stream = io.BytesIO()
+    Image.fromarray(levels).save(stream, format="JPEG", quality=quality)
+    stream.seek(0)
+    return read_image(stream).to(image)
 
 
 @dataclass(frozen=True)

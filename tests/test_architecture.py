@@ -34,6 +34,7 @@ LADDER = [
     {"data"},
     {"training"},
     {"demo"},
+    {"app"},
     {"cli"},
 ]
 FLOOR = {wing: floor for floor, wings in enumerate(LADDER) for wing in wings}

@@ -84,3 +84,25 @@ def test_columns_are_those_of_the_pictures(tmp_path):
     with pytest.warns(UserWarning, match=r"2\.png"), pytest.raises(ValueError, match="no picture"):
         right.whole(0)
     assert (files.broken(), left.broken(), right.broken()) == ([2], [2], [0])
+
+
+def test_jpeg_blocks():
+    image = torch.rand(3, 32, 32)
+    made = data.jpeg(image, 5)
+    step = (made[..., 1:] - made[..., :-1]).abs().mean(dim=(0, 1))
+    edges = torch.arange(31) % 8 == 7
+    assert step[edges].mean() > step[~edges].mean()
+
+
+def test_blur_keeps_what_is_flat_and_the_sum_within():
+    flat = torch.full((3, 9, 7), 0.3)
+    assert torch.allclose(data.blur(flat, 2.0), flat)
+    dot = torch.zeros(1, 33, 33)
+    dot[0, 16, 16] = 1.0
+    blurred = data.blur(dot, 1.5)
+    assert abs(float(blurred.sum()) - 1) < 1e-5
+    rows = (torch.arange(33) - 16.0).square() @ blurred[0].sum(dim=1)
+    assert abs(float(rows) - 1.5**2) < 0.1  # the kernel ends at three standard deviations
+    assert data.blur(dot, 0.0) is dot
+    with pytest.raises(ValueError, match="sigma must be finite and not negative; got -1"):
+        data.blur(dot, -1)

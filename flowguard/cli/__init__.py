@@ -6,4 +6,14 @@ the exit code.
 
 __all__ = ["COMMANDS"]
 
-COMMANDS = ("superres", "lowlight", "train", "convert", "inspect", "compare", "demo", "doctor")
+COMMANDS = (
+    "superres",
+    "lowlight",
+    "train",
+    "convert",
+    "inspect",
+    "compare",
+    "demo",
+    "app",
+    "doctor",
+)

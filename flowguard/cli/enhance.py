@@ -151,25 +151,29 @@ def add_arguments(parser: Parser, *, model: str, temperature: float) -> None:
     parser.add_config()
 
 
-def load_model(path: Path, kind: str, device: str) -> Any:
+def load_model(path: Path, kind: str | Sequence[str], device: str, option: str = "--model") -> Any:
     r"""Returns the model of a folder.
 
     Arguments:
         path: The folder.
-        kind: The name of the class that it must have.
+        kind: The name of the class that it must have, or several.
         device: The device.
+        option: The option that named it, for the error.
 
     Raises:
         UserError: If the folder holds no model, or one of another class.
     """
     from flowguard.models import store
 
+    kinds = [kind] if isinstance(kind, str) else list(kind)
     try:
         model = store.load(path, device)
     except store.PretrainedError as error:
-        raise UserError(f"--model: {error}") from None
-    if type(model).__name__ != kind:
-        raise UserError(f"--model: {path} holds a {type(model).__name__}; this needs a {kind}")
+        raise UserError(f"{option}: {error}") from None
+    if type(model).__name__ not in kinds:
+        raise UserError(
+            f"{option}: {path} holds a {type(model).__name__}; this needs a {' or a '.join(kinds)}"
+        )
     return model
 
 
@@ -438,18 +442,15 @@ def maps(report: Any) -> list[tuple[str, bytes]]:
     with contextlib.suppress(ImportError):
         import io
 
-        from matplotlib import colormaps
         from PIL import Image
 
-        from flowguard.ood.report import NINES, nines
+        from flowguard.ood.report import coloured, nines
 
         drawn = []
         for name, level in report.levels.items():
             if level.map is None:
                 continue
-            scaled = (nines(level)[0].float().cpu() / NINES).clamp(0, 1).nan_to_num(1.0).numpy()
-            colours = (255 * colormaps["inferno"](scaled)[..., :3]).round().astype("uint8")
-            image = Image.fromarray(colours)
+            image = Image.fromarray(coloured(nines(level)[0]))
             factor = max(1, 160 // max(image.size))
             image = image.resize(
                 (image.width * factor, image.height * factor), Image.Resampling.NEAREST

@@ -1,5 +1,5 @@
 r"""The command line: ``flowguard superres``, ``lowlight``, ``train``, ``convert``, ``inspect``,
-``compare``, ``demo`` and ``doctor``."""
+``compare``, ``demo``, ``app`` and ``doctor``."""
 
 __all__ = ["main"]
 

@@ -1,8 +1,7 @@
 r"""The demo's second task: photographs taken in the dark."""
 
-__all__ = ["HELD_OUT", "LowLightTask", "jpeg"]
+__all__ = ["HELD_OUT", "LowLightTask"]
 
-import io
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -14,28 +13,12 @@ from flowguard import data, metrics
 from flowguard.demo.task import Question, Task, other_worlds
 from flowguard.image.maps import Elementwise
 from flowguard.io.folder import PictureFiles
-from flowguard.io.pictures import read_image, to_uint8
 from flowguard.models import LowLightEncoder, LowLightFlow
 from flowguard.models.encoders.lowlight import low_light_input
 from flowguard.training.pictures import BRIGHTEST, DARKEST, DarkenedPairs, Pairs
 
 HELD_OUT = 1 / 17
 SHOTS = 3  # how often each photograph is taken in the dark
-
-
-def jpeg(image: Tensor, quality: int) -> Tensor:
-    r"""Returns an image as it is read back from a JPEG file.
-
-    Arguments:
-        image: The image in :math:`[0, 1]`, with shape :math:`(1, 3, H, W)`.
-        quality: The quality, from 1 to 95.
-    """
-    from PIL import Image
-
-    stream = io.BytesIO()
-    Image.fromarray(to_uint8(image[0])).save(stream, format="JPEG", quality=quality)
-    stream.seek(0)
-    return read_image(stream)[None]
 
 
 def spotlight(height: int, width: int) -> Tensor:
@@ -143,8 +126,8 @@ class LowLightTask(Task):
             ("lamp ", (1.0, 5.0), lambda s: shot(high, HELD_OUT + s * lamp)),
             ("warm cast ", (1.0, 5.0), lambda s: shot(high, HELD_OUT * s * warm[:, None, None])),
             ("cold cast ", (1.0, 5.0), lambda s: shot(high, HELD_OUT * s * cold[:, None, None])),
-            ("dark JPEG q", (20, 5), lambda s: jpeg(held_out, s)),
-            ("lit JPEG q", (20, 5), lambda s: jpeg(high, s)),
+            ("dark JPEG q", (20, 5), lambda s: data.jpeg(held_out[0], s)[None]),
+            ("lit JPEG q", (20, 5), lambda s: data.jpeg(high[0], s)[None]),
         ):
             for strength in strengths[-1:] if quick else strengths:
                 yield Question(f"{name}{strength:g}", made(strength), strength == strengths[-1])

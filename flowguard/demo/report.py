@@ -6,6 +6,7 @@ __all__ = [
     "figures",
     "headline",
     "html_table",
+    "number",
     "page",
     "panel",
     "table",
@@ -32,7 +33,16 @@ from flowguard.io.pictures import to_uint8
 from flowguard.ood.report import NINES, nines
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    r"""Returns a number of any size, short.
+
+    Arguments:
+        value: The number.
+
+    Example:
+        >>> number(1.0249), number(123456.0)
+        ('1.02', '1e+05')
+    """
     return f"{value:.3g}" if abs(value) < 1e4 else f"{value:.0e}"
 
 
@@ -64,10 +74,10 @@ def _condition_rows(result: Result) -> list[list[str]]:
         row = [condition.name]
         for name in names:
             s = by_model[name]
-            row += [f"{100 * s.share:.2f} %", _number(s.largest)]
+            row += [f"{100 * s.share:.2f} %", number(s.largest)]
         for r in by_model[names[-1]].report.levels.values():
             ratio = float(r.score[0]) / r.threshold
-            row.append(_number(ratio) + (" *" if bool(r.flagged[0]) else "  "))
+            row.append(number(ratio) + (" *" if bool(r.flagged[0]) else "  "))
         rows.append(row)
     return rows
 
@@ -82,7 +92,7 @@ def _guarantees(result: Result) -> str:
         )
         lines.append(
             f"  {name}: {known}; an attack on the condition, within 1, reached"
-            f" {_number(t.attacked)}"
+            f" {number(t.attacked)}"
         )
     return "\n".join(lines)
 
@@ -160,7 +170,7 @@ def panel(condition: Question, by_model: dict[str, Sampled], title: str = "condi
     axes[0].set_title(title, fontsize=9)
     for axis, name in zip(axes[1:], names, strict=False):
         axis.imshow(_shown(by_model[name].sample[0], y))
-        axis.set_title(f"{name}, max|x| = {_number(by_model[name].largest)}", fontsize=9)
+        axis.set_title(f"{name}, max|x| = {number(by_model[name].largest)}", fontsize=9)
     first = by_model[names[0]]
     axes[1 + len(names)].imshow(first.mask[0].numpy(), cmap="gray", vmin=0, vmax=1)
     axes[1 + len(names)].set_title(f"{names[0]} artefacts: {100 * first.share:.1f} %", fontsize=9)
@@ -199,7 +209,7 @@ def headline(result: Result) -> bytes:
     pictures += [
         (
             _shown(by_model[name].sample[0], y),
-            f"{name}: max|x| = {_number(by_model[name].largest)}",
+            f"{name}: max|x| = {number(by_model[name].largest)}",
             {},
         )
         for name in names

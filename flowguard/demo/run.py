@@ -3,6 +3,7 @@ r"""The demo: two flows on real photographs, within their world and without."""
 __all__ = [
     "TASKS",
     "DemoOptions",
+    "Drawn",
     "Result",
     "Sampled",
     "Trained",
@@ -55,12 +56,11 @@ class DemoOptions:
 
 
 @dataclass(frozen=True)
-class Sampled:
-    r"""What a model made of a condition."""
+class Drawn:
+    r"""A sample, and which of its pixels are artefacts."""
 
     sample: Tensor
     mask: Tensor  # artefact pixels
-    report: OODReport
 
     @property
     def share(self) -> float:
@@ -77,6 +77,13 @@ class Sampled:
     def non_finite(self) -> int:
         r"""The number of values that are not finite."""
         return int((~torch.isfinite(self.sample)).sum())
+
+
+@dataclass(frozen=True)
+class Sampled(Drawn):
+    r"""What a model made of a condition."""
+
+    report: OODReport
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 r"""What a score tells: per image, per level, per pixel."""
 
-__all__ = ["NINES", "LevelReport", "OODReport", "nines", "plot_report"]
+__all__ = ["NINES", "TICKS", "LevelReport", "OODReport", "coloured", "nines", "plot_report"]
 
 import json
 from dataclasses import dataclass
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 NINES = 4
 r"""The upper end of the scale: beyond the 0.9999 quantile, all pixels look the same."""
+
+
+TICKS = {0.0: "0", 0.301: "0.5", 1.0: "0.9", 2.0: "0.99", 3.0: "0.999", 4.0: "0.9999"}
+r"""The quantiles that a colour bar names, by their number of nines."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -273,6 +277,30 @@ def nines(level: LevelReport) -> Tensor:
     return -torch.log10((1 - quantile).clamp_min(10.0**-NINES))
 
 
+def coloured(numbers: Tensor) -> Any:
+    r"""Returns numbers of nines in the colours of :func:`plot_report`.
+
+    Arguments:
+        numbers: The numbers, of any shape :math:`(*)`; what is no number is as far as can be.
+
+    Returns:
+        The colours as an array of bytes, with shape :math:`(*, 3)`.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+
+    Example:
+        >>> coloured(torch.tensor([0.0, 4.0])).tolist()
+        [[0, 0, 4], [252, 255, 164]]
+    """
+    try:
+        from matplotlib import colormaps
+    except ImportError as error:
+        raise ImportError(f"plots need matplotlib: {install('plot')}") from error
+    scaled = (numbers.float().cpu() / NINES).clamp(0, 1).nan_to_num(1.0).numpy()
+    return (255 * colormaps["inferno"](scaled)[..., :3]).round().astype("uint8")
+
+
 def plot_report(
     report: OODReport, image: Tensor | None = None, index: int | None = None
 ) -> "Figure":
@@ -322,9 +350,7 @@ def plot_report(
         axis.set_title(f"{name}: score {score:.3g}, p = {p:.2g}", fontsize=9)
     if drawn is not None:
         bar = figure.colorbar(drawn, ax=axes, shrink=0.9, extend="max")
-        bar.set_ticks(
-            [0, 0.301, 1, 2, 3, 4], labels=["0", "0.5", "0.9", "0.99", "0.999", "0.9999"]
-        )
+        bar.set_ticks(list(TICKS), labels=list(TICKS.values()))
         bar.set_label("quantile among calibration pixels")
     return figure
 

@@ -8,13 +8,13 @@ picture; a pattern comes to both.
 
 __all__ = ["blurred", "compressed", "corrupted", "noisy", "patterned"]
 
-import io
 from collections.abc import Callable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from flowguard import data
 
 Pair = tuple[Tensor, Tensor]
 Change = Callable[[Tensor, np.random.Generator], Tensor]
@@ -58,15 +58,7 @@ def compressed(condition: Tensor, rng: np.random.Generator) -> Tensor:
     Raises:
         ImportError: If Pillow is not installed.
     """
-    from PIL import Image
-
-    levels = (255 * condition.clamp(0, 1)).round().to(torch.uint8).movedim(0, -1).contiguous()
-    file = io.BytesIO()
-    quality = int(rng.integers(LEAST_QUALITY, MOST_QUALITY + 1))
-    Image.fromarray(levels.numpy()).save(file, "JPEG", quality=quality)
-    with Image.open(file) as opened:
-        read = torch.from_numpy(np.array(opened))
-    return (read.movedim(-1, 0).to(condition) / 255).contiguous()
+    return data.jpeg(condition, int(rng.integers(LEAST_QUALITY, MOST_QUALITY + 1)))
 
 
 def blurred(condition: Tensor, rng: np.random.Generator) -> Tensor:
@@ -83,12 +75,7 @@ def blurred(condition: Tensor, rng: np.random.Generator) -> Tensor:
         True
     """
     sigma = LEAST_BLUR + (MOST_BLUR - LEAST_BLUR) * rng.random()
-    reach = 4
-    at = torch.arange(-reach, reach + 1, dtype=condition.dtype)
-    kernel = torch.exp(-at.square() / (2 * sigma**2))
-    kernel = kernel / kernel.sum()
-    wide = F.pad(condition[:, None], (reach,) * 4, mode="replicate")
-    return F.conv2d(F.conv2d(wide, kernel[None, None, None]), kernel[None, None, :, None])[:, 0]
+    return data.blur(condition, sigma, reach=4)
 
 
 def patterned(target: Tensor, condition: Tensor, scale: int, rng: np.random.Generator) -> Pair:

@@ -702,6 +702,7 @@ def test_the_configuration_is_printed(command, tmp_path, capsys):
         "inspect": ["m"],
         "compare": ["--models", "a", "b", "--images", "c"],
         "demo": ["--out", "d"],
+        "app": ["--model", "m", "--affine", "a", "b", "--port", "7000"],
         "train": ["lowlight", "--data", "d", "--out", "r", "--steps", "9"],
         "doctor": ["--extra", "train", "hub"],
     }[command]

@@ -1,0 +1,62 @@
+r"""What flows make of a condition."""
+
+import warnings
+
+import pytest
+import torch
+
+from flowguard.app.answers import answer, partners
+from flowguard.models import SuperResolutionFlow
+
+SMALL = {"levels": 1, "steps": 1, "hidden": 8, "features": 8}
+
+
+def model(coupling, **options):
+    made = SuperResolutionFlow(**SMALL, coupling=coupling, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made.conditioner.fit(0.1 * torch.rand(32, 3, 16, 16), progress=False)
+        made.conditioner.calibrate(0.1 * torch.rand(49, 3, 16, 16), progress=False)
+    return made
+
+
+def test_the_affine_flow_answers_twice_and_only_one_of_its_guards_shrinks():
+    found = partners(model("robust"), model("affine", margin=None))
+    policies = {p.name: p.model.conditioner.policy for p in found}
+    assert policies == {
+        "affine": "report",
+        "affine, its guard shrinks": "shrink",
+        "robust": "report",
+    }
+    assert found[0].model is not found[1].model
+
+
+def test_a_robust_flow_whose_guard_shrinks_is_said_to():
+    robust = model("robust")
+    robust.conditioner.policy = "shrink"
+    assert [p.name for p in partners(robust)] == ["robust, its guard shrinks"]
+
+
+@pytest.mark.parametrize("policy", ["warn", "raise"])
+def test_no_guard_warns_or_raises(policy):
+    robust = model("robust")
+    robust.conditioner.policy = policy
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made = answer(*partners(robust), 9 + torch.rand(3, 16, 16), 0.8)
+    assert bool(made.report.flagged[0])
+
+
+def test_a_model_without_a_guard_answers_all_the_same():
+    (robust,) = partners(SuperResolutionFlow(**SMALL))
+    made = answer(robust, torch.rand(3, 16, 20), 0.0)
+    assert made.report is None
+    assert made.sample.shape == (1, 3, 64, 80)
+
+
+def test_an_answer_is_the_same_each_time_and_another_for_another_seed():
+    (robust,) = partners(model("robust"))
+    y = torch.rand(3, 16, 16)
+    first = answer(robust, y, 0.8, seed=1)
+    assert torch.equal(answer(robust, y, 0.8, seed=1).sample, first.sample)
+    assert not torch.equal(answer(robust, y, 0.8, seed=2).sample, first.sample)
