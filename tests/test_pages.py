@@ -13,6 +13,7 @@ import argparse
 import ast
 import contextlib
 import importlib
+import itertools
 import re
 import runpy
 import shlex
@@ -85,6 +86,7 @@ def blocks(page, text):
     r"""Yields the blocks of a page, in order."""
     for fence in FENCE.finditer(text):
         code = re.sub(rf"^{fence['indent']}", "", fence["code"], flags=re.MULTILINE)
+        code = re.sub(r"^:[\w-]+:.*$", "", code, flags=re.MULTILINE)  # options of a cell
         line = text.count("\n", 0, fence.start("code")) + 1
         yield Block(page, fence["kind"].strip(), code, line, marks(text[: fence.start()]))
 
@@ -307,7 +309,7 @@ def test_all_blocks_are_of_a_kind_that_is_tested():
 # -- Commands ----------------------------------------------------------------------------------------
 
 
-class Parsed(Exception):  # noqa: N818
+class Parsed(Exception):
     r"""A parser has taken its arguments."""
 
 
@@ -357,7 +359,7 @@ def parsed_by_pip(arguments):
     r"""The extras are those of the project, the files are there."""
     extras = tomllib.loads(text_of("pyproject.toml"))["project"]["optional-dependencies"]
     assert arguments[0] == "install"
-    for before, word in zip(arguments, arguments[1:], strict=False):
+    for before, word in itertools.pairwise(arguments):
         own = re.fullmatch(r"(?:\.|flowguard-nf)\[([\w,]+)\]", word)
         assert not own or set(own[1].split(",")) <= set(extras), word
         assert before != "-c" or (ROOT / word).exists(), word
