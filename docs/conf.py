@@ -9,8 +9,7 @@ import sys
 import tomllib
 from pathlib import Path
 from posixpath import normpath, relpath
-
-from docutils import nodes
+from typing import Any
 
 from flowguard import __version__
 
@@ -46,7 +45,7 @@ myst_heading_anchors = 4
 smartquotes = False  # what is quoted here is mostly code
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
-nb_execution_timeout = 120
+nb_execution_timeout = 600  # seconds for a cell: each takes less than ten, if it has a core
 nb_merge_streams = True
 copybutton_exclude = ".linenos, .gp, .go"
 
@@ -99,13 +98,14 @@ SHOWN = {
 LINK = re.compile(r"(!?)\[((?:[^]\[]|\[[^]]*\])*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 
 
-def relinked(text: str, file: str, page: str) -> str:
+def relinked(text: str, file: str, page: str, address: str | None = None) -> str:
     r"""Returns Markdown whose links to files of the repository lead somewhere on the site.
 
     Arguments:
         text: The Markdown.
         file: The file it comes from, from the root of the repository.
         page: The name of the page it is shown on.
+        address: The address of the repository. Without one, files that are no pages are named only.
     """
     pages = {shown: f"{name}.md" for name, shown in SHOWN.items()} | {"README.md": "index.md"}
 
@@ -120,29 +120,30 @@ def relinked(text: str, file: str, page: str) -> str:
             anchor = ""
         if place in pages or place.startswith("docs/"):
             return f"{picture}[{label}]({relpath(inside, start)}{anchor})"
-        if "Source" in URLS:
-            return f"{picture}[{label}]({URLS['Source']}/blob/main/{place}{anchor})"
+        if address:
+            return f"{picture}[{label}]({address}/blob/main/{place}{anchor})"
         return label if "`" in label else f"`{label}`"
 
     return LINK.sub(link, text)
 
 
-def read(app: object, page: str, source: list[str]) -> None:
+def read(app: Any, page: str, source: list[str]) -> None:
     r"""Puts in place of a page's source what it shows, with links that lead somewhere."""
     file = SHOWN.get(page, f"docs/{page}.md")
     if page in SHOWN:
         source[0] = (ROOT / file).read_text(encoding="utf-8")
     if (ROOT / file).exists():
-        source[0] = relinked(source[0], file, page)
+        source[0] = relinked(source[0], file, page, URLS.get("Source"))
 
 
-def leave(app: object, env: object, node: nodes.Element, content: nodes.Node) -> nodes.Node | None:
+def leave(app: Any, env: Any, node: Any, content: Any) -> Any:
     r"""Leaves what is another project's as it is written, where no inventory tells its page."""
     root = node.get("reftarget", "").lstrip("~.").partition(".")[0]
-    foreign = root != "flowguard" and (root in sys.stdlib_module_names or root in sys.modules)
+    known = root in OTHERS or root in sys.stdlib_module_names or root in sys.modules
+    foreign = root != "flowguard" and known
     return content if foreign else None
 
 
-def setup(app: object) -> None:
+def setup(app: Any) -> None:
     app.connect("source-read", read)
     app.connect("missing-reference", leave, priority=900)  # after intersphinx

@@ -6,7 +6,8 @@ program that they call. A comment above a block, which no reader sees, tells wha
 
 - ``<!-- skip: needs X -->``: it cannot run here; the words of the page have to say ``X`` as well;
 - ``<!-- fresh -->``: it begins a namespace of its own;
-- ``<!-- slow -->``: it takes more than a few seconds, and so the page is left to ``-m slow``.
+- ``<!-- slow -->``: it takes more than a few seconds, and so the page is left to ``-m slow``, as
+  notebooks are.
 """
 
 import argparse
@@ -41,7 +42,8 @@ FENCE = re.compile(
     re.DOTALL | re.MULTILINE,
 )
 MARK = re.compile(r"<!-- (skip|fresh|slow)(?:: (.*?))? -->\s*\Z", re.DOTALL)
-PYTHON = {"python", "{code-cell} ipython3"}
+CELLS = {"{code-cell} ipython3"}
+PYTHON = {"python", *CELLS}
 SHELL = {"sh"}
 SHOWN = {"", "text", "markdown"}  # what is only shown: output, trees of folders
 
@@ -131,7 +133,8 @@ CHAPTERS = chapters()
 
 def chapter_params():
     for place, run in CHAPTERS.items():
-        slow = any("slow" in block.marks for block in run)
+        # Cells of notebooks are run by the build of the site, too.
+        slow = any("slow" in block.marks or block.kind in CELLS for block in run)
         yield pytest.param(run, id=place, marks=pytest.mark.slow if slow else ())
 
 
