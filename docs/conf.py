@@ -1,6 +1,6 @@
 r"""How the site is built: `python -m sphinx -W docs docs/_build/html`.
 
-Nothing is fetched, unless `FLOWGUARD_DOCS_ONLINE=1` asks for links into other projects.
+Nothing is fetched, neither by the build nor by its pages, unless `FLOWGUARD_DOCS_ONLINE=1` asks for links into other projects.
 """
 
 import os
@@ -29,7 +29,6 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.intersphinx",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
 ]
@@ -47,6 +46,7 @@ nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 600  # seconds for a cell: each takes less than ten, if it has a core
 nb_merge_streams = True
+nb_output_stderr = "remove"  # what libraries say of this machine's bars and fonts
 copybutton_exclude = ".linenos, .gp, .go"
 
 # -- The reference ---------------------------------------------------------------------------------
@@ -71,6 +71,45 @@ OTHERS = {
 }
 intersphinx_mapping = {name: (url, None) for name, url in OTHERS.items()} if ONLINE else {}
 intersphinx_timeout = 10
+
+# -- Formulas ----------------------------------------------------------------------------------------
+
+html_math_renderer = "mathml"  # which browsers show without a script, and so without the net
+
+
+def mathml(tex: str, block: bool) -> str:
+    r"""Returns a formula as MathML.
+
+    Arguments:
+        tex: The formula, in LaTeX.
+        block: Whether it stands on a line of its own.
+
+    Raises:
+        docutils.utils.math.MathError: If a command is none that docutils knows.
+    """
+    from docutils.utils.math.latex2mathml import tex2mathml
+
+    tex = re.sub(r"\\dots(?![a-zA-Z])", r"\\ldots", tex)
+    tex = re.sub(r"\\tag\{(.*?)\}", r"\\qquad (\1)", tex)
+    return tex2mathml(tex, as_block=block)
+
+
+def formula(writer: Any, node: Any) -> None:
+    r"""Writes the node of a formula."""
+    from docutils.nodes import SkipNode, math_block
+    from docutils.utils.math import MathError
+    from sphinx.util.logging import getLogger
+
+    block = isinstance(node, math_block)
+    tag = "div" if block else "span"
+    try:
+        shown = mathml(node.astext(), block)
+    except MathError as error:
+        getLogger(__name__).warning("formula %r: %s", node.astext(), error, location=node)
+        shown = writer.encode(node.astext())
+    writer.body.append(f'<{tag} class="math notranslate nohighlight">{shown}</{tag}>')
+    raise SkipNode
+
 
 # -- Looks -----------------------------------------------------------------------------------------
 
@@ -145,5 +184,8 @@ def leave(app: Any, env: Any, node: Any, content: Any) -> Any:
 
 
 def setup(app: Any) -> None:
+    app.add_html_math_renderer(
+        "mathml", inline_renderers=(formula, None), block_renderers=(formula, None)
+    )
     app.connect("source-read", read)
     app.connect("missing-reference", leave, priority=900)  # after intersphinx

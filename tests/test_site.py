@@ -77,11 +77,22 @@ def test_nothing_is_fetched_unless_asked_for(monkeypatch):
     assert set(asked) == set(CONF["OTHERS"])
 
 
+@pytest.mark.parametrize(
+    "tex", [r"P + \dots", r"\max(B, |z| + \beta). \tag{1}", r"\lVert x \rVert_2"]
+)
+def test_formulas_are_mathml(tex):
+    latex2mathml = pytest.importorskip("docutils.utils.math.latex2mathml")
+    shown = CONF["mathml"](tex, block=True)
+    assert shown.startswith("<math")
+    with pytest.raises(latex2mathml.MathError):
+        CONF["mathml"](r"\nothing", block=False)
+
+
 def test_the_last_handler_is_asked_after_that_of_inventories():
     handlers = {}
 
     def connect(event, handler, priority=500):
         handlers[event] = priority
 
-    CONF["setup"](SimpleNamespace(connect=connect))
+    CONF["setup"](SimpleNamespace(connect=connect, add_html_math_renderer=lambda *a, **k: None))
     assert handlers == {"source-read": 500, "missing-reference": 900}
