@@ -33,6 +33,7 @@ extensions = [
     "sphinx_copybutton",
 ]
 exclude_patterns = ["_build"]
+highlight_language = "none"  # of blocks that name no language, such as trees of folders
 suppress_warnings = []
 if not (HERE / "api" / "index.md").exists():
     suppress_warnings.append("toc.not_readable")
