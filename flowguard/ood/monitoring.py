@@ -87,6 +87,19 @@ class Monitor(nn.Module):
 
     Raises:
         ValueError: If there is no conditioner to record, or a name is unknown.
+
+    Example:
+        >>> import torch
+        >>> from flowguard import OODConditioner
+        >>> guard = OODConditioner(nn.Linear(3, 4), policy="report", alpha=0.01)
+        >>> guard = guard.fit(torch.randn(512, 3), progress=False)
+        >>> guard = guard.calibrate(torch.randn(512, 3), progress=False)
+        >>> model = nn.Sequential(guard, nn.Linear(4, 2)).eval()
+        >>> with Monitor(model) as watch:
+        ...     _ = model(torch.zeros(5, 3))
+        ...     _ = model(torch.full((5, 3), 99.0))
+        >>> [int(report.flagged.sum()) for report in watch.reports]
+        [0, 5]
     """
 
     def __init__(
