@@ -125,7 +125,7 @@ def opened(model: Any) -> Opened:
         ... def _(bundle):
         ...     return Opened(bundle.flow, lambda flow: dataclasses.replace(bundle, flow=flow))
         >>> bundle = Bundle(flowguard.image.ConditionalMultiscaleFlow(3, 8, levels=1, hidden=8), "mine")
-        >>> flowguard.certify(bundle).certified
+        >>> flowguard.certify(opened(bundle).module).certified
         True
         >>> opened(bundle).closed(torch.nn.Identity())
         Bundle(flow=Identity(), name='mine')

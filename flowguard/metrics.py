@@ -462,6 +462,13 @@ def lpips_map(image: Tensor, target: Tensor, net: Net = "alex") -> Tensor:
 
     Raises:
         ImportError: If torchvision or torchmetrics is not installed.
+
+    Example:
+        The first call downloads the weights of the network.
+
+        >>> image, target = torch.rand(2, 2, 3, 64, 64)
+        >>> lpips_map(image, target).shape  # doctest: +SKIP
+        torch.Size([2, 64, 64])
     """
     return _lpips(image, target, net, spatial=True)[:, 0]
 
@@ -483,6 +490,13 @@ def lpips(image: Tensor, target: Tensor, net: Net = "alex") -> Tensor:
 
     Raises:
         ImportError: If torchvision or torchmetrics is not installed.
+
+    Example:
+        The first call downloads the weights of the network.
+
+        >>> image, target = torch.rand(2, 2, 3, 64, 64)
+        >>> lpips(image, target).shape  # doctest: +SKIP
+        torch.Size([2])
     """
     return _lpips(image, target, net, spatial=False).flatten(1).mean(1)
 

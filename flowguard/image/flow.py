@@ -26,6 +26,21 @@ class FlowCondition(NamedTuple):
 
     :meth:`ConditionalMultiscaleFlow.condition` makes it. It serves the flow that made it, as long
     as its weights do not change.
+
+    Attributes:
+        features: The context maps themselves, each with shape :math:`(B, C, H, W)`.
+        noise: The noise map.
+        steps: What each step made of them, level by level.
+        transitions: The steps without coupling, their weights folded.
+        origin: What made it; none for what is used up at once.
+
+    Example:
+        >>> flow = ConditionalMultiscaleFlow(3, 8, levels=1, steps=2, hidden=8)
+        >>> condition = flow.condition([torch.randn(1, 8, 4, 4)])
+        >>> len(condition.steps[0])
+        2
+        >>> [flow.inverse([torch.randn(1, 12, 4, 4)], condition)[0].shape for _ in range(2)]
+        [torch.Size([1, 3, 8, 8]), torch.Size([1, 3, 8, 8])]
     """
 
     features: list[Tensor]  # the context maps themselves
@@ -172,7 +187,15 @@ class ConditionalMultiscaleFlow(nn.Module):
         return step >= len(self.steps_of(level)) - self.noise_steps[level]
 
     def check_context(self, context: Sequence[Tensor]) -> None:
-        r"""Refuses a context that does not hold one map for each level."""
+        r"""Refuses a context that does not hold one map for each level.
+
+        Arguments:
+            context: The maps, each with shape :math:`(B, C, H, W)`.
+
+        Raises:
+            TypeError: If it is no list of tensors.
+            ValueError: If there are fewer or more of them.
+        """
         _check_list(context, "context", ", one map for each level, or what condition() made")
         if len(context) != self.levels:
             raise ValueError(
@@ -181,7 +204,15 @@ class ConditionalMultiscaleFlow(nn.Module):
             )
 
     def check_latents(self, z: Sequence[Tensor]) -> None:
-        r"""Refuses latents of other numbers and shapes than :meth:`latent_shapes` lists."""
+        r"""Refuses latents of other numbers and shapes than :meth:`latent_shapes` lists.
+
+        Arguments:
+            z: The latents, each with shape :math:`(B, C, H, W)`.
+
+        Raises:
+            TypeError: If it is no list of tensors, or they have several dtypes.
+            ValueError: If there are fewer or more of them, or one has another shape.
+        """
         _check_list(z, "latents")
         if not self.splits and len(z) != 1:
             raise ValueError(f"there must be a list with one latent; got {len(z)}")
@@ -214,6 +245,9 @@ class ConditionalMultiscaleFlow(nn.Module):
         Arguments:
             height: The height of the image, a multiple of :math:`2^L`.
             width: The width of the image, a multiple of :math:`2^L`.
+
+        Raises:
+            ValueError: If height or width is no such multiple.
         """
         if height % self.multiple or width % self.multiple:
             raise ValueError(
@@ -257,8 +291,13 @@ class ConditionalMultiscaleFlow(nn.Module):
         r"""Returns what :meth:`condition` does, without a memory of the weights.
 
         Arguments:
-            context: One map for each level.
-            noise: The noise map.
+            context: One map for each level, each with shape :math:`(B, C, H, W)`.
+            noise: The noise map, with shape :math:`(B, C, H, W)`.
+
+        Raises:
+            TypeError: If the context is no list of tensors.
+            ValueError: If there is not one map for each level, or a flow that knows of no noise is
+                given some.
         """
         self.check_context(context)
         if noise is not None and not self.noise_channels:

@@ -54,7 +54,8 @@ class ZeroConv2d(nn.Conv2d):
             nn.init.zeros_(self.bias)
 
     def folded(self) -> tuple[Tensor, Tensor | None]:
-        r"""Returns weight and bias with the gain in them."""
+        r"""Returns weight and bias with the gain in them, with shapes :math:`(C', C, 3, 3)` and
+        :math:`(C')`."""
         gain = torch.exp(3 * self.logs)
         bias = None if self.bias is None else self.bias * gain.flatten()
         return self.weight * gain.unsqueeze(1), bias
@@ -247,7 +248,8 @@ class NormedConv2d(nn.Conv2d):
         self.norm = ActNorm(out_channels)
 
     def folded(self) -> tuple[Tensor, Tensor]:
-        r"""Returns weight and bias with the normalisation in them."""
+        r"""Returns weight and bias with the normalisation in them, with shapes :math:`(C', C, k,
+        k)` and :math:`(C')`."""
         gain = torch.exp(self.norm.logs).flatten()
         return self.weight * gain[:, None, None, None], self.norm.bias.flatten() * gain
 

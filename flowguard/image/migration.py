@@ -289,6 +289,12 @@ class ImageSurgeon(Surgeon):
     r"""What it takes to operate on image flows, and on models that hold one.
 
     Data are images, contexts what the flow or the model takes.
+
+    Example:
+        >>> flow = ConditionalMultiscaleFlow(3, 8, levels=1, steps=1, hidden=8, coupling="affine")
+        >>> operation = flowguard.migration.surgeon(flow)
+        >>> type(operation).__name__, [site.name for site in operation.sites()]
+        ('ImageSurgeon', ['steps.0.0.coupling.injector', 'steps.0.0.coupling.rest'])
     """
 
     @property

@@ -55,6 +55,16 @@ class TransitionStep(nn.Module):
         return x, a + b
 
     def inverse(self, z: Tensor, folded: FoldedMix | None = None) -> tuple[Tensor, Tensor]:
+        r"""Takes noise to data.
+
+        Arguments:
+            z: The noise, with shape :math:`(B, C, H, W)`.
+            folded: The step with its weights folded, if they are; taken where no gradient is
+                asked for.
+
+        Returns:
+            The data, with the same shape, and the log-determinant, with shape :math:`(B)`.
+        """
         if folded is not None and not torch.is_grad_enabled():
             return folded.inverse(z)
         z, b = self.mix.inverse(z)
@@ -199,7 +209,13 @@ class Split(nn.Module):
 
         Arguments:
             kept: The channels that remain, with shape :math:`(B, C, H, W)`.
-            context: The context, or :py:`None` if there is none.
+            context: The context, with shape :math:`(B, *, H, W)`, or :py:`None` if there is none.
+
+        Returns:
+            Both with the shape of what leaves.
+
+        Raises:
+            ValueError: If the split is conditional and there is no context.
         """
         if self.context_channels:
             if context is None:
@@ -237,6 +253,21 @@ class Split(nn.Module):
         context: Tensor | None = None,
         inner: Inner | None = None,
     ) -> tuple[Tensor, Tensor]:
+        r"""Takes noise to data: what left joins the channels that remained.
+
+        Arguments:
+            kept: The channels that remained, with shape :math:`(B, C, H, W)`.
+            latent: The noise of those that left, with shape :math:`(B, C', H, W)`.
+            context: The context, with shape :math:`(B, *, H, W)`, or :py:`None` if there is none.
+            inner: What is returned of them, if not all; for tiles.
+
+        Returns:
+            All channels, with shape :math:`(B, C + C', H, W)`, and the log-determinant, with shape
+            :math:`(B)`.
+
+        Raises:
+            ValueError: If the split is conditional and there is no context.
+        """
         mean, logs = (crop(t, inner) for t in self.prior(kept, context))
         dropped = crop(latent, inner) * torch.exp(logs) + mean
         return torch.cat((crop(kept, inner), dropped), dim=1), logs.flatten(1).sum(1)

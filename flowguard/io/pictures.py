@@ -264,6 +264,15 @@ def read_image(file: str | os.PathLike[str] | IO[bytes]) -> Tensor:
         ImageError: If the image has more than 8 bits per channel, see :func:`read` for these; or
             more pixels than are read.
         ImportError: If Pillow is not installed.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> path = pathlib.Path(folder.name) / "grey.png"
+        >>> write(path, Picture(torch.full((3, 4, 6), 0.6)))
+        >>> image = read_image(path)
+        >>> image.shape, image.dtype, image[0, 0, 0]
+        (torch.Size([3, 4, 6]), torch.float32, tensor(0.6000))
     """
     with _opened(file) as image:
         if image.mode not in SHALLOW:

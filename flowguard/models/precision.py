@@ -31,7 +31,16 @@ TURNS = 3  # the first of which is not counted
 
 
 class Trial(NamedTuple):
-    r"""Which precision took the least time, and the seconds of each."""
+    r"""Which precision took the least time, and the seconds of each.
+
+    Arguments:
+        precision: The precision.
+        seconds: The seconds that a tile took, by the name of each precision.
+
+    Example:
+        >>> print(Trial("bf16", {"float32": 0.12, "bf16": 0.05}))
+        bf16, the quickest on a tile here (float32 120 ms, bf16 50 ms)
+    """
 
     precision: str
     seconds: dict[str, float]

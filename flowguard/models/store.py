@@ -83,7 +83,16 @@ def known_as(cls: type[Any]) -> str:
 
 class PretrainedError(ValueError):
     r"""Raised when a folder does not hold a model that can be loaded, or a model cannot be saved.
-    Nothing was executed and nothing was overwritten."""
+    Nothing was executed and nothing was overwritten.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> flowguard.models.load(folder.name)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        flowguard.models.store.PretrainedError: ...
+    """
 
 
 class Recorded:
@@ -255,6 +264,14 @@ def load(
 
     Raises:
         PretrainedError: If the folder holds no such model.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> model = flowguard.models.SuperResolutionFlow(scale=2, levels=1, steps=1, hidden=8, features=8)
+        >>> model.save_pretrained(folder.name)
+        >>> type(flowguard.models.load(folder.name)).__name__
+        'SuperResolutionFlow'
     """
     folder = Path(folder)
     if not folder.is_dir():

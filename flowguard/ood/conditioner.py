@@ -266,8 +266,8 @@ class OODConditioner(nn.Module):
         fit is replaced, once the new one has succeeded.
 
         Arguments:
-            batches: The batches, a DataLoader or any iterable of contexts; a tensor is cut
-                into batches along its first dimension.
+            batches: The batches, a DataLoader or any iterable of contexts, with shape
+                :math:`(N, *)` each; a tensor is cut into batches along its first dimension.
             progress: Whether to show a progress bar.
             context: Which part of a batch is the context, if it is a tuple or a dictionary:
                 an index, a key, or a function of the batch.
@@ -301,7 +301,7 @@ class OODConditioner(nn.Module):
         :math:`\alpha`. See :meth:`fit` for the arguments. Scoring is switched on.
 
         Arguments:
-            batches: The held-out contexts.
+            batches: The held-out contexts, in batches with shape :math:`(N, *)`.
             progress: Whether to show a progress bar.
             context: Which part of a batch is the context.
             distributed: Whether all ranks calibrate together.

@@ -285,7 +285,8 @@ class StreamingGaussian(PinnedState):
         return out
 
     def kernel(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        r"""Returns the mean :math:`\mu` and :math:`L^{-1}` in the precision that they need.
+        r"""Returns the mean :math:`\mu`, with shape :math:`(C)`, and :math:`L^{-1}`, with shape
+        :math:`(C, C)`, in the precision that they need.
 
         The factor :math:`L` is what is kept. Its inverse is derived in float64 and used as a
         matrix product, which on a CPU is three to seven times faster than solving for each pixel.

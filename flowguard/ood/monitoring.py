@@ -142,7 +142,7 @@ class Monitor(nn.Module):
         r"""Fits one Gaussian per hooked level, in one pass over training contexts.
 
         Arguments:
-            batches: The batches; see :meth:`OODConditioner.fit`.
+            batches: The batches, with shape :math:`(N, *)` each; see :meth:`OODConditioner.fit`.
             progress: Whether to show a progress bar.
             run: What to do with a context so that the hooked submodules run, each once;
                 ``model(context)`` by default. For an nflows flow, for instance,
@@ -174,7 +174,7 @@ class Monitor(nn.Module):
         r"""Calibrates the hooked levels on held-out contexts; see :meth:`fit`.
 
         Arguments:
-            batches: The held-out contexts.
+            batches: The held-out contexts, in batches with shape :math:`(N, *)`.
             progress: Whether to show a progress bar.
             run: What to do with a context.
             context: Which part of a batch is the context.

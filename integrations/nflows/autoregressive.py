@@ -135,7 +135,15 @@ class MaskedRobustSplineAutoregressiveTransform(AutoregressiveTransform):
 
     def inverse(self, inputs: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
         r"""Takes noise to data, one feature after another; returns the data and the
-        log-determinant."""
+        log-determinant.
+
+        Arguments:
+            inputs: The noise, with shape :math:`(N, D)`.
+            context: The context, with shape :math:`(N, C)`, or :py:`None` if there is none.
+
+        Returns:
+            The data, with the same shape, and the log-determinant, with shape :math:`(N)`.
+        """
         self._check(inputs)
 
         def solve(y: Tensor, raw: Tensor, of: Any) -> tuple[Tensor, Tensor]:

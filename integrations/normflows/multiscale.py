@@ -301,6 +301,9 @@ class ConditionalMultiscaleFlow(MultiscaleFlow):
 
         Raises:
             ValueError: If the flow has no target distribution.
+
+        Returns:
+            The estimate in nats, a scalar with shape :math:`()`.
         """
         if self.p is None:
             raise ValueError("reverse_kld needs a target distribution: construct the flow with p")

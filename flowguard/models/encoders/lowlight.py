@@ -216,6 +216,9 @@ class LowLightEncoder(Recorded, nn.Module):
 
         Arguments:
             y: The condition.
+
+        Raises:
+            ValueError: If it has neither shape :math:`(B, 3, H, W)` nor :math:`(B, 6, H, W)`.
         """
         if y.dim() != 4 or y.shape[1] not in (3, 6) or 0 in y.shape[-2:]:
             raise ValueError(
@@ -227,7 +230,11 @@ class LowLightEncoder(Recorded, nn.Module):
         r"""Returns the input of the whole condition; see :func:`low_light_input`.
 
         Arguments:
-            y: Dark images, or what this method made of them, which is returned as it is.
+            y: Dark images, with shape :math:`(B, 3, H, W)`, or what this method made of them,
+                which is returned as it is.
+
+        Returns:
+            The input, with shape :math:`(B, 6, H, W)`.
         """
         self.check(y)
         return low_light_input(y) if y.shape[1] == 3 else y
