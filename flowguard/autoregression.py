@@ -146,7 +146,7 @@ class RowsOfFeatures(nn.Module):
         self.features: Any = slice(None)
 
     def forward(self, h: Tensor) -> Tensor:
-        r"""Returns the parameters of :attr:`features`, with shape :math:`(*, n P)`.
+        r"""Returns the parameters of `features`, with shape :math:`(*, n P)`.
 
         Arguments:
             h: What the layer before returns, with shape :math:`(*, H)`.

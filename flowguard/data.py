@@ -34,7 +34,9 @@ from flowguard.io.pictures import read_image
 
 #: Colour photographs that scikit-image ships, by file name.
 TRAINING_PHOTOGRAPHS = ("astronaut.png", "coffee.png", "rocket.jpg", "motorcycle_left.png")
+#: The photographs that guards are calibrated on, of those that scikit-image brings.
 CALIBRATION_PHOTOGRAPHS = ("motorcycle_right.png",)
+#: The photograph that nothing is trained or calibrated on.
 HELD_OUT_PHOTOGRAPH = "chelsea.png"
 #: Pictures from other worlds: medicine, astronomy, print, a test pattern.
 OTHER_WORLDS = {

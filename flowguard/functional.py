@@ -41,9 +41,9 @@ from flowguard.spline import bin as rq
 from flowguard.spline.choice import kernels
 from flowguard.spline.options import Options, Usual
 
-FAITHFUL = 0.8  # the share of a bound up to which :func:`saturate` is the identity
+FAITHFUL = 0.8  #: the share of a bound up to which :func:`saturate` is the identity
 NEAR = 1 - 1e-3  # the share that it may reach, for which :func:`bounded` has a finite argument
-KEPT = 0.5  # the share of a margin up to which :func:`limited` is the identity
+KEPT = 0.5  #: the share of a margin up to which :func:`limited` is the identity
 BRIM = 1 - 2**-20  # the share of the rest up to which its inverse tells numbers apart
 BOUNDS = 1e-10, 1e10  # of the box, for all to stay finite in single precision
 GAINS = 1e-6, 1e6  # that slopes may be multiplied by, for the same reason

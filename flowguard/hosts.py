@@ -34,6 +34,7 @@ from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 ADAPTERS = "flowguard.integrations"
+#: The libraries whose flows have an adapter of the same name.
 HOSTS = ("nflows", "normflows", "pyro", "zuko")
 
 #: The libraries whose classes hold flows of the hosts.

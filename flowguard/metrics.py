@@ -453,7 +453,7 @@ def _lpips_net(net: Net, spatial: bool) -> Any:
 
 
 def lpips_map(image: Tensor, target: Tensor, net: Net = "alex") -> Tensor:
-    r"""Returns the spatial LPIPS, a :data:`Distance` for :func:`diversity`.
+    r"""Returns the spatial LPIPS, a distance for :func:`diversity`.
 
     Arguments:
         image: The images, with shape :math:`(B, 3, H, W)`.

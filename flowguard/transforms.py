@@ -29,7 +29,7 @@ SHIFT_BOUND = 5.0
 class Univariate(Transform):
     r"""The abstract monotone map of the real line, :math:`y = f(x)`, element by element.
 
-    A subclass holds its parameters as tensors and defines :meth:`_forward` and :meth:`_backward`,
+    A subclass holds its parameters as tensors and defines `_forward` and `_backward`,
     which return the value and the logarithm of the slope of the direction taken.
 
     Example:
@@ -77,7 +77,8 @@ class Univariate(Transform):
         return self._forward(x)[1]
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        r"""Returns the value and the logarithm of the slope at `x`, in one pass."""
+        r"""Returns the value and the logarithm of the slope at `x`, in one pass, both with the shape
+        of `x`."""
         return self._forward(x)
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -471,4 +472,5 @@ class CubicBSplineTransform(Univariate):
         return math.inf if shift is None else max(self.bound, radius + shift)
 
 
+#: As :class:`CubicBSplineTransform` was called.
 CubicBSpline = CubicBSplineTransform  # as it was called

@@ -9,9 +9,18 @@ from docutils.parsers.rst import roles
 from sphinx.application import Sphinx
 
 
-def skip(app: Sphinx, what: str, name: str, thing: Any, skipped: bool, options: Any) -> bool | None:
+def skip(
+    app: Sphinx, what: str, name: str, thing: Any, skipped: bool, options: Any
+) -> bool | None:
     r"""Leaves out what Python says of the fields of named tuples: "Alias for field number 0"."""
     return True if type(thing).__name__ == "_tuplegetter" else None
+
+
+def plain(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    r"""Keeps "Whether there is a bound: no layer was refused." whole: in the first line of an
+    attribute, what stands before a colon would be taken for its type."""
+    if what in ("attribute", "data", "property") and lines and ":" in lines[0]:
+        lines.insert(0, "")
 
 
 def known(target: str) -> Any:
@@ -34,14 +43,17 @@ def resolve(app: Sphinx, env: Any, node: nodes.Element, content: nodes.Node) -> 
     if node.get("refdomain") != "py":
         return None
     target = node["reftarget"].lstrip("~.")
+    module, cls = node.get("py:module"), node.get("py:class")
     domain = env.get_domain("py")
-    for name in (target, f"{node.get('py:module')}.{target}"):
+    for name in (target, f"{module}.{target}", f"{module}.{cls}.{target}"):
         thing = known(name) if name.startswith("flowguard.") else None
-        for other, entry in domain.objects.items() if thing is not None else ():
-            if other.rpartition(".")[2] == name.rpartition(".")[2] and known(other) is thing:
-                return domain.resolve_xref(
-                    env, node["refdoc"], app.builder, "obj", other, node, content
-                )
+        for other in domain.objects if thing is not None else ():
+            # The last word first: to look each of them up takes long.
+            if other.rpartition(".")[2] == name.rpartition(".")[2]:
+                if inspect.unwrap(known(other)) is inspect.unwrap(thing):
+                    return domain.resolve_xref(
+                        env, node["refdoc"], app.builder, "obj", other, node, content
+                    )
     return None
 
 
@@ -51,5 +63,6 @@ def setup(app: Sphinx) -> dict[str, bool]:
         "py", roles.CustomRole("py", roles.code_role, {"language": "python"}, [])
     )
     app.connect("autodoc-skip-member", skip)
+    app.connect("autodoc-process-docstring", plain, priority=400)  # before napoleon
     app.connect("missing-reference", resolve)
     return {"parallel_read_safe": True}

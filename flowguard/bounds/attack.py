@@ -68,7 +68,7 @@ def sampler(model: Any, context: Tensors) -> tuple[Sampler, Tensors]:
         context: The condition.
 
     Returns:
-        The function, and the noise: a tensor whose first dimension is the batch of the context, or a
+        The function and the noise, a tensor whose first dimension is the batch of the context or a
         list of such tensors.
 
     Raises:

@@ -6,4 +6,5 @@ the exit code.
 
 __all__ = ["COMMANDS"]
 
+#: The names of the commands, each of which is a module here.
 COMMANDS = ("superres", "lowlight", "train", "convert", "inspect", "compare", "demo", "doctor")

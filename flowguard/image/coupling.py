@@ -97,6 +97,9 @@ class ConditionalCoupling(nn.Module):
     log-determinant are theirs. There must be :data:`flowguard.image.tiling.HALO` further ones on
     each side that is not the image's.
 
+    Raises:
+        ValueError: If a number of channels is out of range, or there is no map of that name.
+
     Example:
         >>> layer = ConditionalCoupling(12, 8, hidden=16)
         >>> x, context = torch.randn(2, 12, 4, 4), torch.randn(2, 8, 4, 4)
@@ -354,6 +357,10 @@ def fit_noise(noise: Tensor, channels: int, context: Tensor) -> Tensor:
             of the context: for a constant, :math:`(B, 1, 1, 1)`.
         channels: The number of channels :math:`C`.
         context: The context, with shape :math:`(B, *, H', W')`.
+
+    Raises:
+        TypeError: If the noise is no tensor.
+        ValueError: If it has another shape.
     """
     if not isinstance(noise, Tensor):
         raise TypeError(

@@ -50,6 +50,7 @@ class FlowCondition(NamedTuple):
     origin: Origin | None = None  # what made it; none for what is used up at once
 
 
+#: One map for each level, or what :meth:`ConditionalMultiscaleFlow.condition` made of them.
 Context = Sequence[Tensor] | FlowCondition
 
 
@@ -90,6 +91,10 @@ class ConditionalMultiscaleFlow(nn.Module):
     :math:`(B, context\_channels, H / 2^l, W / 2^l)`; or it is what :meth:`condition` made of it.
     It may have fewer rows than the image: row :math:`i` of the image then belongs to row
     :math:`i \bmod B` of the context.
+
+    Raises:
+        ValueError: If a number of channels, levels or steps is out of range, or an option has no such
+            value.
 
     Example:
         >>> flow = ConditionalMultiscaleFlow(3, 8, levels=2, steps=1, hidden=16)
@@ -342,6 +347,10 @@ class ConditionalMultiscaleFlow(nn.Module):
         Returns:
             The latents, as :meth:`latent_shapes` lists them, and the log-determinant, with shape
             :math:`(B)`.
+
+        Raises:
+            ValueError: If image or context has another shape, or the condition was made by another flow
+                or by other weights.
         """
         if x.dim() != 4:
             raise ValueError(f"x must have shape (B, C, H, W); got {tuple(x.shape)}")

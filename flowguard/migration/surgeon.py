@@ -176,7 +176,7 @@ class Holding:
 class Site(abc.ABC):
     r"""A layer of a model whose univariate map is replaced. All adapters keep to one contract:
 
-    - *What is here*: the module :attr:`layer`. It is listened to in a pass of the model
+    - *What is here*: the module `layer`. It is listened to in a pass of the model
       (:meth:`listen`); :attr:`inputs` and :meth:`old` then are what its map was asked, and what
       the map was. Until something is put here, nothing of the model is changed.
     - *What may go in*: a module that is called as the old one is and is an instance of what its
@@ -185,7 +185,7 @@ class Site(abc.ABC):
       and options are the same objects under the same names, so that an earlier state dict fits.
       It can be copied and pickled wherever the old one can.
     - *How it goes in*: by :meth:`put`, which is the same for all. The new module takes the place
-      of the old one wherever the model refers to it, and is :attr:`robust` from then on.
+      of the old one wherever the model refers to it, and is `robust` from then on.
       :meth:`learned` and :meth:`new` ask it.
 
     Arguments:

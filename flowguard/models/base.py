@@ -116,6 +116,10 @@ class ImageModel(Pretrained, nn.Module):
     needs, and the images are cropped. Images of other values, such as 0 to 255, have no likelihood:
     :meth:`nll` refuses them. Conditions of such values are warned of once, as they may be meant.
 
+    Raises:
+        TypeError: If `quant` is no whole number.
+        ValueError: If there are fewer than two grey levels, or the margin leaves no room for them.
+
     Example:
         >>> class Denoiser(ImageModel):
         ...     def __init__(self):

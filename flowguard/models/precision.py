@@ -22,8 +22,10 @@ from torch import Tensor
 from flowguard.numerics import evaluation_mode, network_dtype
 from flowguard.ood import unguarded
 
+#: The name of one of these, or ``"auto"`` for what is quickest.
 Precision = Literal["auto", "bf16", "float16", "float32"]
 
+#: The dtypes that networks can compute in, by name.
 PRECISIONS = {"bf16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 TILE = 16  # rows and columns of the condition that the precisions are tried on

@@ -1,8 +1,8 @@
 r"""Models as folders: a JSON configuration and safetensors weights, nothing that can run code.
 
 A configuration names classes of three registries, and no others: the elementwise maps that flowguard
-has (:data:`MAPS`), what derives from :class:`Recorded` (models and encoders), and the layers that a
-migration puts in the place of others (:data:`REPLACED`).
+has (`MAPS`), what derives from :class:`Recorded` (models and encoders), and the layers that a
+migration puts in the place of others (`REPLACED`).
 """
 
 __all__ = ["Pretrained", "PretrainedError", "Recorded", "load"]
@@ -181,6 +181,8 @@ class Pretrained(
         Raises:
             PretrainedError: If the model was changed such that its constructor's arguments do not
                 describe it, or the folder is a file.
+            ImportError: If it shall be pushed and huggingface_hub is not installed.
+            ValueError: If a configuration is given.
         """
         if config is not None:
             raise ValueError("config is made from the model; leave it out")
@@ -260,7 +262,7 @@ def load(
     Arguments:
         folder: The folder that ``save_pretrained`` wrote.
         map_location: The device.
-        foreign: The arguments that could not be saved; see :meth:`Pretrained.from_pretrained`.
+        foreign: The arguments that could not be saved; see :meth:`flowguard.models.store.Pretrained.from_pretrained`.
 
     Raises:
         PretrainedError: If the folder holds no such model.

@@ -14,6 +14,7 @@ from flowguard.ood.errors import NotFittedError
 from flowguard.ood.moments import Moments, ledoit_wolf, merge, moments, oas
 from flowguard.ood.state import PinnedState, gather, supports_float64
 
+#: How a covariance is shrunk: by an estimate, or by a given share.
 Shrinkage = float | Literal["oas", "ledoit_wolf"]
 
 EPS = torch.finfo(torch.float32).eps

@@ -36,7 +36,7 @@ def monitor(
     normalize: Literal["l2"] | None = None,
     statistic: Statistic = "mean",
 ) -> "Monitor":
-    r"""Returns a monitor of a model; see :class:`Monitor` for the arguments.
+    r"""Returns a monitor of a model; see :class:`flowguard.ood.Monitor` for the arguments.
 
     Example:
         >>> import torch
@@ -69,7 +69,7 @@ class Monitor(nn.Module):
       part of it.
 
     A *pass* ends when a level reports for the second time; :attr:`report` is the last pass,
-    :attr:`reports` the last hundred. Calls in other threads are not recorded, nested monitors
+    `reports` the last hundred. Calls in other threads are not recorded, nested monitors
     each record for themselves, and hooks are gone after the ``with`` block, also after an
     exception.
 
@@ -86,6 +86,7 @@ class Monitor(nn.Module):
         statistic: See :class:`OODConditioner`, for hooked levels.
 
     Raises:
+        TypeError: If the model is no module and holds none.
         ValueError: If there is no conditioner to record, or a name is unknown.
 
     Example:

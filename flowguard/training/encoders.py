@@ -15,6 +15,7 @@ from flowguard.io.atomic import atomic, save_tensors
 from flowguard.models import LowLightEncoder, PyramidEncoder, RRDBEncoder, load
 from flowguard.models.base import ImageModel
 
+#: The encoders that can be asked for, by name.
 ENCODERS: dict[str, type[nn.Module]] = {
     "pyramid": PyramidEncoder,
     "rrdb": RRDBEncoder,

@@ -129,7 +129,8 @@ class MaskedRobustSplineAutoregressiveTransform(AutoregressiveTransform):
             )
 
     def forward(self, inputs: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
-        r"""Takes data to noise; returns the noise and the log-determinant."""
+        r"""Takes data to noise; returns the noise, with shape :math:`(N, D)`, and the
+        log-determinant, with shape :math:`(N)`."""
         self._check(inputs)
         return self.head(inputs, self.autoregressive_net(inputs, cut(context)))
 

@@ -130,7 +130,7 @@ class ContextAdapter(Flow):
 
     def forward(self, z: Any, context: Tensor | None = None) -> tuple[Any, Any]:
         r"""Takes noise to data by the layer's `forward`; returns the output and the log-
-        determinant."""
+        determinant, with shape :math:`(N)`."""
         return run_layer(self.flow, self.route, z, context, inverse=False)
 
     def inverse(self, z: Any, context: Tensor | None = None) -> tuple[Any, Any]:
