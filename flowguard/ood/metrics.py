@@ -229,7 +229,7 @@ def risk_coverage(scores: Arrays, risks: Arrays) -> RiskCoverage:
         >>> risks = torch.tensor([0.0, 1.0, 0.0])
         >>> risk_coverage(torch.tensor([0.1, 0.9, 0.2]), risks).excess
         0.0
-        >>> risk_coverage(torch.tensor([0.9, 0.1, 0.2]), risks).excess > 0.4  # the other way round
+        >>> risk_coverage(torch.tensor([0.9, 0.1, 0.2]), risks).excess > 0.1  # the other way round
         True
     """
     auc = _require("sklearn.metrics").auc
