@@ -3,6 +3,7 @@ r"""How the site is built: `python -m sphinx -W docs docs/_build/html`.
 Nothing is fetched, neither by the build nor by its pages, unless `FLOWGUARD_DOCS_ONLINE=1` asks for links into other projects.
 """
 
+import importlib.util
 import os
 import re
 import sys
@@ -31,7 +32,10 @@ extensions = [
     "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
+    "sphinxarg.ext",  # the options of the commands, of their own parsers
+    "reference",  # api/reference.py
 ]
+sys.path.insert(0, str(HERE / "api"))
 exclude_patterns = ["_build"]
 highlight_language = "none"  # of blocks that name no language, such as trees of folders
 suppress_warnings = []
@@ -53,6 +57,8 @@ copybutton_exclude = ".linenos, .gp, .go"
 # -- The reference ---------------------------------------------------------------------------------
 
 autodoc_member_order = "bysource"
+# dingo brings its astronomy, which no page needs.
+autodoc_mock_imports = [] if importlib.util.find_spec("dingo") else ["dingo"]
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autosummary_generate = True

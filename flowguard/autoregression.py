@@ -107,7 +107,8 @@ def depends(masks: Iterable[Tensor], reach: Tensor) -> Tensor:
 
     Arguments:
         masks: The masks of the layers, one after another, each with shape :math:`(M, N)`.
-        reach: On which inputs the :math:`N` inputs of the first layer depend.
+        reach: On which inputs the :math:`N` inputs of the first layer depend, with shape
+            :math:`(N, D)`.
 
     Example:
         >>> mask = torch.tensor([[False, False], [True, False]])
@@ -127,6 +128,15 @@ class RowsOfFeatures(nn.Module):
         layer: The layer that tells those of all, one feature after another, with a `weight`, a
             `mask` and a `bias`.
         features: The number of features.
+
+    Example:
+        >>> layer = nn.Linear(4, 6)  # two parameters of each of three features
+        >>> layer.mask = torch.ones(6, 4)
+        >>> rows = RowsOfFeatures(layer, features=3)
+        >>> rows.features = torch.tensor([2])
+        >>> h = torch.randn(5, 4)
+        >>> torch.allclose(rows(h), layer(h)[:, 4:], atol=1e-6)
+        True
     """
 
     def __init__(self, layer: Any, features: int) -> None:
@@ -136,7 +146,11 @@ class RowsOfFeatures(nn.Module):
         self.features: Any = slice(None)
 
     def forward(self, h: Tensor) -> Tensor:
-        r"""Returns the parameters of :attr:`features`, with shape :math:`(*, n P)`."""
+        r"""Returns the parameters of `features`, with shape :math:`(*, n P)`.
+
+        Arguments:
+            h: What the layer before returns, with shape :math:`(*, H)`.
+        """
         bias = None if self.offsets is None else self.offsets[self.features].flatten()
         return F.linear(h, self.rows[self.features].flatten(0, 1), bias)
 
@@ -149,6 +163,18 @@ def narrowed(net: nn.Module, last: str, features: int) -> tuple[nn.Module, RowsO
         net: The network.
         last: The name of its last layer, a masked one.
         features: The number of features.
+
+    Returns:
+        The network, whose other layers are those of the old one, and its last layer.
+
+    Example:
+        >>> net = nn.Sequential()
+        >>> net.hidden, net.last = nn.Linear(3, 4), nn.Linear(4, 6)
+        >>> net.last.mask = torch.ones(6, 4)
+        >>> twin, rows = narrowed(net, "last", features=3)
+        >>> rows.features = torch.tensor([0, 1])
+        >>> twin(torch.zeros(5, 3)).shape, net(torch.zeros(5, 3)).shape
+        (torch.Size([5, 4]), torch.Size([5, 6]))
     """
     rows = RowsOfFeatures(getattr(net, last), features)
     twin: nn.Module = successor(net)
@@ -158,7 +184,19 @@ def narrowed(net: nn.Module, last: str, features: int) -> tuple[nn.Module, RowsO
 
 def unhooked(*modules: nn.Module) -> bool:
     r"""Whether nobody listens to any of these modules, has put another `forward` into it or has
-    compiled it, so that they may be run in parts."""
+    compiled it, so that they may be run in parts.
+
+    Arguments:
+        modules: The modules.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> unhooked(layer)
+        True
+        >>> handle = layer.register_forward_hook(lambda module, inputs, output: None)
+        >>> unhooked(layer)
+        False
+    """
     if nn.modules.module._has_any_global_hook():
         return False
     # Hooks that are called as a module runs; those around its state do not matter here.
@@ -206,6 +244,20 @@ def masked_inverse(
             with their indices or, for all, a slice; returns the inverse and the log-determinant.
         kinds: The classes of such a network, of its blocks and of its layers.
         alike: Whether `solve` can be asked of some features alone.
+
+    Returns:
+        The inverse, with shape :math:`(N, D)`, and its log-determinant in nats, with shape
+        :math:`(N)`.
+
+    Example:
+        >>> below = torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [1.0, 1.0, 0.0]])
+        >>> def net(x, context):  # the sum of all features before
+        ...     return x @ below.mT
+        >>> def solve(y, shift, features):
+        ...     return y - shift, torch.zeros(len(y))
+        >>> y = torch.tensor([[1.0, 3.0, 7.0]])
+        >>> masked_inverse(net, y, None, solve, kinds=[])
+        (tensor([[1., 2., 4.]]), tensor([0.]))
     """
     features = y.shape[1]
     groups = made_groups(net, features, kinds) if alike else None
@@ -235,6 +287,25 @@ def made_groups(net: Any, features: int, kinds: Sequence[type]) -> list[Tensor] 
             `linear_layers` around which the input is added, and a `final_layer`.
         features: The number of features.
         kinds: The classes of such a network, of its blocks and of its layers.
+
+    Returns:
+        The groups, each a tensor of indices with shape :math:`(n)`.
+
+    Example:
+        >>> class Masked(nn.Linear):
+        ...     def __init__(self, mask):
+        ...         super().__init__(*mask.shape[::-1])
+        ...         self.mask = mask
+        >>> class Net(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         below = torch.ones(3, 3).tril()
+        ...         self.initial_layer, self.blocks = Masked(below), nn.ModuleList()
+        ...         self.final_layer = Masked(below.tril(-1))
+        >>> made_groups(Net(), 3, kinds=[Net, Masked])
+        [tensor([0]), tensor([1]), tensor([2])]
+        >>> made_groups(Net(), 3, kinds=[]) is None
+        True
     """
     if type(net) not in kinds or type(getattr(net, "preprocessing", None)) not in PASSING:
         return None

@@ -38,7 +38,9 @@ from flowguard.io.pictures import read_image, to_uint8
 
 #: Colour photographs that scikit-image ships, by file name.
 TRAINING_PHOTOGRAPHS = ("astronaut.png", "coffee.png", "rocket.jpg", "motorcycle_left.png")
+#: The photographs that guards are calibrated on, of those that scikit-image brings.
 CALIBRATION_PHOTOGRAPHS = ("motorcycle_right.png",)
+#: The photograph that nothing is trained or calibrated on.
 HELD_OUT_PHOTOGRAPH = "chelsea.png"
 #: Pictures from other worlds: medicine, astronomy, print, a test pattern.
 OTHER_WORLDS = {
@@ -84,6 +86,13 @@ def downsample(hr: Tensor, scale: int) -> Tensor:
 
     Raises:
         ValueError: If height or width is no multiple of the scale.
+
+    Returns:
+        The small images, with shape :math:`(B, 3, H, W)`.
+
+    Example:
+        >>> downsample(torch.full((1, 3, 32, 48), 0.5), scale=4).shape
+        torch.Size([1, 3, 8, 12])
     """
     if scale < 1 or hr.shape[-2] % scale or hr.shape[-1] % scale:
         raise ValueError(
@@ -99,13 +108,36 @@ def crop_to_multiple(image: Tensor, multiple: int) -> Tensor:
     Arguments:
         image: The image, with shape :math:`(*, H, W)`.
         multiple: What height and width shall be multiples of.
+
+    Returns:
+        A view of the image, with shape :math:`(*, H', W')`; empty where it is smaller than that.
+
+    Example:
+        >>> crop_to_multiple(torch.zeros(3, 67, 50), 8).shape
+        torch.Size([3, 64, 48])
     """
     h, w = (n - n % multiple for n in image.shape[-2:])
     return image[..., :h, :w]
 
 
 class Pictures(Protocol):
-    r"""Pictures of which parts can be had, such as :class:`flowguard.io.folder.PictureFiles`."""
+    r"""Pictures of which parts can be had, such as :class:`flowguard.io.folder.PictureFiles`.
+
+    Attributes:
+        sizes: The rows and columns of each picture.
+
+    Example:
+        Pictures of one's own kind, here grey ramps that nobody holds in memory:
+
+        >>> class Ramps:
+        ...     sizes = [(64, 96)] * 10
+        ...
+        ...     def window(self, index, top, left, height, width):
+        ...         return torch.linspace(0, 1, 96)[left : left + width].expand(3, height, width)
+        >>> hr, lr = next(iter(PairedCrops(Ramps(), scale=4, size=32, batch=2, seed=0)))
+        >>> hr.shape, lr.shape
+        (torch.Size([2, 3, 32, 32]), torch.Size([2, 3, 8, 8]))
+    """
 
     sizes: Sequence[tuple[int, int]]
 
@@ -284,6 +316,13 @@ def linearize(image: Tensor) -> Tensor:
 
     Arguments:
         image: The image, of any shape.
+
+    Returns:
+        The light, with the shape of the image.
+
+    Example:
+        >>> linearize(torch.tensor([0.0, 0.5, 1.0]))
+        tensor([0.0000, 0.2140, 1.0000])
     """
     return torch.where(image <= 0.04045, image / 12.92, ((image + 0.055) / 1.055) ** 2.4)
 
@@ -293,6 +332,15 @@ def delinearize(light: Tensor) -> Tensor:
 
     Arguments:
         light: The light, not negative, of any shape.
+
+    Returns:
+        The sRGB values, with the shape of the light.
+
+    Example:
+        A grey card, which sends back 18 % of the light, is nearly middle grey:
+
+        >>> delinearize(torch.tensor([0.0, 0.18, 1.0]))
+        tensor([0.0000, 0.4614, 1.0000])
     """
     return torch.where(
         light <= 0.0031308, 12.92 * light, 1.055 * light.clamp_min(1e-9) ** (1 / 2.4) - 0.055
@@ -398,7 +446,13 @@ class Corruption:
     Arguments:
         name: The name, with the symbol of the strength.
         strengths: The strengths, weakest first.
-        function: From an image and a strength to the spoilt image; nothing is clamped.
+        function: From an image, with shape :math:`(*, 3, H, W)`, and a strength to the spoilt
+            image, with the same shape; nothing is clamped.
+
+    Example:
+        >>> darker = Corruption("gamma", (1.5, 3.0), lambda y, strength: y**strength)
+        >>> darker(torch.full((1, 3, 2, 2), 0.5), 3.0).unique()
+        tensor([0.1250])
     """
 
     name: str
@@ -414,6 +468,13 @@ def corruptions(seed: int) -> list[Corruption]:
 
     Arguments:
         seed: The seed of the noise.
+
+    Example:
+        >>> [corruption.name for corruption in corruptions(seed=0)]
+        ['noise σ', 'clamped noise σ', 'gain', 'inversion', 'negative', 'saturation']
+        >>> gain = corruptions(seed=0)[2]
+        >>> gain.strengths, gain(torch.full((3, 1, 1), 0.5), 20.0).max()
+        ((2.0, 5.0, 20.0), tensor(10.))
     """
 
     def noise(y: Tensor, sigma: float) -> Tensor:

@@ -41,9 +41,9 @@ from flowguard.spline import bin as rq
 from flowguard.spline.choice import kernels
 from flowguard.spline.options import Options, Usual
 
-FAITHFUL = 0.8  # the share of a bound up to which :func:`saturate` is the identity
+FAITHFUL = 0.8  #: the share of a bound up to which :func:`saturate` is the identity
 NEAR = 1 - 1e-3  # the share that it may reach, for which :func:`bounded` has a finite argument
-KEPT = 0.5  # the share of a margin up to which :func:`limited` is the identity
+KEPT = 0.5  #: the share of a margin up to which :func:`limited` is the identity
 BRIM = 1 - 2**-20  # the share of the rest up to which its inverse tells numbers apart
 BOUNDS = 1e-10, 1e10  # of the box, for all to stay finite in single precision
 GAINS = 1e-6, 1e6  # that slopes may be multiplied by, for the same reason
@@ -146,7 +146,34 @@ def shifted_spline(
     steep: bool = True,
 ) -> tuple[Tensor, ...]:
     r"""The spline plus a :func:`bounded` shift, if there is one, as one operation. Returns the
-    value and, if it shall be `steep`, the logarithm of the slope."""
+    value and, if it shall be `steep`, the logarithm of the slope.
+
+    Arguments:
+        x: The input, with shape :math:`(*)`.
+        widths: The unconstrained widths of all bins but the last, with shape :math:`(*, K - 1)`.
+        heights: The unconstrained heights of all bins but the last, with shape :math:`(*, K - 1)`.
+        derivatives: The unconstrained slopes at the inner knots, with shape :math:`(*, K - 1)`.
+        shift: The unconstrained shift, with shape :math:`(*)`, or :py:`None`.
+        bound: The bound :math:`B` of the box.
+        slope: The least slope; see :func:`rational_quadratic_spline`.
+        shift_bound: The bound of the shift. If :py:`None`, the shift is free.
+        inverse: Whether to apply the inverse map.
+        steep: Whether to return the logarithm of the slope too.
+
+    Raises:
+        TypeError: If an input is not a floating point tensor.
+        ValueError: If the shapes cannot be broadcast. Numbers of bins and bounds are taken as they
+            are: :class:`flowguard.RobustSpline` checks them, once for all calls.
+
+    Example:
+        >>> widths, heights, derivatives = torch.zeros(3, 2, 7)  # the identity
+        >>> x, shift = torch.tensor([-1.0, 4.0]), torch.tensor([0.0, torch.inf])
+        >>> y, ladj = shifted_spline(
+        ...     x, widths, heights, derivatives, shift, bound=5.0, slope=0.01, shift_bound=2.0
+        ... )
+        >>> y
+        tensor([-1.,  6.])
+    """
     bins = widths.shape[-1] + 1
     shifts = () if shift is None else (shift,)
     dtype = _result_dtype(x, widths, heights, derivatives, *shifts)
@@ -170,6 +197,13 @@ class Prepared(NamedTuple):
         bound: The bound :math:`B` of the box.
         shift_bound: The bound of the shift.
         work: The dtype that it was prepared in.
+
+    Example:
+        >>> prepared = prepare(
+        ...     *torch.zeros(4, 3), bound=5.0, slope=0.01, shift_bound=1.0, out=list(torch.empty(4, 3))
+        ... )
+        >>> prepared.bound, prepared.work
+        (5.0, torch.float32)
     """
 
     values: Sequence[Tensor]
@@ -201,6 +235,19 @@ def prepare(
         slope: The least slope.
         shift_bound: The bound of the shift. If :py:`None`, the shift is free.
         out: Four tensors to hold what is worked out, which may be the parameters themselves.
+
+    Raises:
+        TypeError: If the parameters are in neither single nor double precision.
+        ValueError: If one of the bounds or the slope is out of range.
+
+    Example:
+        >>> width, height, derivative, shift = torch.zeros(4, 3)  # the identity
+        >>> prepared = prepare(
+        ...     width, height, derivative, shift, bound=5.0, slope=0.01, shift_bound=1.0,
+        ...     out=[torch.empty(3) for _ in range(4)],
+        ... )
+        >>> prepared_spline(torch.tensor([-9.0, 1.0, 9.0]), prepared)[0]
+        tensor([-9.,  1.,  9.])
     """
     work = shift.dtype
     if work not in (torch.float32, torch.float64):
@@ -218,7 +265,25 @@ def prepared_spline(
     x: Tensor, prepared: Prepared, *, inverse: bool = False, steep: bool = True
 ) -> tuple[Tensor, ...]:
     r"""Applies the spline with its shift, as :func:`shifted_spline` does. What was prepared is taken
-    as constant."""
+    as constant.
+
+    Arguments:
+        x: The input, with shape :math:`(*)`.
+        prepared: What :func:`prepare` worked out, of tensors whose shapes broadcast with that of `x`.
+        inverse: Whether to apply the inverse map.
+        steep: Whether to return the logarithm of the slope too.
+
+    Returns:
+        The output and, if it shall be `steep`, the logarithm of the slope, with shape :math:`(*)`.
+
+    Example:
+        >>> parameters, out = torch.randn(4, 3), torch.empty(4, 3)
+        >>> prepared = prepare(*parameters, bound=5.0, slope=0.01, shift_bound=1.0, out=list(out))
+        >>> x = torch.tensor([-9.0, 1.0, 9.0])
+        >>> y, ladj = prepared_spline(x, prepared)
+        >>> torch.allclose(prepared_spline(y, prepared, inverse=True)[0], x, atol=1e-5)
+        True
+    """
     values, bound, shift_bound, work = prepared
     dtype, shape = _result_dtype(x, values[0]), broadcast_shape(x, shift=values[3])
     *knot, shift = (_expand(p, shape) for p in values)
@@ -688,7 +753,22 @@ def limited(
 
 
 def check_margin(margin: float) -> None:
-    r"""Refuses a margin that is no number, or that single precision cannot compute with."""
+    r"""Refuses a margin that is no number, or that single precision cannot compute with.
+
+    Arguments:
+        margin: The margin.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is not positive, or beyond what single precision has room for.
+
+    Example:
+        >>> check_margin(0.5)
+        >>> check_margin(-1.0)
+        Traceback (most recent call last):
+        ...
+        ValueError: the margin must be positive and finite; got -1.0
+    """
     if isinstance(margin, bool) or not isinstance(margin, Real):
         raise TypeError(f"the margin must be a number; got {type(margin).__name__}")
     check_bound(margin, "the margin")

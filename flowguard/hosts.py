@@ -34,6 +34,7 @@ from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 ADAPTERS = "flowguard.integrations"
+#: The libraries whose flows have an adapter of the same name.
 HOSTS = ("nflows", "normflows", "pyro", "zuko")
 
 #: The libraries whose classes hold flows of the hosts.
@@ -52,6 +53,15 @@ def load(model: Any, part: Literal["rules", "migration"]) -> None:
     Arguments:
         model: The object of that class.
         part: The module of the adapter.
+
+    Raises:
+        ImportError: If an adapter cannot be imported.
+
+    Example:
+        >>> import sys, zuko
+        >>> load(zuko.flows.MAF(2), "rules")
+        >>> "flowguard.integrations.zuko.rules" in sys.modules
+        True
     """
     for library in _libraries(model):
         if library in FORKS:
@@ -65,6 +75,11 @@ def of_a_host(part: Any) -> bool:
 
     Arguments:
         part: The object.
+
+    Example:
+        >>> import zuko
+        >>> of_a_host(zuko.flows.MAF(2)), of_a_host(torch.nn.Linear(2, 2))
+        (True, False)
     """
     return not _libraries(part).isdisjoint({*HOSTS, *FORKS})
 
@@ -79,6 +94,11 @@ class Opened(NamedTuple):
     Arguments:
         module: The module.
         closed: What makes the same of another module.
+
+    Example:
+        >>> first, second = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+        >>> opened(first).closed(second) is second
+        True
     """
 
     module: Any
@@ -93,6 +113,23 @@ def opened(model: Any) -> Opened:
 
     Arguments:
         model: The model, or what holds one.
+
+    Example:
+        A class of one's own that holds a flow is made known like this.
+
+        >>> import dataclasses
+        >>> @dataclasses.dataclass
+        ... class Bundle:
+        ...     flow: torch.nn.Module
+        ...     name: str
+        >>> @opened.register(Bundle)
+        ... def _(bundle):
+        ...     return Opened(bundle.flow, lambda flow: dataclasses.replace(bundle, flow=flow))
+        >>> bundle = Bundle(flowguard.image.ConditionalMultiscaleFlow(3, 8, levels=1, hidden=8), "mine")
+        >>> flowguard.certify(opened(bundle).module).certified
+        True
+        >>> opened(bundle).closed(torch.nn.Identity())
+        Bundle(flow=Identity(), name='mine')
     """
     before = len(opened.registry)
     for library in _libraries(model) & set(WRAPPERS):
@@ -240,6 +277,10 @@ def missing(host: str) -> ImportError:
 
     Arguments:
         host: The name of the host.
+
+    Example:
+        >>> print(missing("zuko"))  # doctest: +ELLIPSIS
+        flowguard.integrations.zuko needs zuko, which could not be imported; try: pip install ...
     """
     return ImportError(
         f"flowguard.integrations.{host} needs {host}, which could not be imported;"

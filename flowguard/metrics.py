@@ -453,7 +453,7 @@ def _lpips_net(net: Net, spatial: bool) -> Any:
 
 
 def lpips_map(image: Tensor, target: Tensor, net: Net = "alex") -> Tensor:
-    r"""Returns the spatial LPIPS, a :data:`Distance` for :func:`diversity`.
+    r"""Returns the spatial LPIPS, a distance for :func:`diversity`.
 
     Arguments:
         image: The images, with shape :math:`(B, 3, H, W)`.
@@ -462,6 +462,13 @@ def lpips_map(image: Tensor, target: Tensor, net: Net = "alex") -> Tensor:
 
     Raises:
         ImportError: If torchvision or torchmetrics is not installed.
+
+    Example:
+        The first call downloads the weights of the network.
+
+        >>> image, target = torch.rand(2, 2, 3, 64, 64)
+        >>> lpips_map(image, target).shape  # doctest: +SKIP
+        torch.Size([2, 64, 64])
     """
     return _lpips(image, target, net, spatial=True)[:, 0]
 
@@ -483,6 +490,13 @@ def lpips(image: Tensor, target: Tensor, net: Net = "alex") -> Tensor:
 
     Raises:
         ImportError: If torchvision or torchmetrics is not installed.
+
+    Example:
+        The first call downloads the weights of the network.
+
+        >>> image, target = torch.rand(2, 2, 3, 64, 64)
+        >>> lpips(image, target).shape  # doctest: +SKIP
+        torch.Size([2])
     """
     return _lpips(image, target, net, spatial=False).flatten(1).mean(1)
 

@@ -342,7 +342,7 @@ def network_dtype(x: Tensor) -> torch.dtype:
     on, and else that of the input. Autocast leaves double precision alone.
 
     Arguments:
-        x: The input.
+        x: The input, of any shape.
 
     Example:
         >>> with torch.autocast("cpu", torch.bfloat16):
@@ -369,7 +369,7 @@ def full_precision(x: Tensor) -> AbstractContextManager[Any]:
     off, for there the settings hold for whole graphs.
 
     Arguments:
-        x: A tensor on the device in question.
+        x: A tensor on the device in question, of any shape.
 
     Example:
         >>> with torch.autocast("cpu"), full_precision(x := torch.eye(2)):

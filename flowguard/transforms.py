@@ -29,8 +29,27 @@ SHIFT_BOUND = 5.0
 class Univariate(Transform):
     r"""The abstract monotone map of the real line, :math:`y = f(x)`, element by element.
 
-    A subclass holds its parameters as tensors and defines :meth:`_forward` and :meth:`_backward`,
+    A subclass holds its parameters as tensors and defines `_forward` and `_backward`,
     which return the value and the logarithm of the slope of the direction taken.
+
+    Example:
+        >>> class Shifted(flowguard.transforms.Univariate):
+        ...     def __init__(self, shift):
+        ...         super().__init__()
+        ...         self.shift = shift
+        ...
+        ...     def _forward(self, x):
+        ...         return x + self.shift, torch.zeros_like(x)
+        ...
+        ...     def _backward(self, y):
+        ...         return y - self.shift, torch.zeros_like(y)
+        >>> f = Shifted(torch.tensor([1.0, 2.0]))
+        >>> f.inv(f(torch.zeros(2)))
+        tensor([0., 0.])
+        >>> torch.distributions.TransformedDistribution(
+        ...     torch.distributions.Normal(torch.zeros(2), 1.0), [f]
+        ... ).log_prob(torch.tensor([1.0, 2.0]))
+        tensor([-0.9189, -0.9189])
     """
 
     domain = constraints.real
@@ -58,12 +77,20 @@ class Univariate(Transform):
         return self._forward(x)[1]
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        r"""Returns the value and the logarithm of the slope at `x`, in one pass."""
+        r"""Returns the value and the logarithm of the slope at `x`, in one pass, both with the shape
+        of `x`."""
         return self._forward(x)
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         r"""Returns :math:`x = f^{-1}(y)` and the logarithm of the slope of :math:`f^{-1}` at `y`,
-        in one pass."""
+        in one pass.
+
+        Arguments:
+            y: The value, with shape :math:`(*)`.
+
+        Returns:
+            Both with shape :math:`(*)`, the logarithm in nats.
+        """
         return self._backward(y)
 
     def inverse_bound(self, radius: float) -> float:
@@ -86,7 +113,14 @@ class Univariate(Transform):
         return inverse
 
     def with_cache(self, cache_size: int = 1) -> Self:
-        r"""Returns the same transform with another cache: of the last value if 1, none if 0."""
+        r"""Returns the same transform with another cache: of the last value if 1, none if 0.
+
+        Arguments:
+            cache_size: The size of the cache.
+
+        Raises:
+            ValueError: If it is neither 0 nor 1.
+        """
         if cache_size not in (0, 1):
             raise ValueError(f"cache_size must be 0 or 1; got {cache_size}")
         if cache_size == self._cache_size:
@@ -224,6 +258,9 @@ class RobustSpline(_Spline):
         Arguments:
             bins: The number of bins :math:`K`, at least 2.
 
+        Raises:
+            ValueError: If there are fewer than two bins.
+
         Example:
             >>> RobustSpline.shapes(8)
             [(7,), (7,), (7,), ()]
@@ -267,6 +304,15 @@ class PreparedSpline(_Spline):
 
     Arguments:
         prepared: What was made, taken as constant.
+
+    Example:
+        >>> parameters, out = torch.randn(4, 3), torch.empty(4, 3)
+        >>> f = PreparedSpline(
+        ...     F.prepare(*parameters, bound=5.0, slope=0.01, shift_bound=1.0, out=list(out))
+        ... )
+        >>> x = torch.tensor([-9.0, 1.0, 9.0])
+        >>> torch.equal(f(x), RobustSpline(*parameters[:3, :, None], parameters[3], shift_bound=1.0)(x))
+        True
     """
 
     def __init__(self, prepared: F.Prepared) -> None:
@@ -426,4 +472,5 @@ class CubicBSplineTransform(Univariate):
         return math.inf if shift is None else max(self.bound, radius + shift)
 
 
+#: As :class:`CubicBSplineTransform` was called.
 CubicBSpline = CubicBSplineTransform  # as it was called

@@ -36,6 +36,14 @@ class Attack:
         sample: The largest finite sample.
         trace: The largest absolute value at each step of each restart, with shape
             :math:`(restarts, steps + 1)`; :math:`\infty` where a sample was not finite.
+
+    Example:
+        >>> found = flowguard.attack(lambda z, y: z * y, torch.ones(1, 2), radius=1.0,
+        ...     latents=torch.zeros(1, 2), steps=10, restarts=2)
+        >>> round(found.value, 3), found.overflowed  # noise up to 4, conditions up to 2
+        (8.0, False)
+        >>> found.context.shape, found.trace.shape
+        (torch.Size([1, 2]), torch.Size([2, 11]))
     """
 
     value: float
@@ -58,6 +66,20 @@ def sampler(model: Any, context: Tensors) -> tuple[Sampler, Tensors]:
     Arguments:
         model: The model.
         context: The condition.
+
+    Returns:
+        The function and the noise, a tensor whose first dimension is the batch of the context or a
+        list of such tensors.
+
+    Raises:
+        TypeError: If nobody has said how to sample from such a model.
+
+    Example:
+        >>> flow = flowguard.image.ConditionalMultiscaleFlow(3, 8, levels=1, steps=1, hidden=8)
+        >>> context = [torch.zeros(2, 8, 4, 4)]
+        >>> draw, noise = flowguard.bounds.sampler(flow, context)
+        >>> draw(noise, context).shape
+        torch.Size([2, 3, 8, 8])
     """
     before = len(sampler.registry)
     load(model, "rules")

@@ -83,6 +83,16 @@ class Certificate:
         roundoff: The relative error of one operation of the model.
         largest: The largest number that the model can hold.
         effort: How many steps of a search tighten the bounds, if any; see :meth:`tighten`.
+
+    Example:
+        >>> spline = flowguard.RobustSpline(*torch.zeros(3, 1), torch.zeros(()), shift_bound=1.0)
+        >>> certificate = flowguard.certify(spline, roundoff=0.0)
+        >>> certificate.certified, certificate.bound(9.0)
+        (True, 10.0)
+        >>> round(certificate.growth, 6)
+        1.0
+        >>> sorted(certificate.to_dict(radius=9.0))
+        ['bound', 'certified', 'growth', 'layers', 'model', 'radius', 'roundoff']
     """
 
     model: str
@@ -294,6 +304,9 @@ def certify(model: Any, *, roundoff: float | None = None) -> Certificate:
             called under it; zero proves the bound for exact arithmetic. What
             :func:`torch.set_float32_matmul_precision` allows, such as TF32, is allowed for as it
             is set at the time of the call.
+
+    Raises:
+        ValueError: If `roundoff` is negative, or so coarse that no bound is known.
 
     Example:
         >>> flow = flowguard.image.ConditionalMultiscaleFlow(3, 8, levels=2, steps=1, hidden=16)

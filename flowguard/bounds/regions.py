@@ -51,6 +51,14 @@ class Envelope(NamedTuple):
         roundings: The number of operations whose rounding the bound has to allow for.
         limit: In place of `gain`, `offset` and `floor`, a function that gives for the largest
             :math:`|z|` the largest :math:`|g(z)|`.
+
+    Example:
+        >>> spline = flowguard.RobustSpline(*torch.zeros(3, 1), torch.zeros(()), shift_bound=1.0)
+        >>> known = flowguard.bounds.envelope(spline)
+        >>> known.gain, known.offset, known.floor, known.displacement
+        (1.0, 1.0, 4.0, 11.0)
+        >>> known.reach(2.0), known.reach(100.0)  # anywhere in the box, or moved by the shift
+        (5.0, 101.0)
     """
 
     gain: float = math.inf

@@ -137,6 +137,7 @@ class Product:
     slack: Tensor
 
     def back(self, forms: Forms, share: Tensor | None, before: Node, after: Node) -> Forms:
+        r"""Returns the functions of the input of the product, with its rounding error."""
         slack = forms.slack + (forms.weight.abs() * forms.at(self.slack)).sum(1)
         return replace(forms, weight=forms.weight @ self.matrix, slack=slack)
 
@@ -148,6 +149,7 @@ class Rearranged:
     order: Tensor
 
     def back(self, forms: Forms, share: Tensor | None, before: Node, after: Node) -> Forms:
+        r"""Returns the functions with their weights in the order of the input."""
         return replace(forms, weight=forms.weight[:, torch.argsort(self.order)])
 
 
@@ -162,6 +164,7 @@ class Joined:
     reach: float
 
     def back(self, forms: Forms, share: Tensor | None, before: Node, after: Node) -> Forms:
+        r"""Returns the functions of the features that were there before the others joined."""
         kept, joined = forms.weight.tensor_split((before.low.shape[1],), dim=1)
         slack = forms.slack + self.reach * joined.abs().sum(1)
         return replace(forms, weight=kept, slack=slack)
@@ -178,6 +181,7 @@ class Unfolded:
     factor: int
 
     def back(self, forms: Forms, share: Tensor | None, before: Node, after: Node) -> Forms:
+        r"""Returns the functions of the cells that the positions were made of."""
         cells = self.factor**2
         where = torch.nn.functional.one_hot(forms.position % cells, cells).to(forms.weight)
         weight = (forms.weight.unsqueeze(2) * where.unsqueeze(1)).flatten(1)
@@ -298,6 +302,7 @@ class Course:
         return torch.where(flat, -math.inf, start), torch.where(flat, math.inf, end)
 
     def back(self, forms: Forms, share: Tensor | None, before: Node, after: Node) -> Forms:
+        r"""Returns the functions of the input of the map, by a line below and one above it."""
         assert share is not None  # the chain has slopes for every course
         low, high = self.beside(forms, share, before, after)
         weight = forms.weight

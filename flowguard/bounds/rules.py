@@ -86,6 +86,17 @@ def envelope_rule(*classes: type) -> Callable[[Decorated], Decorated]:
 
     Arguments:
         classes: The classes, each with its subclasses that override nothing.
+
+    Example:
+        >>> class Shifted(flowguard.transforms.Univariate):
+        ...     def __init__(self, shift):
+        ...         super().__init__()
+        ...         self.shift = shift.tanh()
+        >>> @flowguard.bounds.envelope_rule(Shifted)
+        ... def shifted(transform, sampling):
+        ...     return flowguard.bounds.Envelope(gain=1.0, offset=1.0, depends="within a shift of 1")
+        >>> round(flowguard.certify(Shifted(torch.zeros(()))).bound(4.0), 5)
+        5.0
     """
 
     def register(function: Decorated) -> Decorated:
@@ -102,6 +113,12 @@ def steps(layer: Any, sampling: bool = True) -> list[Step]:
     Arguments:
         layer: The layer.
         sampling: Whether the layer runs towards data; see :func:`rule`.
+
+    Example:
+        >>> [type(step).__name__ for step in flowguard.bounds.steps(flowguard.image.Squeeze())]
+        ['Unsqueeze']
+        >>> flowguard.bounds.steps(torch.nn.ReLU())[0].reason
+        'flowguard knows no rule for torch.nn.modules.activation.ReLU'
     """
     wrapper = layer
     layer = compiled(layer)
@@ -130,6 +147,12 @@ def has_rule(layer: Any) -> bool:
 
     Arguments:
         layer: The layer.
+
+    Example:
+        >>> flowguard.bounds.has_rule(flowguard.image.Squeeze())
+        True
+        >>> flowguard.bounds.has_rule(torch.nn.ReLU())
+        False
     """
     load(layer, "rules")
     base = next((c for c in type(layer).__mro__ if c in _RULES), None)
@@ -142,6 +165,13 @@ def envelope(transform: Any, sampling: bool = True) -> Envelope:
     Arguments:
         transform: The transform.
         sampling: Whether it runs towards data, in its inverse direction.
+
+    Example:
+        >>> spline = flowguard.RobustSpline(*torch.zeros(3, 1), torch.zeros(()), bound=3.0, shift_bound=1.0)
+        >>> flowguard.bounds.envelope(spline).reach(10.0)
+        11.0
+        >>> flowguard.bounds.envelope(torch.distributions.transforms.ExpTransform()).reason
+        'flowguard knows no rule for torch.distributions.transforms.ExpTransform'
     """
     found = _lookup(_ENVELOPES, transform)
     if not isinstance(found, str):
@@ -171,6 +201,11 @@ def within(name: str, layer: Any, sampling: bool = True) -> list[Step]:
         name: The name of the part.
         layer: The part.
         sampling: Whether it runs towards data; see :func:`rule`.
+
+    Example:
+        >>> flow = flowguard.image.Squeeze()
+        >>> [(step.name, step.kind) for step in flowguard.bounds.within("first", flow)]
+        [('first', 'Squeeze')]
     """
     return named(name, steps(layer, sampling))
 

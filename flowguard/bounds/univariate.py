@@ -21,7 +21,22 @@ FREE = "its shift is free; give a shift_bound"
 def conditional(
     g: Envelope, name: str = "", kind: str = "", mask: Tensor | None = None
 ) -> Pointwise | Refused:
-    r"""The step of a univariate map with conditional parameters, refused where it has no bound."""
+    r"""The step of a univariate map with conditional parameters, refused where it has no bound.
+
+    Arguments:
+        g: What is known of the map, as :func:`envelope` tells it.
+        name: The name of the layer within the model.
+        kind: The class of the layer.
+        mask: Which features are transformed, with shape :math:`(C)`. :py:`None` means all.
+
+    Example:
+        >>> spline = flowguard.RobustSpline(*torch.zeros(3, 1), torch.zeros(()))
+        >>> flowguard.bounds.conditional(flowguard.bounds.envelope(spline)).depends
+        'within a box of 5 and a shift of 5'
+        >>> affine = flowguard.transforms.AffineTransform(torch.zeros(()), torch.zeros(()))
+        >>> flowguard.bounds.conditional(flowguard.bounds.envelope(affine)).reason
+        'its shift is free, and its slope may fall to 0.0001'
+    """
     if g.reason:
         gain = g.gain if math.isfinite(g.gain) else None
         return Refused(name=name, kind=kind, reason=g.reason, gain=gain)

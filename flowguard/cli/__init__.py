@@ -6,6 +6,7 @@ the exit code.
 
 __all__ = ["COMMANDS"]
 
+#: The names of the commands, each of which is a module here.
 COMMANDS = (
     "superres",
     "lowlight",

@@ -17,6 +17,7 @@ from flowguard.cli.parsing import (
     writable,
 )
 
+#: What the command does, in one line.
 HELP = "train or load flows with several couplings and compare them"
 NAMES = ("affine", "reparametrized", "robust2", "robust8", "bspline")
 
@@ -154,6 +155,9 @@ def run(args: Any) -> int:
 
     Arguments:
         args: The arguments.
+
+    Raises:
+        UserError: If what was asked for cannot be done.
     """
     need(
         ("skimage", "scikit-image"),

@@ -17,6 +17,7 @@ from flowguard.cli.parsing import (
     writable,
 )
 
+#: What the command does, in one line.
 HELP = "turn a published checkpoint into a model folder"
 
 KINDS = ("srflow", "robustnf", "llflow", "esrgan", "ncnn")
@@ -106,6 +107,9 @@ def run(args: Any) -> int:
 
     Arguments:
         args: The arguments.
+
+    Raises:
+        UserError: If what was asked for cannot be done.
     """
     from flowguard.models import store
 

@@ -7,6 +7,7 @@ from typing import Any
 from flowguard.cli.machine import add_machine, check_device, threads
 from flowguard.cli.parsing import Parser, UserError, folder, need, paths, whole, writable
 
+#: What the command does, in one line.
 HELP = "train an affine and a robust image flow and compare them"
 #: What ``--task`` takes: the keys of ``flowguard.demo.run.TASKS``, which need not be imported for it.
 TASKS = ("superres", "lowlight")
@@ -67,6 +68,9 @@ def run(args: Any) -> int:
 
     Arguments:
         args: The arguments.
+
+    Raises:
+        UserError: If what was asked for cannot be done.
     """
     need(
         ("skimage", "scikit-image"),

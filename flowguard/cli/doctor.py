@@ -25,6 +25,7 @@ from flowguard._version import __version__
 if TYPE_CHECKING:
     from flowguard.cli.parsing import Parser
 
+#: What the command does, in one line.
 HELP = "tell what is installed, what is missing, and what will not work"
 
 OURS = "flowguard-nf"

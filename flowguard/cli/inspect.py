@@ -10,6 +10,7 @@ import torch.nn as nn
 from flowguard.cli.machine import threads
 from flowguard.cli.parsing import Parser, UserError, folder, number, paths
 
+#: What the command does, in one line.
 HELP = "tell of a model: architecture, certificate, calibration"
 
 
@@ -44,6 +45,9 @@ def run(args: Any) -> int:
 
     Arguments:
         args: The arguments.
+
+    Raises:
+        UserError: If what was asked for cannot be done.
     """
     from flowguard.models import store
 

@@ -142,6 +142,9 @@ def jobs(inputs: Sequence[str], output: Path, samples: int, suffix: str) -> Work
         output: The folder; for one picture and one sample also a file that ends in .png or .tif.
         samples: The number of samples of each.
         suffix: The suffix of what is written.
+
+    Raises:
+        UserError: If nothing can be read, or two results would have one name.
     """
     sources, left_out = _sources(inputs, output)
     suffix_given = "" if output.is_dir() else output.suffix.lower()

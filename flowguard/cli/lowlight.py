@@ -8,6 +8,7 @@ from flowguard.cli.enhance import add_arguments, enhance, load_model
 from flowguard.cli.machine import check_device, own_device
 from flowguard.cli.parsing import Parser, number, paths
 
+#: What the command does, in one line.
 HELP = "brighten dark pictures"
 
 

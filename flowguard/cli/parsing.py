@@ -49,7 +49,11 @@ class Parser(jsonargparse.ArgumentParser):
         self.commands: dict[str, Parser] = {}
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        r"""Ends with exit code 2 and one line: what is wrong, and how to get help."""
+        r"""Ends with exit code 2 and one line: what is wrong, and how to get help.
+
+        Raises:
+            UserError: In place of that, while :meth:`saved` reads options.
+        """
         # jsonargparse puts the command before each name: superres.output.
         names = "|".join(COMMANDS)
         required = re.search(rf"required: ({names})\.", message)

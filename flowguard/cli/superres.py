@@ -8,6 +8,7 @@ from flowguard.cli.enhance import add_arguments, enhance, load_model
 from flowguard.cli.machine import check_device, own_device
 from flowguard.cli.parsing import Parser, UserError, paths, whole
 
+#: What the command does, in one line.
 HELP = "enlarge pictures"
 
 
@@ -36,6 +37,9 @@ def run(args: Any) -> int:
 
     Arguments:
         args: The arguments.
+
+    Raises:
+        UserError: If what was asked for cannot be done.
     """
     import torch.nn.functional as F
 

@@ -23,6 +23,7 @@ from flowguard.cli.parsing import (
     writable,
 )
 
+#: What the command does, in one line.
 HELP = "train a flow on pictures"
 TASKS = ("superres", "lowlight")
 VERSION = 2  # of what a run folder holds: the greatest that --version takes

@@ -17,6 +17,7 @@ from flowguard.models import LowLightEncoder, LowLightFlow
 from flowguard.models.encoders.lowlight import low_light_input
 from flowguard.training.pictures import BRIGHTEST, DARKEST, DarkenedPairs, Pairs
 
+#: The share of the photographs that is held out.
 HELD_OUT = 1 / 17
 SHOTS = 3  # how often each photograph is taken in the dark
 

@@ -33,15 +33,19 @@ from flowguard.models import LowLightFlow, SuperResolutionFlow
 from flowguard.training.pictures import CropBatches, Pairs
 from flowguard.training.validation import Wholes
 
-CROP = 32  # rows and columns of a target in training
+CROP = 32  #: rows and columns of a target in training
+#: The pairs of a batch in training.
 BATCH = 16
+#: The conditions that a guard is calibrated on.
 CALIBRATION_CROPS = 400
+#: The conditions of a batch in calibration.
 CALIBRATION_BATCH = 8
-NOISE = 4.0  # the largest noise that certificate and attack allow
-QUANTILE = 0.99  # the calibrated quantile that flags a condition, at each level
+NOISE = 4.0  #: the largest noise that certificate and attack allow
+QUANTILE = 0.99  #: the calibrated quantile that flags a condition, at each level
 
 FITTED = 64  # pictures in files that the conditioner is fitted to, at most
 
+#: The models that a task can train.
 Model = SuperResolutionFlow | LowLightFlow
 #: The parts of photographs to learn from: tensors of shape (3, H, W), or those in files.
 Parts = Sequence[Tensor] | PictureFiles

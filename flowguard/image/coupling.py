@@ -30,6 +30,26 @@ class Condition(NamedTuple):
 
     What is made without gradients holds the step's weights too, with all factors in them: they
     are folded once, to run many times, and only as long as the parameters do not change.
+
+    Attributes:
+        injected: The parameters of the feature-conditional half, with shape :math:`(B, C n, H, W)`.
+        hidden: The context's part of the first layer of the self-conditional half, with shape
+            :math:`(B, hidden, H, W)`.
+        noise: The noise map at the size of this level, where one is given.
+        map: What takes the injected parameters, if not the raw ones.
+        mix: What comes before the coupling, its weights folded.
+        rest: The self-conditional half's layers, but for the context's share, their weights folded.
+        told: Those of the part that knows of noise.
+
+    Example:
+        >>> coupling = ConditionalCoupling(12, 8, hidden=16)
+        >>> condition = coupling.condition(torch.randn(1, 8, 4, 4))
+        >>> condition.hidden.shape
+        torch.Size([1, 16, 4, 4])
+        >>> x = torch.randn(1, 12, 4, 4)
+        >>> z, ladj = coupling(x, condition)
+        >>> torch.allclose(coupling.inverse(z, condition)[0], x, atol=1e-4)
+        True
     """
 
     injected: Tensor  # parameters of the feature-conditional half
@@ -76,6 +96,9 @@ class ConditionalCoupling(nn.Module):
     For a tile of an image, `inner` names its rows and columns that are wanted: the output and the
     log-determinant are theirs. There must be :data:`flowguard.image.tiling.HALO` further ones on
     each side that is not the image's.
+
+    Raises:
+        ValueError: If a number of channels is out of range, or there is no map of that name.
 
     Example:
         >>> layer = ConditionalCoupling(12, 8, hidden=16)
@@ -171,7 +194,14 @@ class ConditionalCoupling(nn.Module):
         return Condition(self.injector(context), hidden, self.fit_noise(noise, context))
 
     def check_context(self, context: Tensor) -> None:
-        r"""Refuses a context of another shape than :math:`(B, context\_channels, H, W)`."""
+        r"""Refuses a context of another shape than :math:`(B, context\_channels, H, W)`.
+
+        Arguments:
+            context: The context.
+
+        Raises:
+            ValueError: If it has another shape.
+        """
         channels = self.first_context.in_channels
         if context.dim() != 4 or context.shape[1] != channels:
             raise ValueError(
@@ -179,7 +209,12 @@ class ConditionalCoupling(nn.Module):
             )
 
     def fit_noise(self, noise: Tensor | None, context: Tensor) -> Tensor | None:
-        r"""Returns the noise map at the size of the context, or None where none is wanted."""
+        r"""Returns the noise map at the size of the context, or None where none is wanted.
+
+        Arguments:
+            noise: The noise map, with shape :math:`(B, C, H, W)`; see :func:`fit_noise`.
+            context: The context, with shape :math:`(B, *, H', W')`.
+        """
         if self.noise is None or noise is None:
             return None
         return fit_noise(noise, self.noise_channels, context)
@@ -322,6 +357,10 @@ def fit_noise(noise: Tensor, channels: int, context: Tensor) -> Tensor:
             of the context: for a constant, :math:`(B, 1, 1, 1)`.
         channels: The number of channels :math:`C`.
         context: The context, with shape :math:`(B, *, H', W')`.
+
+    Raises:
+        TypeError: If the noise is no tensor.
+        ValueError: If it has another shape.
     """
     if not isinstance(noise, Tensor):
         raise TypeError(

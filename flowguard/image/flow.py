@@ -26,6 +26,21 @@ class FlowCondition(NamedTuple):
 
     :meth:`ConditionalMultiscaleFlow.condition` makes it. It serves the flow that made it, as long
     as its weights do not change.
+
+    Attributes:
+        features: The context maps themselves, each with shape :math:`(B, C, H, W)`.
+        noise: The noise map.
+        steps: What each step made of them, level by level.
+        transitions: The steps without coupling, their weights folded.
+        origin: What made it; none for what is used up at once.
+
+    Example:
+        >>> flow = ConditionalMultiscaleFlow(3, 8, levels=1, steps=2, hidden=8)
+        >>> condition = flow.condition([torch.randn(1, 8, 4, 4)])
+        >>> len(condition.steps[0])
+        2
+        >>> [flow.inverse([torch.randn(1, 12, 4, 4)], condition)[0].shape for _ in range(2)]
+        [torch.Size([1, 3, 8, 8]), torch.Size([1, 3, 8, 8])]
     """
 
     features: list[Tensor]  # the context maps themselves
@@ -35,6 +50,7 @@ class FlowCondition(NamedTuple):
     origin: Origin | None = None  # what made it; none for what is used up at once
 
 
+#: One map for each level, or what :meth:`ConditionalMultiscaleFlow.condition` made of them.
 Context = Sequence[Tensor] | FlowCondition
 
 
@@ -75,6 +91,10 @@ class ConditionalMultiscaleFlow(nn.Module):
     :math:`(B, context\_channels, H / 2^l, W / 2^l)`; or it is what :meth:`condition` made of it.
     It may have fewer rows than the image: row :math:`i` of the image then belongs to row
     :math:`i \bmod B` of the context.
+
+    Raises:
+        ValueError: If a number of channels, levels or steps is out of range, or an option has no such
+            value.
 
     Example:
         >>> flow = ConditionalMultiscaleFlow(3, 8, levels=2, steps=1, hidden=16)
@@ -172,7 +192,15 @@ class ConditionalMultiscaleFlow(nn.Module):
         return step >= len(self.steps_of(level)) - self.noise_steps[level]
 
     def check_context(self, context: Sequence[Tensor]) -> None:
-        r"""Refuses a context that does not hold one map for each level."""
+        r"""Refuses a context that does not hold one map for each level.
+
+        Arguments:
+            context: The maps, each with shape :math:`(B, C, H, W)`.
+
+        Raises:
+            TypeError: If it is no list of tensors.
+            ValueError: If there are fewer or more of them.
+        """
         _check_list(context, "context", ", one map for each level, or what condition() made")
         if len(context) != self.levels:
             raise ValueError(
@@ -181,7 +209,15 @@ class ConditionalMultiscaleFlow(nn.Module):
             )
 
     def check_latents(self, z: Sequence[Tensor]) -> None:
-        r"""Refuses latents of other numbers and shapes than :meth:`latent_shapes` lists."""
+        r"""Refuses latents of other numbers and shapes than :meth:`latent_shapes` lists.
+
+        Arguments:
+            z: The latents, each with shape :math:`(B, C, H, W)`.
+
+        Raises:
+            TypeError: If it is no list of tensors, or they have several dtypes.
+            ValueError: If there are fewer or more of them, or one has another shape.
+        """
         _check_list(z, "latents")
         if not self.splits and len(z) != 1:
             raise ValueError(f"there must be a list with one latent; got {len(z)}")
@@ -214,6 +250,9 @@ class ConditionalMultiscaleFlow(nn.Module):
         Arguments:
             height: The height of the image, a multiple of :math:`2^L`.
             width: The width of the image, a multiple of :math:`2^L`.
+
+        Raises:
+            ValueError: If height or width is no such multiple.
         """
         if height % self.multiple or width % self.multiple:
             raise ValueError(
@@ -257,8 +296,13 @@ class ConditionalMultiscaleFlow(nn.Module):
         r"""Returns what :meth:`condition` does, without a memory of the weights.
 
         Arguments:
-            context: One map for each level.
-            noise: The noise map.
+            context: One map for each level, each with shape :math:`(B, C, H, W)`.
+            noise: The noise map, with shape :math:`(B, C, H, W)`.
+
+        Raises:
+            TypeError: If the context is no list of tensors.
+            ValueError: If there is not one map for each level, or a flow that knows of no noise is
+                given some.
         """
         self.check_context(context)
         if noise is not None and not self.noise_channels:
@@ -303,6 +347,10 @@ class ConditionalMultiscaleFlow(nn.Module):
         Returns:
             The latents, as :meth:`latent_shapes` lists them, and the log-determinant, with shape
             :math:`(B)`.
+
+        Raises:
+            ValueError: If image or context has another shape, or the condition was made by another flow
+                or by other weights.
         """
         if x.dim() != 4:
             raise ValueError(f"x must have shape (B, C, H, W); got {tuple(x.shape)}")

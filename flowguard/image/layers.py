@@ -54,7 +54,8 @@ class ZeroConv2d(nn.Conv2d):
             nn.init.zeros_(self.bias)
 
     def folded(self) -> tuple[Tensor, Tensor | None]:
-        r"""Returns weight and bias with the gain in them."""
+        r"""Returns weight and bias with the gain in them, with shapes :math:`(C', C, 3, 3)` and
+        :math:`(C')`."""
         gain = torch.exp(3 * self.logs)
         bias = None if self.bias is None else self.bias * gain.flatten()
         return self.weight * gain.unsqueeze(1), bias
@@ -86,7 +87,11 @@ class Squeeze(nn.Module):
 
     def forward(self, x: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
         r"""Takes blocks of pixels to channels; returns the output and zeros, with shape
-        :math:`(B)`."""
+        :math:`(B)`.
+
+        Raises:
+            ValueError: If height or width is odd.
+        """
         if x.shape[-2] % self.factor or x.shape[-1] % self.factor:
             raise ValueError(
                 f"height and width must be multiples of {self.factor};"
@@ -247,18 +252,20 @@ class NormedConv2d(nn.Conv2d):
         self.norm = ActNorm(out_channels)
 
     def folded(self) -> tuple[Tensor, Tensor]:
-        r"""Returns weight and bias with the normalisation in them."""
+        r"""Returns weight and bias with the normalisation in them, with shapes :math:`(C', C, k,
+        k)` and :math:`(C')`."""
         gain = torch.exp(self.norm.logs).flatten()
         return self.weight * gain[:, None, None, None], self.norm.bias.flatten() * gain
 
     def forward(self, x: Tensor) -> Tensor:
-        r"""Returns the convolved and normalised maps."""
+        r"""Returns the convolved and normalised maps, with shape :math:`(B, C', H, W)`."""
         if self.norm.pending:
             with torch.no_grad():
                 self.norm.initialize(self._conv_forward(x, self.weight, None))
         return self._conv_forward(x, *self.folded())
 
 
+#: The dtypes of half precision.
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -286,6 +293,9 @@ def folded(conv: nn.Module) -> tuple[Tensor, Tensor | None]:
 
     Arguments:
         conv: A :class:`torch.nn.Conv2d`, :class:`NormedConv2d` or :class:`ZeroConv2d`.
+
+    Raises:
+        TypeError: If it is none of these.
 
     Example:
         >>> weight, bias = folded(ZeroConv2d(2, 3))
@@ -332,9 +342,13 @@ class FoldedMix(NamedTuple):
     ladj: Tensor  # of one pixel
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Takes data to noise; returns the output, with shape :math:`(B, C, H, W)`, and the
+        log-determinant, with shape :math:`(B)`."""
         return _exactly(x, self.there, self.offset), _of_image(self.ladj, x)
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Takes noise to data; returns the output, with shape :math:`(B, C, H, W)`, and the
+        log-determinant, with shape :math:`(B)`."""
         return _exactly(z, self.back, self.way_back), _of_image(self.ladj, z, -1)
 
 

@@ -31,6 +31,18 @@ class Elementwise(Protocol):
 
     `transform` takes them with shape :math:`(B, C, n, H, W)` and returns the transform of tensors
     with shape :math:`(B, C, H, W)`. All-zero parameters give the map at the start of training.
+
+    Example:
+        A family of one's own, which shifts by at most one:
+
+        >>> class Shifts:
+        ...     parameters = 1
+        ...
+        ...     def transform(self, phi):
+        ...         return transforms.AdditiveTransform(phi.squeeze(2), shift_bound=1.0)
+        >>> coupling = flowguard.image.ConditionalCoupling(12, 8, hidden=16, coupling=Shifts())
+        >>> coupling(torch.randn(1, 12, 4, 4), torch.randn(1, 8, 4, 4))[0].shape
+        torch.Size([1, 12, 4, 4])
     """
 
     @property
@@ -113,7 +125,14 @@ class Affine:
         return transforms.AffineTransform(shift, scale, eps=self.eps)
 
     def line(self, phi: Tensor) -> tuple[Tensor, Tensor]:
-        r"""Returns slope and value at zero of the maps with these parameters."""
+        r"""Returns slope and value at zero of the maps with these parameters.
+
+        Arguments:
+            phi: The parameters, with shape :math:`(B, C, 2, H, W)`.
+
+        Returns:
+            Both with shape :math:`(B, C, H, W)`.
+        """
         shift, scale = phi.unbind(2)
         slope = torch.sigmoid(scale + 2) + self.eps
         return slope, slope * shift
@@ -148,7 +167,14 @@ class ReparametrizedAffine:
         return transforms.ReparametrizedAffineTransform(shift, scale, eps=self.eps)
 
     def line(self, phi: Tensor) -> tuple[Tensor, Tensor]:
-        r"""Returns slope and value at zero of the maps with these parameters."""
+        r"""Returns slope and value at zero of the maps with these parameters.
+
+        Arguments:
+            phi: The parameters, with shape :math:`(B, C, 2, H, W)`.
+
+        Returns:
+            Both with shape :math:`(B, C, H, W)`.
+        """
         shift, scale = phi.unbind(2)
         slope = (torch.sigmoid(scale + 2) + self.eps).reciprocal()
         return slope, slope * shift

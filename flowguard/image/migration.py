@@ -50,6 +50,9 @@ class InscribedCoupling(ConditionalCoupling):
             old: The coupling, with affine maps; those of its parts that are robust already stay.
             units: What makes the splines of a part, by the name of the part; see
                 :meth:`ConditionalCoupling.map_of`.
+
+        Raises:
+            ValueError: If the maps of the coupling are not affine.
         """
         if not isinstance(old.map, Affine | ReparametrizedAffine):
             raise ValueError(f"splines are inscribed for affine maps alone; got {old.map}")
@@ -78,6 +81,9 @@ class InscribedCoupling(ConditionalCoupling):
         Arguments:
             old: The coupling that it takes the place of.
             units: The options of the splines of each part.
+
+        Raises:
+            ValueError: If the maps of the coupling are not affine.
         """
         if not isinstance(old, ConditionalCoupling) or not {*units} <= {*parts_of(old)}:
             raise ValueError(
@@ -126,6 +132,9 @@ class BoundedSplit(Split):
             old: The split that it takes the place of.
             mean_bound: The bound of the mean.
             scale_bound: The bound of the log-scale.
+
+        Raises:
+            ValueError: If the prior of the split is not free.
         """
         if not isinstance(old, Split) or not _is_free(old):
             raise ValueError(f"the free prior of a split is bounded; got {old}")
@@ -289,6 +298,12 @@ class ImageSurgeon(Surgeon):
     r"""What it takes to operate on image flows, and on models that hold one.
 
     Data are images, contexts what the flow or the model takes.
+
+    Example:
+        >>> flow = ConditionalMultiscaleFlow(3, 8, levels=1, steps=1, hidden=8, coupling="affine")
+        >>> operation = flowguard.migration.surgeon(flow)
+        >>> type(operation).__name__, [site.name for site in operation.sites()]
+        ('ImageSurgeon', ['steps.0.0.coupling.injector', 'steps.0.0.coupling.rest'])
     """
 
     @property
@@ -304,7 +319,7 @@ class ImageSurgeon(Surgeon):
         return latents, ladj
 
     def log_prob(self, x: Tensor, context: Any) -> Tensor:
-        r"""Returns the log-density of each image."""
+        r"""Returns the log-density of each image in nats, with shape :math:`(N)`."""
         latents, ladj = self._latents(x, context)
         return ladj + normal_log_prob(latents)
 
@@ -327,13 +342,14 @@ class ImageSurgeon(Surgeon):
         }
 
     def encode(self, x: Tensor, context: Any) -> Tensor | None:
-        r"""Returns the latents of each image, in one row."""
+        r"""Returns the latents of each image, in one row, with shape :math:`(N, D)`."""
         latents, _ = self._latents(x, context)
         self.shapes = [z.shape[1:] for z in latents]
         return torch.cat([z.flatten(1) for z in latents], dim=1)
 
     def decode(self, z: Tensor, context: Any) -> Tensor:
-        r"""Returns the images of some latents; see :meth:`encode`."""
+        r"""Returns the images of some latents, with shape :math:`(N, C, H, W)`; see
+        :meth:`encode`."""
         model: Any = self.model
         parts = z.split([shape.numel() for shape in self.shapes], dim=1)
         latents = [t.unflatten(1, shape) for t, shape in zip(parts, self.shapes, strict=True)]

@@ -19,6 +19,7 @@ from flowguard.image.layers import (
 from flowguard.image.maps import Coupling
 from flowguard.numerics import repeat_rows
 
+#: The 1×1 convolutions that a step can have.
 Mix = FixedConv1x1 | InvertibleConv1x1 | OrthogonalConv1x1
 MIXES: dict[str, type[Mix]] = {
     "fixed": FixedConv1x1,
@@ -34,6 +35,9 @@ class TransitionStep(nn.Module):
         channels: The number of channels.
         mix: The 1×1 convolution; see :class:`FlowStep`.
 
+    Raises:
+        ValueError: If there is no mix of that name.
+
     Example:
         >>> z, ladj = TransitionStep(12)(torch.randn(2, 12, 4, 4))
         >>> ladj.shape
@@ -48,6 +52,15 @@ class TransitionStep(nn.Module):
         self.mix: Mix = MIXES[mix](channels)
 
     def forward(self, x: Tensor, folded: FoldedMix | None = None) -> tuple[Tensor, Tensor]:
+        r"""Takes data to noise.
+
+        Arguments:
+            x: The data, with shape :math:`(B, C, H, W)`.
+            folded: The step with its weights folded; see :meth:`inverse`.
+
+        Returns:
+            The noise, with the same shape, and the log-determinant, with shape :math:`(B)`.
+        """
         if folded is not None and not torch.is_grad_enabled():
             return folded.forward(x)
         x, a = self.actnorm(x)
@@ -55,6 +68,16 @@ class TransitionStep(nn.Module):
         return x, a + b
 
     def inverse(self, z: Tensor, folded: FoldedMix | None = None) -> tuple[Tensor, Tensor]:
+        r"""Takes noise to data.
+
+        Arguments:
+            z: The noise, with shape :math:`(B, C, H, W)`.
+            folded: The step with its weights folded, if they are; taken where no gradient is
+                asked for.
+
+        Returns:
+            The data, with the same shape, and the log-determinant, with shape :math:`(B)`.
+        """
         if folded is not None and not torch.is_grad_enabled():
             return folded.inverse(z)
         z, b = self.mix.inverse(z)
@@ -74,6 +97,9 @@ class FlowStep(nn.Module):
             or ``"fixed"``, a rotation that is not trained.
         normed: Whether the hidden layers are normalised; see :class:`ConditionalCoupling`.
         noise_channels: The number of channels of the noise map, if the coupling knows of noise.
+
+    Raises:
+        ValueError: If there is no mix of that name.
 
     Example:
         >>> step = FlowStep(12, 8, hidden=16)
@@ -110,6 +136,16 @@ class FlowStep(nn.Module):
     def forward(
         self, x: Tensor, context: Tensor | Condition | None = None
     ) -> tuple[Tensor, Tensor]:
+        r"""Takes data to noise.
+
+        Arguments:
+            x: The data, with shape :math:`(B, C, H, W)`.
+            context: The context, with shape :math:`(B, *, H, W)`, or what the coupling's
+                `condition` made of it.
+
+        Returns:
+            The noise, with the same shape, and the log-determinant, with shape :math:`(B)`.
+        """
         folded = _folded(context)
         if folded is not None:
             x, b = folded.forward(x)
@@ -160,6 +196,9 @@ class Split(nn.Module):
     For a tile of an image, `inner` names what is wanted of it; see
     :class:`flowguard.image.ConditionalCoupling`.
 
+    Raises:
+        ValueError: If there are fewer than two channels, or the share is not between 0 and 1.
+
     Example:
         >>> split = Split(12, 8)
         >>> x, context = torch.randn(2, 12, 4, 4), torch.randn(2, 8, 4, 4)
@@ -199,7 +238,13 @@ class Split(nn.Module):
 
         Arguments:
             kept: The channels that remain, with shape :math:`(B, C, H, W)`.
-            context: The context, or :py:`None` if there is none.
+            context: The context, with shape :math:`(B, *, H, W)`, or :py:`None` if there is none.
+
+        Returns:
+            Both with the shape of what leaves.
+
+        Raises:
+            ValueError: If the split is conditional and there is no context.
         """
         if self.context_channels:
             if context is None:
@@ -225,6 +270,21 @@ class Split(nn.Module):
     def forward(
         self, x: Tensor, context: Tensor | None = None, inner: Inner | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
+        r"""Takes data to noise: half of the channels leave.
+
+        Arguments:
+            x: All channels, with shape :math:`(B, C + C', H, W)`.
+            context: The context, with shape :math:`(B, *, H, W)`, or :py:`None` if there is none.
+            inner: What is returned of them, if not all; for tiles.
+
+        Returns:
+            The channels that remain, with shape :math:`(B, C, H, W)`, the noise of those that
+            leave, with shape :math:`(B, C', H, W)`, and the log-determinant, with shape
+            :math:`(B)`.
+
+        Raises:
+            ValueError: If the split is conditional and there is no context.
+        """
         kept, dropped = x.tensor_split((self.kept,), dim=1)
         mean, logs = (crop(t, inner) for t in self.prior(kept, context))
         kept, dropped = crop(kept, inner), crop(dropped, inner)
@@ -237,6 +297,21 @@ class Split(nn.Module):
         context: Tensor | None = None,
         inner: Inner | None = None,
     ) -> tuple[Tensor, Tensor]:
+        r"""Takes noise to data: what left joins the channels that remained.
+
+        Arguments:
+            kept: The channels that remained, with shape :math:`(B, C, H, W)`.
+            latent: The noise of those that left, with shape :math:`(B, C', H, W)`.
+            context: The context, with shape :math:`(B, *, H, W)`, or :py:`None` if there is none.
+            inner: What is returned of them, if not all; for tiles.
+
+        Returns:
+            All channels, with shape :math:`(B, C + C', H, W)`, and the log-determinant, with shape
+            :math:`(B)`.
+
+        Raises:
+            ValueError: If the split is conditional and there is no context.
+        """
         mean, logs = (crop(t, inner) for t in self.prior(kept, context))
         dropped = crop(latent, inner) * torch.exp(logs) + mean
         return torch.cat((crop(kept, inner), dropped), dim=1), logs.flatten(1).sum(1)

@@ -44,6 +44,7 @@ LEAST = 16
 MEMORY = 2**29
 
 Progress = Callable[[int], object]
+#: Rows and columns of tiles; ``"auto"`` for what fits the memory, :py:`None` for no tiles.
 TileSize = int | Literal["auto"] | None
 
 

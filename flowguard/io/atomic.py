@@ -65,6 +65,16 @@ def sweep(paths: Iterable[Path], age: float) -> list[Path]:
         paths: The files that were to be written.
         age: How many seconds nobody must have written to a temporary file, by the clock of its
             disk, so that none is removed that another process is about to finish.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> path = Path(folder.name) / "note.txt"
+        >>> _ = (path.parent / ".note.txt.12345678.tmp").write_text("half")
+        >>> [left.name for left in sweep([path], age=3600.0)]  # somebody may be writing it
+        []
+        >>> [left.name for left in sweep([path], age=-3600.0)]
+        ['.note.txt.12345678.tmp']
     """
     folders: dict[Path, set[str]] = {}
     for path in paths:
@@ -88,6 +98,16 @@ def write_text(path: Path | str, text: str) -> None:
     Arguments:
         path: The file to write.
         text: What it shall hold. What UTF-8 cannot, as of names that are no text, is escaped.
+
+    Raises:
+        OSError: If the file cannot be written; an earlier one of that name is then as it was.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> write_text(Path(folder.name) / "note.txt", "whole")
+        >>> [path.name for path in Path(folder.name).iterdir()]
+        ['note.txt']
     """
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -116,6 +136,13 @@ def write_json(path: Path | str, value: Any) -> None:
     Arguments:
         path: The file to write.
         value: What it shall hold; see :func:`strict_json`.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> write_json(Path(folder.name) / "best.json", {"loss": float("nan")})
+        >>> json.loads((Path(folder.name) / "best.json").read_text())
+        {'loss': 'nan'}
     """
     write_text(path, json.dumps(strict_json(value), indent=2, allow_nan=False) + "\n")
 
@@ -125,11 +152,21 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
 
     Arguments:
         path: The file to write.
-        tensors: The tensors, none of which shares its memory with another.
+        tensors: The tensors, of any shape, none of which shares its memory with another.
         metadata: What the file says of them.
 
     Raises:
         OSError: If the system cannot write it, because the disk is full, say.
+
+    Example:
+        >>> import tempfile
+        >>> from safetensors.torch import load_file
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> file = Path(folder.name) / "weights.safetensors"
+        >>> with atomic(file) as temporary:
+        ...     save_tensors(temporary, {"weight": torch.ones(2)}, {"format": "mine"})
+        >>> load_file(file)
+        {'weight': tensor([1., 1.])}
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file

@@ -36,12 +36,36 @@ class Unreadable(OSError):
     r"""Raised when the system cannot read a picture that was there: its disk is gone, say.
 
     It is no fault of the picture, which may come back: whoever left it out would do other work.
+
+    Example:
+        Files that are gone after they were found are no smaller a folder: whoever asks is told.
+
+        >>> import tempfile
+        >>> from flowguard.io.pictures import Picture, write
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> write(Path(folder.name) / "a.png", Picture(torch.full((3, 8, 12), 0.6)))
+        >>> _ = (Path(folder.name) / "b.png").write_text("no picture")
+        >>> files = PictureFiles([Path(folder.name) / "a.png"])
+        >>> (Path(folder.name) / "a.png").unlink()
+        >>> files.whole(0)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        flowguard.io.folder.Unreadable: ...a.png: No such file or directory
     """
 
 
 @dataclass(frozen=True)
 class Fault:
-    r"""A file that is left out, and why."""
+    r"""A file that is left out, and why.
+
+    Arguments:
+        path: The file.
+        reason: Why, in words.
+
+    Example:
+        >>> print(Fault(Path("b.png"), "it is a folder"))
+        b.png: it is a folder
+    """
 
     path: Path
     reason: str
@@ -52,7 +76,23 @@ class Fault:
 
 @dataclass(frozen=True)
 class Survey:
-    r"""The pictures that are of use, what their headers say, and the files that are not."""
+    r"""The pictures that are of use, what their headers say, and the files that are not.
+
+    Arguments:
+        files: The pictures.
+        headers: What the header of each says.
+        faults: The files that are left out.
+
+    Example:
+        >>> import tempfile
+        >>> from flowguard.io.pictures import Picture, write
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> write(Path(folder.name) / "a.png", Picture(torch.full((3, 8, 12), 0.6)))
+        >>> _ = (Path(folder.name) / "b.png").write_text("no picture")
+        >>> found = survey(find(folder.name))
+        >>> len(found.files), len(found.headers), len(found.faults)
+        (1, 1, 1)
+    """
 
     files: list[Path]
     headers: list[Header]
@@ -70,6 +110,15 @@ def find(folder: str | os.PathLike[str]) -> list[Path]:
 
     Raises:
         FileNotFoundError: If there is no such folder.
+
+    Example:
+        >>> import tempfile
+        >>> from flowguard.io.pictures import Picture, write
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> write(Path(folder.name) / "a.png", Picture(torch.full((3, 8, 12), 0.6)))
+        >>> _ = (Path(folder.name) / "b.png").write_text("no picture")
+        >>> [path.name for path in find(folder.name)]  # by their names: nothing is opened
+        ['a.png', 'b.png']
     """
     top = Path(folder)
     if not top.is_dir():
@@ -100,6 +149,20 @@ def survey(files: Iterable[Path], *, rows: int = 1, columns: int = 1) -> Survey:
 
     Returns:
         The pictures that can be used, and those that cannot, each with the reason.
+
+    Example:
+        >>> import tempfile
+        >>> from flowguard.io.pictures import Picture, write
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> write(Path(folder.name) / "a.png", Picture(torch.full((3, 8, 12), 0.6)))
+        >>> _ = (Path(folder.name) / "b.png").write_text("no picture")
+        >>> found = survey(find(folder.name))
+        >>> [path.name for path in found.files], found.headers[0].shape
+        (['a.png'], (3, 8, 12))
+        >>> found.faults[0].reason
+        'it is no picture, or of an unknown kind'
+        >>> survey(found.files, rows=16).faults[0].reason
+        'it is smaller than 16 × 1: 8 × 12'
     """
     good: list[Path] = []
     headers: list[Header] = []
@@ -138,6 +201,18 @@ class PictureFiles:
     Raises:
         ImageError: If the header of a file cannot be read.
         ValueError: If the budget is negative.
+
+    Example:
+        >>> import tempfile
+        >>> from flowguard.io.pictures import Picture, write
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> write(Path(folder.name) / "a.png", Picture(torch.full((3, 8, 12), 0.6)))
+        >>> _ = (Path(folder.name) / "b.png").write_text("no picture")
+        >>> files = PictureFiles(survey(find(folder.name)).files)
+        >>> files.sizes, files.bytes
+        ([(8, 12)], 288)
+        >>> files.window(0, top=2, left=4, height=4, width=4).shape
+        torch.Size([3, 4, 4])
     """
 
     def __init__(
@@ -234,6 +309,18 @@ class Columns(PictureFiles):
         first: The share of the columns before the first one.
         last: The share of the columns up to the last one.
         numbers: The numbers of the pictures that are taken; all if there are none.
+
+    Example:
+        The last quarter of each picture, to look at what was not learned from:
+
+        >>> import tempfile
+        >>> from flowguard.io.pictures import Picture, write
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> write(Path(folder.name) / "a.png", Picture(torch.full((3, 8, 12), 0.6)))
+        >>> _ = (Path(folder.name) / "b.png").write_text("no picture")
+        >>> rest = Columns(PictureFiles(survey(find(folder.name)).files), first=0.75)
+        >>> rest.sizes, rest.whole(0).shape
+        ([(8, 3)], (3, 8, 3))
     """
 
     def __init__(
@@ -254,7 +341,11 @@ class Columns(PictureFiles):
         self.sizes = [(h.height, h.width) for h in self.headers]
 
     def whole(self, index: int) -> Array:
-        r"""Returns the whole numbers of the columns of a picture."""
+        r"""Returns the whole numbers of the columns of a picture.
+
+        Arguments:
+            index: The number of the picture.
+        """
         return self.source.whole(self.numbers[index])[:, :, slice(*self._spans[index])]
 
     def broken(self) -> list[int]:

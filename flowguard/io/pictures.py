@@ -55,7 +55,18 @@ TIFFS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how they begin
 
 
 class ImageError(ValueError):
-    r"""Raised when a file holds no picture that can be read."""
+    r"""Raised when a file holds no picture that can be read.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> path = pathlib.Path(folder.name) / "ramp.png"
+        >>> _ = path.write_text("no picture")
+        >>> read(path)
+        Traceback (most recent call last):
+        ...
+        flowguard.io.pictures.ImageError: it is no picture, or of an unknown kind
+    """
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,11 @@ class Picture:
         grey: Whether it is a greyscale picture.
         bits: The bits of a channel, 8 or 16.
         icc: The colour profile.
+
+    Example:
+        >>> picture = Picture(torch.full((3, 4, 6), 0.5), bits=16)
+        >>> picture.colour.shape, picture.alpha
+        (torch.Size([3, 4, 6]), None)
     """
 
     colour: Tensor
@@ -88,6 +104,19 @@ def read(path: str | os.PathLike[str]) -> Picture:
             that has no range, or has more than twice ``PIL.Image.MAX_IMAGE_PIXELS`` pixels,
             whatever kind it is: then nothing is decoded.
         ImportError: If Pillow, or for a deep TIFF tifffile, is not installed.
+
+    Returns:
+        The picture, with colours of shape :math:`(3, H, W)`.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> path = pathlib.Path(folder.name) / "ramp.png"
+        >>> ramp = torch.linspace(0, 1, 6).expand(3, 4, 6)
+        >>> write(path, Picture(ramp, bits=16))
+        >>> picture = read(path)
+        >>> picture.bits, (picture.colour - ramp).abs().max() < 1 / 65535
+        (16, tensor(True))
     """
     return _picture(*_pixels(path))
 
@@ -101,6 +130,10 @@ class Header:
         width: The columns.
         grey: Whether it is a greyscale picture.
         bits: The bits of a channel, 8 or 16.
+
+    Example:
+        >>> Header(height=4, width=6, grey=True, bits=16).shape
+        (1, 4, 6)
     """
 
     height: int
@@ -124,6 +157,14 @@ def header(path: str | os.PathLike[str]) -> Header:
         ImageError: If it is no such picture, as far as its header tells; what follows may be
             broken all the same.
         ImportError: If Pillow, or for a deep TIFF tifffile, is not installed.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> path = pathlib.Path(folder.name) / "ramp.png"
+        >>> write(path, Picture(torch.zeros(3, 4, 6)))
+        >>> header(path)
+        Header(height=4, width=6, grey=False, bits=8)
     """
     path = Path(path)
     with _telling(path):
@@ -153,6 +194,15 @@ def levels(path: str | os.PathLike[str]) -> Array:
     Raises:
         ImageError: If :func:`read` raises it.
         ImportError: If Pillow, or for a deep TIFF tifffile, is not installed.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> path = pathlib.Path(folder.name) / "ramp.png"
+        >>> ramp = torch.linspace(0, 1, 6).expand(3, 4, 6)
+        >>> write(path, Picture(ramp))
+        >>> levels(path)[0, 0]
+        array([  0,  51, 102, 153, 204, 255], dtype=uint8)
     """
     pixels, grey, _, orientation, _ = _pixels(path)
     colours = np.moveaxis(pixels[..., : 1 if grey else 3], -1, 0)
@@ -214,6 +264,15 @@ def read_image(file: str | os.PathLike[str] | IO[bytes]) -> Tensor:
         ImageError: If the image has more than 8 bits per channel, see :func:`read` for these; or
             more pixels than are read.
         ImportError: If Pillow is not installed.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> path = pathlib.Path(folder.name) / "grey.png"
+        >>> write(path, Picture(torch.full((3, 4, 6), 0.6)))
+        >>> image = read_image(path)
+        >>> image.shape, image.dtype, image[0, 0, 0]
+        (torch.Size([3, 4, 6]), torch.float32, tensor(0.6000))
     """
     with _opened(file) as image:
         if image.mode not in SHALLOW:
@@ -242,6 +301,17 @@ def at_most(pixels: int | None) -> Iterator[None]:
 
     Raises:
         ImportError: If Pillow is not installed.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> path = pathlib.Path(folder.name) / "ramp.png"
+        >>> write(path, Picture(torch.zeros(3, 40, 60)))
+        >>> with at_most(1000):
+        ...     read(path)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        flowguard.io.pictures.ImageError: it has 2400 pixels, and at most 1000 are read; ...
     """
     Image = _pillow()
     before = Image.MAX_IMAGE_PIXELS
@@ -512,6 +582,16 @@ def write(path: str | os.PathLike[str], picture: Picture, *, note: str = "") -> 
     Raises:
         ImportError: If Pillow, or for a TIFF tifffile, is not installed.
         ValueError: If the name ends in something else.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> path = pathlib.Path(folder.name) / "ramp.png"
+        >>> write(path, Picture(torch.tensor([-0.5, 0.5, torch.nan]).expand(3, 1, 3)), note="by hand")
+        >>> read_image(path)[0]
+        tensor([[0.0000, 0.5020, 0.0000]])
+        >>> note_of(path)
+        'by hand'
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -533,6 +613,14 @@ def note_of(path: str | os.PathLike[str]) -> str:
 
     Arguments:
         path: The file. Of its pixels nothing is read, so that it may have any number of them.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> path = pathlib.Path(folder.name) / "ramp.png"
+        >>> write(path, Picture(torch.zeros(3, 4, 6)))
+        >>> note_of(path)
+        ''
     """
     try:
         with warnings.catch_warnings():
@@ -588,6 +676,14 @@ def png16(pixels: Array, icc: bytes | None = None, note: str = "") -> bytes:
         pixels: The pixels, ``uint16`` with shape :math:`(H, W, C)`, C from 1 to 4.
         icc: The colour profile.
         note: A line of ASCII; see :func:`write`.
+
+    Example:
+        >>> import io
+        >>> import numpy as np
+        >>> from PIL import Image
+        >>> data = png16(np.full((4, 6, 1), 1000, dtype=np.uint16))
+        >>> int(np.asarray(Image.open(io.BytesIO(data)))[0, 0])
+        1000
     """
     height, width, channels = pixels.shape
     rows = pixels.astype(">u2").reshape(height, -1).view(np.uint8)

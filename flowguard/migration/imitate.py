@@ -26,7 +26,7 @@ AnyTransform = Any  # hosts give their transforms `call_and_ladj`, torch does no
 
 SMALLEST = 1e-6  # the least scale of a feature; a feature that never varies has none of its own
 ROWS = 512  # rows that a step of the fit looks at
-SAME = 1e-2  # by how many nats a density may move until a row counts as cut
+SAME = 1e-2  #: by how many nats a density may move until a row counts as cut
 
 
 class AffineMap(Univariate):

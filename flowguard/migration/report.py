@@ -23,6 +23,10 @@ class Replacement:
         ladj_error: The mean absolute error of the logarithm of its slope; NaN without one.
         cut: The share of the rows at which it does not follow, outliers apart; NaN without
             calibration data.
+
+    Example:
+        >>> print(Replacement("layer", "an affine map", "a spline", error=0.01, ladj_error=0.002))
+        layer: an affine map -> a spline, error 0.01 (log-slope 0.002)
     """
 
     name: str
@@ -50,6 +54,11 @@ class SampleError(NamedTuple):
         median: The median distance.
         q99: The distance that one in a hundred exceeds.
         exploded: The share of samples that the old flow takes farther, which are left out.
+
+    Example:
+        >>> error = SampleError(median=0.001, q99=0.02, exploded=0.0)
+        >>> f"1 in 100 moved by more than {error.q99} standard deviations"
+        '1 in 100 moved by more than 0.02 standard deviations'
     """
 
     median: float
@@ -79,6 +88,17 @@ class Migration:
         cut: The share of the given pairs that the new flow does not follow: the outliers, and those
             whose log-density moved by more than a hundredth when the layers were replaced.
         hooked: The names of the modules with hooks of torch's, which went over to the new model.
+
+    Example:
+        >>> import zuko
+        >>> flow = zuko.flows.MAF(2, 1, transforms=1, hidden_features=[8])
+        >>> robust, report = flowguard.migrate(flow, torch.randn(256, 2), torch.randn(256, 1))
+        >>> [layer.name for layer in report.replaced], report.kept
+        (['transform.transforms.0'], ())
+        >>> report.certificate_before.certified, report.certificate_after.certified
+        (False, True)
+        >>> abs(report.nll_swapped - report.nll_before) < 1e-3
+        True
     """
 
     replaced: tuple[Replacement, ...]

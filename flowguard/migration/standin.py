@@ -35,6 +35,7 @@ TENSORS = dict.fromkeys(
     Parameter.empty,
 )
 MINIMA = dict.fromkeys(("min_bin_width", "min_bin_height", "min_derivative"), LEAST)
+#: The arguments of splines with unconstrained parameters, with what they are by default.
 UNCONSTRAINED = {**TENSORS, "inverse": False, "tails": "linear", "tail_bound": 1.0, **MINIMA}
 BOX = {"left": 0.0, "right": 1.0, "bottom": 0.0, "top": 1.0}
 STRAIGHT = {**TENSORS, "inverse": False, **BOX, **MINIMA}

@@ -26,6 +26,26 @@ class Surgeon(abc.ABC):
     Arguments:
         model: The model, a copy that may be changed. If a site is all of it, another takes its
             place.
+
+    Example:
+        The surgeon of a flow that has nothing to replace; most take their sites from their layers.
+
+        >>> class Noise(nn.Module):
+        ...     def log_prob(self, x):
+        ...         return torch.distributions.Normal(0.0, 1.0).log_prob(x).sum(-1)
+        >>> @flowguard.migration.surgeon.register(Noise)
+        ... class NoiseSurgeon(flowguard.migration.Surgeon):
+        ...     def log_prob(self, x, context):
+        ...         return self.model.log_prob(x)
+        ...
+        ...     def sites(self):
+        ...         return []
+        ...
+        ...     def kept(self):
+        ...         return {"noise": "it has no parameters"}
+        >>> model, report = flowguard.migrate(Noise(), torch.zeros(8, 1))
+        >>> report.kept, round(report.nll_before, 4)
+        (('noise',), 0.9189)
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -38,6 +58,13 @@ class Surgeon(abc.ABC):
 
         Raises:
             TypeError: If it does not, or does more.
+
+        Arguments:
+            x: The data, with shape :math:`(N, *)`.
+            context: What the model is given of them, or :py:`None`.
+
+        Returns:
+            The log-density in nats, with shape :math:`(N)`.
         """
         if self._holding is None:
             self._holding = Holding(self.model)
@@ -45,7 +72,15 @@ class Surgeon(abc.ABC):
 
     @abc.abstractmethod
     def log_prob(self, x: Tensor, context: Any) -> Tensor:
-        r"""Returns the log-density of each row."""
+        r"""Returns the log-density of each row.
+
+        Arguments:
+            x: The data, with shape :math:`(N, *)`.
+            context: What the model is given of them, or :py:`None`.
+
+        Returns:
+            The log-density in nats, with shape :math:`(N)`.
+        """
 
     @abc.abstractmethod
     def sites(self) -> list["Site"]:
@@ -56,12 +91,24 @@ class Surgeon(abc.ABC):
         r"""Names the layers that are kept as they are, and says why; empty where it cannot tell."""
 
     def encode(self, x: Tensor, context: Any) -> Tensor | None:
-        r"""Returns the noise of each row, :py:`None` where the adapter cannot tell."""
+        r"""Returns the noise of each row, :py:`None` where the adapter cannot tell.
+
+        Arguments:
+            x: The data, with shape :math:`(N, *)`.
+            context: What the model is given of them, or :py:`None`.
+        """
         return None
 
     def decode(self, z: Tensor, context: Any) -> Tensor:
-        r"""Returns the samples of some noise, if :meth:`encode` gives any; raises
-        :py:`NotImplementedError` where there is no inverse."""
+        r"""Returns the samples of some noise, if :meth:`encode` gives any.
+
+        Arguments:
+            z: The noise, with the shape that :meth:`encode` gives.
+            context: What the model is given, or :py:`None`.
+
+        Raises:
+            NotImplementedError: Where there is no inverse.
+        """
         raise NotImplementedError
 
     @property
@@ -129,7 +176,7 @@ class Holding:
 class Site(abc.ABC):
     r"""A layer of a model whose univariate map is replaced. All adapters keep to one contract:
 
-    - *What is here*: the module :attr:`layer`. It is listened to in a pass of the model
+    - *What is here*: the module `layer`. It is listened to in a pass of the model
       (:meth:`listen`); :attr:`inputs` and :meth:`old` then are what its map was asked, and what
       the map was. Until something is put here, nothing of the model is changed.
     - *What may go in*: a module that is called as the old one is and is an instance of what its
@@ -138,7 +185,7 @@ class Site(abc.ABC):
       and options are the same objects under the same names, so that an earlier state dict fits.
       It can be copied and pickled wherever the old one can.
     - *How it goes in*: by :meth:`put`, which is the same for all. The new module takes the place
-      of the old one wherever the model refers to it, and is :attr:`robust` from then on.
+      of the old one wherever the model refers to it, and is `robust` from then on.
       :meth:`learned` and :meth:`new` ask it.
 
     Arguments:
@@ -147,6 +194,18 @@ class Site(abc.ABC):
         layer: The layer.
         kind: What it is, in words.
         additive: Whether the old map only shifts, so that the caller may want to keep it.
+
+    Example:
+        >>> import zuko
+        >>> flow = zuko.flows.MAF(2, 1, transforms=1, hidden_features=[8])
+        >>> operation = flowguard.migration.surgeon(flow)
+        >>> (site,) = operation.sites()
+        >>> site.name, site.kind
+        ('transform.transforms.0', 'MaskedAutoregressiveTransform[MonotonicAffineTransform]')
+        >>> with site.listen():
+        ...     _ = operation.log_prob(torch.randn(16, 2), torch.randn(16, 1))
+        >>> site.heard, site.inputs.shape
+        (True, torch.Size([16, 2]))
     """
 
     layer: Any
@@ -181,7 +240,14 @@ class Site(abc.ABC):
 
     @abc.abstractmethod
     def old(self, rows: Tensor | slice) -> AnyTransform:
-        r"""Returns the old map of these rows of the inputs, in the direction heard."""
+        r"""Returns the old map of these rows of the inputs, in the direction heard.
+
+        Arguments:
+            rows: Which of the :math:`N` rows, as indices with shape :math:`(n)` or as a slice.
+
+        Returns:
+            A transform of tensors with shape :math:`(n, *, D)`.
+        """
 
     def carry(self, slope: float | None) -> nn.Module | None:
         r"""Returns the layer with the knots of the old map, if that is a spline.
@@ -231,7 +297,14 @@ class Site(abc.ABC):
 
     @abc.abstractmethod
     def new(self, rows: Tensor | slice) -> AnyTransform:
-        r"""Returns the new map of these rows of the inputs."""
+        r"""Returns the new map of these rows of the inputs.
+
+        Arguments:
+            rows: Which of the :math:`N` rows, as indices with shape :math:`(n)` or as a slice.
+
+        Returns:
+            A transform of tensors with shape :math:`(n, *, D)`.
+        """
 
 
 _HOLDERS: dict[type, Callable[[nn.Module], Surgeon]] = {}
@@ -242,6 +315,21 @@ def holder(*classes: type) -> Callable[[type[Surgeon]], type[Surgeon]]:
 
     Arguments:
         classes: The layers of a library.
+
+    Example:
+        >>> class Layer(nn.Module):
+        ...     pass
+        >>> @flowguard.migration.holder(Layer)
+        ... class LayersSurgeon(flowguard.migration.Surgeon):
+        ...     log_prob = flowguard.migration.Surgeon.held_log_prob
+        ...
+        ...     def sites(self):
+        ...         return []
+        ...
+        ...     def kept(self):
+        ...         return {}
+        >>> type(flowguard.migration.surgeon(nn.Sequential(Layer()))).__name__
+        'LayersSurgeon'
     """
 
     def register(who: type[Surgeon]) -> type[Surgeon]:
@@ -258,6 +346,15 @@ def surgeon(model: Any) -> Surgeon:
 
     Arguments:
         model: The model.
+
+    Raises:
+        TypeError: If nobody knows the model, nor anything that it holds.
+
+    Example:
+        >>> import zuko
+        >>> flow = zuko.flows.MAF(2, 1, transforms=2)
+        >>> [site.name for site in flowguard.migration.surgeon(flow).sites()]
+        ['transform.transforms.0', 'transform.transforms.1']
     """
     before = len(surgeon.registry)
     load(model, "migration")

@@ -57,6 +57,24 @@ class ImageCondition(NamedTuple):
 
     :meth:`ImageModel.condition` makes it. It serves the model that made it, as long as its
     weights do not change.
+
+    Attributes:
+        images: The conditions as they were given, with shape :math:`(B, 3, H, W)`.
+        maps: What the flow needs to know of them.
+        base: What the flow's images are the residual over, where they are, with shape
+            :math:`(B, 3, H', W')`.
+        mean: The mean of the last latent, where it is not zero.
+        origin: What made it; none for what is used up at once.
+        margin: The margin of the model when it was made.
+        networks: What the networks computed in; none for the dtype of the images.
+
+    Example:
+        The encoder runs once, for as many samples as one likes:
+
+        >>> model = flowguard.models.SuperResolutionFlow(scale=2, levels=1, steps=1, hidden=8, features=8)
+        >>> condition = model.condition(torch.rand(1, 3, 8, 8))
+        >>> [model.sample(condition, temperature=t).shape for t in (0.0, 0.9)]
+        [torch.Size([1, 1, 3, 16, 16]), torch.Size([1, 1, 3, 16, 16])]
     """
 
     images: Tensor  # as they were given
@@ -97,6 +115,10 @@ class ImageModel(Pretrained, nn.Module):
     have shape :math:`(B, 3, H, W)`, of any size: internally they are padded to what the flow
     needs, and the images are cropped. Images of other values, such as 0 to 255, have no likelihood:
     :meth:`nll` refuses them. Conditions of such values are warned of once, as they may be meant.
+
+    Raises:
+        TypeError: If `quant` is no whole number.
+        ValueError: If there are fewer than two grey levels, or the margin leaves no room for them.
 
     Example:
         >>> class Denoiser(ImageModel):
@@ -238,19 +260,20 @@ class ImageModel(Pretrained, nn.Module):
     # -- what a model may say of itself ----------------------------------------------------------
 
     def base_of(self, padded: Tensor) -> Tensor | None:
-        r"""Returns what the flow's images are the residual over; :py:`None` for nothing.
+        r"""Returns what the flow's images are the residual over, with their shape; :py:`None` for
+        nothing.
 
         Arguments:
-            padded: The condition, prepared and padded.
+            padded: The condition, prepared and padded, with shape :math:`(B, C, H, W)`.
         """
         return None
 
     def mean_of(self, features: Sequence[Tensor], padded: Tensor) -> Tensor | None:
-        r"""Returns the mean of the last latent; :py:`None` for zero.
+        r"""Returns the mean of the last latent, with its shape; :py:`None` for zero.
 
         Arguments:
-            features: The encoder's maps.
-            padded: The condition, prepared and padded.
+            features: The encoder's maps, each with shape :math:`(B, C, H, W)`.
+            padded: The condition, prepared and padded, with shape :math:`(B, C, H, W)`.
         """
         return None
 
@@ -258,12 +281,22 @@ class ImageModel(Pretrained, nn.Module):
         r"""Returns what the encoder is fed, before it is padded: the condition as it is.
 
         Arguments:
-            y: The condition.
+            y: The condition, with shape :math:`(B, 3, H, W)`.
+
+        Returns:
+            What it is fed, with shape :math:`(B, C, H, W)`.
         """
         return y
 
     def check_shape(self, y: Tensor) -> None:
-        r"""Refuses conditions of another shape than :math:`(B, 3, H, W)`."""
+        r"""Refuses conditions of another shape than :math:`(B, 3, H, W)`.
+
+        Arguments:
+            y: The conditions.
+
+        Raises:
+            ValueError: If they have another shape.
+        """
         if y.dim() != 4 or y.shape[1] != 3 or 0 in y.shape[-2:]:
             name = self.words[1][0]
             raise ValueError(f"{name} must have shape (B, 3, H, W); got {tuple(y.shape)}")
@@ -272,8 +305,12 @@ class ImageModel(Pretrained, nn.Module):
         r"""Returns the pair that the likelihood is computed of: noise may come to it in training.
 
         Arguments:
-            x: The images, dequantised.
-            y: The conditions, or what :meth:`condition` made of them.
+            x: The images, dequantised, with shape :math:`(B, 3, H, W)`.
+            y: The conditions, with shape :math:`(B, 3, H', W')`, or what :meth:`condition` made of
+                them.
+
+        Returns:
+            Both, with the same shapes.
         """
         return x, y
 
@@ -281,9 +318,9 @@ class ImageModel(Pretrained, nn.Module):
         r"""Returns the latents whose density is computed; they may be others in training.
 
         Arguments:
-            latents: The latents.
+            latents: The latents, with the shapes that :meth:`latent_shapes` lists.
             condition: What :meth:`condition` made.
-            x: The images, as they were given.
+            x: The images, as they were given, with shape :math:`(B, 3, H, W)`.
         """
         return latents
 
@@ -317,7 +354,7 @@ class ImageModel(Pretrained, nn.Module):
         r"""Within, the model's networks compute in a precision.
 
         Arguments:
-            y: The conditions, or what :meth:`condition` made of them.
+            y: The conditions, with shape :math:`(B, 3, H, W)`, or what :meth:`condition` made of them.
             precision: The precision; see :meth:`sample`.
 
         Raises:
@@ -359,10 +396,14 @@ class ImageModel(Pretrained, nn.Module):
         r"""Returns what :meth:`condition` does, without a memory of the weights.
 
         Arguments:
-            y: The conditions.
+            y: The conditions, with shape :math:`(B, 3, H, W)`.
             noise: The noise that a noise-conditional flow is told of: a map, one number for all,
                 or :py:`None` to leave out the parts of the flow that know of noise.
             flow: What the condition is for, if not the model's flow as it is.
+
+        Raises:
+            TypeError: If the conditions are no tensor of floating point numbers.
+            ValueError: If they have another shape, or the noise is negative or infinite.
         """
         self._check(y)
         padded = pad_to_multiple(self.prepare(y), self.multiple)
@@ -391,8 +432,13 @@ class ImageModel(Pretrained, nn.Module):
         r"""Returns what :meth:`condition` made, or makes it; refuses what others made.
 
         Arguments:
-            y: The conditions, or what :meth:`condition` made of them.
+            y: The conditions, with shape :math:`(B, 3, H, W)`, or what :meth:`condition` made of
+                them.
             flow: What the condition is for, if not the model's flow as it is.
+
+        Raises:
+            TypeError: If what :meth:`condition` made is given for a flow in tiles.
+            ValueError: If another model made it, or the weights have changed since.
         """
         self.watch(y)
         return self._known(y, flow)
@@ -423,8 +469,9 @@ class ImageModel(Pretrained, nn.Module):
         255, and refuses such images.
 
         Arguments:
-            y: The conditions; those that :meth:`condition` made were looked at then.
-            x: The images, if there are any.
+            y: The conditions, with shape :math:`(B, 3, H, W)`; those that :meth:`condition` made
+                were looked at then.
+            x: The images, if there are any, with shape :math:`(B, 3, H', W')`.
 
         Raises:
             ValueError: If it is the images that look so.

@@ -60,7 +60,14 @@ COUPLINGS: dict[str, tuple[str, Callable[[], Elementwise]]] = {
 
 
 class CheckpointError(ValueError):
-    r"""A checkpoint is not what it is taken for."""
+    r"""A checkpoint is not what it is taken for.
+
+    Example:
+        >>> flowguard.models.SuperResolutionFlow.from_srflow({"weight": torch.zeros(1)})
+        Traceback (most recent call last):
+        ...
+        flowguard.models.checkpoints.CheckpointError: a state dict is no checkpoint of SRFlow, ...
+    """
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,16 @@ class ImportReport:
         elements: How many numbers the checkpoint holds.
         unread: How many of them belong to keys that are never read.
         inferred: What was inferred from the shapes, and what was assumed.
+
+    Example:
+        >>> report = ImportReport(
+        ...     "model.pth", {"a": ("encoder.weight",), "b": ()}, elements=30, unread=10, inferred={"scale": 4}
+        ... )
+        >>> print(report)
+        model.pth: 2 keys, 30 numbers
+        imported: 1 keys, 20 numbers
+        never read by the published code: b
+        scale: 4
     """
 
     source: str

@@ -44,6 +44,10 @@ def rescale_brightness(image: Tensor, brightness: Tensor | float) -> Tensor:
     Returns:
         The scaled images. Nothing is clamped.
 
+    Raises:
+        TypeError: If the images are not of floating point numbers.
+        ValueError: If the brightness has another shape, or is out of range.
+
     Example:
         >>> image = torch.full((1, 3, 10, 10), 0.25)
         >>> image[0, 0, 0, 0] = 1e30
@@ -105,6 +109,10 @@ class LowLightFlow(ImageModel):
     take what :func:`flowguard.models.encoders.lowlight.low_light_input` made of them, with
     shape :math:`(B, 6, H, W)`, such as a crop of a larger image whose histogram was equalised.
 
+    Raises:
+        TypeError: If the encoder is none for low light, or `quant` no whole number.
+        ValueError: If the encoder has other levels, or an option is out of range.
+
     Example:
         >>> encoder = LowLightEncoder(features=8, growth=4, blocks=1, stacked=(0,), levels=2)
         >>> model = LowLightFlow(levels=2, steps=1, hidden=8, encoder=encoder)
@@ -163,15 +171,23 @@ class LowLightFlow(ImageModel):
         return cast(LowLightEncoder, self.conditioner.encoder)
 
     def check_shape(self, y: Tensor) -> None:
-        r"""Refuses what is neither dark images nor what was made of them."""
+        r"""Refuses what is neither dark images nor what was made of them.
+
+        Arguments:
+            y: The conditions.
+
+        Raises:
+            ValueError: If they have neither shape :math:`(B, 3, H, W)` nor :math:`(B, 6, H, W)`.
+        """
         self.encoder.check(y)
 
     def prepare(self, y: Tensor) -> Tensor:
-        r"""Returns the encoder's input: what padding adds shall not count in the histogram."""
+        r"""Returns the encoder's input, with shape :math:`(B, 6, H, W)`: what padding adds shall
+        not count in the histogram."""
         return self.encoder.prepare(y)
 
     def mean_of(self, features: Sequence[Tensor], padded: Tensor) -> Tensor:
-        r"""Returns the colour map that the encoder predicts, at the size of the latent."""
+        r"""Returns the colour map that the encoder predicts, with the shape of the latent."""
         return self._squeeze(self.encoder.color_map(features).to(padded.dtype))
 
     def _squeeze(self, colors: Tensor) -> Tensor:
@@ -188,7 +204,8 @@ class LowLightFlow(ImageModel):
         return self.squeeze.inverse(_mean(condition))[0][..., :height, :width]
 
     def scored(self, latents: list[Tensor], condition: ImageCondition, x: Tensor) -> list[Tensor]:
-        r"""Returns the latent; in training, some rows are centred on the images' own colours."""
+        r"""Returns the latent, with the shape that it has; in training, some rows are centred on the
+        images' own colours."""
         if not self.training:
             return latents
         (z,) = latents
@@ -228,6 +245,9 @@ class LowLightFlow(ImageModel):
 
         Returns:
             The samples, with shape :math:`(n, B, 3, H, W)`.
+
+        Raises:
+            ValueError: If there is not one brightness for each dark image, or an option is out of range.
         """
         how: dict[str, Any] = {
             "tile": tile,

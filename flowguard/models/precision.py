@@ -22,8 +22,10 @@ from torch import Tensor
 from flowguard.numerics import evaluation_mode, network_dtype
 from flowguard.ood import unguarded
 
+#: The name of one of these, or ``"auto"`` for what is quickest.
 Precision = Literal["auto", "bf16", "float16", "float32"]
 
+#: The dtypes that networks can compute in, by name.
 PRECISIONS = {"bf16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 TILE = 16  # rows and columns of the condition that the precisions are tried on
@@ -31,7 +33,16 @@ TURNS = 3  # the first of which is not counted
 
 
 class Trial(NamedTuple):
-    r"""Which precision took the least time, and the seconds of each."""
+    r"""Which precision took the least time, and the seconds of each.
+
+    Arguments:
+        precision: The precision.
+        seconds: The seconds that a tile took, by the name of each precision.
+
+    Example:
+        >>> print(Trial("bf16", {"float32": 0.12, "bf16": 0.05}))
+        bf16, the quickest on a tile here (float32 120 ms, bf16 50 ms)
+    """
 
     precision: str
     seconds: dict[str, float]

@@ -1,8 +1,8 @@
 r"""Models as folders: a JSON configuration and safetensors weights, nothing that can run code.
 
 A configuration names classes of three registries, and no others: the elementwise maps that flowguard
-has (:data:`MAPS`), what derives from :class:`Recorded` (models and encoders), and the layers that a
-migration puts in the place of others (:data:`REPLACED`).
+has (`MAPS`), what derives from :class:`Recorded` (models and encoders), and the layers that a
+migration puts in the place of others (`REPLACED`).
 """
 
 __all__ = ["Pretrained", "PretrainedError", "Recorded", "load", "located"]
@@ -85,7 +85,16 @@ def known_as(cls: type[Any]) -> str:
 
 class PretrainedError(ValueError):
     r"""Raised when a folder does not hold a model that can be loaded, or a model cannot be saved.
-    Nothing was executed and nothing was overwritten."""
+    Nothing was executed and nothing was overwritten.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> flowguard.models.load(folder.name)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        flowguard.models.store.PretrainedError: ...
+    """
 
 
 class Recorded:
@@ -174,6 +183,8 @@ class Pretrained(
         Raises:
             PretrainedError: If the model was changed such that its constructor's arguments do not
                 describe it, or the folder is a file.
+            ImportError: If it shall be pushed and huggingface_hub is not installed.
+            ValueError: If a configuration is given.
         """
         if config is not None:
             raise ValueError("config is made from the model; leave it out")
@@ -272,10 +283,18 @@ def load(
         folder: The folder that ``save_pretrained`` wrote, or the name of a model that the package
             brings.
         map_location: The device.
-        foreign: The arguments that could not be saved; see :meth:`Pretrained.from_pretrained`.
+        foreign: The arguments that could not be saved; see :meth:`flowguard.models.store.Pretrained.from_pretrained`.
 
     Raises:
         PretrainedError: If the folder holds no such model.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> model = flowguard.models.SuperResolutionFlow(scale=2, levels=1, steps=1, hidden=8, features=8)
+        >>> model.save_pretrained(folder.name)
+        >>> type(flowguard.models.load(folder.name)).__name__
+        'SuperResolutionFlow'
     """
     folder = located(folder)
     if not folder.is_dir():

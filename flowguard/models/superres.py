@@ -87,6 +87,11 @@ class SuperResolutionFlow(ImageModel):
     Images are RGB, with values in :math:`[0, 1]` and shape :math:`(B, 3, H, W)`, of any size:
     internally they are padded to what the flow needs, and cropped.
 
+    Raises:
+        TypeError: If `quant` is no whole number.
+        ValueError: If the scale is no power of two, the encoder has another number of channels, or an
+            option is out of range.
+
     Example:
         >>> model = SuperResolutionFlow(scale=4, levels=2, steps=1, hidden=8, features=8)
         >>> hr, lr = torch.rand(2, 3, 37, 53), torch.rand(2, 3, 10, 14)
@@ -157,7 +162,7 @@ class SuperResolutionFlow(ImageModel):
 
     @property
     def lr_multiple(self) -> int:
-        r"""The same as :attr:`multiple`: what the size of an LR image is padded to."""
+        r"""The same as `multiple`: what the size of an LR image is padded to."""
         return self.multiple
 
     def condition(
@@ -189,7 +194,8 @@ class SuperResolutionFlow(ImageModel):
             return self.sign(self.look(lr, noise))
 
     def base_of(self, padded: Tensor) -> Tensor | None:
-        r"""Returns the bicubic upsampling, if the flow models the residual over it."""
+        r"""Returns the bicubic upsampling, with shape :math:`(B, 3, sH, sW)`, if the flow models the
+        residual over it."""
         return self.upsample(padded) if self.residual else None
 
     def upsample(self, lr: Tensor) -> Tensor:
@@ -216,7 +222,8 @@ class SuperResolutionFlow(ImageModel):
     def perturbed(self, x: Tensor, y: Given) -> tuple[Tensor, Given]:
         r"""Returns the pair with noise on both images, the LR image's being the HR image's,
         shrunk, in training mode and if the flow is made to know of noise. Where noise would leave
-        the margin, beyond which nothing has a likelihood, it is bent back as samples are."""
+        the margin, beyond which nothing has a likelihood, it is bent back as samples are. Each
+        has the shape that it had, padded."""
         if self.noise_std is None or not self.training or isinstance(y, ImageCondition):
             return x, y
         lr = pad_to_multiple(y, self.multiple)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flowguard.ood.state import PinnedState
 
+#: What the score of an image can be of the scores of its pixels.
 STATISTICS = ("mean", "max", "share")
 
 #: Scores that differ by less than this share are ties. An image is rounded otherwise alone than in

@@ -51,6 +51,7 @@ def _eager(function: F) -> F:
     return cast(F, call)
 
 
+#: What to do with contexts out of distribution; see :class:`flowguard.OODConditioner`.
 Policy = Literal["warn", "report", "raise", "shrink"]
 
 # A context variable: in other threads, the guards of the same model go on.
@@ -102,15 +103,15 @@ class OODConditioner(nn.Module):
 
     1. *Not calibrated yet, in training mode*: an ordinary encoder, at no cost. Train the flow
        with it.
-    2. *Not calibrated yet, in evaluation mode*: a call raises :class:`NotFittedError`, because a
+    2. *Not calibrated yet, in evaluation mode*: a call raises :class:`~flowguard.ood.NotFittedError`, because a
        guard that does not guard should not go unnoticed. To validate a model before its fit, set
        ``conditioner.policy = "report"``, under which the call passes through and :attr:`report`
        refuses.
     3. :meth:`fit` on training contexts, :meth:`calibrate` on contexts that were held out. From
-       then on every call is scored, whether or not :meth:`eval` was called, and the encoder runs
+       then on every call is scored, whether or not :meth:`~torch.nn.Module.eval` was called, and the encoder runs
        in evaluation mode in it, as it did in these two, and gets its modes back.
     4. :meth:`train` (also of a model around it) switches scoring and policy off, so that training
-       goes on undisturbed, :meth:`eval` switches them on. If the encoder's weights have changed
+       goes on undisturbed, :meth:`~torch.nn.Module.eval` switches them on. If the encoder's weights have changed
        since the fit, scoring raises a :class:`RuntimeError`; fit and calibrate again.
 
     Statistics and calibration are part of the ``state_dict``, as tensors. A fresh conditioner,
@@ -266,8 +267,8 @@ class OODConditioner(nn.Module):
         fit is replaced, once the new one has succeeded.
 
         Arguments:
-            batches: The batches, a DataLoader or any iterable of contexts; a tensor is cut
-                into batches along its first dimension.
+            batches: The batches, a DataLoader or any iterable of contexts, with shape
+                :math:`(N, *)` each; a tensor is cut into batches along its first dimension.
             progress: Whether to show a progress bar.
             context: Which part of a batch is the context, if it is a tuple or a dictionary:
                 an index, a key, or a function of the batch.
@@ -301,7 +302,7 @@ class OODConditioner(nn.Module):
         :math:`\alpha`. See :meth:`fit` for the arguments. Scoring is switched on.
 
         Arguments:
-            batches: The held-out contexts.
+            batches: The held-out contexts, in batches with shape :math:`(N, *)`.
             progress: Whether to show a progress bar.
             context: Which part of a batch is the context.
             distributed: Whether all ranks calibrate together.

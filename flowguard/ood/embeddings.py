@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+#: Which part of a batch is the context: an index, a key, or a function.
 Selector = int | str | Callable[[Any], Tensor] | None
 
 

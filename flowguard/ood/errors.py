@@ -8,11 +8,33 @@ from flowguard.ood.report import OODReport
 
 
 class NotFittedError(RuntimeError):
-    r"""Raised when a score is asked of something that is not fitted, or not calibrated, yet."""
+    r"""Raised when a score is asked of something that is not fitted, or not calibrated, yet.
+
+    Example:
+        >>> import torch
+        >>> from flowguard import OODConditioner
+        >>> OODConditioner().score(torch.zeros(1, 2))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        flowguard.ood.errors.NotFittedError: ...
+    """
 
 
 class OODContextWarning(UserWarning):
-    r"""Warns that contexts are out of distribution, or not finite. Nothing was dropped."""
+    r"""Warns that contexts are out of distribution, or not finite. Nothing was dropped.
+
+    Example:
+        >>> import torch, warnings
+        >>> from flowguard import OODConditioner
+        >>> guard = OODConditioner(alpha=0.01)
+        >>> guard = guard.fit(torch.randn(512, 2), progress=False)
+        >>> guard = guard.calibrate(torch.randn(512, 2), progress=False).eval()
+        >>> with warnings.catch_warnings(record=True) as told:
+        ...     warnings.simplefilter("always")
+        ...     _ = guard(torch.tensor([[0.0, 0.0], [99.0, 0.0]]))
+        >>> told[0].category.__name__, int(guard.report.flagged.sum())
+        ('OODContextWarning', 1)
+    """
 
 
 class OODContextError(ValueError):
@@ -21,6 +43,18 @@ class OODContextError(ValueError):
     Arguments:
         message: What is wrong, for people.
         report: The report of the refused call.
+
+    Example:
+        >>> import torch
+        >>> from flowguard import OODConditioner
+        >>> guard = OODConditioner(policy="raise", alpha=0.01)
+        >>> guard = guard.fit(torch.randn(512, 2), progress=False)
+        >>> guard = guard.calibrate(torch.randn(512, 2), progress=False).eval()
+        >>> try:
+        ...     guard(torch.tensor([[0.0, 0.0], [99.0, 0.0]]))
+        ... except OODContextError as error:
+        ...     print(error.indices, error.levels)
+        [1] [['level1']]
     """
 
     def __init__(self, message: str, report: OODReport) -> None:

@@ -14,6 +14,7 @@ from flowguard.ood.errors import NotFittedError
 from flowguard.ood.moments import Moments, ledoit_wolf, merge, moments, oas
 from flowguard.ood.state import PinnedState, gather, supports_float64
 
+#: How a covariance is shrunk: by an estimate, or by a given share.
 Shrinkage = float | Literal["oas", "ledoit_wolf"]
 
 EPS = torch.finfo(torch.float32).eps
@@ -285,7 +286,8 @@ class StreamingGaussian(PinnedState):
         return out
 
     def kernel(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        r"""Returns the mean :math:`\mu` and :math:`L^{-1}` in the precision that they need.
+        r"""Returns the mean :math:`\mu`, with shape :math:`(C)`, and :math:`L^{-1}`, with shape
+        :math:`(C, C)`, in the precision that they need.
 
         The factor :math:`L` is what is kept. Its inverse is derived in float64 and used as a
         matrix product, which on a CPU is three to seven times faster than solving for each pixel.

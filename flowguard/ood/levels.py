@@ -20,6 +20,7 @@ from flowguard.ood.report import LevelReport, OODReport
 from flowguard.ood.sample import Sample, SampledScores
 from flowguard.ood.state import gather
 
+#: The name of one of :data:`flowguard.ood.calibration.STATISTICS`.
 Statistic = Literal["mean", "max", "share"]
 
 MAPS = "maps (N, C, H, W)"

@@ -66,6 +66,11 @@ def auprc(scores: Arrays, labels: Arrays) -> float:
     Raises:
         ImportError: If torchmetrics or scipy is not installed.
         ValueError: If the shapes differ, a score is NaN, or all labels are the same.
+
+    Example:
+        >>> import torch
+        >>> auprc(torch.tensor([0.1, 0.4, 3.0, torch.inf]), torch.tensor([0, 0, 1, 1]))
+        1.0
     """
     curve = _require("torchmetrics.functional.classification")
     ranks, truth = _ranked(scores, labels)
@@ -90,6 +95,13 @@ def aupro(maps: Arrays, masks: Arrays, fpr_limit: float = 0.3) -> float:
     Raises:
         ImportError: If scikit-learn or scipy is not installed.
         ValueError: If the limit is out of range, or shapes, scores or labels do not fit.
+
+    Example:
+        >>> import torch
+        >>> mask = torch.zeros(1, 8, 8)
+        >>> mask[0, 2:4, 2:4] = 1
+        >>> aupro(mask + 0.1 * torch.rand(1, 8, 8), mask)
+        1.0
     """
     if not 0 < fpr_limit <= 1:
         raise ValueError(f"fpr_limit must lie in (0, 1]; got {fpr_limit}")
@@ -121,7 +133,13 @@ def aupro(maps: Arrays, masks: Arrays, fpr_limit: float = 0.3) -> float:
 
 @dataclass(frozen=True)
 class DecileCurve:
-    r"""The rate of faults by rising score."""
+    r"""The rate of faults by rising score.
+
+    Example:
+        >>> curve = DecileCurve(rates=[0.0, 0.0, 0.5, 1.0], spearman=0.95)
+        >>> f"of the strangest quarter {curve.rates[-1]:.0%} are faults"
+        'of the strangest quarter 100% are faults'
+    """
 
     rates: list[float]
     r"""The mean error in each bin, lowest scores first."""
@@ -161,12 +179,23 @@ def decile_curve(scores: Arrays, errors: Arrays, bins: int = 10) -> DecileCurve:
 
 @dataclass(frozen=True)
 class RiskCoverage:
-    r"""The mean risk of what is kept when the highest scores are left out."""
+    r"""The mean risk of what is kept when the highest scores are left out.
+
+    Attributes of :math:`N` scores have shape :math:`(N)`.
+
+    Example:
+        >>> import torch
+        >>> curve = risk_coverage(torch.tensor([0.1, 0.2, 0.9]), torch.tensor([0.0, 0.0, 1.0]))
+        >>> curve.risk
+        tensor([0.0000, 0.0000, 0.3333], dtype=torch.float64)
+        >>> curve.excess  # no order of these risks is better
+        0.0
+    """
 
     coverage: Tensor
-    r"""The share that is kept, rising to 1."""
+    r"""The share that is kept, rising to 1, with shape :math:`(N)`."""
     risk: Tensor
-    r"""The mean risk of it."""
+    r"""The mean risk of it, with shape :math:`(N)`."""
     area: float
     r"""The area under the curve."""
     oracle_area: float
@@ -188,12 +217,20 @@ def risk_coverage(scores: Arrays, risks: Arrays) -> RiskCoverage:
         | https://arxiv.org/abs/1705.08500
 
     Arguments:
-        scores: The scores, of any shape, or a list of such.
+        scores: The scores, :math:`N` in all, of any shape, or a list of such.
         risks: What it costs to keep each, finite, with the same shapes.
 
     Raises:
         ImportError: If scikit-learn is not installed.
         ValueError: If there are fewer than two scores, or a risk is not finite.
+
+    Example:
+        >>> import torch
+        >>> risks = torch.tensor([0.0, 1.0, 0.0])
+        >>> risk_coverage(torch.tensor([0.1, 0.9, 0.2]), risks).excess
+        0.0
+        >>> risk_coverage(torch.tensor([0.9, 0.1, 0.2]), risks).excess > 0.1  # the other way round
+        True
     """
     auc = _require("sklearn.metrics").auc
     flat, risk = _pair(scores, risks)
@@ -278,6 +315,17 @@ def evaluate_maps(
     Raises:
         ImportError: If torchmetrics, scikit-learn or scipy is not installed.
         ValueError: If there are not as many batches of masks as reports.
+
+    Example:
+        >>> import flowguard, torch
+        >>> guard = flowguard.OODConditioner(policy="report", alpha=0.1)
+        >>> guard = guard.fit(torch.randn(16, 3, 8, 8), progress=False)
+        >>> guard = guard.calibrate(torch.randn(99, 3, 8, 8), progress=False)
+        >>> y, fault = torch.randn(2, 3, 8, 8), torch.zeros(2, 8, 8)
+        >>> y[0, :, :4], fault[0, :4] = 50.0, 1.0
+        >>> found = evaluate_maps(guard.score(y), fault)["level1"]
+        >>> found["auroc"], found["aupro"]
+        (1.0, 1.0)
     """
     reports = [report] if isinstance(report, OODReport) else list(report)
     batches = [masks] if isinstance(masks, Tensor) else list(masks)

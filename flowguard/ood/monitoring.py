@@ -36,7 +36,7 @@ def monitor(
     normalize: Literal["l2"] | None = None,
     statistic: Statistic = "mean",
 ) -> "Monitor":
-    r"""Returns a monitor of a model; see :class:`Monitor` for the arguments.
+    r"""Returns a monitor of a model; see :class:`flowguard.ood.Monitor` for the arguments.
 
     Example:
         >>> import torch
@@ -69,7 +69,7 @@ class Monitor(nn.Module):
       part of it.
 
     A *pass* ends when a level reports for the second time; :attr:`report` is the last pass,
-    :attr:`reports` the last hundred. Calls in other threads are not recorded, nested monitors
+    `reports` the last hundred. Calls in other threads are not recorded, nested monitors
     each record for themselves, and hooks are gone after the ``with`` block, also after an
     exception.
 
@@ -86,7 +86,21 @@ class Monitor(nn.Module):
         statistic: See :class:`OODConditioner`, for hooked levels.
 
     Raises:
+        TypeError: If the model is no module and holds none.
         ValueError: If there is no conditioner to record, or a name is unknown.
+
+    Example:
+        >>> import torch
+        >>> from flowguard import OODConditioner
+        >>> guard = OODConditioner(nn.Linear(3, 4), policy="report", alpha=0.01)
+        >>> guard = guard.fit(torch.randn(512, 3), progress=False)
+        >>> guard = guard.calibrate(torch.randn(512, 3), progress=False)
+        >>> model = nn.Sequential(guard, nn.Linear(4, 2)).eval()
+        >>> with Monitor(model) as watch:
+        ...     _ = model(torch.zeros(5, 3))
+        ...     _ = model(torch.full((5, 3), 99.0))
+        >>> [int(report.flagged.sum()) for report in watch.reports]
+        [0, 5]
     """
 
     def __init__(
@@ -129,7 +143,7 @@ class Monitor(nn.Module):
         r"""Fits one Gaussian per hooked level, in one pass over training contexts.
 
         Arguments:
-            batches: The batches; see :meth:`OODConditioner.fit`.
+            batches: The batches, with shape :math:`(N, *)` each; see :meth:`OODConditioner.fit`.
             progress: Whether to show a progress bar.
             run: What to do with a context so that the hooked submodules run, each once;
                 ``model(context)`` by default. For an nflows flow, for instance,
@@ -161,7 +175,7 @@ class Monitor(nn.Module):
         r"""Calibrates the hooked levels on held-out contexts; see :meth:`fit`.
 
         Arguments:
-            batches: The held-out contexts.
+            batches: The held-out contexts, in batches with shape :math:`(N, *)`.
             progress: Whether to show a progress bar.
             run: What to do with a context.
             context: Which part of a batch is the context.

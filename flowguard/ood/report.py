@@ -27,7 +27,24 @@ r"""The quantiles that a colour bar names, by their number of nines."""
 
 @dataclass(frozen=True, eq=False)
 class LevelReport:
-    r"""The scores of one level for a batch of :math:`B` contexts."""
+    r"""The scores of one level for a batch of :math:`B` contexts.
+
+    Attributes:
+        name: The name of the level.
+        calibration: What it was calibrated on.
+
+    Example:
+        >>> guard = flowguard.OODConditioner(policy="report", alpha=0.01)
+        >>> guard = guard.fit(torch.randn(512, 3, 8, 8), progress=False)
+        >>> guard = guard.calibrate(torch.randn(512, 3, 8, 8), progress=False).eval()
+        >>> strange = torch.randn(2, 3, 8, 8)
+        >>> strange[1] *= 5.0
+        >>> level = guard.score(strange).levels["level1"]
+        >>> level.score.shape, level.map.shape, level.quantile.shape
+        (torch.Size([2]), torch.Size([2, 8, 8]), torch.Size([2, 8, 8]))
+        >>> level.flagged, level.p_value < 0.01
+        (tensor([False,  True]), tensor([False,  True]))
+    """
 
     name: str
     statistic: str
@@ -84,6 +101,23 @@ class OODReport:
     Where there are too few calibration images for that (``attained_alpha > alpha``), a level is
     flagged above its largest calibration score, and :attr:`attained_alpha` bounds the share of
     false alarms.
+
+    Attributes:
+        levels: The report of each level, by its name.
+
+    Example:
+        >>> guard = flowguard.OODConditioner(policy="report", alpha=0.01)
+        >>> guard = guard.fit(torch.randn(512, 3, 8, 8), progress=False)
+        >>> guard = guard.calibrate(torch.randn(512, 3, 8, 8), progress=False).eval()
+        >>> strange = torch.randn(2, 3, 8, 8)
+        >>> strange[1] *= 5.0
+        >>> report = guard.score(strange)
+        >>> report
+        OODReport(contexts=2, levels=['level1'], flagged=1)
+        >>> report.p_value.shape, report.flagged
+        (torch.Size([2]), tensor([False,  True]))
+        >>> sorted(report.to_dict())[:3]
+        ['alpha', 'attained_alpha', 'flagged']
     """
 
     levels: dict[str, LevelReport]

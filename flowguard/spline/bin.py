@@ -50,8 +50,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+#: Both coordinates of a point, each with shape :math:`(*)`.
 Pair = tuple[Tensor, Tensor]
-Params = tuple[Tensor, Tensor, Tensor]  # widths, heights and derivatives, with bins in front
+Params = tuple[Tensor, Tensor, Tensor]  #: widths, heights and derivatives, with bins in front
 
 LOG2_E = 1 / math.log(2)
 MIN_DERIVATIVE = 1e-3  # the least inner derivative of the published parameterisation

@@ -14,8 +14,9 @@ from itertools import takewhile
 from types import TracebackType
 from typing import Self
 
+#: The kinds of kernels.
 NAMES = "eager", "compiled", "traced"
-VARIABLE = "FLOWGUARD_KERNELS"  # of the environment: what a process begins with
+VARIABLE = "FLOWGUARD_KERNELS"  #: of the environment: what a process begins with
 
 
 def _checked(which: str, what: str) -> str:

@@ -23,9 +23,9 @@ from flowguard.spline import bin as rq
 from flowguard.spline.bin import Cell, Pair, Params
 from flowguard.spline.options import Options
 
-CUT = 60.0  # of logits, as exp(CUT) is finite; and of raw slopes, whose maps are constant beyond
-TOP = math.exp(CUT) * (1 - 1e-5)  # what is above was cut
-ROOM = 1e-3  # the least room above the mean of two secants for the slope at their knot
+CUT = 60.0  #: of logits, as exp(CUT) is finite; and of raw slopes, whose maps are constant beyond
+TOP = math.exp(CUT) * (1 - 1e-5)  #: what is above was cut
+ROOM = 1e-3  #: the least room above the mean of two secants for the slope at their knot
 FEW = 7  # rows of parameters that the compiler reads from strided memory; more it copies first
 
 Rows = Sequence[Tensor]  # of bins or knots, from left to right

@@ -24,9 +24,9 @@ from flowguard.spline import bin as rq
 from flowguard.spline.bin import Cell, Pair, Params
 from flowguard.spline.options import Options, Usual
 
-FAR = 1e30  # what logits are cut at; differences of these are finite
-STEEPEST = 1e6  # what raw slopes are cut at; products of a few of these are finite
-THRESHOLD = 20.0  # from where on PyTorch's softplus is the identity
+FAR = 1e30  #: what logits are cut at; differences of these are finite
+STEEPEST = 1e6  #: what raw slopes are cut at; products of a few of these are finite
+THRESHOLD = 20.0  #: from where on PyTorch's softplus is the identity
 
 
 def sizes(bins: int, o: Options) -> list[tuple[float, float]]:

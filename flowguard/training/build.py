@@ -12,6 +12,7 @@ from flowguard.models import LowLightFlow, SuperResolutionFlow
 from flowguard.models.base import MARGIN
 from flowguard.training.encoders import encoder_for
 
+#: What can be trained.
 TASKS = ("superres", "lowlight")
 
 

@@ -16,6 +16,7 @@ from flowguard.models import LowLightEncoder, PyramidEncoder, RRDBEncoder, load
 from flowguard.models.base import ImageModel
 from flowguard.models.store import located
 
+#: The encoders that can be asked for, by name.
 ENCODERS: dict[str, type[nn.Module]] = {
     "pyramid": PyramidEncoder,
     "rrdb": RRDBEncoder,

@@ -18,7 +18,18 @@ from flowguard.models.base import ImageModel
 
 @dataclass(frozen=True)
 class TrainingResult:
-    r"""What a training run did."""
+    r"""What a training run did.
+
+    Attributes:
+        losses: The loss of each step, in bits per dimension.
+        seconds: How long it took.
+        skipped: How many steps were left out because loss or gradients were not finite.
+
+    Example:
+        >>> result = TrainingResult(losses=[3.2, 2.9, 2.7], seconds=1.5, skipped=0)
+        >>> f"{result.losses[-1]:.1f} bits per dimension after {len(result.losses)} steps"
+        '2.7 bits per dimension after 3 steps'
+    """
 
     losses: list[float]  # bits per dimension of each step
     seconds: float
@@ -72,8 +83,8 @@ def train(
 
     Arguments:
         model: The model. It is put in training mode and left in evaluation mode.
-        batches: Pairs of targets and conditions (HR and LR images, or bright and dark ones), at
-            least `steps` of them.
+        batches: Pairs of targets and conditions (HR and LR images, or bright and dark ones), with
+            shapes :math:`(B, 3, sH, sW)` and :math:`(B, 3, H, W)`, at least `steps` of them.
         steps: The number of steps.
         lr: The greatest learning rate.
         clip: The greatest norm of the gradient.

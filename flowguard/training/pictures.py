@@ -38,6 +38,7 @@ from flowguard.models.encoders.lowlight import equalization, low_light_input
 from flowguard.training.corrupt import corrupted
 
 Array = np.ndarray[Any, Any]
+#: A target and its condition, each with shape :math:`(3, H, W)`.
 Pair = tuple[Tensor, Tensor]
 
 #: The pixels of the condition that its reduction looks at beyond a crop: the cubic kernel reaches

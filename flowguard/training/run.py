@@ -137,7 +137,11 @@ class Loading(pl.LightningDataModule):
         self.rows = batches.rows
 
     def train_dataloader(self) -> Any:
-        r"""Returns the batches from the step on that is next, without an end."""
+        r"""Returns the batches from the step on that is next, without an end.
+
+        Raises:
+            ValueError: If the rows of a batch cannot be shared out among the processes.
+        """
         trainer = self.trainer
         assert trainer is not None
         rank, world = trainer.global_rank, trainer.world_size

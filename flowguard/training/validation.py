@@ -34,6 +34,7 @@ LUMA, LUMA_OFFSET = (65.481 / 255, 128.553 / 255, 24.966 / 255), 16 / 255
 #: Of how many pictures one is held out, where there is no folder to validate with.
 EVERY, MOST = 20, 100
 
+#: Figures by name.
 Measured = Mapping[str, float]
 
 

@@ -31,6 +31,7 @@ from .image import ConditionalMultiscaleTransform, RobustFlowStep
 from .maps import PackMaps, pack_maps, unpack_maps
 from .standin import SPLINES, splines
 
+#: What `flowguard.register` puts into each namespace.
 EXPORTS = {
     f"{HOST}.distributions": ("MultiscaleNormal",),
     f"{HOST}.transforms": (

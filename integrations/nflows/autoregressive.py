@@ -129,13 +129,22 @@ class MaskedRobustSplineAutoregressiveTransform(AutoregressiveTransform):
             )
 
     def forward(self, inputs: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
-        r"""Takes data to noise; returns the noise and the log-determinant."""
+        r"""Takes data to noise; returns the noise, with shape :math:`(N, D)`, and the
+        log-determinant, with shape :math:`(N)`."""
         self._check(inputs)
         return self.head(inputs, self.autoregressive_net(inputs, cut(context)))
 
     def inverse(self, inputs: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
         r"""Takes noise to data, one feature after another; returns the data and the
-        log-determinant."""
+        log-determinant.
+
+        Arguments:
+            inputs: The noise, with shape :math:`(N, D)`.
+            context: The context, with shape :math:`(N, C)`, or :py:`None` if there is none.
+
+        Returns:
+            The data, with the same shape, and the log-determinant, with shape :math:`(N)`.
+        """
         self._check(inputs)
 
         def solve(y: Tensor, raw: Tensor, of: Any) -> tuple[Tensor, Tensor]:

@@ -74,11 +74,20 @@ class RobustSplineCDF(Transform):
         return apply_map(self.map.transform(phi), inputs, inverse)
 
     def forward(self, inputs: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
-        r"""Takes data to noise, whatever the context; returns the noise and the log-determinant."""
+        r"""Takes data to noise, whatever the context; returns the noise, with the shape of the data,
+        and the log-determinant, with shape :math:`(N)`."""
         return self._run(inputs, inverse=False)
 
     def inverse(self, inputs: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
-        r"""Takes noise to data, whatever the context; returns the data and the log-determinant."""
+        r"""Takes noise to data, whatever the context; returns the data and the log-determinant.
+
+        Arguments:
+            inputs: The noise, with shape :math:`(N, D)` or with those of an image.
+            context: Not looked at.
+
+        Returns:
+            The data, with the same shape, and the log-determinant, with shape :math:`(N)`.
+        """
         return self._run(inputs, inverse=True)
 
 
@@ -213,7 +222,8 @@ class RobustSplineCouplingTransform(*kin("transforms.coupling", "CouplingTransfo
         return outputs.index_copy(1, self.identity_features, kept.to(inputs.dtype))
 
     def forward(self, inputs: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
-        r"""Takes data to noise; returns the noise and the log-determinant."""
+        r"""Takes data to noise; returns the noise, with shape :math:`(N, D)` or :math:`(N, C, H,
+        W)`, and the log-determinant, with shape :math:`(N)`."""
         self._check(inputs)
         context = cut(context)
         kept, moved = self._split(inputs)
@@ -224,7 +234,15 @@ class RobustSplineCouplingTransform(*kin("transforms.coupling", "CouplingTransfo
         return self._join(inputs, kept, moved), ladj + more
 
     def inverse(self, inputs: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
-        r"""Takes noise to data; returns the data and the log-determinant."""
+        r"""Takes noise to data; returns the data and the log-determinant.
+
+        Arguments:
+            inputs: The noise, with shape :math:`(N, D)` or :math:`(N, C, H, W)`.
+            context: The context, which the network takes, or :py:`None` if there is none.
+
+        Returns:
+            The data, with the same shape, and the log-determinant, with shape :math:`(N)`.
+        """
         self._check(inputs)
         context = cut(context)
         kept, moved = self._split(inputs)

@@ -32,6 +32,7 @@ def _find() -> str:
     raise missing("nflows") from error
 
 
+#: The library that is used: nflows, or glasflow where that alone is installed.
 HOST = _find()
 
 

@@ -107,5 +107,6 @@ class PackMaps(nn.Module):
         self.net = net
 
     def forward(self, context: Any) -> Tensor:
-        r"""Returns the maps of the network as one tensor; see :func:`pack_maps`."""
+        r"""Returns the maps of the network as one tensor, with shape :math:`(N, D)`; see
+        :func:`pack_maps`."""
         return pack_maps(self.net(context))

@@ -42,7 +42,7 @@ IMAGE_SHIFT_BOUND = 1.0
 #: from a gain of zero lags behind one that starts from a last layer of zeros.
 PACE = 10.0
 
-ALL = slice(None)  # all features
+ALL = slice(None)  #: all features
 
 
 def map_of(

@@ -55,4 +55,5 @@ def _find() -> Iterator[StandIn]:
                 yield straight(holder, error)
 
 
+#: The switch by which the splines of the host are computed here.
 SPLINES = Switch("nflows", _find)

@@ -40,4 +40,5 @@ from .multiscale import ConditionalMultiscaleFlow
 from .standin import SPLINES, splines
 
 OURS = {"EXPORTS", "SPLINES", "splines"}  # what stays here
+#: What `flowguard.register` puts into each namespace.
 EXPORTS = {"normflows.flows": tuple(name for name in __all__ if name not in OURS)}

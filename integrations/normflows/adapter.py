@@ -130,10 +130,18 @@ class ContextAdapter(Flow):
 
     def forward(self, z: Any, context: Tensor | None = None) -> tuple[Any, Any]:
         r"""Takes noise to data by the layer's `forward`; returns the output and the log-
-        determinant."""
+        determinant, with shape :math:`(N)`."""
         return run_layer(self.flow, self.route, z, context, inverse=False)
 
     def inverse(self, z: Any, context: Tensor | None = None) -> tuple[Any, Any]:
         r"""Takes data to noise by the layer's `inverse`; returns the output and the log-
-        determinant."""
+        determinant.
+
+        Arguments:
+            z: What the layer takes: a tensor with shape :math:`(N, *)`, or a list of them.
+            context: The context, with shape :math:`(N, *)`, which is handed on to layers that take one.
+
+        Returns:
+            What the layer returns, and the log-determinant, with shape :math:`(N)`.
+        """
         return run_layer(self.flow, self.route, z, context, inverse=True)

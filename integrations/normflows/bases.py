@@ -159,6 +159,9 @@ class GaussianPrior(BaseDistribution):
             z: The latents.
             context: The context.
             given: The latents :math:`z_1` of the coarser levels.
+
+        Returns:
+            The log-density in nats, with shape :math:`(N)`.
         """
         mean, logs = self.moments(z, context, given)
         temperature = 1.0 if self.temperature is None else self.temperature

@@ -119,8 +119,11 @@ class RobustCouplingBlock(Flow):
         r"""Puts together what :meth:`split` has split.
 
         Arguments:
-            kept: The half that was kept.
-            changed: The half that was transformed.
+            kept: The half that was kept, with the shape that :meth:`split` gave it.
+            changed: The half that was transformed, likewise.
+
+        Returns:
+            The features, with shape :math:`(B, C, *)`.
         """
         if self.split_mode == "channel":
             return torch.cat((kept, changed), dim=1)

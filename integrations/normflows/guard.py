@@ -110,6 +110,9 @@ class GuardedConditionalFlow(ConditionalNormalizingFlow):
         Arguments:
             x: The data.
             context: The context before its encoder.
+
+        Returns:
+            The noise, with the shape that the flow gives.
         """
         return self._run("inverse", x, context=context)
 
@@ -119,6 +122,9 @@ class GuardedConditionalFlow(ConditionalNormalizingFlow):
         Arguments:
             x: The data.
             context: The context before its encoder.
+
+        Returns:
+            The noise, and the log-determinant, with shape :math:`(N)`.
         """
         return self._run("inverse_and_log_det", x, context=context)
 
@@ -132,6 +138,10 @@ class GuardedConditionalFlow(ConditionalNormalizingFlow):
                 :math:`i \bmod B`; see :class:`RobustSplineCoupling`.
             context: The context before its encoder.
             kwargs: Keyword arguments passed to the flow, such as the temperature.
+
+        Returns:
+            The samples, with the shape that the flow gives, and their log-density in nats, with shape
+            :math:`(num\_samples)`.
         """
         return self._run("sample", num_samples, context=context, **kwargs)
 
@@ -141,6 +151,9 @@ class GuardedConditionalFlow(ConditionalNormalizingFlow):
         Arguments:
             x: The data.
             context: The context before its encoder.
+
+        Returns:
+            The log-density in nats, with shape :math:`(N)`.
         """
         return self._run("log_prob", x, context=context)
 
@@ -150,6 +163,9 @@ class GuardedConditionalFlow(ConditionalNormalizingFlow):
         Arguments:
             x: The data.
             context: The context before its encoder.
+
+        Returns:
+            The loss in nats, with shape :math:`()`.
         """
         return self._run("forward_kld", x, context=context)
 
@@ -170,6 +186,9 @@ class GuardedConditionalFlow(ConditionalNormalizingFlow):
             beta: The weight of the target's log-density.
             score_fn: Whether the gradient includes the score function.
             kwargs: Keyword arguments passed to the flow.
+
+        Returns:
+            The loss in nats, with shape :math:`()`.
         """
         return self._run(
             "reverse_kld", num_samples, context=context, beta=beta, score_fn=score_fn, **kwargs

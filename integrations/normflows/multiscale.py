@@ -24,6 +24,7 @@ from flowguard.numerics import cut, repeat_rows
 from .adapter import accepts, route, run_layer
 from .bases import from_noise
 
+#: A vector, an image, maps by level, or nothing.
 Context = Tensor | Sequence[Tensor] | Mapping[str, Tensor] | None
 
 
@@ -179,6 +180,10 @@ class ConditionalMultiscaleFlow(MultiscaleFlow):
         Raises:
             ValueError: If number, size or temperature do not fit bases and context, or if images
                 of several sizes came with maps of one.
+
+        Returns:
+            The samples, with shape :math:`(num\_samples, C, H, W)`, and their log-density in nats, with
+            shape :math:`(num\_samples)`.
         """
         num_samples = self._number(num_samples, context)
         maps = self._maps(context, num_samples)
@@ -247,6 +252,9 @@ class ConditionalMultiscaleFlow(MultiscaleFlow):
 
         Raises:
             ValueError: If the number of latents or the context does not fit.
+
+        Returns:
+            The images, with shape :math:`(B, C, H, W)`, and the log-determinant, with shape :math:`(B)`.
         """
         if len(z) != self.num_levels:
             raise ValueError(f"there must be {self.num_levels} latents; got {len(z)}")
@@ -301,6 +309,9 @@ class ConditionalMultiscaleFlow(MultiscaleFlow):
 
         Raises:
             ValueError: If the flow has no target distribution.
+
+        Returns:
+            The estimate in nats, a scalar with shape :math:`()`.
         """
         if self.p is None:
             raise ValueError("reverse_kld needs a target distribution: construct the flow with p")

@@ -235,6 +235,7 @@ class _Base(MomentsSite):
         return BoundedDiagGaussian.in_place_of(self.layer, bounds)
 
 
+#: What makes the site of a layer, by the class of the layer.
 SITES: dict[type, Callable[[Surgeon, str, Any], Site]] = {
     AffineCoupling: _Coupling,
     MaskedAffineFlow: _Masked,

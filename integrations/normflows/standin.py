@@ -45,4 +45,5 @@ def _find() -> Iterator[StandIn]:
     yield straight(normflows.utils.splines)
 
 
+#: The switch by which the splines of the host are computed here.
 SPLINES = Switch("normflows", _find)

@@ -20,4 +20,5 @@ try:
 except ImportError as error:
     raise missing("pyro") from error
 
+#: What `flowguard.register` puts into each namespace.
 EXPORTS = {"pyro.distributions.transforms": ("RobustSpline",)}

@@ -81,7 +81,17 @@ def calibrate(posterior: P, x: Tensor, *, held_out: float = HELD_OUT) -> P:
         ValueError: If there is no guard, or there are too few simulations.
 
     Example:
-        >>> calibrate(posterior, x).sample((100,), x=x_o)  # doctest: +SKIP
+        >>> from sbi.inference.posteriors import DirectPosterior
+        >>> from sbi.neural_nets import posterior_nn
+        >>> from sbi.utils import BoxUniform
+        >>> prior = BoxUniform(-torch.ones(2), torch.ones(2))
+        >>> theta = prior.sample((400,))
+        >>> x = theta + 0.1 * torch.randn(400, 2)
+        >>> guard = flowguard.OODConditioner(nn.Linear(2, 3), policy="report", alpha=0.05)
+        >>> build = posterior_nn("maf", embedding_net=lenient(guard))
+        >>> posterior = calibrate(DirectPosterior(build(theta, x), prior), x)
+        >>> guard.calibrated
+        True
     """
     if not 0 < held_out < 1:
         raise ValueError(f"held_out must lie between 0 and 1; got {held_out}")

@@ -333,7 +333,22 @@ _GUARD = "_flowguard"
 
 
 class GuardedPosterior:
-    r"""What :func:`protect` adds to a posterior; it is made by that alone."""
+    r"""What :func:`protect` adds to a posterior; it is made by that alone.
+
+    Example:
+        >>> import torch
+        >>> from sbi.inference.posteriors import DirectPosterior
+        >>> from sbi.neural_nets import posterior_nn
+        >>> from sbi.utils import BoxUniform
+        >>> prior = BoxUniform(-torch.ones(2), torch.ones(2))
+        >>> theta = prior.sample((400,))
+        >>> x = theta + 0.1 * torch.randn(400, 2)
+        >>> posterior = protect(DirectPosterior(posterior_nn("maf")(theta, x), prior), theta, x)
+        >>> isinstance(posterior, GuardedPosterior), posterior.ood_policy
+        (True, 'warn')
+        >>> posterior.ood_score(torch.tensor([[0.2, 0.1], [50.0, 0.0]])).flagged
+        tensor([False,  True])
+    """
 
     @property
     def ood_report(self) -> OODReport | None:

@@ -121,7 +121,17 @@ class Watch(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
-        r"""Returns the embeddings of observations, moved where they must be."""
+        r"""Returns the embeddings of observations, moved where they must be.
+
+        Arguments:
+            x: The observations, with shape :math:`(N, *)`.
+
+        Returns:
+            The embeddings, with shape :math:`(N, C)`.
+
+        Raises:
+            RuntimeError: If the time for an answer is over.
+        """
         end = _deadline.get()
         if end is not None and time.monotonic() >= end[0]:
             raise RuntimeError(end[1])

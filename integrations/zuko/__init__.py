@@ -32,6 +32,7 @@ from .flows import GuardedFlow, RobustCouplingFlow, RobustNSF
 from .image import ConditionalMultiscaleTransform, MultiscaleFlow, MultiscaleTransform
 from .standin import SPLINES, InPlaceRQSTransform, splines
 
+#: What `flowguard.register` puts into each namespace.
 EXPORTS = {
     "zuko.transforms": ("MultiscaleTransform", "RobustSpline"),
     "zuko.flows": (

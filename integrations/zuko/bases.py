@@ -60,7 +60,10 @@ class BoundedNormal(LazyDistribution):
         r"""Returns the bounded normal distribution given a context.
 
         Arguments:
-            c: The context.
+            c: The context, with shape :math:`(*, C)`.
+
+        Raises:
+            TypeError: If the base returns something else than independent normal features.
         """
         normal = normal_of(self.base(c))
         if normal is None:

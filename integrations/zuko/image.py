@@ -295,7 +295,8 @@ class ConditionalMultiscaleTransform(LazyTransform):
             c: The context; see :meth:`maps`.
 
         Returns:
-            The transformation from images to flat latents.
+            The transformation from images, with shape :math:`(*, C, H, W)`, to flat latents, with
+            shape :math:`(*, D)`.
         """
         return MultiscaleTransform(self.flow, self.maps(c))
 

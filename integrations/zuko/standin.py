@@ -182,4 +182,5 @@ def _find() -> Iterator[StandIn]:
     yield StandIn(MonotonicRQSTransform, "__init__", _make, _refuse)
 
 
+#: The switch by which the splines of the host are computed here.
 SPLINES = Switch("zuko", _find)

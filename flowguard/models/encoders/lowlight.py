@@ -158,7 +158,7 @@ class LowLightEncoder(Recorded, nn.Module):
         levels: The number of levels :math:`L`.
 
     The condition is a dark image in :math:`[0, 1]` with shape :math:`(B, 3, H, W)`, or what
-    :func:`low_light_input` made of it, with shape :math:`(B, 6, H, W)`; any :math:`H, W \geq 1`.
+    :func:`flowguard.models.encoders.lowlight.low_light_input` made of it, with shape :math:`(B, 6, H, W)`; any :math:`H, W \geq 1`.
     A size that is no multiple of :math:`2^L` is padded by replication at the bottom and on the
     right, and the maps are those of the padded condition: that of level :math:`l` has
     :math:`1 / 2^l` times its size.
@@ -216,6 +216,9 @@ class LowLightEncoder(Recorded, nn.Module):
 
         Arguments:
             y: The condition.
+
+        Raises:
+            ValueError: If it has neither shape :math:`(B, 3, H, W)` nor :math:`(B, 6, H, W)`.
         """
         if y.dim() != 4 or y.shape[1] not in (3, 6) or 0 in y.shape[-2:]:
             raise ValueError(
@@ -224,10 +227,14 @@ class LowLightEncoder(Recorded, nn.Module):
             )
 
     def prepare(self, y: Tensor) -> Tensor:
-        r"""Returns the input of the whole condition; see :func:`low_light_input`.
+        r"""Returns the input of the whole condition; see :func:`flowguard.models.encoders.lowlight.low_light_input`.
 
         Arguments:
-            y: Dark images, or what this method made of them, which is returned as it is.
+            y: Dark images, with shape :math:`(B, 3, H, W)`, or what this method made of them,
+                which is returned as it is.
+
+        Returns:
+            The input, with shape :math:`(B, 6, H, W)`.
         """
         self.check(y)
         return low_light_input(y) if y.shape[1] == 3 else y

@@ -44,6 +44,9 @@ class PyramidEncoder(Recorded, nn.Module):
     The condition has shape :math:`(B, in\_channels, H, W)`, its size a multiple of
     :math:`2^L /` `scale` where that is above one.
 
+    Raises:
+        ValueError: If the scale is no power of two.
+
     Example:
         >>> encoder = PyramidEncoder(16, scale=4, levels=3)
         >>> [tuple(f.shape) for f in encoder(torch.rand(1, 3, 8, 10))]

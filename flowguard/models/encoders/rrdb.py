@@ -96,6 +96,9 @@ class ResidualDenseTrunk(nn.Sequential):
         blocks: The number of blocks.
         stacked: Which blocks' outputs are also given, by their index from 0.
 
+    Raises:
+        ValueError: If there is no block, or one to be stacked that there is not.
+
     Example:
         >>> trunk = ResidualDenseTrunk(8, 4, blocks=2, stacked=(0,))
         >>> last, stack = trunk(torch.rand(1, 8, 5, 6))

@@ -17,12 +17,13 @@ from typing import NamedTuple
 import torch
 from torch import Size, Tensor
 
-LIMIT = 2**26  # bytes that a call should ask for; of each dtype a thread keeps at most twice that
+LIMIT = 2**26  #: bytes that a call should ask for; of each dtype a thread keeps at most twice that
 MOST = 64  # shapes and numbers for which it keeps tensors
 
 Number = Callable[[float], Tensor]
+#: Several tensors.
 Tensors = Sequence[Tensor]
-Pair = tuple[Tensor, Tensor, Tensor]  # of shape (2, *), and its two rows
+Pair = tuple[Tensor, Tensor, Tensor]  #: of shape (2, *), and its two rows
 
 _kept = threading.local()
 
