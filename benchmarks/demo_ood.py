@@ -1,6 +1,6 @@
 r"""Do the OOD maps tell where the affine flow explodes, and does ``shrink`` prevent it?
 
-Reads the weights that ``flowguard demo --out DIR`` wrote:
+Reads the model that ``flowguard demo --out DIR`` wrote:
 
     python benchmarks/demo_ood.py DIR [--figure docs/images/ood-and-artefacts.png]
 """
@@ -12,12 +12,12 @@ from statistics import median
 
 import torch
 from common import by_turns
-from safetensors.torch import load_file
 from torch import Tensor
 
 from flowguard.demo.run import artefact_mask
 from flowguard.demo.superres import SuperResolutionTask
 from flowguard.metrics import psnr
+from flowguard.models import load
 from flowguard.ood import OODReport, metrics
 
 
@@ -45,8 +45,7 @@ def main() -> None:
     args = parser.parse_args()
 
     task = SuperResolutionTask()
-    model = task.build("affine").eval()
-    model.load_state_dict(load_file(args.folder / "affine.safetensors"))
+    model = load(args.folder / "affine")
     hr, lr = task.held_out(args.seed)
     held, *strange = task.conditions(lr, args.seed, quick=False)
 

@@ -18,8 +18,9 @@ def parser() -> Parser:
         description=(
             "Train two flows on real photographs, equal but for the coupling, and ask both for"
             " conditions within and without their world: ×4 super-resolution, or with --task"
-            " lowlight photographs taken in the dark. Writes report.html,"
-            " metrics.json, the panels as PNG and both weights as safetensors."
+            " lowlight photographs taken in the dark. Writes report.html, metrics.json, the panels"
+            " as PNG, and a folder for each model, which inspect, superres, lowlight and compare"
+            " take."
         ),
     )
     demo.add_argument(
@@ -76,14 +77,17 @@ def run(args: Any) -> int:
     )
     from flowguard.demo import report as demo_report
     from flowguard.demo import run as demo
+    from flowguard.models.store import PretrainedError
 
     paths(args, "out")
     check_device(args.device)
     out = writable(args.out, "--out")
-    weights = (f"{name}.safetensors" for name in ("affine", args.coupling))
-    for name in ("report.html", "metrics.json", "headline.png", *weights):
+    for name in ("report.html", "metrics.json", "headline.png"):
         if (out / name).is_dir():
             raise UserError(f"--out: {out / name} is a folder, and shall become a file")
+    for name in ("affine", args.coupling):
+        if (out / name).is_file():
+            raise UserError(f"--out: {out / name} is a file, and shall become a folder")
     options = demo.DemoOptions(
         out=out,
         steps=args.steps or (30 if args.quick else demo.TASKS[args.task].steps),
@@ -98,7 +102,11 @@ def run(args: Any) -> int:
     print(demo_report.table(result))
     try:
         files = demo_report.write(result)
-    except OSError as error:
-        raise UserError(f"--out: cannot write to {args.out}: {error.strerror}") from None
-    print(f"\nOpen {files[0]} for the pictures; {len(files)} files are in {args.out}.")
+    except (OSError, PretrainedError) as error:
+        raise UserError(f"--out: cannot write to {args.out}: {error}") from None
+    print(
+        f"\nOpen {files[0]} for the pictures. The models are folders, for such commands as"
+        f"\n  flowguard inspect {files[-1]}"
+        f"\n  flowguard {args.task} PICTURE OUTPUT --model {files[-1]}"
+    )
     return 0

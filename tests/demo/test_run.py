@@ -12,13 +12,15 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from flowguard.cli import demo as command
 from flowguard.cli import main as cli
 from flowguard.demo import report as demo_report
 from flowguard.demo import run as demo
 from flowguard.io.atomic import atomic
+from flowguard.models import load
+
+Image = pytest.importorskip("PIL.Image")
 
 
 def flowguard(*arguments, cwd):
@@ -49,7 +51,7 @@ def test_the_quick_demo_writes_what_it_says(quick):
     assert "bits/dim" in done.stderr  # the progress bar
     names = {p.name for p in out.iterdir()}
     assert {"report.html", "metrics.json", "headline.png"} <= names
-    assert {"affine.safetensors", "robust.safetensors"} <= names
+    assert {"affine", "robust"} <= names
     assert not [n for n in names if n.endswith(".tmp")]
     numbers = json.loads((out / "metrics.json").read_text())
     panels = [n for n in names if n.startswith("panel-")]
@@ -73,8 +75,9 @@ def test_the_report_is_one_self_contained_page(quick):
     _, out = quick[0]
     page = (out / "report.html").read_text(encoding="utf-8")
     sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
-    assert len(sources) == len(list(out.glob("panel-*.png")))
-    assert all(s.startswith("data:image/png;base64,") for s in sources)
+    # Condition, bicubic, two samples, two maps.
+    assert len(sources) >= 6 * len(list(out.glob("panel-*.png")))
+    assert all(s.startswith(("data:image/", "#")) for s in sources)
     assert "held-out photograph" in page
 
 
@@ -86,14 +89,41 @@ def test_a_rerun_gives_the_same_numbers(quick):
 
 
 @pytest.mark.parametrize("name", ["affine", "robust"])
-def test_the_weights_load_into_the_model(quick, name):
+def test_the_models_load_with_their_guards(quick, name):
     _, out = quick[0]
-    model = demo.TASKS["superres"].build(name, quick=True)
-    model.load_state_dict(load_file(out / f"{name}.safetensors"))
-    model.eval()
+    model = load(out / name)
     assert model.conditioner.calibrated
+    assert model.arguments["coupling"] == name
     x = model.sample(torch.rand(1, 3, 8, 8), 1, 0.0)
     assert torch.isfinite(x).all()
+
+
+def test_the_models_are_those_that_inspect_superres_and_compare_take(quick, tmp_path, capsys):
+    _, out = quick[0]
+    assert cli.main(["inspect", str(out / "robust")]) == 0
+    told = capsys.readouterr().out
+    assert "SuperResolutionFlow" in told
+    assert "fitted and calibrated" in told
+    picture = tmp_path / "x.png"
+    Image.new("RGB", (12, 10), (90, 120, 60)).save(picture)
+    target = tmp_path / "y.png"
+    assert cli.main(["superres", str(picture), str(target), "--model", str(out / "affine")]) == 0
+    assert Image.open(target).size == (48, 40)
+    arguments = ["compare", "--quick", "--samples", "1", "--couplings", "--models"]
+    arguments += [str(out / "affine"), str(out / "robust"), "--out", str(tmp_path / "c")]
+    assert cli.main(arguments) == 0
+    told = capsys.readouterr().out
+    for name in ("affine", "robust"):
+        assert re.search(rf"^{name} +\d", told, re.M)
+
+
+def test_times_are_told_in_seconds_of_the_processor(quick):
+    done, out = quick[0]
+    assert done.stdout.count(" CPU s\n") == 2
+    timing = json.loads((out / "metrics.json").read_text())["timing"]
+    for name in ("affine", "robust"):
+        assert timing[name]["training_cpu_seconds"] > 0
+        assert timing[name]["sampling_cpu_seconds"] > 0
 
 
 MISTAKES = {
@@ -114,7 +144,7 @@ MISTAKES = {
     "device without a build": (["--device", "hpu"], "--device: 'hpu' cannot be used here"),
     "out is nothing": (["--out", ""], "must name a folder"),
     "a report that is a folder": (["--out", "taken"], "is a folder, and shall become a file"),
-    "weights that are a folder": (["--out", "weights"], "is a folder, and shall become a file"),
+    "a model that is a file": (["--out", "models"], "is a file, and shall become a folder"),
     "unknown task": (["--task", "night"], "invalid choice: 'night'"),
     "mistyped option": (["--stepz", "3"], "there is no option --stepz; did you mean --steps?"),
 }
@@ -127,7 +157,8 @@ def test_a_mistake_gets_one_line_and_exit_code_2(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
     (tmp_path / "taken" / "report.html").mkdir(parents=True)
-    (tmp_path / "weights" / "robust.safetensors").mkdir(parents=True)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "robust").write_text("")
     monkeypatch.setattr(demo, "run_demo", lambda options: pytest.fail("it ran"))
     try:
         code = cli.main(["demo", *arguments])
@@ -138,7 +169,7 @@ def test_a_mistake_gets_one_line_and_exit_code_2(
     assert told.out == ""
     assert message in told.err
     assert told.err.count("\n") == 1
-    assert {p.name for p in tmp_path.iterdir()} <= {"file", "taken", "weights", "flowguard-demo"}
+    assert {p.name for p in tmp_path.iterdir()} <= {"file", "taken", "models", "flowguard-demo"}
     assert [p.name for p in (tmp_path / "taken").iterdir()] == ["report.html"]
 
 

@@ -1,0 +1,180 @@
+r"""The report of the demo: its sentences, and the page in a browser."""
+
+import math
+import os
+import re
+import shutil
+
+import pytest
+import torch
+
+from flowguard.demo import report
+from flowguard.demo.run import TASKS, DemoOptions, Result, Sampled, Trained, artefact_mask
+from flowguard.demo.task import Question
+from flowguard.training import TrainingResult
+
+for package in ("matplotlib", "PIL"):
+    pytest.importorskip(package)
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    """Two untrained flows, of which one is made to break on one condition."""
+    torch.manual_seed(0)
+    task = TASKS["superres"]
+    ramp = torch.linspace(0, 1, 24).expand(1, 3, 16, 24)  # smooth: bicubic does not overshoot
+    named = {"quiet": ramp, "gain 5": 5 * ramp, 'odd <b>&"': ramp.flip(-1)}
+    conditions = [Question(name, image) for name, image in named.items()]
+    models, sampled = {}, [{} for _ in conditions]
+    for name in ("affine", "robust"):
+        model = task.build(name, quick=True).eval()
+        model.conditioner.fit([torch.rand(1, 3, 16, 24) for _ in range(4)], progress=False)
+        model.conditioner.calibrate([torch.rand(8, 3, 8, 8)] * 3, progress=False)
+        training = TrainingResult([4.0, 3.0], 20.0, 0, 12.0)
+        held_out = {"bits_per_dim": 3.0, **dict.fromkeys(task.columns, 30.0)}
+        certified = math.inf if name == "affine" else 5.25
+        models[name] = Trained(model, training, held_out, certified, 2.0, 0.1, 0.1)
+        for question, by_model in zip(conditions, sampled, strict=True):
+            x = model.sample(question.image, 1, 0.0)[0]  # untrained it adds nothing
+            if (name, question.name) == ("affine", "gain 5"):
+                x[..., :16, :] = 1e9
+                x[0, 0, 0, 0] = torch.nan
+            mask = artefact_mask(x, question.image)
+            by_model[name] = Sampled(x, mask, model.conditioner.report)
+    baseline = dict.fromkeys(("psnr", "ssim"), 29.0)
+    out = tmp_path_factory.mktemp("report")
+    return Result(DemoOptions(out, steps=2), baseline, models, conditions, sampled)
+
+
+@pytest.fixture(scope="module")
+def page(result):
+    return report.page(result)
+
+
+def test_the_finding_is_one_sentence_at_the_top(result, page):
+    lead = re.search(r'<h1>[^<]*</h1><p class="lead">([^<]*)</p>', page)[1]
+    assert lead == report.finding(result.sampled)
+    assert "Of 3 conditions affine breaks 1, with up to 25 % artefact pixels" in lead
+    assert "values up to inf; robust breaks none" in lead
+
+
+def test_the_guard_is_said_to_have_known_only_of_what_it_flagged(result):
+    assert "flags every condition on which there are artefacts" in report.foreseen(result.sampled)
+    calm = [{n: by["robust"] for n in by} for by in result.sampled]
+    assert report.foreseen(calm) == ""
+
+
+def test_the_failing_condition_comes_first_and_the_rest_is_folded(page):
+    first, rest = page.split("<details>", 1)
+    assert re.findall(r"<h2[^>]*>([^<]*)", first)[0] == "In one picture: gain 5"
+    assert first.count('class="card"') == 1
+    assert rest.count('class="card"') == 2
+    assert "odd &lt;b&gt;&amp;&quot;" in rest
+
+
+def test_scores_are_told_on_one_scale_and_the_floor_of_p_values_is_named(page):
+    assert not re.search(r"\bp = ", page)
+    assert "with 24 crops none is below 1/25" in page
+    assert re.search(r"flagged by the guard \([^)]+ × its threshold\)", page)
+
+
+def test_alt_texts_tell_the_outcome(page):
+    assert 'alt="sample for gain 5, affine: 25 % artefact pixels' in page
+    assert 'alt="sample for quiet, robust: no artefacts' in page
+    assert 'alt="affine: its 25 % artefact pixels, in pink"' in page
+
+
+def test_times_are_those_of_the_processor_unless_it_is_another_device(result):
+    assert "12 CPU s" in report.table(result)
+    options = DemoOptions(result.options.out, steps=2, device="cuda")
+    other = Result(options, result.baseline, result.models, result.conditions, result.sampled)
+    assert "20 s" in report.table(other)
+
+
+def test_what_flows_couplings_and_artefacts_are_is_said(page):
+    for word in ("flow", "coupling", "artefact", "guard", "certificate"):
+        assert f"<dt>{word}</dt>" in page
+    assert "An affine coupling multiplies by a scale" in page
+    assert "B-spline" not in page  # of couplings that are not there nothing is said
+
+
+# -- in a browser ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser(page, tmp_path_factory):
+    """Chromium at the page, or the reason why not."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is missing")
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    driver = shutil.which("chromedriver")
+    if program is None or driver is None:
+        pytest.skip("there is no Chromium with its chromedriver on the path")
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    file = tmp_path_factory.mktemp("page") / "report.html"
+    file.write_text(page, encoding="utf-8")
+    chrome = webdriver.Chrome(options, webdriver.ChromeService(driver, env={**os.environ}))
+    try:
+        chrome.get(file.as_uri())
+        yield chrome
+    finally:
+        chrome.quit()
+
+
+def screen(browser, width, dark=False):
+    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+
+
+def test_a_browser_shows_all_pictures_and_complains_of_nothing(browser):
+    broken = "return [...document.images].filter(i => !i.naturalWidth || !i.alt).length"
+    assert browser.execute_script(broken) == 0
+    assert browser.execute_script("return document.images.length") > 20
+    assert [e for e in browser.get_log("browser") if e["level"] == "SEVERE"] == []
+
+
+def test_a_slider_moves_between_affine_and_robust(browser):
+    assert browser.execute_script("return document.querySelectorAll('.slider').length") == 3
+    moved = """
+    const range = document.querySelector('.slider input');
+    range.value = 20; range.dispatchEvent(new Event('input'));
+    const stack = range.parentNode, over = stack.querySelector('img.over');
+    return [getComputedStyle(over).clipPath, range.getAttribute('aria-valuetext'),
+            [...stack.querySelectorAll('b')].map(b => b.textContent),
+            over.src === document.querySelector('img[data-side=robust]').src];
+    """
+    clip, told, labels, same = browser.execute_script(moved)
+    assert "20%" in clip
+    assert told == "20 % affine"
+    assert labels == ["affine", "robust"]
+    assert same
+
+
+@pytest.mark.parametrize("width", [360, 1200])
+def test_the_page_is_no_wider_than_the_screen(browser, width):
+    screen(browser, width)
+    browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    sizes = browser.execute_script(
+        "return [...document.querySelector('.plates').querySelectorAll('img')]"
+        ".map(i => [Math.round(i.clientWidth), Math.round(i.clientHeight)].join('x'))"
+    )
+    assert len(sizes) == 7
+    assert len(set(sizes)) == 1
+
+
+def test_the_page_is_dark_where_all_is(browser):
+    def paper():
+        return browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+
+    screen(browser, 1200)
+    light = paper()
+    screen(browser, 1200, dark=True)
+    assert paper() == "rgb(22, 22, 22)"
+    assert light != paper()
