@@ -244,7 +244,7 @@ def test_numbers_that_are_not_finite_are_written_as_words(tmp_path, monkeypatch)
         trained.training.losses[:] = [math.nan]
         trained.held_out.update(psnr=math.inf, bits_per_dim=math.nan)
     files = demo_report.write(result)
-    assert all(f.is_file() for f in files)
+    assert all(f.exists() for f in files)
     numbers = json.loads((tmp_path / "metrics.json").read_text())["models"]["robust"]
     assert (numbers["psnr"], numbers["bits_per_dim"]) == ("inf", "nan")
 
