@@ -1,7 +1,8 @@
 r"""Do the OOD maps tell where the affine flow explodes, and does ``shrink`` prevent it?
 
-Reads the model that ``flowguard demo --out DIR`` wrote:
+Reads the model that the demo wrote, with an encoder that was trained with it:
 
+    flowguard demo --encoder-weights none --out DIR
     python benchmarks/demo_ood.py DIR [--figure docs/images/ood-and-artefacts.png]
 """
 
@@ -19,6 +20,8 @@ from flowguard.demo.superres import SuperResolutionTask
 from flowguard.metrics import psnr
 from flowguard.models import load
 from flowguard.ood import OODReport, metrics
+
+TEMPERATURE = 0.8
 
 
 def draw(curves: dict[str, metrics.DecileCurve], aurocs: dict[str, float], file: Path) -> None:
@@ -51,7 +54,7 @@ def main() -> None:
 
     def sample(y: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(args.seed)
-        return model.sample(y, 1, task.temperature, generator)[0]
+        return model.sample(y, 1, TEMPERATURE, generator)[0]
 
     reports: list[OODReport] = []
     masks: list[Tensor] = []

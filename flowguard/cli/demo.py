@@ -2,10 +2,11 @@ r"""``flowguard demo``."""
 
 __all__ = ["HELP", "parser", "run"]
 
+from pathlib import Path
 from typing import Any
 
 from flowguard.cli.machine import add_machine, check_device, threads
-from flowguard.cli.parsing import Parser, UserError, folder, need, paths, whole, writable
+from flowguard.cli.parsing import Parser, UserError, file, folder, need, paths, whole, writable
 
 HELP = "train an affine and a robust image flow and compare them"
 #: What ``--task`` takes: the keys of ``flowguard.demo.run.TASKS``, which need not be imported for it.
@@ -55,12 +56,42 @@ def parser() -> Parser:
         choices=("robust", "reparametrized", "bspline"),
         help="coupling of the second model (default: robust); the first is affine",
     )
+    demo.add_argument(
+        "--encoder-weights",
+        type=file,
+        metavar="FILE",
+        help=(
+            "whose encoder both flows are built on, as it is: what `flowguard train` takes, or none"
+            " for a small one that is trained with each (default: that of the model in the package,"
+            " for superres; none with --quick)"
+        ),
+    )
     add_machine(demo)
     demo.add_argument(
         "--quick", action="store_true", help="tiny models and 30 steps, to see that all works"
     )
     demo.add_config()
     return demo
+
+
+def _encoder(args: Any, task: Any) -> Path | None:
+    r"""Whose encoder the flows are built on, which is known to fit; :py:`None` if each has its own."""
+    from flowguard.demo.task import shipped
+
+    if args.encoder_weights is None:
+        return None if args.quick or task.encoder is None else shipped(task.encoder)
+    if args.encoder_weights == "none":
+        return None
+    weights = Path(args.encoder_weights)
+    if not weights.exists():
+        raise UserError(
+            f"--encoder-weights must name a file, a model folder or none; there is no {weights}"
+        )
+    try:
+        task.build(args.coupling, args.quick, weights)
+    except (ValueError, OSError) as error:
+        raise UserError(f"--encoder-weights: {error}") from None
+    return weights
 
 
 def run(args: Any) -> int:
@@ -96,6 +127,7 @@ def run(args: Any) -> int:
         coupling=args.coupling,
         quick=args.quick,
         task=args.task,
+        encoder=_encoder(args, demo.TASKS[args.task]),
     )
     with threads(args.threads):
         result = demo.run_demo(options)

@@ -116,11 +116,8 @@ def drawn(shown: Shown, grow: Callable[[Any], Any]) -> list[Drawn]:
     if len(shown.reports) == 1:
         for name, level in shown.reports[0].levels.items():
             if level.map is not None:
-                told = f"guard {name}: {excess(level):.3g} × its threshold"
-                quantiles = f"{told}; colours are quantiles of calibration pixels"
-                pictures.append(
-                    Drawn(guard_map(level), quantiles, told, pixels=True, colours=True)
-                )
+                told = f"guard, {name.replace('level', 'level ')}: {excess(level):.3g} × its threshold"
+                pictures.append(Drawn(guard_map(level), told, told, pixels=True, colours=True))
     return pictures
 
 

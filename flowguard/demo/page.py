@@ -56,9 +56,14 @@ tbody th { font-weight: normal } tbody tr:nth-child(odd) { background: var(--sof
 figure { margin: 0 } figcaption { font-size: .85rem; line-height: 1.35; padding-top: .25rem }
 img { display: block; width: 100%; height: auto; border-radius: .2rem }
 .plates img, .stack img { object-fit: fill } .pixels { image-rendering: pixelated }
+.strips { display: grid; gap: .9rem } .strips img { width: auto; max-width: 100% }
 .bar { height: .8rem; border-radius: .2rem; border: 1px solid var(--line) }
 .ticks { display: flex; justify-content: space-between; font-size: .75rem }
-.slider { max-width: 46rem; margin: 0 0 1rem }
+.unit { font-size: .75rem; text-align: center; line-height: 1.2 }
+.slider { margin: 0 0 1rem }
+@media (min-width: 64rem) { .compared { display: grid; grid-template-columns: 57% 1fr; gap: 0 1.2rem }
+  .compared > :is(h2, h3, p) { grid-column: 1 / -1 } .compared > .slider { position: sticky; top: 1rem;
+  align-self: start } .compared .plates { grid-template-columns: 1fr 1fr 1fr; align-content: start } }
 .stack { position: relative; touch-action: pan-y; --at: 50% }
 .stack img.over { position: absolute; inset: 0; height: 100%; clip-path: inset(0 0 0 var(--at)) }
 .stack::after { content: ""; position: absolute; top: 0; bottom: 0; left: var(--at); width: 2px;
@@ -115,6 +120,7 @@ for (const card of document.querySelectorAll('.card')) {
   range.oninput = show;
   figure.append(stack, caption);
   card.querySelector('.plates').before(figure);
+  card.classList.add('compared');
   show();
 }
 """
@@ -211,6 +217,7 @@ def scale() -> str:
         '<div class="bar" role="img" aria-label="colours from the quantile 0 of the calibration'
         f' pixels, dark, to 0.9999, bright" style="background: linear-gradient(to right,'
         f' {", ".join(STOPS)})"></div><div class="ticks" aria-hidden="true">{ticks}</div>'
+        '<div class="faint unit">quantile of calibration pixels</div>'
     )
 
 
@@ -240,13 +247,15 @@ def card(
     )
 
 
-def figures(pictures: Iterable[Drawn]) -> str:
+def figures(pictures: Iterable[Drawn], wide: bool = False) -> str:
     r"""Returns pictures beside each other, each in its own shape.
 
     Arguments:
         pictures: The pictures.
+        wide: Whether they stand below each other, in their own size where the screen is wide
+            enough: strips of several pictures.
     """
-    return f'<div class="plates">{"".join(map(plate, pictures))}</div>'
+    return f'<div class="{"strips" if wide else "plates"}">{"".join(map(plate, pictures))}</div>'
 
 
 def folded(summary: str, body: str) -> str:

@@ -19,6 +19,7 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from flowguard.demo.task import NOISE, QUANTILE, Question, Task
 from flowguard.io.atomic import atomic, write_json, write_text
 from flowguard.io.pictures import to_uint8
 from flowguard.ood.report import NINES, OODReport, nines
+
+OPEN = 3  # conditions that break which are shown beside the first; the others are folded
 
 #: What the couplings do, for those who have not met them.
 COUPLINGS = {
@@ -51,6 +54,14 @@ def _number(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 1e4 else f"{value:.0e}"
 
 
+def _large(value: float) -> str:
+    return f"values up to {_number(value)}" if math.isfinite(value) else "values without end"
+
+
+def _level(name: str) -> str:
+    return name.replace("level", "level ")
+
+
 def _percent(share: float) -> str:
     return f"{100 * share:.3g} %" if share >= 1e-4 else f"{100 * share:.1g} %"
 
@@ -67,11 +78,13 @@ def _held_out_rows(result: Result) -> list[list[str]]:
     rows = [
         ["held-out photograph", *(name for name, _ in columns.values()), "bits/dim", "training"]
     ]
-    measured = {result.task.baseline: result.baseline}
+    # What is made without a model is the same at all temperatures.
+    baseline = {k: result.baseline[k.removesuffix("_temperature_0")] for k in columns}
+    measured = {result.task.baseline: baseline}
     measured |= {name: t.held_out for name, t in result.models.items()}
     for name, quality in measured.items():
         row = [name]
-        row += [f"{quality[k]:{f}}" if k in quality else "" for k, (_, f) in columns.items()]
+        row += [f"{quality[k]:{f}}" for k, (_, f) in columns.items()]
         if name in result.models:
             row += [
                 f"{quality['bits_per_dim']:.3f}",
@@ -87,7 +100,7 @@ def _condition_rows(result: Result) -> list[list[str]]:
     head = ["condition"]
     for name in names:
         head += [f"{name} artefacts", f"{name} max|x|"]
-    rows = [head + [f"OOD {level}" for level in levels]]
+    rows = [head + [f"guard, {_level(level)}" for level in levels]]
     for condition, by_model in zip(result.conditions, result.sampled, strict=True):
         row = [condition.name]
         for name in names:
@@ -121,8 +134,8 @@ def _legend(result: Result) -> str:
     guard = list(result.models)[-1]
     return (
         f"artefacts: share of pixels that are not finite, or more than 0.5 outside the range of"
-        f" [0, 1] and the condition. OOD: Mahalanobis score of the {guard} model's features over"
-        f" its {QUANTILE:g} quantile on held-out photographs; * above it."
+        f" [0, 1] and the condition. guard: Mahalanobis score of the {guard} model's features over"
+        f" its {QUANTILE:g} quantile on crops that the flow was not trained with; * above it."
         f" Samples at temperature {result.task.temperature:g}."
     )
 
@@ -182,11 +195,9 @@ def guarded(report: OODReport) -> str:
 
 def _outcome(name: str, s: Sampled) -> str:
     if not s.share:
-        return f"{name}: no artefacts, values up to {_number(s.largest)}"
+        return f"{name}: no artefacts, {_large(s.largest)}"
     broken = f", {s.non_finite} of them not finite" if s.non_finite else ""
-    return (
-        f"{name}: {_percent(s.share)} artefact pixels, values up to {_number(s.largest)}{broken}"
-    )
+    return f"{name}: {_percent(s.share)} artefact pixels, {_large(s.largest)}{broken}"
 
 
 def breaks(by_model: Mapping[str, Sampled]) -> float:
@@ -210,15 +221,15 @@ def finding(sampled: Sequence[Mapping[str, Sampled]]) -> str:
         bad = [by[name] for by in sampled if by[name].share]
         if not bad:
             largest = max(by[name].largest for by in sampled)
-            told.append(f"{name} breaks none, with values up to {_number(largest)}")
+            told.append(f"{name} on none ({_large(largest)})")
             continue
         worst, largest = max(s.share for s in bad), max(s.largest for s in bad)
+        many = "all" if len(bad) == total else str(len(bad))
         told.append(
-            f"{name} breaks {'all' if len(bad) == total else len(bad)}, with up to"
-            f" {_percent(worst)} artefact pixels"
-            f" and values up to {_number(largest)}"
+            f"{name} on {many} (artefacts in up to {_percent(worst)} of the pixels,"
+            f" {_large(largest)})"
         )
-    return f"Of {total} conditions {'; '.join(told)}."
+    return f"Of {total} conditions the flows break: {'; '.join(told)}."
 
 
 def foreseen(sampled: Sequence[Mapping[str, Sampled]]) -> str:
@@ -257,15 +268,15 @@ def words(task: Task, sampled: Sequence[Mapping[str, Sampled]]) -> str:
         "coupling": "What a flow is a chain of. It changes some numbers by a simple map that others,"
         f" and the condition, decide. {maps}",
         "artefact": "A pixel that is not finite, or more than 0.5 outside the range of [0, 1] and"
-        " the condition: no picture has such a value. In the pictures black to white spans that"
+        " the condition: no photograph has such a value. In the pictures black to white spans that"
         " range; values beyond it are cut, and what is no number is black.",
         "guard": "It compares the features of a condition with those of the training photographs,"
         " pixel by pixel at each level of the flow. Its maps are coloured by the quantile among"
         f" the pixels of {count} calibration crops, which the bar below each names; its score of"
         " the whole is told in units of the threshold above which it flags. (A p-value could not"
         f" tell strange from very strange: with {count} crops none is below 1/{count + 1}.)",
-        "certificate": "A number that the weights alone prove: no condition whatever makes a sample"
-        f" exceed it, for noise up to {NOISE:g}.",
+        "certificate": "A number that the weights alone prove: no condition whatever makes the"
+        f" {task.bounded} exceed it, for noise up to {NOISE:g}.",
     }
     return "<dl>" + "".join(f"<dt>{k}</dt><dd>{v}</dd>" for k, v in entries.items()) + "</dl>"
 
@@ -300,11 +311,11 @@ def _drawn(task: Task, question: Question, by_model: Mapping[str, Sampled]) -> l
     for level, r in by_model[guard].report.levels.items():
         if r.map is not None:
             flagged = "flagged" if bool(r.flagged[0]) else "not flagged"
-            told = f"guard of {guard}, {level}: {_number(_times(r))} × its threshold, {flagged}"
+            told = f"guard of {guard}, {_level(level)}: {_number(_times(r))} × its threshold, {flagged}"
             pictures.append(
                 Drawn(
                     guard_map(r),
-                    f"{told}; colours are quantiles of calibration pixels",
+                    told,
                     f"how far {question.name} is from the training set, {told}",
                     pixels=True,
                     colours=True,
@@ -331,12 +342,19 @@ def cards(
 
     def made(i: int, title: str, level: int = 3) -> str:
         by_model = sampled[i]
-        told = [_outcome(name, s) for name, s in by_model.items()]
+        told = [conditions[i].meaning] if conditions[i].meaning else []
+        told += [_outcome(name, s) for name, s in by_model.items()]
         told.append(guarded(list(by_model.values())[-1].report))
         sample = next(iter(by_model.values())).sample
         size = (sample.shape[-2], sample.shape[-1])
         pictures = _drawn(task, conditions[i], by_model)
-        return html.card(title, "; ".join(told) + ".", pictures, size, level)
+        words = "; ".join(told)
+        return html.card(title, f"{words[:1].upper()}{words[1:]}.", pictures, size, level)
+
+    def hidden(i: int) -> str:
+        told = "; ".join(_outcome(name, s) for name, s in sampled[i].items() if s.share)
+        told = told or guarded(list(sampled[i].values())[-1].report)
+        return html.folded(f"{conditions[i].name}: {told}", made(i, conditions[i].name))
 
     order = sorted(range(len(conditions)), key=lambda i: -breaks(sampled[i]))
     broken = [i for i in order if breaks(sampled[i])]
@@ -346,17 +364,12 @@ def cards(
     rest = [i for i in broken if i != top]
     if rest:
         parts.append("<h2>The other conditions with artefacts, the worst first</h2>")
-        parts += [made(i, conditions[i].name) for i in rest]
+        parts += [made(i, conditions[i].name) for i in rest[:OPEN]]
+        parts += map(hidden, rest[OPEN:])
     whole = [i for i in whole if i != top]
     if whole:
         parts.append("<h2>Conditions without artefacts</h2>")
-        parts += [
-            html.folded(
-                f"{conditions[i].name}: {guarded(list(sampled[i].values())[-1].report)}",
-                made(i, conditions[i].name),
-            )
-            for i in whole
-        ]
+        parts += map(hidden, whole)
     return "".join(parts)
 
 
@@ -369,6 +382,25 @@ def _proven(result: Result) -> str:
     )
 
 
+def _beside(result: Result) -> str:
+    r"""What the flows are worth within their world, beside the restoration without a model."""
+    told = [
+        f"{name} {t.held_out['psnr_temperature_0']:.2f} dB" for name, t in result.models.items()
+    ]
+    return (
+        "On a photograph that they were not trained with, at temperature 0:"
+        f" {', '.join(told)}; {result.task.baseline} {result.baseline['psnr']:.2f} dB."
+    )
+
+
+def _shared(result: Result) -> str:
+    r"""Which encoder the flows are built on, if it is one."""
+    weights = result.options.encoder
+    if weights is None:
+        return ""
+    return f", on top of the encoder of {weights.name}, which stays as it is"
+
+
 def page(result: Result) -> str:
     r"""Returns the report as one self-contained page.
 
@@ -376,17 +408,18 @@ def page(result: Result) -> str:
         result: What the demo found out.
     """
     o, task = result.options, result.task
+    told = [foreseen(result.sampled), _proven(result), _beside(result)]
     about = (
-        f"<p>Two flows for {task.title}, trained on the same photographs for {o.steps} steps, which"
-        " differ in their coupling alone, are asked for conditions within and without their world."
-        " Artefacts are pixels with values that no picture has"
-        f' (<a href="#words">what the words mean</a>). {foreseen(result.sampled)}'
-        f" {_proven(result)}</p>"
+        f"<p>Two flows for {task.title} differ in their coupling alone. Both learned from the same"
+        f" photographs for {o.steps} steps{escape(_shared(result))}; then they are asked for"
+        " conditions within and without their world. Artefacts are pixels with values that no"
+        ' photograph has (<a href="#words">what the words mean</a>).</p>'
+        f"<ul>{''.join(f'<li>{line}</li>' for line in told if line)}</ul>"
     )
     held_out = html.table(
         _held_out_rows(result),
-        f"Quality on a photograph that no model has seen, at temperature {task.temperature:g} and"
-        " at 0 (τ=0), where a flow is its own best guess",
+        "Quality on a photograph that the flows were not trained with: at temperature 0 (τ=0),"
+        f" where a flow gives its best guess, and of a sample at {task.temperature:g}",
     )
     bounds = "".join(f"<li>{line}</li>" for line in _guarantees(result))
     numbers = html.table(
@@ -446,7 +479,9 @@ def panel(condition: Question, by_model: dict[str, Sampled], title: str = "condi
     for axis, (level, r) in zip(axes[2 + len(names) :], guard.levels.items(), strict=True):
         drawn = axis.imshow(nines(r)[0].cpu().numpy(), cmap="inferno", vmin=0, vmax=NINES)
         flagged = ", flagged" if bool(r.flagged[0]) else ""
-        axis.set_title(f"guard {level}: {_number(_times(r))} × threshold{flagged}", fontsize=12)
+        axis.set_title(
+            f"guard, {_level(level)}: {_number(_times(r))} × threshold{flagged}", fontsize=12
+        )
     bar = figure.colorbar(drawn, ax=axes, shrink=0.9, extend="max")
     bar.set_ticks([0, 1, 2, 3, 4], labels=["0", "0.9", "0.99", "0.999", "0.9999"])
     bar.set_label("quantile of calibration pixels", fontsize=11)
@@ -485,7 +520,7 @@ def headline(result: Result) -> bytes:
     pictures.append(
         (
             nines(r)[0].cpu().numpy(),
-            f"how far the condition is\nfrom the training set ({level})",
+            f"how far the condition is\nfrom the training set ({_level(level)})",
             {"cmap": "inferno", "vmin": 0, "vmax": NINES},
         )
     )

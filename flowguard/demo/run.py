@@ -48,6 +48,7 @@ class DemoOptions:
     quick: bool = False
     progress: bool = True
     task: str = "superres"
+    encoder: Path | None = None  # whose encoder both flows are built on, as it is
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -116,8 +117,9 @@ class Result:
             "options": {
                 k: v
                 for k, v in dataclasses.asdict(self.options).items()
-                if k not in ("out", "progress")
-            },
+                if k not in ("out", "progress", "encoder")
+            }
+            | {"encoder": self.options.encoder and self.options.encoder.name},
             "torch": torch.__version__,
             "threads": self.threads,
             "temperature": self.task.temperature,
@@ -248,7 +250,7 @@ def _train(
 ) -> Trained:
     task = TASKS[o.task]
     torch.manual_seed(o.seed)
-    model = task.build(coupling, o.quick).to(o.device)
+    model = task.build(coupling, o.quick, o.encoder).to(o.device)
     training_parts, rest = ([part[i] for part in parts] for i in (0, 1))
     crops = task.crops(training_parts, o.seed)
     training = train(model, crops, steps=o.steps, name=f"{name:>8}", progress=o.progress)

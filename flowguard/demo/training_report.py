@@ -14,6 +14,13 @@ from flowguard.io.atomic import write_text
 Points = Sequence[tuple[float, float]]
 Rows = list[dict[str, str]]
 
+#: What the tables tell.
+TABLES = {
+    "metrics": "Of each step: the loss in bits/dim, the learning rate, the norm of the gradient,"
+    " seconds, and how many steps were left out",
+    "validation": "On held-out pictures: quality at temperature 0, and at 0.8 as sample_…",
+    "outside": "On strange conditions: artefacts, the guard, the bound and an attack",
+}
 WIDTH, HEIGHT, LEFT, LOW, RIGHT = 460, 240, 62, 26, 22  # of a chart, and of the room for numbers
 LINE = 15  # the height of a line of words
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
@@ -62,7 +69,7 @@ def _ticks(low: float, high: float) -> list[float]:
     r"""Some four round numbers within a range."""
     raw = (high - low) / 4 or abs(high) / 4 or 1.0
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m for m in (1, 2, 5, 10) if m * power >= raw) * power
+    step = next(m for m in (1, 2, 2.5, 5, 10) if m * power >= raw) * power
     return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
@@ -154,17 +161,19 @@ def page(folder: Path) -> str:
         for title, table, columns in CHARTS
     )
     numbers = "".join(
-        f"<h2>{name}</h2>{table(_last(rows), f'The last rows of {name}.csv')}"
+        folded(f"The last rows of {name}.csv", table(_last(rows), TABLES[name]))
         for name, rows in tables.items()
         if rows
     )
     pictures = sorted((folder / "pictures").glob("*.png"))
     words = {
         "held-out": "held out: the condition, samples at temperature 0 and 0.8, and the truth",
-        "strange": "a sample of a condition that is five times too bright",
+        "strange": "a sample of a condition that is five times too bright; what exceeds white is cut",
     }
     told = [words.get(p.stem, p.stem) for p in pictures]
-    shown = figures(Drawn(p.read_bytes(), t, t) for p, t in zip(pictures, told, strict=True))
+    shown = figures(
+        (Drawn(p.read_bytes(), t, t) for p, t in zip(pictures, told, strict=True)), wide=True
+    )
     config = folder / "config.yaml"
     options = config.read_text(encoding="utf-8") if config.is_file() else ""
     meaning = (
@@ -177,20 +186,36 @@ def page(folder: Path) -> str:
         " none), and what a short attack reached.</p>"
     )
     body = (
-        (f"<h2>pictures</h2>{shown}" if pictures else "")
-        + (f'<h2>curves</h2><div class="charts">{charts}</div>' if charts else "")
+        (f"<h2>Pictures</h2>{shown}" if pictures else "")
+        + (f'<h2>Curves, over the steps</h2><div class="charts">{charts}</div>' if charts else "")
         + folded("What the words mean", meaning)
-        + numbers
-        + f"<h2>options</h2><pre>{html.escape(options)}</pre>"
+        + (f"<h2>Numbers</h2>{numbers}" if numbers else "")
+        + (folded("The options of the run", f"<pre>{html.escape(options)}</pre>") * bool(options))
     )
-    return document("flowguard train", body, _finding(tables["validation"]))
+    found = (_finding(tables["validation"]), _strange(tables["outside"]))
+    return document("flowguard train", body, " ".join(filter(None, found)))
+
+
+def _shown(rows: Rows) -> dict[str, str]:
+    r"""The last row of a table, for people."""
+    return dict(zip(*(_last(rows)[i] for i in (0, -1)), strict=True)) if rows else {}
+
+
+def _strange(outside: Rows) -> str:
+    r"""What strange conditions did in the end, in one sentence; nothing if none were asked for."""
+    shown = _shown(outside)
+    share, bound = shown.get("artefacts"), shown.get("certificate")
+    if share in (None, "", "nan"):
+        return ""
+    sure = f"; the certified bound is {bound}" if bound not in (None, "", "inf", "nan") else ""
+    return (
+        f"On strange conditions {100 * float(share or 0):.2g} % of the pixels are artefacts{sure}."
+    )
 
 
 def _finding(validation: Rows) -> str:
     r"""What the last validation found, in one sentence; nothing before the first."""
-    if not validation:
-        return ""
-    shown = dict(zip(*(_last(validation)[i] for i in (0, -1)), strict=True))
+    shown = _shown(validation)
     named = {
         "psnr_y": "PSNR Y {} dB",
         "bicubic_psnr_y": "bicubic's {} dB",

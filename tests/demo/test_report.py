@@ -1,7 +1,9 @@
 r"""The report of the demo: its sentences, and the page in a browser."""
 
+import dataclasses
 import math
 import os
+import pathlib
 import re
 import shutil
 
@@ -56,8 +58,8 @@ def page(result):
 def test_the_finding_is_one_sentence_at_the_top(result, page):
     lead = re.search(r'<h1>[^<]*</h1><p class="lead">([^<]*)</p>', page)[1]
     assert lead == report.finding(result.sampled)
-    assert "Of 3 conditions affine breaks 1, with up to 25 % artefact pixels" in lead
-    assert "values up to inf; robust breaks none" in lead
+    assert "Of 3 conditions the flows break: affine on 1 (artefacts in up to 25 % of the" in lead
+    assert "values without end); robust on none (values up to 5)" in lead
 
 
 def test_the_guard_is_said_to_have_known_only_of_what_it_flagged(result):
@@ -72,6 +74,34 @@ def test_the_failing_condition_comes_first_and_the_rest_is_folded(page):
     assert first.count('class="card"') == 1
     assert rest.count('class="card"') == 2
     assert "odd &lt;b&gt;&amp;&quot;" in rest
+
+
+def test_many_failing_conditions_are_folded_too(result):
+    many = [result.conditions[1]] * 6
+    made = report.cards(result.task, many, [result.sampled[1]] * 6, "gain 5")
+    first, *folded = made.split("<details>")
+    assert first.count('class="card"') == 1 + report.OPEN
+    assert len(folded) == 5 - report.OPEN
+    assert folded[0].startswith("<summary>gain 5: affine: 25 % artefact pixels")
+
+
+def test_conditions_are_explained(result):
+    told = dataclasses.replace(result.conditions[1], meaning="the photograph, too bright")
+    made = report.cards(result.task, [told], result.sampled[1:2], "gain 5")
+    assert "<p>The photograph, too bright; affine: 25 %" in made
+
+
+def test_quality_is_told_beside_what_needs_no_model(result, page):
+    assert "at temperature 0: affine 30.00 dB, robust 30.00 dB; bicubic 29.00 dB." in page
+    row = re.search(r'<th scope="row">bicubic</th>(.*?)</tr>', page)[1]
+    assert re.findall(r"<td>(.*?)</td>", row)[0] == "29.00"  # in the column of temperature 0 too
+
+
+def test_the_encoder_is_named_if_the_flows_share_one(result, page):
+    assert "on top of the encoder" not in page
+    options = dataclasses.replace(result.options, encoder=pathlib.Path("models") / "a<b>")
+    made = report.page(dataclasses.replace(result, options=options))
+    assert "on top of the encoder of a&lt;b&gt;, which stays as it is;" in made
 
 
 def test_scores_are_told_on_one_scale_and_the_floor_of_p_values_is_named(page):

@@ -6,6 +6,7 @@ import math
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +16,13 @@ import torch
 
 from flowguard.cli import demo as command
 from flowguard.cli import main as cli
+from flowguard.cli.parsing import UserError
 from flowguard.demo import report as demo_report
 from flowguard.demo import run as demo
+from flowguard.demo.task import shipped
 from flowguard.io.atomic import atomic
 from flowguard.models import load
+from flowguard.training.build import build
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -126,7 +130,72 @@ def test_times_are_told_in_seconds_of_the_processor(quick):
         assert timing[name]["sampling_cpu_seconds"] > 0
 
 
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    r"""The folder of a super-resolution model whose encoder is not that of the demo."""
+    folder = tmp_path_factory.mktemp("weights") / "mine"
+    torch.manual_seed(0)
+    build("superres", levels=2, steps=1, hidden=8, features=8, blocks=1).save_pretrained(folder)
+    return folder
+
+
+def test_both_flows_are_built_on_an_encoder_as_it_is(encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "CALIBRATION_CROPS", 200)
+    options = demo.DemoOptions(out=tmp_path, steps=2, quick=True, progress=False, encoder=encoder)
+    result = demo.run_demo(options)
+    theirs = load(encoder).conditioner.encoder.state_dict()
+    for trained in result.models.values():
+        ours = trained.model.conditioner.encoder.state_dict()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        assert trained.training.losses[0] != trained.training.losses[1]
+    assert result.to_dict()["options"]["encoder"] == "mine"
+
+
+@pytest.mark.parametrize("task", ["superres", "lowlight"])
+def test_an_encoder_fits_its_own_task_alone(task, encoder):
+    if task == "superres":
+        assert demo.TASKS[task].build("affine", True, encoder).frozen
+    else:
+        with pytest.raises(ValueError, match="holds a PyramidEncoder"):
+            demo.TASKS[task].build("affine", True, encoder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "used"),
+    [
+        ([], True),
+        (["--encoder-weights", "none"], False),
+        (["--quick"], False),
+        (["--task", "lowlight"], False),
+    ],
+    ids=["by default", "none", "quick", "another task"],
+)
+def test_the_encoder_is_that_of_the_package_unless_none_is_wanted(
+    arguments, used, encoder, tmp_path, monkeypatch
+):
+    asked = []
+
+    def stop(options):
+        asked.append(options.encoder)
+        raise UserError("enough")
+
+    monkeypatch.setattr("flowguard.demo.task.shipped", {"superres-x4": encoder}.get)
+    monkeypatch.setattr(demo, "run_demo", stop)
+    assert cli.main(["demo", *arguments, "--out", str(tmp_path)]) == 2
+    assert asked == [encoder if used else None]
+
+
+def test_models_of_the_package_are_found_by_name(encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr("flowguard.models.__file__", str(tmp_path / "__init__.py"))
+    assert shipped("mine") is None
+    shutil.copytree(encoder, tmp_path / "shipped" / "mine")
+    assert shipped("mine") == tmp_path / "shipped" / "mine"
+
+
 MISTAKES = {
+    "absent encoder": (["--encoder-weights", "absent"], "a model folder or none; there is no abs"),
+    "an encoder that is none": (["--encoder-weights", "file"], "--encoder-weights: "),
     "no steps": (["--steps", "0"], "must be at least 1 and at most 1000000000; got 0"),
     "steps in words": (["--steps", "many"], "must be a whole number; got 'many'"),
     "unknown device": (["--device", "abacus"], "--device: 'abacus' cannot be used here"),
