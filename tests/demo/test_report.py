@@ -100,7 +100,9 @@ def test_quality_is_told_beside_what_needs_no_model(result, page):
 def test_the_encoder_is_named_if_the_flows_share_one(result, page):
     assert "on top of the encoder" not in page
     options = dataclasses.replace(result.options, encoder=pathlib.Path("models") / "a<b>")
-    made = report.page(dataclasses.replace(result, options=options))
+    shared = dataclasses.replace(result, options=options)
+    assert shared.to_dict()["options"]["encoder"] == "a<b>"
+    made = report.page(shared)
     assert "on top of the encoder of a&lt;b&gt;, which stays as it is;" in made
 
 

@@ -139,17 +139,31 @@ def encoder(tmp_path_factory):
     return folder
 
 
-def test_both_flows_are_built_on_an_encoder_as_it_is(encoder, tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "CALIBRATION_CROPS", 200)
-    options = demo.DemoOptions(out=tmp_path, steps=2, quick=True, progress=False, encoder=encoder)
-    result = demo.run_demo(options)
+def test_an_encoder_from_elsewhere_stays_as_it_is(encoder):
+    model = demo.TASKS["superres"].build("affine", True, encoder)
+    before = {name: p.clone() for name, p in model.flow.state_dict().items()}
+    pairs = [(torch.rand(2, 3, 16, 16), torch.rand(2, 3, 4, 4))] * 2
+    demo.train(model, pairs, steps=2, progress=False)
     theirs = load(encoder).conditioner.encoder.state_dict()
-    for trained in result.models.values():
-        ours = trained.model.conditioner.encoder.state_dict()
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-        assert trained.training.losses[0] != trained.training.losses[1]
-    assert result.to_dict()["options"]["encoder"] == "mine"
+    ours = model.conditioner.encoder.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert not all(torch.equal(p, before[name]) for name, p in model.flow.state_dict().items())
+
+
+def test_both_flows_are_built_on_the_encoder(encoder, tmp_path, monkeypatch):
+    asked = []
+
+    def built(coupling, quick, weights):
+        asked.append((coupling, weights))
+        raise UserError("enough")
+
+    monkeypatch.setattr(demo.TASKS["superres"], "build", built)
+    options = demo.DemoOptions(out=tmp_path, quick=True, encoder=encoder)
+    for coupling in ("affine", "robust"):
+        with pytest.raises(UserError, match="enough"):
+            demo._train(coupling, coupling, [], options)
+    assert asked == [("affine", encoder), ("robust", encoder)]
 
 
 @pytest.mark.parametrize("task", ["superres", "lowlight"])
