@@ -46,20 +46,6 @@ def calibration(reports: Sequence[Any]) -> int:
     return max(len(level.calibration.scores) for level in reports[0].levels.values())
 
 
-def small(image: Any) -> Any:
-    r"""Returns an image such that neither side exceeds that of the page's pictures.
-
-    Arguments:
-        image: The image, with shape :math:`(C, H, W)`.
-    """
-    from torch.nn.functional import adaptive_avg_pool2d
-
-    height, width = image.shape[-2:]
-    factor = max(1.0, max(height, width) / SMALL)
-    size = (max(1, round(height / factor)), max(1, round(width / factor)))
-    return adaptive_avg_pool2d(image[None].float(), size)[0] if factor > 1 else image
-
-
 def place(sample: Any, scale: int) -> tuple[int, int, int, int]:
     r"""Returns rows and columns of the part of a sample that has the most detail, in whole pixels
     of the condition: where it begins, and its size.
@@ -89,7 +75,7 @@ def drawn(shown: Shown, grow: Callable[[Any], Any]) -> list[Drawn]:
         shown: What is shown.
         grow: What makes a condition as large as a sample, without a model.
     """
-    from flowguard.demo.drawing import encoded, guard_map, marked
+    from flowguard.demo.drawing import encoded, guard_map, marked, shrunk
 
     given, sample = shown.given, shown.sample
     scale = sample.shape[-1] // given.shape[-1]
@@ -106,13 +92,15 @@ def drawn(shown: Shown, grow: Callable[[Any], Any]) -> list[Drawn]:
         Drawn(
             encoded(detail), f"{shown.name}: {where}", f"the sample, a detail: {outcome}", "sample"
         ),
-        Drawn(encoded(small(given)), "input, the whole", "the input"),
-        Drawn(encoded(small(sample)), f"{shown.name}, the whole", f"the sample: {outcome}"),
+        Drawn(encoded(shrunk(given, SMALL)), "input, the whole", "the input"),
+        Drawn(
+            encoded(shrunk(sample, SMALL)), f"{shown.name}, the whole", f"the sample: {outcome}"
+        ),
     ]
     if share:
-        mask = small(outside[None].float())[0] > 0
+        mask = shrunk(outside[None].float(), SMALL)[0] > 0
         told = f"{share:.2g} % artefact pixels before they were cut, in pink"
-        pictures.append(Drawn(marked(small(sample), mask), told, told))
+        pictures.append(Drawn(marked(shrunk(sample, SMALL), mask), told, told))
     if len(shown.reports) == 1:
         for name, level in shown.reports[0].levels.items():
             if level.map is not None:
@@ -157,7 +145,7 @@ def _cards(outcomes: Sequence[Any]) -> Iterator[str]:
         guard = (
             "" if o.excess is None else f"; the guard's score is {o.excess:.3g} × its threshold"
         )
-        told = f"{100 * o.artefacts:.2g} % artefact pixels" if o.artefacts else "no artefacts"
+        told = f"{100 * o.artefacts:.2g} % artefact pixels" if o.artefacts else "No artefacts"
         made = card(
             o.source.name, f"{told}{guard}{', flagged' * o.flagged}.", o.pictures, o.size, level=2
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from flowguard.demo.compare import Comparison
-from flowguard.demo.page import document, folded
+from flowguard.demo.page import document, fitting, folded
 from flowguard.demo.page import table as html_table
 from flowguard.demo.report import aligned, cards, finding, foreseen, words
 from flowguard.demo.task import NOISE
@@ -92,11 +92,15 @@ def table(result: Comparison) -> str:
 
 
 def page(result: Comparison) -> str:
-    r"""Returns the report as one self-contained page.
+    r"""Returns the report as one self-contained page, small enough to be sent.
 
     Arguments:
         result: What the comparison found out.
     """
+    return fitting(lambda quality: _page(result, quality))
+
+
+def _page(result: Comparison, quality: int) -> str:
     o, task = result.options, result.task
     learned = f"{len(o.images)} pictures" if len(o.images) else "the built-in photographs"
     trained = f"{', '.join(o.couplings)}: trained on {learned} for {o.steps} steps each." * bool(
@@ -109,7 +113,7 @@ def page(result: Comparison) -> str:
     body = (
         f"<p>{html.escape(f'{trained}{loaded} {foreseen(result.sampled)}')} Artefacts are pixels with"
         ' values that no picture has (<a href="#words">what the words mean</a>).</p>'
-        + cards(task, result.conditions, result.sampled, task.headline)
+        + cards(task, result.conditions, result.sampled, task.headline, quality)
         + f"<h2>All numbers</h2>{numbers}"
         + folded("What the columns mean", f"<p>{html.escape(legend(result))}</p>")
         + f'<h2 id="words">What the words mean</h2>{words(task, result.sampled)}'

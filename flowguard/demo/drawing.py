@@ -1,6 +1,6 @@
 r"""Pictures of pages, as files: photographs, maps of the guard, and where a sample breaks."""
 
-__all__ = ["encoded", "guard_map", "marked", "seen", "span"]
+__all__ = ["encoded", "guard_map", "marked", "seen", "shrunk", "span"]
 
 import io
 from typing import Any
@@ -10,12 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowguard.demo.page import STOPS
+from flowguard.demo.page import QUALITIES, STOPS
 from flowguard.io.pictures import to_uint8
 from flowguard.ood.report import NINES, LevelReport, nines
 
 MARK = (255, 0, 170)  # what marks artefacts: a colour that photographs do not have
-QUALITY = 78  # of lossy pictures; what they show is not measured from the page
 
 
 def span(condition: Tensor) -> tuple[float, float]:
@@ -42,7 +41,7 @@ def seen(image: Tensor, within: tuple[float, float] = (0.0, 1.0)) -> Tensor:
     return (image.detach().float().cpu() - low) / (high - low)
 
 
-def encoded(image: Tensor, quality: int = QUALITY) -> bytes:
+def encoded(image: Tensor, quality: int = QUALITIES[0]) -> bytes:
     r"""Returns an image as a small file: WebP, or JPEG where Pillow cannot write that.
 
     Arguments:
@@ -66,6 +65,25 @@ def _lossy(pixels: Any, quality: int) -> bytes:
     else:
         Image.fromarray(pixels).save(stream, format="JPEG", quality=quality, optimize=True)
     return stream.getvalue()
+
+
+def shrunk(image: Tensor, side: int) -> Tensor:
+    r"""Returns an image neither of whose sides exceeds a number of pixels, by averaging.
+
+    Arguments:
+        image: The image, with shape :math:`(C, H, W)`.
+        side: The number of pixels.
+
+    Example:
+        >>> shrunk(torch.rand(3, 100, 300), 60).shape
+        torch.Size([3, 20, 60])
+    """
+    height, width = image.shape[-2:]
+    factor = max(height, width) / side
+    if factor <= 1:
+        return image
+    size = (max(1, round(height / factor)), max(1, round(width / factor)))
+    return F.adaptive_avg_pool2d(image[None].float(), size)[0]
 
 
 def marked(image: Tensor, mask: Tensor, quality: int = 40) -> bytes:

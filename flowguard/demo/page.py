@@ -6,11 +6,13 @@ scripts do not run, the pictures stand side by side.
 """
 
 __all__ = [
+    "QUALITIES",
     "STOPS",
     "Drawn",
     "card",
     "document",
     "figures",
+    "fitting",
     "folded",
     "media_type",
     "scale",
@@ -21,7 +23,7 @@ __all__ = [
 import base64
 import html
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from flowguard._version import __version__
@@ -29,6 +31,9 @@ from flowguard._version import __version__
 #: The colours of the guard's maps at the quantiles 0, 0.9, 0.99, 0.999 and 0.9999; straight lines
 #: between them, as the colour bar draws them too.
 STOPS = ("#000004", "#57106e", "#bc3754", "#f98e09", "#fcffa4")
+#: The qualities of lossy pictures, the best first; see :func:`fitting`.
+QUALITIES = (78, 50, 25, 8)
+LIMIT = 2_900_000  # bytes of a page
 QUANTILES = ("0", "0.9", "0.99", "0.999", "0.9999")
 
 STYLE = """
@@ -290,6 +295,24 @@ def document(title: str, body: str, lead: str = "") -> str:
         f"<h1>{html.escape(title)}</h1>{first}{body}"
         f'<p class="faint">Written by flowguard {__version__}.</p></main>{script}</body></html>\n'
     )
+
+
+def fitting(make: Callable[[int], str]) -> str:
+    r"""Returns a page in the best quality of its pictures in which it is small enough to be sent.
+
+    Arguments:
+        make: Returns the page, given the quality.
+
+    Example:
+        >>> len(fitting(lambda quality: quality * 100_000 * " "))
+        2500000
+    """
+    text = ""
+    for quality in QUALITIES:
+        text = make(quality)
+        if len(text.encode()) <= LIMIT:
+            break
+    return text
 
 
 def size_of(text: str) -> int:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from flowguard.demo import page as html
-from flowguard.demo.drawing import encoded, guard_map, marked, seen, span
+from flowguard.demo.drawing import encoded, guard_map, marked, seen, shrunk, span
 from flowguard.demo.page import Drawn
 from flowguard.demo.run import Result, Sampled, Trained
 from flowguard.demo.task import NOISE, QUANTILE, Question, Task
@@ -35,6 +35,7 @@ from flowguard.io.atomic import atomic, write_json, write_text
 from flowguard.io.pictures import to_uint8
 from flowguard.ood.report import NINES, OODReport, nines
 
+WIDEST = 640  # pixels of the page's pictures, at most
 OPEN = 3  # conditions that break which are shown beside the first; the others are folded
 
 #: What the couplings do, for those who have not met them.
@@ -284,29 +285,39 @@ def words(task: Task, sampled: Sequence[Mapping[str, Sampled]]) -> str:
 # -- what is shown ---------------------------------------------------------------------------
 
 
-def _drawn(task: Task, question: Question, by_model: Mapping[str, Sampled]) -> list[Drawn]:
+def _drawn(
+    task: Task, question: Question, by_model: Mapping[str, Sampled], quality: int
+) -> list[Drawn]:
     r"""The condition, its restoration without a model, samples, artefacts and the guard's maps."""
     y = question.image
     within = span(y)
     black_to_white = f"{_number(within[0])} to {_number(within[1])}"
-    plain = seen(task.restored(y), within)[0]
+
+    def shown(image: Tensor) -> Tensor:
+        return shrunk(seen(image, within)[0].nan_to_num(0.0).clamp(0, 1), WIDEST)
+
     pictures = [
         Drawn(
-            encoded(seen(y, within)[0], 90),
+            encoded(shown(y), quality + 12),  # few pixels
             f"{task.condition}: {question.name}; black to white is {black_to_white}",
             f"the condition {question.name}",
             pixels=True,
         ),
-        Drawn(encoded(plain), f"{task.baseline}: no model", f"{task.baseline} of {question.name}"),
+        Drawn(
+            encoded(shown(task.restored(y)), quality),
+            f"{task.baseline}: no model",
+            f"{task.baseline} of {question.name}",
+        ),
     ]
     for name, s in by_model.items():
         told = _outcome(name, s)
-        image = seen(s.sample, within)[0]
-        pictures.append(Drawn(encoded(image), told, f"sample for {question.name}, {told}", name))
+        image = encoded(shown(s.sample), quality)
+        pictures.append(Drawn(image, told, f"sample for {question.name}, {told}", name))
     for name, s in by_model.items():
         if s.share:
             told = f"{name}: its {_percent(s.share)} artefact pixels, in pink"
-            pictures.append(Drawn(marked(seen(s.sample, within)[0], s.mask[0]), told, told))
+            mask = shrunk(s.mask.float(), WIDEST)[0] > 0
+            pictures.append(Drawn(marked(shown(s.sample), mask), told, told))
     guard = list(by_model)[-1]
     for level, r in by_model[guard].report.levels.items():
         if r.map is not None:
@@ -329,6 +340,7 @@ def cards(
     conditions: Sequence[Question],
     sampled: Sequence[Mapping[str, Sampled]],
     first: str,
+    quality: int = html.QUALITIES[0],
 ) -> str:
     r"""Returns what became of the conditions, as HTML: one picture that shows the finding, then the
     conditions on which a model breaks, the worst first, and the others folded away.
@@ -338,6 +350,7 @@ def cards(
         conditions: The conditions.
         sampled: What each model made of each of them.
         first: The condition that comes first, if a model breaks there.
+        quality: The quality of the pictures.
     """
 
     def made(i: int, title: str, level: int = 3) -> str:
@@ -347,7 +360,7 @@ def cards(
         told.append(guarded(list(by_model.values())[-1].report))
         sample = next(iter(by_model.values())).sample
         size = (sample.shape[-2], sample.shape[-1])
-        pictures = _drawn(task, conditions[i], by_model)
+        pictures = _drawn(task, conditions[i], by_model, quality)
         words = "; ".join(told)
         return html.card(title, f"{words[:1].upper()}{words[1:]}.", pictures, size, level)
 
@@ -402,11 +415,15 @@ def _shared(result: Result) -> str:
 
 
 def page(result: Result) -> str:
-    r"""Returns the report as one self-contained page.
+    r"""Returns the report as one self-contained page, small enough to be sent.
 
     Arguments:
         result: What the demo found out.
     """
+    return html.fitting(lambda quality: _page(result, quality))
+
+
+def _page(result: Result, quality: int) -> str:
     o, task = result.options, result.task
     told = [foreseen(result.sampled), _proven(result), _beside(result)]
     about = (
@@ -428,7 +445,7 @@ def page(result: Result) -> str:
     )
     body = (
         about
-        + cards(task, result.conditions, result.sampled, task.headline)
+        + cards(task, result.conditions, result.sampled, task.headline, quality)
         + f"<h2>Within their world</h2>{held_out}"
         + f"<h2>What is guaranteed</h2><p>{_bounded(result)}</p><ul>{bounds}</ul>"
         + '<h2 id="words">What the words mean</h2>'

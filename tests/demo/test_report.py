@@ -1,6 +1,8 @@
 r"""The report of the demo: its sentences, and the page in a browser."""
 
+import base64
 import dataclasses
+import io
 import math
 import os
 import pathlib
@@ -10,6 +12,7 @@ import shutil
 import pytest
 import torch
 
+from flowguard.demo import page as html
 from flowguard.demo import report
 from flowguard.demo.run import TASKS, DemoOptions, Result, Sampled, Trained, artefact_mask
 from flowguard.demo.task import Question
@@ -17,6 +20,8 @@ from flowguard.training import TrainingResult
 
 for package in ("matplotlib", "PIL"):
     pytest.importorskip(package)
+
+Image = pytest.importorskip("PIL.Image")
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
@@ -95,6 +100,37 @@ def test_quality_is_told_beside_what_needs_no_model(result, page):
     assert "at temperature 0: affine 30.00 dB, robust 30.00 dB; bicubic 29.00 dB." in page
     row = re.search(r'<th scope="row">bicubic</th>(.*?)</tr>', page)[1]
     assert re.findall(r"<td>(.*?)</td>", row)[0] == "29.00"  # in the column of temperature 0 too
+
+
+def noisy(result, height, width):
+    """One condition of which two flows make noise without end."""
+    torch.manual_seed(0)
+    x = 1e9 * torch.randn(1, 3, height, width)
+    guard = result.sampled[0]["robust"].report
+    broken = {name: Sampled(x, artefact_mask(x, x.new_zeros(1)), guard) for name in ("a", "b")}
+    question = Question("noise", torch.randn(1, 3, height // 4, width // 4))
+
+    def made(quality):
+        return report.cards(result.task, [question], [broken], "", quality)
+
+    return made
+
+
+def test_a_page_is_small_enough_even_if_all_is_noise(result, monkeypatch):
+    """What explodes hardly gets smaller by compression."""
+    made = noisy(result, 64, 96)
+    best = len(made(html.QUALITIES[0]))
+    monkeypatch.setattr(html, "LIMIT", 9 * best // 10)
+    assert len(html.fitting(made)) <= 9 * best // 10
+    assert html.LIMIT < 3_000_000
+
+
+def test_large_photographs_are_reduced_on_the_page(result):
+    made = noisy(result, 16, 1300)(html.QUALITIES[0])
+    files = re.findall(r'base64,([^"]*)', made)
+    sizes = [Image.open(io.BytesIO(base64.b64decode(f))).size for f in files]
+    assert max(width for width, _ in sizes) == report.WIDEST
+    assert (report.WIDEST, 8) in sizes
 
 
 def test_the_encoder_is_named_if_the_flows_share_one(result, page):
