@@ -82,10 +82,11 @@ def _encoder(args: Any, task: Any) -> Path | None:
         return None if args.quick or task.encoder is None else shipped(task.encoder)
     if args.encoder_weights == "none":
         return None
-    weights = Path(args.encoder_weights)
-    if not weights.exists():
+    named = Path(args.encoder_weights)
+    weights = named if named.exists() else shipped(args.encoder_weights)
+    if weights is None:
         raise UserError(
-            f"--encoder-weights must name a file, a model folder or none; there is no {weights}"
+            f"--encoder-weights must name a file, a model folder or none; there is no {named}"
         )
     try:
         task.build(args.coupling, args.quick, weights)

@@ -180,10 +180,11 @@ def test_an_encoder_fits_its_own_task_alone(task, encoder):
     [
         ([], True),
         (["--encoder-weights", "none"], False),
+        (["--quick", "--encoder-weights", "superres-x4"], True),
         (["--quick"], False),
         (["--task", "lowlight"], False),
     ],
-    ids=["by default", "none", "quick", "another task"],
+    ids=["by default", "none", "by name", "quick", "another task"],
 )
 def test_the_encoder_is_that_of_the_package_unless_none_is_wanted(
     arguments, used, encoder, tmp_path, monkeypatch
