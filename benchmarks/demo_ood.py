@@ -1,7 +1,8 @@
 r"""Do the OOD maps tell where the affine flow explodes, and does ``shrink`` prevent it?
 
-Reads the weights that ``flowguard demo --out DIR`` wrote:
+Reads the model that the demo wrote, with an encoder that was trained with it:
 
+    flowguard demo --encoder-weights none --out DIR
     python benchmarks/demo_ood.py DIR [--figure docs/images/ood-and-artefacts.png]
 """
 
@@ -12,13 +13,15 @@ from statistics import median
 
 import torch
 from common import by_turns
-from safetensors.torch import load_file
 from torch import Tensor
 
 from flowguard.demo.run import artefact_mask
 from flowguard.demo.superres import SuperResolutionTask
 from flowguard.metrics import psnr
+from flowguard.models import load
 from flowguard.ood import OODReport, metrics
+
+TEMPERATURE = 0.8
 
 
 def draw(curves: dict[str, metrics.DecileCurve], aurocs: dict[str, float], file: Path) -> None:
@@ -45,14 +48,13 @@ def main() -> None:
     args = parser.parse_args()
 
     task = SuperResolutionTask()
-    model = task.build("affine").eval()
-    model.load_state_dict(load_file(args.folder / "affine.safetensors"))
+    model = load(args.folder / "affine")
     hr, lr = task.held_out(args.seed)
     held, *strange = task.conditions(lr, args.seed, quick=False)
 
     def sample(y: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(args.seed)
-        return model.sample(y, 1, task.temperature, generator)[0]
+        return model.sample(y, 1, TEMPERATURE, generator)[0]
 
     reports: list[OODReport] = []
     masks: list[Tensor] = []

@@ -448,6 +448,7 @@ class Corruption:
         strengths: The strengths, weakest first.
         function: From an image, with shape :math:`(*, 3, H, W)`, and a strength to the spoilt
             image, with the same shape; nothing is clamped.
+        meaning: What it does, with ``{}`` for the strength.
 
     Example:
         >>> darker = Corruption("gamma", (1.5, 3.0), lambda y, strength: y**strength)
@@ -458,6 +459,19 @@ class Corruption:
     name: str
     strengths: tuple[float, ...]
     function: Callable[[Tensor, float], Tensor]
+    meaning: str = ""
+
+    def said(self, strength: float) -> str:
+        r"""Returns what the spoilt image is.
+
+        Arguments:
+            strength: The strength.
+
+        Example:
+            >>> corruptions(0)[2].said(5.0)
+            'the held-out photograph, 5 times as bright'
+        """
+        return self.meaning.format(f"{strength:g}")
 
     def __call__(self, y: Tensor, strength: float) -> Tensor:
         return self.function(y, strength)
@@ -485,11 +499,19 @@ def corruptions(seed: int) -> list[Corruption]:
         grey = y.mean(dim=-3, keepdim=True)
         return (grey + factor * (y - grey)).clamp(0, 1)
 
+    whole = "the held-out photograph"
     return [
-        Corruption("noise σ", (0.1, 0.3, 1.0), noise),
-        Corruption("clamped noise σ", (0.3, 1.0), lambda y, s: noise(y, s).clamp(0, 1)),
-        Corruption("gain", (2.0, 5.0, 20.0), lambda y, s: s * y),
-        Corruption("inversion", (1.0, 3.0), lambda y, s: 1 - s * y),
-        Corruption("negative", (1.0, 5.0), lambda y, s: -s * y),
-        Corruption("saturation", (3.0, 20.0), saturate),
+        Corruption(
+            "noise σ", (0.1, 0.3, 1.0), noise, f"{whole} with noise of standard deviation {{}}"
+        ),
+        Corruption(
+            "clamped noise σ",
+            (0.3, 1.0),
+            lambda y, s: noise(y, s).clamp(0, 1),
+            f"{whole} with noise of standard deviation {{}}, cut to [0, 1]",
+        ),
+        Corruption("gain", (2.0, 5.0, 20.0), lambda y, s: s * y, f"{whole}, {{}} times as bright"),
+        Corruption("inversion", (1.0, 3.0), lambda y, s: 1 - s * y, f"1 minus {{}} times {whole}"),
+        Corruption("negative", (1.0, 5.0), lambda y, s: -s * y, f"{whole} times -{{}}"),
+        Corruption("saturation", (3.0, 20.0), saturate, f"{whole} with {{}} times its colour"),
     ]

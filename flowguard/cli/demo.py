@@ -2,10 +2,11 @@ r"""``flowguard demo``."""
 
 __all__ = ["HELP", "parser", "run"]
 
+from pathlib import Path
 from typing import Any
 
 from flowguard.cli.machine import add_machine, check_device, threads
-from flowguard.cli.parsing import Parser, UserError, folder, need, paths, whole, writable
+from flowguard.cli.parsing import Parser, UserError, file, folder, need, paths, whole, writable
 
 #: What the command does, in one line.
 HELP = "train an affine and a robust image flow and compare them"
@@ -19,8 +20,9 @@ def parser() -> Parser:
         description=(
             "Train two flows on real photographs, equal but for the coupling, and ask both for"
             " conditions within and without their world: ×4 super-resolution, or with --task"
-            " lowlight photographs taken in the dark. Writes report.html,"
-            " metrics.json, the panels as PNG and both weights as safetensors."
+            " lowlight photographs taken in the dark. Writes report.html, metrics.json, the panels"
+            " as PNG, and a folder for each model, which inspect, superres, lowlight and compare"
+            " take."
         ),
     )
     demo.add_argument(
@@ -55,12 +57,42 @@ def parser() -> Parser:
         choices=("robust", "reparametrized", "bspline"),
         help="coupling of the second model (default: robust); the first is affine",
     )
+    demo.add_argument(
+        "--encoder-weights",
+        type=file,
+        metavar="FILE",
+        help=(
+            "whose encoder both flows are built on, as it is: what `flowguard train` takes, or none"
+            " for a small one that is trained with each (default: that of the model in the package,"
+            " for superres; none with --quick)"
+        ),
+    )
     add_machine(demo)
     demo.add_argument(
         "--quick", action="store_true", help="tiny models and 30 steps, to see that all works"
     )
     demo.add_config()
     return demo
+
+
+def _encoder(args: Any, task: Any) -> Path | None:
+    r"""Whose encoder the flows are built on, which is known to fit; :py:`None` if each has its own."""
+    from flowguard.models.store import located
+
+    if args.encoder_weights is None:
+        return None if args.quick or task.encoder is None else located(task.encoder)
+    if args.encoder_weights == "none":
+        return None
+    weights = located(args.encoder_weights)
+    if not weights.exists():
+        raise UserError(
+            f"--encoder-weights must name a file, a model folder or none; there is no {weights}"
+        )
+    try:
+        task.build(args.coupling, args.quick, weights)
+    except (ValueError, OSError) as error:
+        raise UserError(f"--encoder-weights: {error}") from None
+    return weights
 
 
 def run(args: Any) -> int:
@@ -80,14 +112,17 @@ def run(args: Any) -> int:
     )
     from flowguard.demo import report as demo_report
     from flowguard.demo import run as demo
+    from flowguard.models.store import PretrainedError
 
     paths(args, "out")
     check_device(args.device)
     out = writable(args.out, "--out")
-    weights = (f"{name}.safetensors" for name in ("affine", args.coupling))
-    for name in ("report.html", "metrics.json", "headline.png", *weights):
+    for name in ("report.html", "metrics.json", "headline.png"):
         if (out / name).is_dir():
             raise UserError(f"--out: {out / name} is a folder, and shall become a file")
+    for name in ("affine", args.coupling):
+        if (out / name).is_file():
+            raise UserError(f"--out: {out / name} is a file, and shall become a folder")
     options = demo.DemoOptions(
         out=out,
         steps=args.steps or (30 if args.quick else demo.TASKS[args.task].steps),
@@ -96,13 +131,18 @@ def run(args: Any) -> int:
         coupling=args.coupling,
         quick=args.quick,
         task=args.task,
+        encoder=_encoder(args, demo.TASKS[args.task]),
     )
     with threads(args.threads):
         result = demo.run_demo(options)
     print(demo_report.table(result))
     try:
         files = demo_report.write(result)
-    except OSError as error:
-        raise UserError(f"--out: cannot write to {args.out}: {error.strerror}") from None
-    print(f"\nOpen {files[0]} for the pictures; {len(files)} files are in {args.out}.")
+    except (OSError, PretrainedError) as error:
+        raise UserError(f"--out: cannot write to {args.out}: {error}") from None
+    print(
+        f"\nOpen {files[0]} for the pictures. The models are folders, for such commands as"
+        f"\n  flowguard inspect {files[-1]}"
+        f"\n  flowguard {args.task} PICTURE OUTPUT --model {files[-1]}"
+    )
     return 0

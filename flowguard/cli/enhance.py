@@ -29,7 +29,6 @@ from flowguard.cli.signals import Terminated
 from flowguard.io.atomic import sweep
 
 LEFT = 600  # seconds after which a temporary file is that of a process that was killed
-THUMBNAIL = 320  # rows and columns of the report's pictures, at most
 
 
 def read_tile(text: Any) -> int | str:
@@ -377,6 +376,7 @@ def _write(
     grow: Callable[[Any], Any],
 ) -> None:
     from flowguard import metrics
+    from flowguard.cli.page import Shown, calibration, drawn, excess
     from flowguard.cli.sampling import latents_for, sample, seed_of
     from flowguard.io import pictures
 
@@ -384,11 +384,8 @@ def _write(
     parameter = next(model.parameters())
     y = picture.colour[None].to(parameter.device, parameter.dtype)
     alpha = None if picture.alpha is None else grow(picture.alpha[None])[0].clamp(0, 1)
-    thumbnails = args.report is not None
     tile = None if args.tile == "none" else args.tile
     note = made_of(outcome.source)
-    if thumbnails:
-        outcome.pictures.append(("input", thumbnail(picture.colour)))
     for i in missing:
         seed = seed_of(args.seed, outcome.source.name, i)
         latents = latents_for(model, y, args.temperature, seed)
@@ -396,68 +393,14 @@ def _write(
         if reports:
             outcome.p_value = min(float(r.p_value.min()) for r in reports)
             outcome.flagged = any(bool(r.flagged.any()) for r in reports)
+            outcome.excess = max(excess(level) for r in reports for level in r.levels.values())
+            outcome.calibration = calibration(reports)
         outcome.artefacts = max(outcome.artefacts, float(metrics.error_rate(x, per_pixel=True)))
+        raw = x[0].float().cpu()
         x = finish(x)[0].float().cpu()
         outcome.size = (x.shape[-2], x.shape[-1])
         made = pictures.Picture(x, alpha, picture.grey, picture.bits, picture.icc)
         pictures.write(outcome.targets[i], made, note=note)
-        if thumbnails and len(outcome.pictures) < 4:
-            outcome.pictures.append((outcome.targets[i].name, thumbnail(x)))
-            if len(reports) == 1:
-                outcome.pictures += maps(reports[0])
-
-
-def thumbnail(image: Any) -> bytes:
-    r"""Returns a small PNG of an image with shape :math:`(3, H, W)`.
-
-    Arguments:
-        image: The image in :math:`[0, 1]`, with shape :math:`(3, H, W)`.
-    """
-    import io
-
-    from PIL import Image
-    from torch.nn.functional import avg_pool2d
-
-    from flowguard.io.pictures import to_uint8
-
-    factor = max(image.shape) // (4 * THUMBNAIL)
-    if factor > 1:  # whole numbers of a large picture would fill the memory
-        image = avg_pool2d(image[None].float(), factor, ceil_mode=True)[0]
-    small = Image.fromarray(to_uint8(image))
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
-    stream = io.BytesIO()
-    small.save(stream, format="PNG")
-    return stream.getvalue()
-
-
-def maps(report: Any) -> list[tuple[str, bytes]]:
-    r"""Returns how far each pixel is from the training set, at each level, if it can be drawn.
-
-    Arguments:
-        report: The report of one context.
-
-    Returns:
-        A name and a PNG for each level; nothing without matplotlib.
-    """
-    with contextlib.suppress(ImportError):
-        import io
-
-        from PIL import Image
-
-        from flowguard.ood.report import coloured, nines
-
-        drawn = []
-        for name, level in report.levels.items():
-            if level.map is None:
-                continue
-            image = Image.fromarray(coloured(nines(level)[0]))
-            factor = max(1, 160 // max(image.size))
-            image = image.resize(
-                (image.width * factor, image.height * factor), Image.Resampling.NEAREST
-            )
-            image.thumbnail((THUMBNAIL, THUMBNAIL))
-            stream = io.BytesIO()
-            image.save(stream, format="PNG")
-            drawn.append((f"OOD {name}", stream.getvalue()))
-        return drawn
-    return []
+        if args.report is not None and not outcome.pictures:
+            shown = Shown(picture.colour, raw, x, tuple(reports), outcome.targets[i].name)
+            outcome.pictures = drawn(shown, grow)

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flowguard.demo.page import Drawn
+
 
 @dataclass
 class Outcome:
@@ -22,8 +24,10 @@ class Outcome:
     seconds: float = 0.0
     p_value: float | None = None
     flagged: bool = False
+    excess: float | None = None  # the guard's score over its threshold, at the level where most
+    calibration: int = 0  # the pictures that the guard was calibrated with
     artefacts: float = 0.0  # the largest share of erroneous pixels of a sample
-    pictures: list[tuple[str, bytes]] = field(default_factory=list)  # for the report, as PNG
+    pictures: list[Drawn] = field(default_factory=list)  # of the first sample, for the report
 
 
 def packed(outcome: Outcome) -> dict[str, Any]:
@@ -32,7 +36,7 @@ def packed(outcome: Outcome) -> dict[str, Any]:
     Arguments:
         outcome: The outcome.
     """
-    pictures = [(title, base64.b64encode(png).decode()) for title, png in outcome.pictures]
+    pictures = [asdict(p) | {"data": base64.b64encode(p.data).decode()} for p in outcome.pictures]
     told = {"source": str(outcome.source), "targets": [str(t) for t in outcome.targets]}
     return {**asdict(outcome), **told, "pictures": pictures}
 
@@ -49,7 +53,11 @@ def unpacked(told: Mapping[str, Any]) -> Outcome:
     found.seconds, found.artefacts = float(told["seconds"]), float(told["artefacts"])
     # JSON has no NaN: it is a word there.
     found.p_value = None if told["p_value"] is None else float(told["p_value"])
-    found.pictures = [(title, base64.b64decode(png)) for title, png in told["pictures"]]
+    found.excess = None if told["excess"] is None else float(told["excess"])
+    found.calibration = told["calibration"]
+    found.pictures = [
+        Drawn(**{**p, "data": base64.b64decode(p["data"])}) for p in told["pictures"]
+    ]
     return found
 
 

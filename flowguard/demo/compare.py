@@ -220,12 +220,16 @@ def _quality(
         numbers["lr_psnr"] = float(metrics.lr_psnr(flat, lr, model.scale).mean())
     else:
         numbers["psnr_gt_mean"] = float(metrics.low_light(flat, many)["psnr_gt_mean"].mean())
-    seconds = []
+    seconds, cpu_seconds = [], []
     for _ in range(3):
-        start = time.perf_counter()
+        start, began = time.perf_counter(), time.process_time()
         model.sample(y, 1, task.temperature)[0].sum().item()  # the device has finished
         seconds.append(time.perf_counter() - start)
-    return numbers | {"sample_seconds": median(seconds)}
+        cpu_seconds.append(time.process_time() - began)
+    return numbers | {
+        "sample_seconds": median(seconds),
+        "sample_cpu_seconds": median(cpu_seconds) if y.device.type == "cpu" else math.nan,
+    }
 
 
 def compare(options: CompareOptions) -> Comparison:
@@ -258,10 +262,12 @@ def compare(options: CompareOptions) -> Comparison:
             outside.append(_rates(samples, c, "out"))
         # The first condition is the held-out picture itself.
         numbers |= {k: sum(r[k] for r in outside[1:]) / len(outside[1:]) for k in outside[0]}
-        numbers["train_bits_per_dim"], numbers["step_ms"] = math.nan, math.nan
+        numbers |= dict.fromkeys(("train_bits_per_dim", "step_ms", "step_cpu_ms"), math.nan)
         if training is not None:
             numbers["train_bits_per_dim"] = last_bits(training.losses)
             numbers["step_ms"] = 1e3 * training.seconds / len(training.losses)
+            if y.device.type == "cpu":
+                numbers["step_cpu_ms"] = 1e3 * training.cpu_seconds / len(training.losses)
         models[name] = Compared(
             model,
             training.losses if training else [],

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
-from flowguard._version import __version__
 from flowguard.demo.compare import Comparison
-from flowguard.demo.report import STYLE, aligned, figures, html_table, panel
+from flowguard.demo.page import document, fitting, folded
+from flowguard.demo.page import table as html_table
+from flowguard.demo.report import aligned, cards, finding, foreseen, words
 from flowguard.demo.task import NOISE
 from flowguard.io.atomic import write_json, write_text
 
@@ -31,7 +32,9 @@ COLUMNS = (
     ("out_nan_rate", "NaN out", "%"),
     ("certificate", "certificate", ".4g"),
     ("step_ms", "ms/step", ".0f"),
+    ("step_cpu_ms", "CPU ms/step", ".0f"),
     ("sample_seconds", "s/sample", ".3f"),
+    ("sample_cpu_seconds", "CPU s/sample", ".3f"),
 )
 
 
@@ -49,7 +52,8 @@ def rows(result: Comparison) -> list[list[str]]:
     Arguments:
         result: What the comparison found out.
     """
-    found = [c for c in COLUMNS if any(c[0] in m.numbers for m in result.models.values())]
+    measured = [m.numbers for m in result.models.values()]
+    found = [c for c in COLUMNS if not all(math.isnan(n.get(c[0], math.nan)) for n in measured)]
     head = ["coupling", *(title for _, title, _ in found)]
     return [head] + [
         [name, *(_cell(m.numbers.get(key), kind) for key, _, kind in found)]
@@ -71,7 +75,8 @@ def legend(result: Comparison) -> str:
         " the squared error. LR-PSNR: the reduced sample against the condition. errors: samples"
         " with a value that is not finite or more than 0.5 outside the range of [0, 1] and the"
         f" condition; in: of the held-out picture; out: over the {len(result.conditions) - 1}"
-        " other conditions; pixels: the share of the pixels. certificate: what the"
+        " other conditions; pixels: the share of the pixels. CPU: the time of"
+        " all threads of the process. certificate: what the"
         f" {task.bounded} cannot exceed for any condition and noise up to {NOISE:g}; none: no"
         " bound."
     )
@@ -86,24 +91,36 @@ def table(result: Comparison) -> str:
     return aligned(rows(result)) + "\n\n" + legend(result)
 
 
-def page(result: Comparison, panels: list[bytes]) -> str:
-    r"""Returns the report as one self-contained page.
+def page(result: Comparison) -> str:
+    r"""Returns the report as one self-contained page, small enough to be sent.
 
     Arguments:
         result: What the comparison found out.
-        panels: One PNG for each condition.
     """
-    o = result.options
-    pictures = figures((c.name for c in result.conditions), panels)
+    return fitting(lambda quality: _page(result, quality))
+
+
+def _page(result: Comparison, quality: int) -> str:
+    o, task = result.options, result.task
     learned = f"{len(o.images)} pictures" if len(o.images) else "the built-in photographs"
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>flowguard compare</title>'
-        f"<style>{STYLE}</style><h1>flowguard compare</h1>"
-        f"<p>{html.escape(result.task.title)} on {learned}, {o.steps} steps for each coupling that"
-        f" was trained, seed {o.seed}. flowguard {__version__}, torch {torch.__version__},"
-        f" {result.threads} thread(s), {html.escape(o.device)}.</p>"
-        f"{html_table(rows(result))}<p>{html.escape(legend(result))}</p>{pictures}</html>\n"
+    trained = f"{', '.join(o.couplings)}: trained on {learned} for {o.steps} steps each." * bool(
+        o.couplings
     )
+    loaded = f" {', '.join(o.loaded)}: compared as they are." * bool(o.loaded)
+    numbers = html_table(
+        rows(result), "What was measured of each model; empty where there is nothing to measure"
+    )
+    body = (
+        f"<p>{html.escape(f'{trained}{loaded} {foreseen(result.sampled)}')} Artefacts are pixels with"
+        ' values that no picture has (<a href="#words">what the words mean</a>).</p>'
+        + cards(task, result.conditions, result.sampled, task.headline, quality)
+        + f"<h2>All numbers</h2>{numbers}"
+        + folded("What the columns mean", f"<p>{html.escape(legend(result))}</p>")
+        + f'<h2 id="words">What the words mean</h2>{words(task, result.sampled)}'
+        + f'<p class="faint">torch {torch.__version__}, {result.threads} thread(s),'
+        f" {html.escape(o.device)}, seed {o.seed}.</p>"
+    )
+    return document(f"flowguard compare: {task.title}", body, finding(result.sampled))
 
 
 def write(result: Comparison, out: Path) -> list[Path]:
@@ -120,11 +137,7 @@ def write(result: Comparison, out: Path) -> list[Path]:
     for name in result.options.couplings:
         result.models[name].model.save_pretrained(out / name)
         saved.append(out / name)
-    panels = [
-        panel(c, by_model, result.task.condition)
-        for c, by_model in zip(result.conditions, result.sampled, strict=True)
-    ]
     files = [out / "report.html", out / "metrics.json"]
-    write_text(files[0], page(result, panels))
+    write_text(files[0], page(result))
     write_json(files[1], result.to_dict())
     return files + saved

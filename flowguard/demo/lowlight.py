@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowguard import data, metrics
-from flowguard.demo.task import Question, Task, other_worlds
+from flowguard.demo.task import AS_IS, ELSEWHERE, Question, Task, other_worlds
 from flowguard.image.maps import Elementwise
 from flowguard.io.folder import PictureFiles
 from flowguard.models import LowLightEncoder, LowLightFlow
@@ -41,6 +41,7 @@ class LowLightTask(Task):
     :func:`flowguard.data.expose`.
     """
 
+    name = "lowlight"
     title = "low-light enhancement"
     condition = "condition"
     bounded = "sample |x|"
@@ -58,12 +59,15 @@ class LowLightTask(Task):
         "ssim_temperature_0": ("SSIM τ=0", ".3f"),
     }
 
-    def model(self, coupling: str | Elementwise, quick: bool) -> LowLightFlow:
-        r"""Returns an untrained low-light flow of two levels with an encoder of its own."""
+    def model(
+        self, coupling: str | Elementwise, quick: bool, encoder: nn.Module | None = None
+    ) -> LowLightFlow:
+        r"""Returns an untrained low-light flow of two levels."""
         features, blocks, steps, hidden = (8, 1, 1, 16) if quick else (16, 2, 4, 48)
-        encoder = LowLightEncoder(
-            features, growth=8, blocks=blocks, stacked=tuple(range(blocks)), levels=2
-        )
+        if not isinstance(encoder, LowLightEncoder):
+            encoder = LowLightEncoder(
+                features, growth=8, blocks=blocks, stacked=tuple(range(blocks)), levels=2
+            )
         return LowLightFlow(
             levels=2,
             steps=steps,
@@ -114,28 +118,65 @@ class LowLightTask(Task):
         def shot(image: Tensor, exposure: Tensor | float) -> Tensor:
             return data.expose(image, exposure, generator.manual_seed(seed))
 
-        yield Question("held-out photograph", held_out)
+        yield Question("held-out photograph", held_out, meaning=AS_IS)
         for name, image in other_worlds(quick):
-            yield Question(f"{name}, dark", shot(image[None], HELD_OUT))
+            yield Question(f"{name}, dark", shot(image[None], HELD_OUT), meaning=ELSEWHERE)
             if not quick:
-                yield Question(f"{name}, lit", image[None])
+                yield Question(f"{name}, lit", image[None], meaning=ELSEWHERE)
         lamp = spotlight(*high.shape[-2:])
         warm, cold = torch.tensor([1.0, 0.3, 0.05]), torch.tensor([0.05, 0.3, 1.0])
-        for name, strengths, made in (
-            ("exposure 1/", (100, 1000), lambda s: shot(high, 1 / s)),
-            ("exposure ", (0.3, 1.0, 3.0), lambda s: shot(high, s)),
-            ("lamp ", (1.0, 5.0), lambda s: shot(high, HELD_OUT + s * lamp)),
-            ("warm cast ", (1.0, 5.0), lambda s: shot(high, HELD_OUT * s * warm[:, None, None])),
-            ("cold cast ", (1.0, 5.0), lambda s: shot(high, HELD_OUT * s * cold[:, None, None])),
-            ("dark JPEG q", (20, 5), lambda s: data.jpeg(held_out[0], s)[None]),
-            ("lit JPEG q", (20, 5), lambda s: data.jpeg(high[0], s)[None]),
+
+        def lit(gain: Tensor, s: float) -> Tensor:
+            return shot(high, HELD_OUT * s * gain[:, None, None])
+
+        def blocks(image: Tensor, quality: int) -> Tensor:
+            return data.jpeg(image[0], quality)[None]
+
+        for name, meaning, strengths, made in (
+            (
+                "exposure 1/",
+                "taken with 1/{} of the light",
+                (100, 1000),
+                lambda s: shot(high, 1 / s),
+            ),
+            (
+                "exposure ",
+                "taken with {} times the light",
+                (0.3, 1.0, 3.0),
+                lambda s: shot(high, s),
+            ),
+            (
+                "lamp ",
+                "by a lamp that shines on its middle, {} times as bright as daylight",
+                (1.0, 5.0),
+                lambda s: shot(high, HELD_OUT + s * lamp),
+            ),
+            ("warm cast ", "in red light, {} times as much", (1.0, 5.0), lambda s: lit(warm, s)),
+            ("cold cast ", "in blue light, {} times as much", (1.0, 5.0), lambda s: lit(cold, s)),
+            (
+                "dark JPEG q",
+                "stored as JPEG of quality {}",
+                (20, 5),
+                lambda s: blocks(held_out, s),
+            ),
+            (
+                "lit JPEG q",
+                "lit, stored as JPEG of quality {}",
+                (20, 5),
+                lambda s: blocks(high, s),
+            ),
         ):
-            for strength in strengths[-1:] if quick else strengths:
-                yield Question(f"{name}{strength:g}", made(strength), strength == strengths[-1])
+            for s in strengths[-1:] if quick else strengths:
+                told = f"the held-out photograph {meaning.format(f'{s:g}')}"
+                yield Question(f"{name}{s:g}", made(s), s == strengths[-1], told)
         for corruption in data.corruptions(seed):
             if corruption.name in ("noise σ", "clamped noise σ", "gain"):
                 strength = corruption.strengths[-1]
-                yield Question(f"{corruption.name} {strength:g}", corruption(held_out, strength))
+                yield Question(
+                    f"{corruption.name} {strength:g}",
+                    corruption(held_out, strength),
+                    meaning=corruption.said(strength),
+                )
 
     def restored(self, condition: Tensor) -> Tensor:
         r"""Returns the condition brightened by the exact inverse of its exposure."""

@@ -49,6 +49,7 @@ class DemoOptions:
     quick: bool = False
     progress: bool = True
     task: str = "superres"
+    encoder: Path | None = None  # whose encoder both flows are built on, as it is
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -96,6 +97,7 @@ class Trained:
     certified: float  # no sample (or residual) exceeds this for noise up to NOISE; infinite if not certified
     attacked: float  # the largest one that an attack reached
     sampling_seconds: float
+    sampling_cpu_seconds: float
 
 
 @dataclass(frozen=True)
@@ -122,8 +124,9 @@ class Result:
             "options": {
                 k: v
                 for k, v in dataclasses.asdict(self.options).items()
-                if k not in ("out", "progress")
-            },
+                if k not in ("out", "progress", "encoder")
+            }
+            | {"encoder": self.options.encoder and self.options.encoder.name},
             "torch": torch.__version__,
             "threads": self.threads,
             "temperature": self.task.temperature,
@@ -168,8 +171,10 @@ class Result:
             "timing": {
                 name: {
                     "training_seconds": t.training.seconds,
+                    "training_cpu_seconds": t.training.cpu_seconds,
                     "step_ms": 1e3 * t.training.seconds / max(1, len(t.training.losses)),
                     "sampling_seconds": t.sampling_seconds,
+                    "sampling_cpu_seconds": t.sampling_cpu_seconds,
                 }
                 for name, t in self.models.items()
             },
@@ -252,7 +257,7 @@ def _train(
 ) -> Trained:
     task = TASKS[o.task]
     torch.manual_seed(o.seed)
-    model = task.build(coupling, o.quick).to(o.device)
+    model = task.build(coupling, o.quick, o.encoder).to(o.device)
     training_parts, rest = ([part[i] for part in parts] for i in (0, 1))
     crops = task.crops(training_parts, o.seed)
     training = train(model, crops, steps=o.steps, name=f"{name:>8}", progress=o.progress)
@@ -263,12 +268,12 @@ def _train(
     )
     target, y = (t.to(o.device) for t in task.held_out(o.seed))
     quality = _quality(task, model, target, y, o.seed)
-    start = time.perf_counter()
+    start, began = time.perf_counter(), time.process_time()
     model.sample(y, 1, task.temperature)
-    seconds = time.perf_counter() - start
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - began
     certified = certify(model).tighten().bound(NOISE)
     reached = task.attack(model, y, o.seed, steps=5 if o.quick else 25)
-    return Trained(model, training, quality, certified, reached, seconds)
+    return Trained(model, training, quality, certified, reached, seconds, cpu_seconds)
 
 
 def run_demo(options: DemoOptions) -> Result:

@@ -1,10 +1,12 @@
 r"""What a task of the demo is."""
 
 __all__ = [
+    "AS_IS",
     "BATCH",
     "CALIBRATION_BATCH",
     "CALIBRATION_CROPS",
     "CROP",
+    "ELSEWHERE",
     "NOISE",
     "QUANTILE",
     "Model",
@@ -19,10 +21,11 @@ import contextlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowguard import data
 from flowguard.bounds import attack
@@ -30,6 +33,7 @@ from flowguard.image.maps import Elementwise
 from flowguard.io.folder import PictureFiles
 from flowguard.io.pictures import ImageError
 from flowguard.models import LowLightFlow, SuperResolutionFlow
+from flowguard.training.encoders import encoder_for
 from flowguard.training.pictures import CropBatches, Pairs
 from flowguard.training.validation import Wholes
 
@@ -42,6 +46,10 @@ CALIBRATION_CROPS = 400
 CALIBRATION_BATCH = 8
 NOISE = 4.0  #: the largest noise that certificate and attack allow
 QUANTILE = 0.99  #: the calibrated quantile that flags a condition, at each level
+
+#: What conditions are that are not spoilt.
+AS_IS = "the held-out photograph as it is"
+ELSEWHERE = "from another world than that of the photographs"
 
 FITTED = 64  # pictures in files that the conditioner is fitted to, at most
 
@@ -58,11 +66,13 @@ class Question:
     name: str
     image: Tensor
     strongest: bool = True  # whether its corruption, if any, is at its highest strength
+    meaning: str = ""  # what it is, where its name does not say so
 
 
 class Task(abc.ABC):
     r"""A task of the demo: its data, its models, and what is measured and said of them."""
 
+    name: str  # what commands call it
     title: str  # what the models do
     condition: str  # what a condition is called
     bounded: str  # what certificate and attack are about
@@ -72,27 +82,43 @@ class Task(abc.ABC):
     calibration_crop: int  # rows and columns of a target in calibration
     steps: int  # of training, such that the demo takes less than five minutes on two cores
     columns: dict[str, tuple[str, str]]  # for each measure its heading and its format
+    encoder: str | None = None  # the model in the package whose encoder the flows are built on
 
-    def build(self, coupling: str | Elementwise, quick: bool = False) -> Model:
+    def build(
+        self, coupling: str | Elementwise, quick: bool = False, weights: Path | None = None
+    ) -> Model:
         r"""Returns the untrained model, into which its weights load.
 
         Arguments:
             coupling: The name of the coupling, or its map.
             quick: Whether the model is that of ``--quick``.
+            weights: Where the encoder gets its weights from, which then stay as they are; see
+                :func:`flowguard.training.encoders.encoder_for`. If :py:`None`, it is a small one
+                that is trained with the flow.
+
+        Raises:
+            ValueError: If the weights are of another encoder than the task takes.
+            OSError: If the weights cannot be read.
         """
-        model = self.model(coupling, quick)
+        encoder = None if weights is None else encoder_for(self.name, weights=weights)
+        model = self.model(coupling, quick, encoder)
+        if encoder is not None:
+            model.freeze_encoder()
         model.conditioner.alpha = (1 - QUANTILE) * model.flow.levels  # shared among the levels
         model.conditioner.boundary = QUANTILE
         model.conditioner.policy = "report"  # tables and figures tell what is flagged
         return model
 
     @abc.abstractmethod
-    def model(self, coupling: str | Elementwise, quick: bool) -> Model:
+    def model(
+        self, coupling: str | Elementwise, quick: bool, encoder: nn.Module | None = None
+    ) -> Model:
         r"""Returns the untrained model.
 
         Arguments:
             coupling: The name of the coupling, or its map.
             quick: Whether it is for ``--quick``.
+            encoder: Its encoder; if :py:`None`, a small one.
         """
 
     @abc.abstractmethod

@@ -8,13 +8,19 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from flowguard._version import __version__
-from flowguard.demo.report import STYLE, figures, html_table
+from flowguard.demo.page import Drawn, document, figures, folded, table
 from flowguard.io.atomic import write_text
 
 Points = Sequence[tuple[float, float]]
 Rows = list[dict[str, str]]
 
+#: What the tables tell.
+TABLES = {
+    "metrics": "Of each step: the loss in bits/dim, the learning rate, the norm of the gradient,"
+    " seconds, and how many steps were left out",
+    "validation": "On held-out pictures: quality at temperature 0, and at 0.8 as sample_…",
+    "outside": "On strange conditions: artefacts, the guard, the bound and an attack",
+}
 WIDTH, HEIGHT, LEFT, LOW, RIGHT = 460, 240, 62, 26, 22  # of a chart, and of the room for numbers
 LINE = 15  # the height of a line of words
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
@@ -63,7 +69,7 @@ def _ticks(low: float, high: float) -> list[float]:
     r"""Some four round numbers within a range."""
     raw = (high - low) / 4 or abs(high) / 4 or 1.0
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m for m in (1, 2, 5, 10) if m * power >= raw) * power
+    step = next(m for m in (1, 2, 2.5, 5, 10) if m * power >= raw) * power
     return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
@@ -97,7 +103,8 @@ def chart(title: str, series: Mapping[str, Points]) -> str:
     for tick in _ticks(low, high):
         y = place(first, tick)[1]
         parts.append(
-            f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>'
+            f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"'
+            ' stroke="currentColor" stroke-opacity=".2"/>'
             f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:.4g}</text>'
         )
     for tick in _ticks(first, last):
@@ -113,14 +120,21 @@ def chart(title: str, series: Mapping[str, Points]) -> str:
             x, y = place(*points[0])
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>')
         parts.append(
-            f'<text x="{WIDTH - RIGHT}" y="{LINE * (i + 1)}" text-anchor="end" fill="{colour}">'
+            f'<text x="{WIDTH - RIGHT}" y="{LINE * (i + 1)}" text-anchor="end"'
+            f' style="fill: {colour}">'
             f"{html.escape(name)}</text>"
         )
     return (
-        f'<figure style="display: inline-block; margin: .5em">'
-        f"<figcaption><b>{html.escape(title)}</b></figcaption>"
-        f'<svg width="{WIDTH}" height="{HEIGHT}" font-size="11">{"".join(parts)}</svg></figure>'
+        f"<figure><figcaption><b>{html.escape(title)}</b></figcaption>"
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" font-size="11" role="img"'
+        f' aria-label="{html.escape(_outcome(title, drawn))}">{"".join(parts)}</svg></figure>'
     )
+
+
+def _outcome(title: str, drawn: Mapping[str, Points]) -> str:
+    r"""What a chart shows, for those who cannot see it."""
+    told = (f"{name} from {p[0][1]:.4g} to {p[-1][1]:.4g}" for name, p in drawn.items())
+    return f"{title}: {', '.join(told)}"
 
 
 def _last(rows: Rows) -> list[list[str]]:
@@ -147,30 +161,71 @@ def page(folder: Path) -> str:
         for title, table, columns in CHARTS
     )
     numbers = "".join(
-        f"<h2>{name}</h2>{html_table(_last(rows))}" for name, rows in tables.items() if rows
+        folded(f"The last rows of {name}.csv", table(_last(rows), TABLES[name]))
+        for name, rows in tables.items()
+        if rows
     )
     pictures = sorted((folder / "pictures").glob("*.png"))
     words = {
         "held-out": "held out: the condition, samples at temperature 0 and 0.8, and the truth",
-        "strange": "a sample of a condition that is five times too bright",
+        "strange": "a sample of a condition that is five times too bright; what exceeds white is cut",
     }
+    told = [words.get(p.stem, p.stem) for p in pictures]
     shown = figures(
-        (words.get(p.stem, p.stem) for p in pictures), (p.read_bytes() for p in pictures)
+        (Drawn(p.read_bytes(), t, t) for p, t in zip(pictures, told, strict=True)), wide=True
     )
     config = folder / "config.yaml"
     options = config.read_text(encoding="utf-8") if config.is_file() else ""
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>flowguard train</title>'
-        f"<style>{STYLE}</style><h1>flowguard train</h1><p>flowguard {__version__}. PSNR and SSIM"
-        " of samples at temperature 0, and of those at 0.8 as sample_psnr and so on, by the"
-        " averaged weights. Strange conditions: held-out ones that were spoilt, and those of"
-        " --ood as folder_…; artefacts: the share of pixels that are not finite or more than 0.5"
-        " outside the range of [0, 1] and the condition; bent: the share that the margin moves by"
-        " more than 0.05; AUROC: how well the guard tells them from"
-        " held-out ones; certificate: a bound for all conditions and noise up to 4 (none is drawn"
-        " where there is none), and what a short attack reached.</p>"
-        f"{charts}{numbers}{shown}<h2>options</h2><pre>{html.escape(options)}</pre></html>\n"
+    meaning = (
+        "<p>PSNR and SSIM of samples at temperature 0, and of those at 0.8 as sample_psnr and so"
+        " on, by the averaged weights. Strange conditions: held-out ones that were spoilt, and"
+        " those of --ood as folder_…; artefacts: the share of pixels that are not finite or more"
+        " than 0.5 outside the range of [0, 1] and the condition; bent: the share that the margin"
+        " moves by more than 0.05; AUROC: how well the guard tells them from held-out ones;"
+        " certificate: a bound for all conditions and noise up to 4 (none is drawn where there is"
+        " none), and what a short attack reached.</p>"
     )
+    body = (
+        (f"<h2>Pictures</h2>{shown}" if pictures else "")
+        + (f'<h2>Curves, over the steps</h2><div class="charts">{charts}</div>' if charts else "")
+        + folded("What the words mean", meaning)
+        + (f"<h2>Numbers</h2>{numbers}" if numbers else "")
+        + (folded("The options of the run", f"<pre>{html.escape(options)}</pre>") * bool(options))
+    )
+    found = (_finding(tables["validation"]), _strange(tables["outside"]))
+    return document("flowguard train", body, " ".join(filter(None, found)))
+
+
+def _shown(rows: Rows) -> dict[str, str]:
+    r"""The last row of a table, for people."""
+    return dict(zip(*(_last(rows)[i] for i in (0, -1)), strict=True)) if rows else {}
+
+
+def _strange(outside: Rows) -> str:
+    r"""What strange conditions did in the end, in one sentence; nothing if none were asked for."""
+    shown = _shown(outside)
+    share, bound = shown.get("artefacts"), shown.get("certificate")
+    if share in (None, "", "nan"):
+        return ""
+    sure = f"; the certified bound is {bound}" if bound not in (None, "", "inf", "nan") else ""
+    return (
+        f"On strange conditions {100 * float(share or 0):.2g} % of the pixels are artefacts{sure}."
+    )
+
+
+def _finding(validation: Rows) -> str:
+    r"""What the last validation found, in one sentence; nothing before the first."""
+    shown = _shown(validation)
+    named = {
+        "psnr_y": "PSNR Y {} dB",
+        "bicubic_psnr_y": "bicubic's {} dB",
+        "psnr": "PSNR {} dB",
+        "ssim": "SSIM {}",
+        "bits_per_dim": "{} bits/dim",
+    }
+    told = [words.format(shown[key]) for key, words in named.items() if shown.get(key)]
+    step = shown.get("step", "")
+    return f"After {step} steps, on held-out pictures: {', '.join(told)}." if told else ""
 
 
 def write(folder: Path) -> Path:

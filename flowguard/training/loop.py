@@ -3,6 +3,8 @@ r"""The short way to train an image model: a model and its batches."""
 __all__ = ["TrainingResult", "train"]
 
 import itertools
+import math
+import time
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -34,6 +36,7 @@ class TrainingResult:
     losses: list[float]  # bits per dimension of each step
     seconds: float
     skipped: int  # steps left out because loss or gradients were not finite
+    cpu_seconds: float = math.nan  # of all threads of this process
 
 
 class Stream(IterableDataset[tuple[Tensor, Tensor]]):
@@ -141,14 +144,16 @@ def train(
             callbacks=[log, Progress(name)] if progress else [log],
         )
         model.train()
+        began = time.process_time()
         try:
             trainer.fit(module, DataLoader(Stream(batches, steps), batch_size=None))
         finally:
             model.to(device).eval()
+    cpu_seconds = time.process_time() - began
     done = trainer.global_step
     if done < steps:
         raise ValueError(f"there must be a batch for each of the {steps} steps; got {done}")
-    return TrainingResult(log.losses, log.seconds, module.skipped)
+    return TrainingResult(log.losses, log.seconds, module.skipped, cpu_seconds)
 
 
 def _check_model(model: object) -> None:

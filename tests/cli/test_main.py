@@ -348,7 +348,9 @@ def test_the_report_is_one_page(superres, pictures, tmp_path, capsys):
     text = page.read_text(encoding="utf-8")
     sources = re.findall(r'(?:src|href)="([^"]{0,30})', text)
     assert len(sources) >= 2 * len(SIZES)
-    assert all(s.startswith("data:image/png;base64,") for s in sources)
+    assert all(s.startswith("data:image/") for s in sources)
+    assert 'data-side="bicubic"' in text
+    assert "× its threshold" in text
     for name in (*SIZES, "cut.png", "text.png"):
         assert name in text
     assert "image file is truncated" in text
@@ -447,7 +449,7 @@ def test_two_processes_share_the_pictures(superres, six, tmp_path, capsys):
     assert (first[0], second[0], second[1]) == (1, 1, "")
     assert "05.png" not in second[2]
     sections = re.findall(r"<h2>(.*?)</h2>", report.read_text())
-    assert sections == [f"{i:02d}.png" for i in range(5)]
+    assert sections == [*(f"{i:02d}.png" for i in range(5)), "All pictures"]
     assert sorted(contents(tmp_path / "out")) == [f"{i:02d}.png" for i in range(5)]
     assert [p.name for p in (tmp_path / "out").iterdir() if p.is_dir()] == []
     arguments[2] = tmp_path / "alone"

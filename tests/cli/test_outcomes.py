@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from flowguard.cli.outcomes import Outcome, packed, unpacked
+from flowguard.demo.page import Drawn
 from flowguard.io.atomic import write_json
 
 OUTCOMES = {
@@ -18,7 +19,9 @@ OUTCOMES = {
         p_value=0.25,
         flagged=True,
         artefacts=0.125,
-        pictures=[("input", b"\x89PNG\xff")],
+        excess=2.5,
+        calibration=400,
+        pictures=[Drawn(b"\x89PNG\xff", "input", "the picture", side="input", pixels=True)],
     ),
     "failed": Outcome(Path("a.png"), (Path("a"),), "failed", "it is no picture"),
     "an odd name": Outcome(Path("a\udcff\n.png"), ()),

@@ -79,7 +79,7 @@ def test_it_writes_what_it_says(done):
     page = (out / "report.html").read_text(encoding="utf-8")
     sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
     assert len(sources) > 5
-    assert all(s.startswith("data:image/png;base64,") for s in sources)
+    assert all(s.startswith(("data:image/", "#")) for s in sources)
     for title in (
         "PSNR",
         "bits/dim",
@@ -89,7 +89,7 @@ def test_it_writes_what_it_says(done):
         "ms/step",
         "s/sample",
     ):
-        assert f"<th>{title}</th>" in page
+        assert f'<th scope="col">{title}</th>' in page
 
 
 def test_the_threads_are_those_of_the_run(done):

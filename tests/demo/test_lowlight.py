@@ -5,12 +5,11 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from flowguard import data
 from flowguard.cli import main as cli
-from flowguard.demo import run as demo
 from flowguard.demo.lowlight import HELD_OUT, LowLightTask
+from flowguard.models import load
 
 
 @pytest.fixture
@@ -129,9 +128,7 @@ def test_a_quick_run_writes_what_it_says(run):
 
 
 @pytest.mark.parametrize("name", ["affine", "robust"])
-def test_the_weights_load_into_the_model(run, name):
-    model = demo.TASKS["lowlight"].build(name, quick=True)
-    model.load_state_dict(load_file(run / f"{name}.safetensors"))
-    model.eval()
+def test_the_models_load_with_their_guards(run, name):
+    model = load(run / name)
     assert model.conditioner.calibrated
     assert torch.isfinite(model.sample(torch.rand(1, 3, 9, 10))).all()

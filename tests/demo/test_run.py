@@ -12,13 +12,17 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from flowguard.cli import demo as command
 from flowguard.cli import main as cli
+from flowguard.cli.parsing import UserError
 from flowguard.demo import report as demo_report
 from flowguard.demo import run as demo
 from flowguard.io.atomic import atomic
+from flowguard.models import load
+from flowguard.training.build import build
+
+Image = pytest.importorskip("PIL.Image")
 
 
 def flowguard(*arguments, cwd):
@@ -49,7 +53,7 @@ def test_the_quick_demo_writes_what_it_says(quick):
     assert "bits/dim" in done.stderr  # the progress bar
     names = {p.name for p in out.iterdir()}
     assert {"report.html", "metrics.json", "headline.png"} <= names
-    assert {"affine.safetensors", "robust.safetensors"} <= names
+    assert {"affine", "robust"} <= names
     assert not [n for n in names if n.endswith(".tmp")]
     numbers = json.loads((out / "metrics.json").read_text())
     panels = [n for n in names if n.startswith("panel-")]
@@ -73,8 +77,9 @@ def test_the_report_is_one_self_contained_page(quick):
     _, out = quick[0]
     page = (out / "report.html").read_text(encoding="utf-8")
     sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
-    assert len(sources) == len(list(out.glob("panel-*.png")))
-    assert all(s.startswith("data:image/png;base64,") for s in sources)
+    # Condition, bicubic, two samples, two maps.
+    assert len(sources) >= 6 * len(list(out.glob("panel-*.png")))
+    assert all(s.startswith(("data:image/", "#")) for s in sources)
     assert "held-out photograph" in page
 
 
@@ -86,17 +91,117 @@ def test_a_rerun_gives_the_same_numbers(quick):
 
 
 @pytest.mark.parametrize("name", ["affine", "robust"])
-def test_the_weights_load_into_the_model(quick, name):
+def test_the_models_load_with_their_guards(quick, name):
     _, out = quick[0]
-    model = demo.TASKS["superres"].build(name, quick=True)
-    model.load_state_dict(load_file(out / f"{name}.safetensors"))
-    model.eval()
+    model = load(out / name)
     assert model.conditioner.calibrated
+    assert model.arguments["coupling"] == name
     x = model.sample(torch.rand(1, 3, 8, 8), 1, 0.0)
     assert torch.isfinite(x).all()
 
 
+def test_the_models_are_those_that_inspect_superres_and_compare_take(quick, tmp_path, capsys):
+    _, out = quick[0]
+    assert cli.main(["inspect", str(out / "robust")]) == 0
+    told = capsys.readouterr().out
+    assert "SuperResolutionFlow" in told
+    assert "fitted and calibrated" in told
+    picture = tmp_path / "x.png"
+    Image.new("RGB", (12, 10), (90, 120, 60)).save(picture)
+    target = tmp_path / "y.png"
+    assert cli.main(["superres", str(picture), str(target), "--model", str(out / "affine")]) == 0
+    assert Image.open(target).size == (48, 40)
+    arguments = ["compare", "--quick", "--samples", "1", "--couplings", "--models"]
+    arguments += [str(out / "affine"), str(out / "robust"), "--out", str(tmp_path / "c")]
+    assert cli.main(arguments) == 0
+    told = capsys.readouterr().out
+    for name in ("affine", "robust"):
+        assert re.search(rf"^{name} +\d", told, re.M)
+
+
+def test_times_are_told_in_seconds_of_the_processor(quick):
+    done, out = quick[0]
+    assert done.stdout.count(" CPU s\n") == 2
+    timing = json.loads((out / "metrics.json").read_text())["timing"]
+    for name in ("affine", "robust"):
+        assert timing[name]["training_cpu_seconds"] > 0
+        assert timing[name]["sampling_cpu_seconds"] > 0
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    r"""The folder of a super-resolution model whose encoder is not that of the demo."""
+    folder = tmp_path_factory.mktemp("weights") / "mine"
+    torch.manual_seed(0)
+    build("superres", levels=2, steps=1, hidden=8, features=8, blocks=1).save_pretrained(folder)
+    return folder
+
+
+def test_an_encoder_from_elsewhere_stays_as_it_is(encoder):
+    model = demo.TASKS["superres"].build("affine", True, encoder)
+    before = {name: p.clone() for name, p in model.flow.state_dict().items()}
+    pairs = [(torch.rand(2, 3, 16, 16), torch.rand(2, 3, 4, 4))] * 2
+    demo.train(model, pairs, steps=2, progress=False)
+    theirs = load(encoder).conditioner.encoder.state_dict()
+    ours = model.conditioner.encoder.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert not all(torch.equal(p, before[name]) for name, p in model.flow.state_dict().items())
+
+
+def test_both_flows_are_built_on_the_encoder(encoder, tmp_path, monkeypatch):
+    asked = []
+
+    def built(coupling, quick, weights):
+        asked.append((coupling, weights))
+        raise UserError("enough")
+
+    monkeypatch.setattr(demo.TASKS["superres"], "build", built)
+    options = demo.DemoOptions(out=tmp_path, quick=True, encoder=encoder)
+    for coupling in ("affine", "robust"):
+        with pytest.raises(UserError, match="enough"):
+            demo._train(coupling, coupling, [], options)
+    assert asked == [("affine", encoder), ("robust", encoder)]
+
+
+@pytest.mark.parametrize("task", ["superres", "lowlight"])
+def test_an_encoder_fits_its_own_task_alone(task, encoder):
+    if task == "superres":
+        assert demo.TASKS[task].build("affine", True, encoder).frozen
+    else:
+        with pytest.raises(ValueError, match="holds a PyramidEncoder"):
+            demo.TASKS[task].build("affine", True, encoder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "used"),
+    [
+        ([], True),
+        (["--encoder-weights", "none"], False),
+        (["--quick", "--encoder-weights", "superres-x4"], True),
+        (["--quick"], False),
+        (["--task", "lowlight"], False),
+    ],
+    ids=["by default", "none", "by name", "quick", "another task"],
+)
+def test_the_encoder_is_that_of_the_package_unless_none_is_wanted(
+    arguments, used, encoder, tmp_path, monkeypatch
+):
+    asked = []
+
+    def stop(options):
+        asked.append(options.encoder)
+        raise UserError("enough")
+
+    monkeypatch.setattr("flowguard.models.store.located", {"superres-x4": encoder}.get)
+    monkeypatch.setattr(demo, "run_demo", stop)
+    assert cli.main(["demo", *arguments, "--out", str(tmp_path)]) == 2
+    assert asked == [encoder if used else None]
+
+
 MISTAKES = {
+    "absent encoder": (["--encoder-weights", "absent"], "a model folder or none; there is no abs"),
+    "an encoder that is none": (["--encoder-weights", "file"], "--encoder-weights: "),
     "no steps": (["--steps", "0"], "must be at least 1 and at most 1000000000; got 0"),
     "steps in words": (["--steps", "many"], "must be a whole number; got 'many'"),
     "unknown device": (["--device", "abacus"], "--device: 'abacus' cannot be used here"),
@@ -114,7 +219,7 @@ MISTAKES = {
     "device without a build": (["--device", "hpu"], "--device: 'hpu' cannot be used here"),
     "out is nothing": (["--out", ""], "must name a folder"),
     "a report that is a folder": (["--out", "taken"], "is a folder, and shall become a file"),
-    "weights that are a folder": (["--out", "weights"], "is a folder, and shall become a file"),
+    "a model that is a file": (["--out", "models"], "is a file, and shall become a folder"),
     "unknown task": (["--task", "night"], "invalid choice: 'night'"),
     "mistyped option": (["--stepz", "3"], "there is no option --stepz; did you mean --steps?"),
 }
@@ -127,7 +232,8 @@ def test_a_mistake_gets_one_line_and_exit_code_2(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
     (tmp_path / "taken" / "report.html").mkdir(parents=True)
-    (tmp_path / "weights" / "robust.safetensors").mkdir(parents=True)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "robust").write_text("")
     monkeypatch.setattr(demo, "run_demo", lambda options: pytest.fail("it ran"))
     try:
         code = cli.main(["demo", *arguments])
@@ -138,7 +244,7 @@ def test_a_mistake_gets_one_line_and_exit_code_2(
     assert told.out == ""
     assert message in told.err
     assert told.err.count("\n") == 1
-    assert {p.name for p in tmp_path.iterdir()} <= {"file", "taken", "weights", "flowguard-demo"}
+    assert {p.name for p in tmp_path.iterdir()} <= {"file", "taken", "models", "flowguard-demo"}
     assert [p.name for p in (tmp_path / "taken").iterdir()] == ["report.html"]
 
 
@@ -213,7 +319,7 @@ def test_numbers_that_are_not_finite_are_written_as_words(tmp_path, monkeypatch)
         trained.training.losses[:] = [math.nan]
         trained.held_out.update(psnr=math.inf, bits_per_dim=math.nan)
     files = demo_report.write(result)
-    assert all(f.is_file() for f in files)
+    assert all(f.exists() for f in files)
     numbers = json.loads((tmp_path / "metrics.json").read_text())["models"]["robust"]
     assert (numbers["psnr"], numbers["bits_per_dim"]) == ("inf", "nan")
 

@@ -48,6 +48,22 @@ def test_words_are_within_a_chart_and_cross_no_curve():
     assert float(words["other"].get("y")) < highest
 
 
+@pytest.mark.parametrize("points", [[(1, 0.954), (9, 0.954)], [(1, 5.0), (9, 90.0)]], ids=str)
+def test_a_scale_has_two_numbers_or_more(points):
+    made = chart("x", {"y": points})
+    assert sum(t.get("text-anchor") == "end" for t in svg(made).iter("text")) >= 3  # and the name
+
+
+def test_the_first_sentence_tells_of_strange_conditions_too(tmp_path):
+    (tmp_path / "outside.csv").write_text(
+        "step,artefacts,certificate\n9,0.02,inf\n10,0.0125,61.5\n"
+    )
+    lead = re.search(r'<p class="lead">(.*?)</p>', page(tmp_path))[1]
+    assert "1.2 % of the pixels are artefacts; the certified bound is 61.5." in lead
+    (tmp_path / "outside.csv").write_text("step,artefacts,certificate\n9,nan,inf\n")
+    assert 'class="lead"' not in page(tmp_path)
+
+
 def test_nothing_is_no_chart():
     assert chart("x", {"y": []}) == ""
 
@@ -67,7 +83,8 @@ def test_the_page_draws_the_tables_that_there_are(tmp_path):
     assert "<b>PSNR Y, dB</b>" in made
     assert "AUROC</b>" not in made
     assert "data: &lt;here&gt;" in made
-    assert "<h2>validation</h2>" in made
+    assert "<summary>The last rows of validation.csv</summary>" in made
+    assert "AUROC" not in re.search(r'<p class="lead">(.*?)</p>', made)[1]
     (line,) = places(made)[:1]
     assert 200 < len(line) <= 400  # a thousand steps are averaged, the infinite one is left out
     assert line == sorted(line)

@@ -40,6 +40,7 @@ def test_losses_are_finite_and_repeat_with_the_seed():
     assert first.losses == second.losses
     assert first.skipped == 0
     assert first.seconds > 0
+    assert first.cpu_seconds > 0
     assert all(value.equal(others[name]) for name, value in weights.items())
 
 
