@@ -16,11 +16,20 @@ def skip(
     return True if type(thing).__name__ == "_tuplegetter" else None
 
 
-def plain(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
-    r"""Keeps "Whether there is a bound: no layer was refused." whole: in the first line of an
-    attribute, what stands before a colon would be taken for its type."""
-    if what in ("attribute", "data", "property") and lines and ":" in lines[0]:
-        lines.insert(0, "")
+#: The docstrings of attributes as they are written, by name.
+written: dict[str, list[str]] = {}
+
+
+def keep(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    r"""Keeps what is said of an attribute as it is written. Of "Whether there is a bound: no layer
+    was refused." napoleon would take what stands before the colon for a type."""
+    if what in ("attribute", "data", "property"):
+        written[name] = list(lines)
+
+
+def restore(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    r"""Puts back what :func:`keep` kept, once napoleon is done."""
+    lines[:] = written.pop(name, lines)
 
 
 def known(target: str) -> Any:
@@ -63,6 +72,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
         "py", roles.CustomRole("py", roles.code_role, {"language": "python"}, [])
     )
     app.connect("autodoc-skip-member", skip)
-    app.connect("autodoc-process-docstring", plain, priority=400)  # before napoleon
+    app.connect("autodoc-process-docstring", keep, priority=400)  # napoleon has 500
+    app.connect("autodoc-process-docstring", restore, priority=600)
     app.connect("missing-reference", resolve)
     return {"parallel_read_safe": True}

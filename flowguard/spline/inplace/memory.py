@@ -23,7 +23,7 @@ MOST = 64  # shapes and numbers for which it keeps tensors
 Number = Callable[[float], Tensor]
 #: Several tensors.
 Tensors = Sequence[Tensor]
-Pair = tuple[Tensor, Tensor, Tensor]  #: of shape (2, *), and its two rows
+Pair = tuple[Tensor, Tensor, Tensor]  #: with shape :math:`(2, *)`, and its two rows
 
 _kept = threading.local()
 
