@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flowguard.bounds import certify
-from flowguard.demo.run import Drawn, artefact_mask
+from flowguard.demo.run import Judged, artefact_mask
 from flowguard.models.base import ImageModel
 from flowguard.ood import OODReport
 
@@ -36,7 +36,7 @@ class Partner:
 
 
 @dataclass(frozen=True)
-class Answer(Drawn):
+class Answer(Judged):
     r"""What a model made of a condition, and what its guard said."""
 
     report: OODReport | None

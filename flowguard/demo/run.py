@@ -3,7 +3,7 @@ r"""The demo: two flows on real photographs, within their world and without."""
 __all__ = [
     "TASKS",
     "DemoOptions",
-    "Drawn",
+    "Judged",
     "Result",
     "Sampled",
     "Trained",
@@ -57,7 +57,7 @@ class DemoOptions:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class Judged:
     r"""A sample, and which of its pixels are artefacts."""
 
     sample: Tensor
@@ -81,7 +81,7 @@ class Drawn:
 
 
 @dataclass(frozen=True)
-class Sampled(Drawn):
+class Sampled(Judged):
     r"""What a model made of a condition."""
 
     report: OODReport

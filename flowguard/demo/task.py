@@ -47,8 +47,9 @@ CALIBRATION_BATCH = 8
 NOISE = 4.0  #: the largest noise that certificate and attack allow
 QUANTILE = 0.99  #: the calibrated quantile that flags a condition, at each level
 
-#: What conditions are that are not spoilt.
+#: What the condition is that is not spoilt.
 AS_IS = "the held-out photograph as it is"
+#: What pictures are that are no such photographs.
 ELSEWHERE = "from another world than that of the photographs"
 
 FITTED = 64  # pictures in files that the conditioner is fitted to, at most
