@@ -1,6 +1,7 @@
 r"""What is public says what it is, and is on a page of the reference."""
 
 import ast
+import functools
 import importlib
 import inspect
 import pathlib
@@ -92,18 +93,24 @@ def is_module(package, name):
     return f"{package}.{name}" in TREES and origin(package, name) == (package, name)
 
 
+@functools.cache
+def imports(module):
+    r"""Returns from where a module has the names that it imports of other modules of ours."""
+    found = {}
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.ImportFrom):
+            up = TREES[module].package.split(".")
+            base = up[: len(up) - node.level + 1] if node.level else []
+            source = ".".join(filter(None, [*base, node.module]))
+            if source in TREES and source != module:
+                found |= {a.asname or a.name: (source, a.name) for a in node.names}
+    return found
+
+
 def origin(module, name):
     r"""Returns the module that makes what another offers under a name, and its name there."""
-    for node in ast.walk(TREES[module]):
-        if not isinstance(node, ast.ImportFrom):
-            continue
-        up = TREES[module].package.split(".")
-        base = [*up[: len(up) - node.level + 1], node.module] if node.level else [node.module]
-        for alias in node.names:
-            source = ".".join(filter(None, base))
-            if name == (alias.asname or alias.name) and source in TREES and source != module:
-                return origin(source, alias.name)
-    return module, name
+    entry = imports(module).get(name)
+    return (module, name) if entry is None else origin(*entry)
 
 
 def shown(page):
