@@ -36,6 +36,7 @@ from .conditions import (
 from .panels import Asked, panel
 from .toy import REACH, drawn
 
+#: The style of the page.
 CSS = """
 .fg-row { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(230px, 100%), 1fr)); gap: 12px }
 .fg-row figure { margin: 0; min-width: 0 }
@@ -58,6 +59,7 @@ svg.fg-plane circle { fill: #d33 }
 """
 
 #: Moves the condition of the toy to where it is dragged, and tells the server.
+#: What moves the condition of the toy with a mouse or a finger.
 DRAG = """
 let held = false, x = 0, y = 0, told = 0;
 function tell() {
@@ -86,6 +88,7 @@ window.addEventListener('pointerup', drop);
 window.addEventListener('pointercancel', drop);
 """.replace("REACH", f"{REACH:g}")
 
+#: What is said before there is a photograph.
 NOTHING = "Drop a photograph, or choose an example."
 _KINDS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _KEPT = 3600.0  # seconds after which a photograph that nobody asks of is forgotten

@@ -21,8 +21,8 @@ from flowguard.ood import OODConditioner
 from flowguard.ood.report import OODReport
 from flowguard.transforms import AffineTransform, RobustSpline, Univariate
 
-REACH = 12.0  # how far each number of the condition can be dragged
-FRAME = 6.0  # what is drawn of the plane of samples: from -FRAME to FRAME
+REACH = 12.0  #: how far each number of the condition can be dragged
+FRAME = 6.0  #: what is drawn of the plane of samples: from -FRAME to FRAME
 STEPS, BATCH = 250, 192  # of training
 CALIBRATION = 2048  # conditions for the guard's fit, and for its calibration
 POINTS = 300  # of each flow

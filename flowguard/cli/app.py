@@ -11,6 +11,7 @@ from flowguard.cli.machine import add_machine, check_device, threads
 from flowguard.cli.parsing import Parser, UserError, folder, need, paths, whole
 from flowguard.hosts import install
 
+#: What the command does, in one line.
 HELP = "serve a page on which to try it"
 
 SHIPPED = {"SuperResolutionFlow": "superres-x4", "LowLightFlow": "lowlight"}
@@ -137,6 +138,9 @@ def run(args: Any) -> int:
 
     Arguments:
         args: The arguments.
+
+    Raises:
+        UserError: If a package is missing, or the arguments do not go together.
     """
     need(
         ("matplotlib", "matplotlib"),
