@@ -38,7 +38,7 @@ flow = zuko.flows.MAF(
     shapes=flowguard.RobustSpline.shapes(8),
 )
 ...  # train as ever
-print(flowguard.certify(flow).bound)   # holds for all conditions
+print(flowguard.certify(flow).bound(4.0))  # for all conditions
 
 guard = flowguard.OODConditioner(policy="warn").fit(y_train)
 guard.calibrate(y_held_out).eval()

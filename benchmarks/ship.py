@@ -25,9 +25,18 @@ CROPS = 2048  # of held-out conditions: the least p-value is that of 0.0005
 CROP = 24  # their rows and columns
 
 
-def convolutions(model: nn.Module) -> dict[str, nn.Module]:
-    r"""Returns the convolutions of a model's networks, by name."""
-    return {name: part for name, part in model.named_modules() if type(part) is nn.Conv2d}
+def convolutions(model: nn.Module) -> dict[str, nn.Parameter]:
+    r"""Returns the kernels and biases of the convolutions of a model's networks, by name.
+
+    Arguments:
+        model: The model.
+    """
+    return {
+        f"{name}.{own}": parameter
+        for name, part in model.named_modules()
+        if isinstance(part, nn.Conv2d)
+        for own, parameter in part.named_parameters(recurse=False)
+    }
 
 
 def rounded(model: nn.Module) -> nn.Module:
@@ -36,8 +45,8 @@ def rounded(model: nn.Module) -> nn.Module:
     Arguments:
         model: The model, which is changed.
     """
-    for part in convolutions(model).values():
-        part.half().float()
+    for parameter in convolutions(model).values():
+        parameter.data = parameter.data.half().float()
     return model
 
 
@@ -65,9 +74,9 @@ def ship(source: Path, name: str, train: Path, held_out: Path, crops: int = CROP
     fitted = guarded(model, conditions)
     folder = store.SHIPPED / name
     fitted.save_pretrained(folder)
-    halves = tuple(convolutions(fitted))
+    halves = convolutions(fitted)
     state = {
-        key: value.half() if key.rpartition(".")[0] in halves else value
+        key: value.half() if key in halves else value
         for key, value in load_file(folder / store.WEIGHTS).items()
     }
     store.write(folder, store.read_config(folder), state)
