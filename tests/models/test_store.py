@@ -18,7 +18,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from flowguard import certify, data
+from flowguard import certify
+from flowguard.data import downsample, photograph
 from flowguard.image import maps
 from flowguard.models import (
     LowLightEncoder,
@@ -849,7 +850,7 @@ def test_the_guard_of_the_package_tells_a_checkerboard_from_a_photograph():
     pytest.importorskip("skimage")
     model = load("superres-x4")
     model.conditioner.policy = "report"
-    cat = data.downsample(data.photograph("chelsea.png")[None, :, 60:252, 120:312], 4)
+    cat = downsample(photograph("chelsea.png")[None, :, 60:252, 120:312], 4)
     board = (torch.arange(48)[:, None] + torch.arange(48)) % 2 * torch.ones(1, 3, 1, 1)
     model.condition(torch.cat([cat, board]))
     photograph, checkerboard = model.conditioner.report.p_value
