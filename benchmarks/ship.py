@@ -50,7 +50,14 @@ def rounded(model: nn.Module) -> nn.Module:
     return model
 
 
-def ship(source: Path, name: str, train: Path, held_out: Path, crops: int = CROPS) -> Path:
+def ship(
+    source: Path,
+    name: str,
+    train: Path,
+    held_out: Path,
+    boundary: float | None = None,
+    crops: int = CROPS,
+) -> Path:
     r"""Writes a model into the package; returns its folder.
 
     Arguments:
@@ -58,6 +65,8 @@ def ship(source: Path, name: str, train: Path, held_out: Path, crops: int = CROP
         name: The name that it gets; its card is ``docs/models/NAME.md``.
         train: A folder of pictures that it was trained with.
         held_out: A folder of pictures that it was not trained with.
+        boundary: The quantile of held-out pixels beyond which the guard acts; by default that of
+            the trained model.
         crops: The number of crops that the guard is calibrated with.
     """
     model = rounded(store.load(source))
@@ -68,7 +77,8 @@ def ship(source: Path, name: str, train: Path, held_out: Path, crops: int = CROP
         Wholes(pairs_of(folder, task=task, scale=scale, crop=scale * size)[0], 0)
         for folder in (train, held_out)
     ]
-    policy, boundary = model.conditioner.policy, model.conditioner.boundary
+    policy = model.conditioner.policy
+    boundary = model.conditioner.boundary if boundary is None else boundary
     most = len(made[0])
     conditions = Conditions(*made, most, crops, size, policy=policy, boundary=boundary)
     fitted = guarded(model, conditions)
@@ -90,7 +100,10 @@ if __name__ == "__main__":
     parser.add_argument("name", help="the name that it gets")
     parser.add_argument("--train", type=Path, required=True, help="pictures that it knows")
     parser.add_argument("--held-out", type=Path, required=True, help="pictures that it does not")
+    parser.add_argument(
+        "--boundary", type=float, help="share of held-out pixels that the guard leaves as they are"
+    )
     args = parser.parse_args()
     with torch.no_grad():
-        folder = ship(args.source, args.name, args.train, args.held_out)
+        folder = ship(args.source, args.name, args.train, args.held_out, args.boundary)
     print(f"{folder}: {(folder / store.WEIGHTS).stat().st_size / 1e6:.2f} MB")

@@ -28,7 +28,7 @@ def test_convolutions_are_kept_in_half_precision_and_the_guard_knows_them(tmp_pa
     (tmp_path / "docs" / "models").mkdir(parents=True)
     (tmp_path / "docs" / "models" / "small.md").write_text("# A card\n")
     folder = ship.ship(
-        tmp_path / "trained", "small", tmp_path / "train", tmp_path / "held-out", crops=30
+        tmp_path / "trained", "small", tmp_path / "train", tmp_path / "held-out", 0.8, crops=30
     )
     assert (folder / "README.md").read_text() == "# A card\n"
     held, full = load_file(folder / store.WEIGHTS), load_file(tmp_path / "trained" / store.WEIGHTS)
@@ -39,7 +39,7 @@ def test_convolutions_are_kept_in_half_precision_and_the_guard_knows_them(tmp_pa
     assert all(torch.equal(held[name], value) for name, value in own.items())
     loaded = SuperResolutionFlow.from_pretrained("small")
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
-    assert loaded.conditioner.policy == "shrink"
+    assert (loaded.conditioner.policy, loaded.conditioner.boundary) == ("shrink", 0.8)
     assert loaded.conditioner.guard.calibrated
     y = torch.rand(1, 3, 24, 24)
     model.conditioner.policy = loaded.conditioner.policy = "report"
