@@ -3,6 +3,7 @@ r"""Draws the poster, one page: what, why, ten lines, two pictures.
 python benchmarks/poster.py           # writes docs/images/poster.svg
 """
 
+import argparse
 import base64
 import html
 import io
@@ -130,6 +131,8 @@ def poster() -> str:
 
 
 if __name__ == "__main__":
-    out = ROOT / "docs" / "images" / "poster.svg"
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images" / "poster.svg")
+    out = parser.parse_args().out
     out.write_text(poster(), encoding="utf-8")
     print(f"{out}: {out.stat().st_size / 1e3:.0f} kB")

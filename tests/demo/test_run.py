@@ -193,7 +193,10 @@ def test_the_encoder_is_that_of_the_package_unless_none_is_wanted(
         asked.append(options.encoder)
         raise UserError("enough")
 
-    monkeypatch.setattr("flowguard.models.store.located", {"superres-x4": encoder}.get)
+    own = {"superres-x4": encoder}
+    monkeypatch.setattr(
+        "flowguard.models.store.located", lambda name: own.get(name, pathlib.Path(name))
+    )
     monkeypatch.setattr(demo, "run_demo", stop)
     assert cli.main(["demo", *arguments, "--out", str(tmp_path)]) == 2
     assert asked == [encoder if used else None]

@@ -4,6 +4,7 @@ import io
 import zlib
 
 import numpy as np
+import PIL
 import pytest
 import torch
 
@@ -271,7 +272,9 @@ def test_headers_and_levels_are_upright(orientation, suffix, tmp_path):
 def test_headers_know_what_is_grey(mode, tmp_path):
     file = tmp_path / ("x.tif" if mode in ("CMYK", "YCbCr") else "x.png")
     image = Image.fromarray(rng.integers(0, 256, (5, 8, 3), dtype=np.uint8))
-    image.convert(mode).save(file)
+    # Pillow 12 cannot read its own YCbCr where nothing is compressed.
+    packed = mode == "YCbCr" and int(PIL.__version__.partition(".")[0]) < 13
+    image.convert(mode).save(file, compression="tiff_lzw" if packed else None)
     read, header = pictures.read(file), pictures.header(file)
     assert (header.grey, header.bits) == (read.grey, read.bits)
     found = pictures.levels(file)

@@ -117,7 +117,7 @@ def test_the_report_holds_curves_numbers_and_pictures(run):
     for words in ("training, bits/dim", "PSNR Y, dB", "guard: AUROC", "bound and attack"):
         assert f"<b>{words}</b>" in page
     assert page.count("data:image/png;base64,") == 2
-    assert "<h2>outside</h2>" in page
+    assert "On strange conditions: artefacts, the guard, the bound and an attack" in page
     assert "validate_every: 10" in page
 
 
