@@ -8,7 +8,6 @@ the convolutions (splines, normalisations, mixtures, the guard) is kept as it is
 """
 
 import argparse
-import shutil
 from pathlib import Path
 
 import torch
@@ -68,8 +67,15 @@ def ship(
         boundary: The quantile of held-out pixels beyond which the guard acts; by default that of
             the trained model.
         crops: The number of crops that the guard is calibrated with.
+
+    Raises:
+        FileNotFoundError: If the model has no card.
+        ValueError: If a convolution is too large for half precision.
     """
+    card = (ROOT / "docs" / "models" / f"{name}.md").read_bytes()
     model = rounded(store.load(source))
+    if not all(parameter.isfinite().all() for parameter in convolutions(model).values()):
+        raise ValueError("convolutions must be finite in half precision; got some beyond 65504")
     superres = isinstance(model, SuperResolutionFlow)
     task, scale = ("superres", model.scale) if superres else ("lowlight", 1)
     size = CROP if superres else 4 * CROP
@@ -90,7 +96,7 @@ def ship(
         for key, value in load_file(folder / store.WEIGHTS).items()
     }
     store.write(folder, store.read_config(folder), state)
-    shutil.copyfile(ROOT / "docs" / "models" / f"{name}.md", folder / "README.md")
+    (folder / "README.md").write_bytes(card)
     return folder
 
 

@@ -40,6 +40,9 @@ RESTLESS = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, nn.R
 
 #: What may stand before the first layer: nothing, or what does nothing.
 PASSING = (type(None), nn.Identity)
+# Hooks that are called as a module runs, also those of all modules; those around its state do not
+# matter here.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def invert(y: Tensor, groups: Sequence[Tensor], solve: Solve) -> tuple[Tensor, Tensor | None]:
@@ -197,12 +200,10 @@ def unhooked(*modules: nn.Module) -> bool:
         >>> unhooked(layer)
         False
     """
-    if nn.modules.module._has_any_global_hook():
+    if any(getattr(nn.modules.module, f"_global{name}") for name in HOOKS):
         return False
-    # Hooks that are called as a module runs; those around its state do not matter here.
-    names = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
     return not any(
-        "forward" in vars(m) or m._compiled_call_impl or any(getattr(m, name) for name in names)
+        "forward" in vars(m) or m._compiled_call_impl or any(getattr(m, name) for name in HOOKS)
         for m in modules
     )
 

@@ -41,6 +41,9 @@ Array = np.ndarray[Any, Any]
 
 #: What a file of a picture is called.
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+# What these files may be, whatever they are called: of others Pillow starts programs, such as
+# Ghostscript for PostScript.
+FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
 #: The weights of red, green and blue in luminance.
 GREY = (0.299, 0.587, 0.114)
 SHALLOW = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr")
@@ -327,7 +330,7 @@ def _opened(file: Any) -> Any:
     r"""A picture that Pillow opened, which decodes nothing yet."""
     Image = _pillow()
     try:
-        return Image.open(file)
+        return Image.open(file, formats=FORMATS)
     except Image.DecompressionBombError as error:
         count = re.search(r"\d+", str(error))
         raise _too_large(int(count[0]) if count else 0) from None

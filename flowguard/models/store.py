@@ -787,7 +787,7 @@ def _loaded(cls: type[P], folder: Path, device: torch.device, foreign: dict[str,
     with _opened(folder) as opened:
         config = _agreed(folder, opened.metadata() or {})
         state = {name: opened.get_tensor(name) for name in opened.keys()}
-    if folder.parent == SHIPPED:
+    if folder.resolve().parent == SHIPPED.resolve():
         state = {name: t.float() if t.dtype == torch.float16 else t for name, t in state.items()}
     kind = REGISTRY.get(config["class"])
     if kind is None or not issubclass(kind, Pretrained):

@@ -1,6 +1,7 @@
 """What puts a model in the package."""
 
 import numpy as np
+import pytest
 import ship
 import torch
 from PIL import Image
@@ -46,3 +47,10 @@ def test_convolutions_are_kept_in_half_precision_and_the_guard_knows_them(tmp_pa
     mine, its = (m.sample(y, temperature=0.0) for m in (model, loaded))
     assert 0 < float((mine - its).abs().max()) < 1 / 255
     assert 0 < float(loaded.conditioner.report.p_value) <= 1
+
+
+def test_a_model_without_a_card_is_not_shipped(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "SHIPPED", tmp_path / "shipped")
+    with pytest.raises(FileNotFoundError, match=r"nocard\.md"):
+        ship.ship(tmp_path / "trained", "nocard", tmp_path, tmp_path)
+    assert not (tmp_path / "shipped").exists()

@@ -282,6 +282,18 @@ def test_headers_know_what_is_grey(mode, tmp_path):
     assert (found == (255 * read.colour).round().numpy()[: len(found)]).all()
 
 
+def test_postscript_is_no_picture_whatever_it_is_called(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr("subprocess.Popen", lambda *a, **k: started.append(a))
+    monkeypatch.setattr("subprocess.check_call", lambda *a, **k: started.append(a))
+    file = tmp_path / "x.png"
+    file.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    for read in (pictures.read, pictures.header, pictures.levels):
+        with pytest.raises(ImageError, match="it is no picture, or of an unknown kind"):
+            read(file)
+    assert started == []
+
+
 def test_the_header_of_what_is_no_picture_is_refused(tmp_path):
     (tmp_path / "x.png").write_text("This is no picture.")
     with pytest.raises(ImageError, match="it is no picture, or of an unknown kind"):

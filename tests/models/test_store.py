@@ -824,6 +824,13 @@ def test_models_of_the_package_are_loaded_by_name_with_their_guard_and_without_a
     assert (store.located(name) / "README.md").read_text() == page.read_text()
 
 
+def test_a_model_of_the_package_is_loaded_by_any_name_of_its_folder(tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(store.SHIPPED / "lowlight")
+    monkeypatch.chdir(store.SHIPPED)
+    for name in (tmp_path / "link", "lowlight", store.SHIPPED / ".." / "shipped" / "lowlight"):
+        assert {p.dtype for p in load(name).parameters()} == {torch.float32}
+
+
 def test_a_folder_comes_before_a_model_of_the_package(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "superres-x4").mkdir()  # of pictures
