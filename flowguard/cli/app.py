@@ -14,7 +14,7 @@ from flowguard.hosts import install
 #: What the command does, in one line.
 HELP = "serve a page on which to try it"
 
-SHIPPED = {"SuperResolutionFlow": "superres-x4", "LowLightFlow": "lowlight"}
+KINDS = ("SuperResolutionFlow", "LowLightFlow")
 #: What ``flowguard demo`` makes by default, and what its affine model is called there.
 DEMO, AFFINE = Path("flowguard-demo"), "affine"
 LOOPBACK = "127.0.0.1"
@@ -32,14 +32,16 @@ def parser() -> Parser:
     app.add_argument(
         "--model",
         type=folder,
+        default="superres-x4",
         metavar="DIR",
-        help="folder of the super-resolution flow (default: superres-x4, which is shipped)",
+        help="folder of the super-resolution flow (default: superres-x4, of the package)",
     )
     app.add_argument(
         "--lowlight-model",
         type=folder,
+        default="lowlight",
         metavar="DIR",
-        help="folder of the low-light flow (default: lowlight, which is shipped)",
+        help="folder of the low-light flow (default: lowlight, of the package)",
     )
     app.add_argument(
         "--affine",
@@ -74,20 +76,6 @@ def parser() -> Parser:
     return app
 
 
-def _own(path: Path | None, kind: str, option: str, device: str) -> Any:
-    r"""The model of a folder, or the shipped one."""
-    from flowguard import models
-    from flowguard.models.store import PretrainedError
-
-    if path is not None:
-        return load_model(path, kind, device, option)
-    name = SHIPPED[kind]
-    try:
-        return getattr(models, kind).from_pretrained(name, map_location=device)
-    except PretrainedError as error:
-        raise UserError(f"{option} must name a folder, as {name} cannot be had: {error}") from None
-
-
 def _affine(places: list[Path] | None, device: str) -> dict[str, Any]:
     r"""The affine partners by their classes."""
     from flowguard.models.store import CONFIG
@@ -98,7 +86,7 @@ def _affine(places: list[Path] | None, device: str) -> dict[str, Any]:
     for place in places:
         inner = place / AFFINE
         path = inner if (inner / CONFIG).is_file() else place
-        model = load_model(path, tuple(SHIPPED), device, "--affine")
+        model = load_model(path, KINDS, device, "--affine")
         kind = type(model).__name__
         if kind in found:
             raise UserError(f"--affine must name one folder of each kind; got two of a {kind}")
@@ -110,8 +98,8 @@ def _partners(args: Any) -> tuple[list[Any], list[Any], str]:
     r"""The models that answer in both tabs, and what is said of a partner that is missing."""
     from flowguard.app.answers import partners
 
-    robust = _own(args.model, "SuperResolutionFlow", "--model", args.device)
-    dark = _own(args.lowlight_model, "LowLightFlow", "--lowlight-model", args.device)
+    robust = load_model(args.model, "SuperResolutionFlow", args.device)
+    dark = load_model(args.lowlight_model, "LowLightFlow", args.device, "--lowlight-model")
     affine = _affine(args.affine, args.device)
     other = affine.get("SuperResolutionFlow")
     if other is not None and other.scale != robust.scale:

@@ -46,6 +46,9 @@ class Optimization:
         encoder_lr: The greatest learning rate of the encoder. If :py:`None`, the same. One that is
             not to be trained is frozen; see :meth:`ImageModel.freeze_encoder`.
         most_skipped: The share of steps that may be not finite; one is always forgiven.
+        pixel_weight: How much the mean absolute error of the image of no noise, that of latents
+            that are zero, counts beside the bits per dimension (the pixel loss of HCFlow: Liang
+            et al., ICCV 2021). A step of it computes the flow both ways.
 
     Raises:
         TypeError: If a value is no number, or the steps are no whole one.
@@ -81,7 +84,9 @@ class Optimization:
         if self.encoder_lr is not None and not 0 < self.encoder_lr < math.inf:
             raise ValueError(f"encoder_lr must be positive; got {self.encoder_lr}")
         if not 0 <= self.pixel_weight < math.inf:
-            raise ValueError(f"pixel_weight must not be negative; got {self.pixel_weight}")
+            raise ValueError(
+                f"pixel_weight must be finite and not negative; got {self.pixel_weight}"
+            )
         if self.schedule not in SCHEDULES:
             raise ValueError(
                 f"schedule must be one of {', '.join(SCHEDULES)}; got {self.schedule!r}"

@@ -218,8 +218,9 @@ def test_the_pixel_weight_adds_the_error_of_the_image_of_no_noise(task):
 
 
 def test_options_out_of_range_are_refused():
-    with pytest.raises(ValueError, match=r"pixel_weight must not be negative; got -1\.0"):
-        Optimization(1, pixel_weight=-1.0)
+    for weight in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"must be finite and not negative; got {weight}"):
+            Optimization(1, pixel_weight=weight)
     with pytest.raises(ValueError, match="must be positive; got 0, "):
         Optimization(0)
     with pytest.raises(
