@@ -37,6 +37,7 @@ from zuko.flows import (
 )
 from zuko.transforms import MonotonicAffineTransform, RotationTransform
 
+from flowguard.app.toy import parallelogram
 from flowguard.bounds import certify
 from flowguard.integrations.zuko import GuardedFlow
 from flowguard.migration import migrate
@@ -79,12 +80,6 @@ class Answers(NamedTuple):
     moved_scores: Tensor  # of conditions of training that were moved away, with shape (SIDE²)
     moved_errors: Tensor  # the shares of theirs
     numbers: dict[str, float]
-
-
-def parallelogram(n: int) -> Tensor:
-    r"""Draws the conditions of training, with shape :math:`(n, 2)`."""
-    u, v = (2 * torch.rand(2, n) - 1).unbind()
-    return torch.stack((2 * u, u + 0.3 * v), dim=-1)
 
 
 def pairs(n: int) -> tuple[Tensor, Tensor]:

@@ -31,12 +31,12 @@ _EMBEDDING, _BLOCKS, _HIDDEN = 8, 3, 32
 _LOCK = threading.Lock()
 
 
-def parallelogram(n: int, generator: torch.Generator) -> Tensor:
+def parallelogram(n: int, generator: torch.Generator | None = None) -> Tensor:
     r"""Draws conditions of training, with shape :math:`(n, 2)`.
 
     Arguments:
         n: Their number.
-        generator: The source of randomness.
+        generator: The source of randomness; by default that of torch.
     """
     u, v = (2 * torch.rand(2, n, generator=generator) - 1).unbind()
     return torch.stack((2 * u, u + 0.3 * v), dim=-1)

@@ -25,10 +25,10 @@ def test_density_and_samples_are_of_one_flow(name, flows):
         back = lambda x: _noise(flow, x[None], y[None])[0]  # noqa: E731
         return torch.autograd.functional.jacobian(back, x).det().abs().log()
 
-    assert torch.allclose(_noise(flow, x, y), z, atol=1e-3)
+    assert torch.allclose(_noise(flow, x, y), z, atol=1e-5)
     expected = torch.stack([ladj(a, b) for a, b in zip(x.detach(), y, strict=True)])
     expected = expected - z.square().sum(-1) / 2 - math.log(2 * math.pi)
-    assert torch.allclose(flow.log_prob(x, y), expected, atol=1e-2)
+    assert torch.allclose(flow.log_prob(x, y), expected, atol=1e-5)
 
 
 def _noise(flow, x, y):
