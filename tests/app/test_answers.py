@@ -11,17 +11,8 @@ from flowguard.models import SuperResolutionFlow
 SMALL = {"levels": 1, "steps": 1, "hidden": 8, "features": 8}
 
 
-def model(coupling, **options):
-    made = SuperResolutionFlow(**SMALL, coupling=coupling, **options)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        made.conditioner.fit(0.1 * torch.rand(32, 3, 16, 16), progress=False)
-        made.conditioner.calibrate(0.1 * torch.rand(49, 3, 16, 16), progress=False)
-    return made
-
-
-def test_the_affine_flow_answers_twice_and_only_one_of_its_guards_shrinks():
-    found = partners(model("robust"), model("affine", margin=None))
+def test_the_affine_flow_answers_twice_and_only_one_of_its_guards_shrinks(model):
+    found = partners(model("robust", 1), model("affine", 1, margin=None))
     policies = {p.name: p.model.conditioner.policy for p in found}
     assert policies == {
         "affine": "report",
@@ -31,15 +22,15 @@ def test_the_affine_flow_answers_twice_and_only_one_of_its_guards_shrinks():
     assert found[0].model is not found[1].model
 
 
-def test_a_robust_flow_whose_guard_shrinks_is_said_to():
-    robust = model("robust")
+def test_a_robust_flow_whose_guard_shrinks_is_said_to(model):
+    robust = model("robust", 1)
     robust.conditioner.policy = "shrink"
     assert [p.name for p in partners(robust)] == ["robust, its guard shrinks"]
 
 
 @pytest.mark.parametrize("policy", ["warn", "raise"])
-def test_no_guard_warns_or_raises(policy):
-    robust = model("robust")
+def test_no_guard_warns_or_raises(policy, model):
+    robust = model("robust", 1)
     robust.conditioner.policy = policy
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -54,8 +45,8 @@ def test_a_model_without_a_guard_answers_all_the_same():
     assert made.sample.shape == (1, 3, 64, 80)
 
 
-def test_an_answer_is_the_same_each_time_and_another_for_another_seed():
-    (robust,) = partners(model("robust"))
+def test_an_answer_is_the_same_each_time_and_another_for_another_seed(model):
+    (robust,) = partners(model("robust", 1))
     y = torch.rand(3, 16, 16)
     first = answer(robust, y, 0.8, seed=1)
     assert torch.equal(answer(robust, y, 0.8, seed=1).sample, first.sample)

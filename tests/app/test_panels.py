@@ -3,7 +3,6 @@ r"""What the page shows of a photograph."""
 import base64
 import io
 import re
-import warnings
 
 import numpy as np
 import pytest
@@ -18,15 +17,6 @@ pytest.importorskip("matplotlib")
 SMALL = {"levels": 2, "steps": 1, "hidden": 8, "features": 8}
 
 
-def model(coupling, **options):
-    made = SuperResolutionFlow(**SMALL, coupling=coupling, **options)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        made.conditioner.fit(0.1 * torch.rand(32, 3, 16, 16), progress=False)
-        made.conditioner.calibrate(0.1 * torch.rand(49, 3, 16, 16), progress=False)
-    return made
-
-
 def pictures(page):
     found = {}
     for alt, data in re.findall(r'alt="([^"]*)" src="data:image/png;base64,([^"]*)"', page):
@@ -35,8 +25,8 @@ def pictures(page):
 
 
 @pytest.mark.filterwarnings("ignore::flowguard.ood.OODContextWarning")
-def test_all_is_shown_side_by_side():
-    both = partners(model("robust"), model("affine", margin=None))
+def test_all_is_shown_side_by_side(model):
+    both = partners(model("robust", 2), model("affine", 2, margin=None))
     asked = Asked(9 + torch.rand(3, 16, 20), "told <before>", torch.rand(3, 64, 80))
     page = panel(both, asked)
     found = pictures(page)
