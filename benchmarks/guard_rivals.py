@@ -31,6 +31,7 @@ from torch import Tensor
 
 from flowguard.models import SuperResolutionFlow
 from flowguard.ood import StreamingGaussian
+from flowguard.ood.metrics import decile_curve
 
 ALPHA = 0.01
 NEIGHBOURS, BANK = 10, 2048
@@ -184,6 +185,7 @@ class Row(NamedTuple):
     r"""What one score is worth."""
 
     artefacts: list[float]  # the area for artefact pixels: of each level, and combined
+    spearman: float  # how their share rises over the deciles of the combined score
     source: float  # for photographs against all other conditions, combined
     worlds: float  # for photographs against pictures that nobody spoilt on purpose
     crops: float  # the share of photographs' crops that are flagged
@@ -232,6 +234,7 @@ def row(found: Gathered, levels: Sequence[Maps], cost: float, by_pixel: bool = T
     each = [bool(flagged[owner == number].any()) for number in owner.unique()]
     return Row(
         [area(pixels(maps), truth) for maps in every],
+        decile_curve(pixels(whole), truth).spearman,
         source(others),
         source(others[:1]),
         float(flagged.float().mean()),
@@ -313,13 +316,13 @@ def lines(measured: Mapping[str, Row], levels: int) -> str:
 
     def cells(one: Row) -> list[str]:
         areas = ["–"] * (levels + 1 - len(one.artefacts)) + [f"{a:.3f}" for a in one.artefacts]
-        told = [*areas, f"{one.source:.3f}", f"{one.worlds:.3f}"]
+        told = [*areas, *(f"{v:.3f}" for v in (one.spearman, one.source, one.worlds))]
         if math.isnan(one.cost):  # too few were calibrated with for α
             return [*told, "–", "–", "a sample"]
         return [*told, *(f"{100 * s:.1f} %" for s in (one.crops, one.pictures, one.cost))]
 
     head = ["score", *(f"level {n + 1}" for n in range(levels)), "combined"]
-    head += ["other worlds", "RealSRSet", "crops flagged", "photographs flagged", "cost"]
+    head += ["Spearman", "other worlds", "RealSRSet", "crops flagged", "photographs flagged", "cost"]
     return table(head, [[name, *cells(one)] for name, one in measured.items()])
 
 

@@ -85,9 +85,8 @@ def _run(task: str, study: type[Study], args: argparse.Namespace, options: Seque
     trained = runs.train_all(task, folder, args.couplings, args.seeds, args.steps, common)
     places = {name: run.model for name, run in trained.items()}
     for name, run in trained.items():
-        if name.startswith("affine-"):
-            derived = args.out / "derived"
-            places |= runs.derive(task, name, run, str(data), args.crop_size, derived)
+        derived = args.out / "derived"
+        places |= runs.derive(task, name, run, str(data), args.crop_size, derived)
     asked = asked_of(study, args)
     found, rivals = measure_models(asked, places, args.out, args.sets, args.device)
     write(asked, found, rivals, args.out)

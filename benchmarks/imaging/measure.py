@@ -9,6 +9,7 @@ __all__ = [
     "Strange",
     "Study",
     "artefact_auroc",
+    "artefact_spearman",
     "held_row",
     "model_row",
     "some",
@@ -16,6 +17,7 @@ __all__ = [
 ]
 
 import abc
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +34,7 @@ from flowguard.demo.run import Sampled, artefact_mask, bits_of
 from flowguard.demo.task import NOISE
 from flowguard.io.folder import PictureFiles, find, survey
 from flowguard.ood import OODReport
-from flowguard.ood.metrics import level_maps
+from flowguard.ood.metrics import decile_curve, level_maps
 from flowguard.training.outside import middle, raw_condition, strangeness
 from flowguard.training.pictures import Pairs
 from flowguard.training.validation import TEMPERATURE, Part, Wholes
@@ -354,6 +356,16 @@ def _counted(report: OODReport, mask: Tensor) -> str:
     return " ".join(":".join(map(str, part)) for part in counts)
 
 
+def _histograms(counts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    r"""Of each bin of scores how many pixels are artefacts, and how many are not."""
+    wrong, right = torch.zeros(2, BINS, dtype=torch.int64)
+    for picture in counts:
+        for number, first, second in (map(int, part.split(":")) for part in picture.split()):
+            wrong[number] += first
+            right[number] += second
+    return wrong, right
+
+
 def artefact_auroc(counts: Sequence[str]) -> float | None:
     r"""Returns how well the guard's score of a pixel tells whether it is an artefact; :py:`None`
     where all are, or none is.
@@ -370,13 +382,33 @@ def artefact_auroc(counts: Sequence[str]) -> float | None:
     """
     from sklearn.metrics import roc_auc_score
 
-    wrong, right = torch.zeros(2, BINS, dtype=torch.int64)
-    for picture in counts:
-        for number, first, second in (map(int, part.split(":")) for part in picture.split()):
-            wrong[number] += first
-            right[number] += second
+    wrong, right = _histograms(counts)
     if not (wrong.any() and right.any()):
         return None
     labels = torch.arange(2).repeat_interleave(BINS)
     scores, weights = torch.arange(BINS).repeat(2), torch.cat((right, wrong))
     return float(roc_auc_score(labels, scores, sample_weight=weights))
+
+
+def artefact_spearman(counts: Sequence[str]) -> float | None:
+    r"""Returns how the share of artefacts rises with the score: the rank correlation of share and
+    decile of the pixels, sorted by score; :py:`None` where all deciles have the same share.
+
+    Arguments:
+        counts: What :func:`strange_row` counted, of each condition.
+
+    Raises:
+        ImportError: If scipy is not installed.
+
+    Example:
+        >>> round(artefact_spearman([f"{n}:{n}:{20 - n}" for n in range(10)]), 3)
+        1.0
+    """
+    wrong, right = _histograms(counts)
+    pixels = wrong + right
+    if not wrong.any():
+        return None
+    # Pixels of one bin cannot be sorted: each counts as the share of the bin.
+    shares = (wrong / pixels.clamp_min(1)).repeat_interleave(pixels)
+    rho = decile_curve(torch.arange(BINS).repeat_interleave(pixels), shares).spearman
+    return None if math.isnan(rho) else rho

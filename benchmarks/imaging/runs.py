@@ -1,6 +1,6 @@
 r"""Runs of training for an experiment: each coupling with each seed, under the same budget."""
 
-__all__ = ["COUPLINGS", "DERIVED", "derive", "seconds_of_a_step", "train", "train_all"]
+__all__ = ["COUPLINGS", "derive", "seconds_of_a_step", "train", "train_all"]
 
 import csv
 import itertools
@@ -28,8 +28,9 @@ COUPLINGS = {
     "robust2": ("--coupling", "robust"),
     "robust8": ("--coupling", "robust", "--bins", "8"),
 }
-#: What is made of the affine model without training.
-DERIVED = ("affine+shrink", "affine+migrated")
+#: What is made of a trained model without training: of the affine one what mends it, of others what
+#: is left of them without the margin of their images and with a guard that only looks on.
+SHRINK, MIGRATED, BARE = "+shrink", "+migrated", "+bare"
 #: The crops that a migration is calibrated with.
 CALIBRATION = 512
 
@@ -86,7 +87,8 @@ def train_all(
 
 
 def derive(task: str, name: str, run: Run, data: str, crop: int, folder: Path) -> dict[str, Path]:
-    r"""Makes of a trained affine model one whose guard shrinks, and one that is migrated.
+    r"""Makes of a trained affine model one whose guard shrinks, and one that is migrated; of a model
+    that keeps its images within a margin one of its couplings alone.
 
     What was made of the same weights before is left as it is.
 
@@ -102,17 +104,22 @@ def derive(task: str, name: str, run: Run, data: str, crop: int, folder: Path) -
         The folders of the models, by name.
     """
     made, source = {}, digest(run.model)
-    for kind in DERIVED:
-        new = folder / name.replace("affine", kind)
+    coupling, dash, seed = name.rpartition("-")
+    trained: Any = load(run.model)
+    kinds = (SHRINK, MIGRATED) if coupling == "affine" else (BARE,) * (trained.margin is not None)
+    for kind in kinds:
+        new = folder / f"{coupling}{kind}{dash}{seed}"
         made[new.name] = new
         note = folder / f"{new.name}.source"  # what it was made of
         if note.exists() and note.read_text(encoding="utf-8") == source:
             continue
         model: Any = load(run.model).eval()
-        if kind == "affine+shrink":
-            model.conditioner.policy = "shrink"
-        else:
+        if kind == MIGRATED:
             model = _migrated(task, model, data, crop)
+        else:
+            model.conditioner.policy = "shrink" if kind == SHRINK else "report"
+        if kind == BARE:
+            model.limit(None)
         model.save_pretrained(new)
         write_text(note, source)
     return made

@@ -14,7 +14,7 @@ from pages import spread, table
 
 from flowguard.ood.metrics import auroc
 from imaging.kept import named
-from imaging.measure import MODEL, Row, Study, artefact_auroc
+from imaging.measure import MODEL, Row, Study, artefact_auroc, artefact_spearman
 
 #: Of each set and kind of condition, each measure of each seed.
 Found = dict[str, dict[str, list[float]]]
@@ -27,6 +27,7 @@ OUTSIDE = {
     "largest": ("largest value", ".3g"),
     "picture_auroc": ("AUROC, pictures", ".3f"),
     "pixel_auroc": ("AUROC, artefact pixels", ".3f"),
+    "pixel_spearman": ("Spearman, deciles of pixels", ".3f"),
 }
 
 
@@ -80,8 +81,9 @@ def _outside(rows: Sequence[Row], usual: Sequence[float]) -> dict[str, float]:
     if usual and strange:
         labels = [0] * len(usual) + [1] * len(strange)
         found["picture_auroc"] = auroc(torch.tensor([*usual, *strange]), torch.tensor(labels))
-    told = artefact_auroc([row["counts"] for row in rows if "counts" in row])
-    return found if told is None else found | {"pixel_auroc": told}
+    counts = [row["counts"] for row in rows if "counts" in row]
+    told = {"pixel_auroc": artefact_auroc(counts), "pixel_spearman": artefact_spearman(counts)}
+    return found | {name: value for name, value in told.items() if value is not None}
 
 
 def markdown(

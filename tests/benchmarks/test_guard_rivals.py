@@ -45,6 +45,7 @@ def test_each_score_finds_what_is_strange_in_its_sense(found):
         assert min(rows[name].artefacts) > 0.99
         assert rows[name].source == rows[name].worlds == 1
         assert len(rows[name].artefacts) == 3  # two levels, and both
+        assert rows[name].spearman > 0.8
         assert rows[name].cost > 0
     returned = rows["reconstruction of the condition"]
     assert returned.artefacts == [1.0]
@@ -52,7 +53,7 @@ def test_each_score_finds_what_is_strange_in_its_sense(found):
     assert rows["log-density of a sample"].source == 1
     text = guard_rivals.lines(rows, levels=2)
     assert len(text.splitlines()) == 2 + len(rows)
-    assert "| reconstruction of the condition | – | – | 1.000 |" in text
+    assert "| reconstruction of the condition | – | – | 1.000 | 0." in text
 
 
 def test_the_scale_orders_what_lies_beyond_the_calibration():

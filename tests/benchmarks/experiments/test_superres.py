@@ -36,7 +36,7 @@ def test_two_couplings_are_trained_measured_and_told_of(tmp_path, monkeypatch):
         "# Before\n\n<!-- superres-pyramid:start -->\nEach coupling was trained"
     )
     assert text.endswith("<!-- superres-pyramid:end -->\n\nAfter.\n")
-    for kind in ("affine", "affine+migrated", "affine+shrink", "robust8"):
+    for kind in ("affine", "affine+migrated", "affine+shrink", "robust8", "robust8+bare"):
         assert text.count(f"\n| {kind} |") == 3  # of the model, of Set5, of corruptions
     assert "- **robust8** against affine: PSNR τ=0 on Set5" in text
     assert "Measured on the middle 40² of each." in text

@@ -10,12 +10,20 @@ pytest.importorskip("torchmetrics")
 pytest.importorskip("sklearn")
 
 from imaging import measure
-from imaging.measure import EDGES, Held, Options, Strange, artefact_auroc, strange_row
+from imaging.measure import (
+    EDGES,
+    Held,
+    Options,
+    Strange,
+    artefact_auroc,
+    artefact_spearman,
+    strange_row,
+)
 from superres import SuperResolutionStudy
 
 from flowguard.demo.run import artefact_mask
 from flowguard.models import PyramidEncoder, SuperResolutionFlow
-from flowguard.ood.metrics import auroc, level_maps
+from flowguard.ood.metrics import auroc, decile_curve, level_maps
 from flowguard.training import validation
 
 
@@ -97,6 +105,8 @@ def test_counts_of_several_pictures_are_those_of_all_pixels():
         )
     assert artefact_auroc(texts) == pytest.approx(auroc(scores, wrong), abs=2e-3)
     assert artefact_auroc(["3:0:10"]) is None
+    assert artefact_spearman(texts) == pytest.approx(decile_curve(scores, wrong).spearman)
+    assert artefact_spearman(["3:0:10"]) is artefact_spearman(["3:5:5"]) is None
 
 
 def test_of_a_set_some_pictures_are_taken_evenly():
