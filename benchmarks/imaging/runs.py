@@ -16,6 +16,7 @@ import flowguard
 from flowguard.cli.main import main
 from flowguard.io.atomic import write_text
 from flowguard.models import load
+from flowguard.models.base import MARGIN
 from flowguard.training.pictures import CropBatches, pairs_of
 from flowguard.training.run import Run, steps_done
 from imaging.kept import digest
@@ -28,9 +29,11 @@ COUPLINGS = {
     "robust2": ("--coupling", "robust"),
     "robust8": ("--coupling", "robust", "--bins", "8"),
 }
-#: What is made of a trained model without training: of the affine one what mends it, of others what
-#: is left of them without the margin of their images and with a guard that only looks on.
-SHRINK, MIGRATED, BARE = "+shrink", "+migrated", "+bare"
+#: What is made of a trained model without training: of the affine one what mends it; of bounded ones
+#: the couplings alone, without a margin of the images and with a guard that only looks on, or, where
+#: they were trained so, the same within a margin and with a guard that shrinks.
+SHRINK, MIGRATED, BARE, LIMITED = "+shrink", "+migrated", "+bare", "+limited"
+UNBOUNDED = ("affine", "reparametrized")
 #: The crops that a migration is calibrated with.
 CALIBRATION = 512
 
@@ -87,8 +90,9 @@ def train_all(
 
 
 def derive(task: str, name: str, run: Run, data: str, crop: int, folder: Path) -> dict[str, Path]:
-    r"""Makes of a trained affine model one whose guard shrinks, and one that is migrated; of a model
-    that keeps its images within a margin one of its couplings alone.
+    r"""Makes of a trained affine model one whose guard shrinks, and one that is migrated; of bounded
+    couplings that were trained within a margin the couplings alone, and of others the same within
+    a margin.
 
     What was made of the same weights before is left as it is.
 
@@ -105,8 +109,10 @@ def derive(task: str, name: str, run: Run, data: str, crop: int, folder: Path) -
     """
     made, source = {}, digest(run.model)
     coupling, dash, seed = name.rpartition("-")
-    trained: Any = load(run.model)
-    kinds = (SHRINK, MIGRATED) if coupling == "affine" else (BARE,) * (trained.margin is not None)
+    kinds: tuple[str, ...] = (SHRINK, MIGRATED) if coupling == "affine" else ()
+    if coupling not in UNBOUNDED:
+        trained: Any = load(run.model)
+        kinds = (LIMITED,) if trained.margin is None else (BARE,)
     for kind in kinds:
         new = folder / f"{coupling}{kind}{dash}{seed}"
         made[new.name] = new
@@ -117,9 +123,9 @@ def derive(task: str, name: str, run: Run, data: str, crop: int, folder: Path) -
         if kind == MIGRATED:
             model = _migrated(task, model, data, crop)
         else:
-            model.conditioner.policy = "shrink" if kind == SHRINK else "report"
-        if kind == BARE:
-            model.limit(None)
+            model.conditioner.policy = "report" if kind == BARE else "shrink"
+        if kind in (BARE, LIMITED):
+            model.limit(None if kind == BARE else MARGIN)
         model.save_pretrained(new)
         write_text(note, source)
     return made

@@ -97,22 +97,24 @@ def test_of_an_affine_model_one_shrinks_and_one_is_certified(tmp_path, monkeypat
     assert not certify(load(made["affine+migrated-seed0"])).certified  # that which was handed on
 
 
-def test_of_a_model_with_a_margin_one_is_its_couplings_alone(tmp_path):
+def test_of_bounded_couplings_a_margin_is_taken_or_given(tmp_path):
     torch.manual_seed(0)
     encoder = PyramidEncoder(4, scale=4, levels=2, blocks=0)
     model = SuperResolutionFlow(levels=2, steps=1, hidden=4, encoder=encoder, margin=0.25)
     with torch.no_grad():
         model.train().nll(torch.rand(2, 3, 32, 32), torch.rand(2, 3, 8, 8))
     model.eval().conditioner.policy = "shrink"
-    for folder in ("robust2-seed1", "reparametrized-seed1"):
-        model.save_pretrained(Run(tmp_path / folder).model)
-        model.limit(None)
+    names = ("robust2-seed1", "robust8-seed0", "reparametrized-seed1")
     made = {}
-    for name in ("robust2-seed1", "reparametrized-seed1"):
+    for name in names:
+        model.save_pretrained(Run(tmp_path / name).model)
+        model.limit(None).conditioner.policy = "warn"
         made |= runs.derive("superres", name, Run(tmp_path / name), "", 16, tmp_path / "derived")
-    assert list(made) == ["robust2+bare-seed1"]
-    bare = load(made["robust2+bare-seed1"])
-    assert (bare.margin, bare.conditioner.policy) == (None, "report")
+    found = {name: load(place) for name, place in made.items()}
+    assert {name: (m.margin, m.conditioner.policy) for name, m in found.items()} == {
+        "robust2+bare-seed1": (None, "report"),
+        "robust8+limited-seed0": (0.25, "shrink"),
+    }
 
 
 def test_the_seconds_of_a_step_are_those_between_two(tmp_path):
