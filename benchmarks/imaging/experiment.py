@@ -136,7 +136,7 @@ def report(
     named = [Path(word).name if "/" in word else word for word in common]
     lines = [
         f"Each coupling was trained for {args.steps} steps with the seed{'s'[: len(args.seeds) > 1]}"
-        f" {seeds}, by the options `{' '.join(named)}`. A step took {times} (median).",
+        f" {seeds}, by the options `{' '.join(named)}`. A step took {times} (median, by the clock).",
         "",
         tables.markdown(asked, kinds, tables.by_kind(asked, rivals)),
     ]
