@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -824,11 +825,103 @@ def test_models_of_the_package_are_loaded_by_name_with_their_guard_and_without_a
     assert (store.located(name) / "README.md").read_text() == page.read_text()
 
 
-def test_a_model_of_the_package_is_loaded_by_any_name_of_its_folder(tmp_path, monkeypatch):
-    (tmp_path / "link").symlink_to(store.SHIPPED / "lowlight")
-    monkeypatch.chdir(store.SHIPPED)
-    for name in (tmp_path / "link", "lowlight", store.SHIPPED / ".." / "shipped" / "lowlight"):
-        assert {p.dtype for p in load(name).parameters()} == {torch.float32}
+@pytest.mark.parametrize("name", ["superres-x4", "lowlight"])
+def test_a_copy_of_a_model_of_the_package_is_loaded_as_it_is_itself(name, tmp_path):
+    shutil.copytree(store.SHIPPED / name, tmp_path / "copy")
+    (tmp_path / "link").symlink_to(tmp_path / "copy")
+    model = load(name)
+    for folder in (tmp_path / "copy", tmp_path / "link", store.SHIPPED / ".." / "shipped" / name):
+        loaded = type(model).from_pretrained(folder)
+        assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+        state = loaded.state_dict()
+        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    # What is saved again is a model in float32, in the format of those.
+    loaded.save_pretrained(tmp_path / "again")
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert (config["format"], "halves" in config) == (4, False)
+    weights = load_file(tmp_path / "again" / "model.safetensors")
+    assert torch.float16 not in {value.dtype for value in weights.values()}
+
+
+def test_an_upload_of_a_model_of_the_package_is_loaded_from_the_hub(tmp_path, monkeypatch):
+    pytest.importorskip("huggingface_hub")
+    shutil.copytree(store.SHIPPED / "lowlight", tmp_path / "snapshot")
+    monkeypatch.setattr(
+        "huggingface_hub.hf_hub_download",
+        lambda name, filename, **options: str(tmp_path / "snapshot" / filename),
+    )
+    model = LowLightFlow.from_pretrained("someone/mine")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+# -- in half precision -----------------------------------------------------------------------
+
+
+NETWORKS = ("conditioner.encoder.", "flow.steps.0.0.coupling.")
+
+
+def kept_in_halves(folder):
+    r"""A saved model, some weights of which are kept in half precision from then on."""
+    weights = load_file(folder / "model.safetensors")
+    names = [name for name in weights if name.startswith(NETWORKS)]
+    store.write(folder, *store.halved(store.read_config(folder), weights, names))
+    return names
+
+
+def test_weights_in_half_precision_are_told_by_the_file_and_widened(tmp_path):
+    model = guarded(build())
+    model.save_pretrained(tmp_path)
+    names = kept_in_halves(tmp_path)
+    assert names
+    loaded = load(tmp_path)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    for name, value in model.state_dict().items():
+        expected = value.half().float() if name in names else value
+        assert torch.equal(loaded.state_dict()[name], expected), name
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [("networks", "float32, the model .*float16"), ("all", r"float16, and not torch\.float64")],
+)
+def test_tensors_that_somebody_made_halves_are_refused_with_what_to_do(names, told, tmp_path):
+    guarded(build()).save_pretrained(tmp_path)
+    config, weights = store.read_config(tmp_path), load_file(tmp_path / "model.safetensors")
+    for name, value in weights.items():
+        if value.is_floating_point() and (names == "all" or name.startswith(NETWORKS)):
+            weights[name] = value.half()
+    store.write(tmp_path, config, weights)
+    refused(tmp_path, f"do not fit.*({told}).*convert the model as a whole, by model.to")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"halves": "float32"},
+        {"format": store.HALVED},
+        {"format": store.HALVED, "halves": "bfloat16"},
+        {"format": store.HALVED, "halves": None},
+        {"format": store.HALVED, "halves": ["float32"]},
+        {"halves": None},
+    ],
+    ids=str,
+)
+def test_a_mark_of_halves_that_cannot_be(changes, files):
+    change(files, **changes)
+    refused(files, "must have 'halves', as 'float32', in format 5 and in no other; got")
+
+
+def test_what_cannot_be_kept_in_halves_is_refused():
+    config = {"format": 2}
+    wide, huge, half = torch.ones(1).double(), torch.full((2,), 1e5), torch.ones(1).half()
+    for state, names, match in (
+        ({"a": wide}, ["a"], "in float32 alone are kept so; got torch.float64 for a"),
+        ({"a": torch.ones(1), "b": half}, ["a"], "got torch.float16 for b"),
+        ({"a": huge}, ["a"], "must be finite in half precision; got some of a beyond 65504"),
+        ({"a": torch.ones(1)}, ["a", "c"], "must name weights; got 'c'"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            store.halved(config, state, names)
 
 
 def test_a_folder_comes_before_a_model_of_the_package(tmp_path, monkeypatch):
