@@ -63,6 +63,7 @@ FOREIGN = "foreign"  # an object that whoever loads has to give
 HALVES, SINGLE = "halves", "float32"
 #: Where the models lie that the package brings.
 SHIPPED = Path(__file__).with_name("shipped")
+LEGIBLE = 300  # characters of a name that are repeated in an error
 PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 REGISTRY: dict[str, type[Any]] = {}
 
@@ -267,14 +268,36 @@ def located(name: str | os.PathLike[str]) -> Path:
         name: A folder, or a name such as ``"superres-x4"``. A model in a folder of that name
             comes first.
 
+    Raises:
+        PretrainedError: If nothing can have that name, or it cannot be looked what has it.
+
     Example:
         >>> sorted(file.name for file in located("superres-x4").iterdir())
         ['README.md', 'config.json', 'model.safetensors']
     """
+    text = os.fspath(name)
+    if not text.strip() or "\0" in text:
+        got = "a name with a zero byte" if text.strip() else "an empty name"
+        raise PretrainedError(f"a model must be named by its folder; got {got}")
     folder = Path(name)
-    own = any((folder / file).exists() for file in (CONFIG, WEIGHTS))  # not one of pictures
+    own = any(_is_there(folder / file) for file in (CONFIG, WEIGHTS))  # not one of pictures
     brought = not own and len(folder.parts) == 1 and (SHIPPED / folder / CONFIG).is_file()
     return SHIPPED / folder if brought else folder
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:  # of names that are too long, of folders that are closed
+        raise PretrainedError(f"{_shown(path.parent)} cannot be read: {error.strerror}") from None
+    return True
+
+
+def _shown(path: Path) -> str:
+    text = str(path)
+    return text if len(text) <= LEGIBLE else f"{text[:60]}… ({len(text)} characters)"
 
 
 def load(
@@ -670,6 +693,11 @@ def _no_folder(path: Path) -> str:
             f"there is no folder {path}, but a file of that name; a model is a folder, which"
             " save_pretrained writes, and `flowguard convert` makes one of a published checkpoint"
         )
+    if str(path).startswith("~"):  # `--model=~/mine` comes so from a shell
+        whole = os.path.expanduser(path)
+        return (
+            f"there is no folder {path}; ~ is taken as it stands: write {whole} if that is meant"
+        )
     brought = " and ".join(sorted(file.parent.name for file in SHIPPED.glob(f"*/{CONFIG}")))
     return (
         f"there is no folder {path}; the package brings the models {brought}, and those of the Hub"
@@ -746,6 +774,10 @@ def _opened(folder: Path) -> Iterator[Any]:
     if not file.is_file():
         raise PretrainedError(_absent(folder, WEIGHTS if (folder / CONFIG).exists() else CONFIG))
     try:
+        file.open("rb").close()  # what reads it calls a file that is closed to us missing
+    except OSError as error:
+        raise PretrainedError(f"{file} cannot be read: {error.strerror}") from None
+    try:
         with safe_open(file, framework="pt") as opened:
             yield opened
     except PretrainedError:
@@ -812,7 +844,10 @@ def _check_config(config: Any, file: Path) -> None:
 
 
 def _absent(folder: Path, name: str) -> str:
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
+    try:
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
+    except OSError as error:
+        return f"{folder} cannot be read: {error.strerror}"
     rest = (
         f"; {pickles[0]} may be a pickle, which can run code, and is not opened (published"
         " checkpoints are converted by `flowguard convert`)"

@@ -1,13 +1,16 @@
 r"""Models saved in folders: what comes back, and what is refused."""
 
+import contextlib
 import copy
 import json
+import os
 import pickle
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import warnings
 from fractions import Fraction
 from functools import partial
@@ -795,6 +798,96 @@ def test_a_file_is_no_folder_of_a_model(tmp_path):
             PretrainedError, match=r"but a file of that name; .* `flowguard convert`"
         ):
             read(tmp_path / "weights.pth")
+
+
+NAMES = {
+    "too long": ("x" * 5000, r"xx… \(5000 characters\) cannot be read: File name"),
+    "too long for the hub": (
+        "someone/" + "x" * 5000,
+        r"someone/x.*… \(5008 characters\) cannot be read: File name",
+    ),
+    "long altogether": (
+        "a/" * 3000 + "b",
+        r"a/a/.*… \(6001 characters\) cannot be read: File name",
+    ),
+    "a zero byte": ("a\0b", "must be named by its folder; got a name with a zero byte"),
+    "a zero byte of the hub": ("someone/\0", "got a name with a zero byte"),
+    "nothing": ("", "must be named by its folder; got an empty name"),
+    "blanks": ("  ", "got an empty name"),
+    "home": ("~", "~ is taken as it stands: write /home/me if that is meant"),
+    "below home": ("~/mine", "no folder ~/mine; ~ is taken as it stands: write /home/me/mine if"),
+    "below a file": ("./config/below", "there is no folder config/below"),
+    "a loop": ("loop", "loop cannot be read: Too many levels of symbolic links"),
+}
+
+
+@pytest.mark.parametrize("read", [load, SuperResolutionFlow.from_pretrained])
+@pytest.mark.parametrize("name", NAMES)
+def test_names_that_no_model_can_have_are_told_in_short(name, read, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("USERPROFILE", "/home/me")
+    monkeypatch.setattr(
+        "huggingface_hub.hf_hub_download", lambda *a, **k: pytest.fail("the network was asked")
+    )
+    Path("config").write_text("a file")
+    Path("loop").symlink_to("loop")
+    given, match = NAMES[name]
+    with pytest.raises(PretrainedError, match=match) as caught:
+        read(given)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.fixture
+def unprivileged():
+    r"""A folder that others may enter, and a user to whom closed files are closed."""
+    if not hasattr(os, "geteuid"):
+        pytest.skip("this system closes files otherwise")
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    root = os.geteuid() == 0
+
+    @contextlib.contextmanager
+    def become():
+        if root:
+            os.seteuid(65534)
+        try:
+            yield
+        finally:
+            if root:
+                os.seteuid(0)
+
+    yield folder, become
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    ("closed", "mode", "told"),
+    [
+        ("model", 0o000, "model cannot be read: Permission denied"),
+        ("model", 0o444, "model cannot be read: Permission denied"),
+        ("", 0o000, "model cannot be read: Permission denied"),
+        ("model/config.json", 0o000, "config.json cannot be read: Permission denied"),
+        ("model/model.safetensors", 0o000, "model.safetensors cannot be read: Permission denied"),
+    ],
+)
+@pytest.mark.parametrize("read", [load, SuperResolutionFlow.from_pretrained])
+def test_what_may_not_be_read_is_told(closed, mode, told, read, unprivileged):
+    folder, become = unprivileged
+    build().save_pretrained(folder / "model")
+    read(folder / "model")
+    (folder / closed).chmod(mode)
+    with become(), pytest.raises(PretrainedError, match=told):
+        read(folder / "model")
+
+
+def test_a_folder_that_may_not_be_listed_is_told(unprivileged):
+    folder, become = unprivileged
+    (folder / "empty").mkdir(mode=0o111)
+    with become(), pytest.raises(PretrainedError, match="empty cannot be read: Permission denied"):
+        load(folder / "empty")
 
 
 def test_a_folder_of_models_is_told_from_a_model(tmp_path):
