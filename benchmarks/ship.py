@@ -1,6 +1,6 @@
 r"""Puts a trained model in the package, with its card.
 
-The convolutions of its networks are kept in half precision. What that leaves of them is what the
+The convolutions of its networks are kept in half precision, which its folder says. What that leaves of them is what the
 guard is then fitted on, with pictures that were trained with, and calibrated with others; all but
 the convolutions (splines, normalisations, mixtures, the guard) is kept as it is.
 
@@ -90,12 +90,8 @@ def ship(
     fitted = guarded(model, conditions)
     folder = store.SHIPPED / name
     fitted.save_pretrained(folder)
-    halves = convolutions(fitted)
-    state = {
-        key: value.half() if key in halves else value
-        for key, value in load_file(folder / store.WEIGHTS).items()
-    }
-    store.write(folder, store.read_config(folder), state)
+    weights = load_file(folder / store.WEIGHTS)
+    store.write(folder, *store.halved(store.read_config(folder), weights, convolutions(fitted)))
     (folder / "README.md").write_bytes(card)
     return folder
 

@@ -21,6 +21,7 @@ from flowguard.io.pictures import ImageError
 from flowguard.ood import OODContextWarning
 
 from . import drawing, words
+from .address import place
 from .answers import Partner
 from .conditions import (
     EXAMPLES,
@@ -93,7 +94,7 @@ NOTHING = "Drop a photograph, or choose an example."
 _KINDS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _KEPT = 3600.0  # seconds after which a photograph that nobody asks of is forgotten
 _SWEEP = (60, 300)  # seconds between two looks for files left behind, and their age
-_LONELY = ("127.0.0.1", "localhost", "::1")
+_DIRECT = ("127.0.0.1", "localhost", "::1")  # never by a proxy
 
 
 def gradio() -> Any:
@@ -347,14 +348,17 @@ def _toy_tab(gr: Any, tab: Any) -> None:
 
 
 @contextlib.contextmanager
-def _private_folder() -> Iterator[Path]:
-    r"""A temporary folder for the server alone, which is removed in the end."""
+def _private_folder(host: str) -> Iterator[Path]:
+    r"""A temporary folder for the server alone, which is removed in the end, with surroundings in
+    which it asks no other server."""
     folder = Path(tempfile.mkdtemp(prefix="flowguard-app-"))
     names = {
         "GRADIO_TEMP_DIR": str(folder),
         "GRADIO_ANALYTICS_ENABLED": "False",
         "HF_HUB_OFFLINE": "1",
-        "no_proxy": ",".join(filter(None, (os.environ.get("no_proxy"), *_LONELY))),
+        "no_proxy": ",".join(
+            filter(None, (os.environ.get("no_proxy"), host.strip("[]"), *_DIRECT))
+        ),
     }
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(names)
@@ -375,6 +379,9 @@ def serve(
 ) -> None:
     r"""Serves a page until it is told to end.
 
+    On an address that this machine alone can reach, requests for other names than those of the
+    machine are refused; see :mod:`flowguard.app.address`.
+
     Arguments:
         make: Returns the page; it is called once all is prepared for it.
         host: The address to listen on.
@@ -383,19 +390,26 @@ def serve(
         until: Returns when the page shall end; by default never.
 
     Raises:
-        OSError: If the address cannot be listened on.
+        ValueError: If the address is none of this machine.
+        OSError: If the port cannot be listened on.
         ImportError: If gradio is not installed.
     """
-    with _private_folder(), warnings.catch_warnings():
+    where = place(host, port)
+    with _private_folder(where.host), warnings.catch_warnings():
         gr = gradio()
+        from starlette.middleware import Middleware
+        from starlette.middleware.trustedhost import TrustedHostMiddleware
+
         warnings.simplefilter("ignore", OODContextWarning)  # the page tells
         fonts = ["system-ui", "sans-serif"]
         theme = gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"])
+        trusted = Middleware(TrustedHostMiddleware, allowed_hosts=where.names, www_redirect=False)
         blocks = make()
         try:
             _, address, _ = blocks.queue(max_size=32).launch(
-                server_name=host,
-                server_port=port,
+                server_name=where.host,
+                server_port=where.port,
+                app_kwargs={"middleware": [trusted]},
                 share=False,
                 quiet=True,
                 inbrowser=False,
@@ -409,7 +423,7 @@ def serve(
                 theme=theme,
                 css=CSS,
             )
-            ready(address)
+            ready(address.replace("[::]", "localhost"))  # which no browser opens
             (until or threading.Event().wait)()
         finally:
             blocks.close(verbose=False)

@@ -138,15 +138,20 @@ def run(args: Any) -> int:
     )
     if find_spec("gradio") is None:  # imported once its folder is chosen
         raise UserError(f"gradio is missing: {install('app')}")
+    from flowguard.app.address import place
     from flowguard.app.page import build, serve
 
     paths(args, "model", "lowlight_model", "affine")
     check_device(args.device)
+    try:
+        lonely = place(args.host, args.port).lonely  # before the models are read, which takes time
+    except (OSError, ValueError) as error:
+        raise UserError(f"--{error}") from None
     superres, lowlight, note = _partners(args)
 
     def ready(address: str) -> None:
         print(f"flowguard app: open {address}; Ctrl-C ends it", flush=True)
-        if args.host not in (LOOPBACK, "localhost", "::1"):
+        if not lonely:
             print(f"flowguard app: all who reach {args.host} can use it", flush=True)
 
     with threads(args.threads):
@@ -155,5 +160,5 @@ def run(args: Any) -> int:
         except KeyboardInterrupt:
             print("\nflowguard app: ended; no photograph was kept")
         except OSError as error:
-            raise UserError(f"--host, --port: cannot listen there: {error}") from None
+            raise UserError(f"--host, --port: cannot listen there any more: {error}") from None
     return 0

@@ -6,7 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from flowguard.cli.machine import add_machine, check_device, threads
-from flowguard.cli.parsing import Parser, UserError, file, folder, need, paths, whole, writable
+from flowguard.cli.parsing import (
+    Parser,
+    UserError,
+    file,
+    folder,
+    found,
+    need,
+    paths,
+    whole,
+    writable,
+)
 
 #: What the command does, in one line.
 HELP = "train an affine and a robust image flow and compare them"
@@ -77,13 +87,12 @@ def parser() -> Parser:
 
 def _encoder(args: Any, task: Any) -> Path | None:
     r"""Whose encoder the flows are built on, which is known to fit; :py:`None` if each has its own."""
-    from flowguard.models.store import located
-
     if args.encoder_weights is None:
-        return None if args.quick or task.encoder is None else located(task.encoder)
+        own = None if args.quick else task.encoder
+        return None if own is None else found(own, "--encoder-weights")
     if args.encoder_weights == "none":
         return None
-    weights = located(args.encoder_weights)
+    weights = found(args.encoder_weights, "--encoder-weights")
     if not weights.exists():
         raise UserError(
             f"--encoder-weights must name a file, a model folder or none; there is no {weights}"

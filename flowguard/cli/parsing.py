@@ -1,6 +1,6 @@
 r"""How the command line is read: mistakes get one line, and exit code 2."""
 
-__all__ = ["IfGiven", "Parser", "UserError", "add_limit", "folder", "number", "whole"]
+__all__ = ["IfGiven", "Parser", "UserError", "add_limit", "folder", "found", "number", "whole"]
 
 import argparse
 import difflib
@@ -268,6 +268,25 @@ def paths(args: Any, *names: str) -> None:
             setattr(args, name, [Path(v) for v in value])
         elif value is not None:
             setattr(args, name, Path(value))
+
+
+def found(name: str | Path, option: str) -> Path:
+    r"""Returns what a name means where models are named: a folder or file, or a model that the
+    package brings.
+
+    Arguments:
+        name: The name.
+        option: The option that gave it, for the error.
+
+    Raises:
+        UserError: If nothing can have that name, or it cannot be looked what has it.
+    """
+    from flowguard.models.store import PretrainedError, located
+
+    try:
+        return located(name)
+    except PretrainedError as error:
+        raise UserError(f"{option}: {error}") from None
 
 
 def add_limit(parser: Parser) -> None:

@@ -16,6 +16,7 @@ from flowguard.cli.parsing import (
     UserError,
     file,
     folder,
+    found,
     need,
     number,
     paths,
@@ -424,9 +425,7 @@ def first_process() -> bool:
 def _place(option: str, path: str) -> str:
     r"""The whole name of a place, which may be that of a model of the package's."""
     if option == "encoder_weights":
-        from flowguard.models.store import located
-
-        return os.path.abspath(located(path))
+        return os.path.abspath(found(path, "--encoder-weights"))
     return os.path.abspath(path)
 
 

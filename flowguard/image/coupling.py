@@ -223,7 +223,7 @@ class ConditionalCoupling(nn.Module):
         first, hidden = self.first_context, condition.hidden
         if condition.rest:
             first_kept, *rest = condition.rest
-            made = first_kept(laid_out(kept, first_kept.weight.dtype))
+            made = first_kept.forward(laid_out(kept, first_kept.weight.dtype))
             return last_layers(rest, add_rows(made, hidden))
         if not isinstance(first, NormedConv2d):
             return self.rest(self.first_kept(kept) + hidden)
@@ -241,7 +241,7 @@ class ConditionalCoupling(nn.Module):
             told = condition.told
             if told:
                 both = laid_out(both, told[0].weight.dtype)
-            noise = last_layers(told[1:], told[0](both)) if told else self.noise(both)
+            noise = last_layers(told[1:], told[0].forward(both)) if told else self.noise(both)
             raws.insert(0, (self.map_of("noise"), noise))
         return raws
 
@@ -336,7 +336,7 @@ def last_layers(layers: Sequence[Folded], hidden: Tensor) -> Tensor:
         hidden: What the first layer made, with shape :math:`(B, C, H, W)`.
     """
     for layer in layers:
-        hidden = layer(hidden.relu_())
+        hidden = layer.forward(hidden.relu_())
     return hidden
 
 

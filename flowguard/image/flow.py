@@ -176,12 +176,13 @@ class ConditionalMultiscaleFlow(nn.Module):
 
     def steps_of(self, level: int) -> list[FlowStep]:
         r"""Returns the steps of a level, counted from 0, the finest."""
+        # The type is quoted, as the compiler of torch 2.6 knows none with brackets.
         steps = self.steps[level]
-        return list(cast(Iterable[FlowStep], steps))
+        return list(cast("Iterable[FlowStep]", steps))
 
     def transitions_of(self, level: int) -> list[TransitionStep]:
         r"""Returns the transition steps of a level, in the order from data to noise."""
-        return list(cast(Iterable[TransitionStep], self.transitions[level]))
+        return list(cast("Iterable[TransitionStep]", self.transitions[level]))
 
     def split_of(self, level: int) -> Split | None:
         r"""Returns the split at the end of a level, :py:`None` after the last."""

@@ -325,7 +325,9 @@ class Folded(NamedTuple):
         bias = None if self.bias is None else self.bias.to(dtype)
         return type(self)(laid_out(self.weight, dtype), bias)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    # Not a call, which the compiler of torch 2.6 does not know of named tuples.
+    def forward(self, x: Tensor) -> Tensor:
+        r"""Returns what the convolution makes of maps of shape :math:`(B, C, H, W)`."""
         size = self.weight.shape[-1]
         if size == 1:
             return pixelwise(x, self.weight.flatten(1), self.bias)

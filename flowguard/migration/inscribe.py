@@ -97,7 +97,7 @@ def _of(unit: Tensor, of: Tensor | slice) -> Tensor:
 def _flattest(dtype: torch.dtype, bound: float, slope: float | None) -> float:
     r"""The least slope that is followed, whose inverse is the greatest."""
     # A secant of a bin is at least that share: twice as much leaves room for the bends.
-    return max(2 * Options(dtype, bound, slope).share, 1e-3)
+    return max(2 * Options(dtype, bound, slope).share(), 1e-3)
 
 
 def single(t: Tensor) -> Tensor:
@@ -211,12 +211,12 @@ class InscribedLine(Rescaled):
         r"""The least and the largest slope of lines that may be straight, and the share that is
         kept clear of secants."""
         o = Options(dtype, self.bound, self.slope)
-        share = CLEAR * o.share
+        share = CLEAR * o.share()
         # The middle bin has a least height and width, which secants do not keep it clear of where
         # the least slope is tiny, or there is none.
         least = max(
             _flattest(dtype, self.bound, self.slope),
-            o.share + CLEAR * o.least(3) / STRAIGHT_STEEP,
+            o.share() + CLEAR * o.least(3) / STRAIGHT_STEEP,
         )
         flattest = least
         if share > 0:

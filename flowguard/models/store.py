@@ -16,7 +16,7 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from itertools import zip_longest
 from numbers import Integral
 from pathlib import Path
@@ -34,7 +34,7 @@ from flowguard.image.maps import Affine, CubicBSpline, ReparametrizedAffine, Rob
 from flowguard.image.migration import BoundedSplit, InscribedCoupling
 from flowguard.io.atomic import atomic, save_tensors
 from flowguard.migration.exchange import exchange
-from flowguard.models.strict import check_counts, check_dtypes, check_kinds, within
+from flowguard.models.strict import check_counts, check_dtypes, check_kinds, other_dtype, within
 from flowguard.ood import OODConditioner
 
 try:
@@ -51,15 +51,19 @@ except ImportError:  # the extra "hub"; saving and loading folders works without
 
 #: The newest format. A model is written in the oldest one that can hold it, so that an older
 #: flowguard reads what it understands and refuses the rest by its number.
-FORMAT = 4
+FORMAT = 5
 PLAIN = 2  # what the constructor's arguments describe
 MIGRATED = 3  # the same, and layers that took the place of others
 LIMITED = 4  # the same, with or without such layers, and a margin for images
+HALVED = 5  # the same, and some weights that are kept in half precision: see `halved`
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 TYPE = "type"  # the key that names the class of an object
 FOREIGN = "foreign"  # an object that whoever loads has to give
-#: Where the models lie that the package brings: their networks in half precision, to be small.
+#: The key that says what tensors of float16 are read as, and the one thing that it may say.
+HALVES, SINGLE = "halves", "float32"
+#: Where the models lie that the package brings.
 SHIPPED = Path(__file__).with_name("shipped")
+LEGIBLE = 300  # characters of a name that are repeated in an error
 PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 REGISTRY: dict[str, type[Any]] = {}
 
@@ -264,14 +268,36 @@ def located(name: str | os.PathLike[str]) -> Path:
         name: A folder, or a name such as ``"superres-x4"``. A model in a folder of that name
             comes first.
 
+    Raises:
+        PretrainedError: If nothing can have that name, or it cannot be looked what has it.
+
     Example:
         >>> sorted(file.name for file in located("superres-x4").iterdir())
         ['README.md', 'config.json', 'model.safetensors']
     """
+    text = os.fspath(name)
+    if not text.strip() or "\0" in text:
+        got = "a name with a zero byte" if text.strip() else "an empty name"
+        raise PretrainedError(f"a model must be named by its folder; got {got}")
     folder = Path(name)
-    own = any((folder / file).exists() for file in (CONFIG, WEIGHTS))  # not one of pictures
+    own = any(_is_there(folder / file) for file in (CONFIG, WEIGHTS))  # not one of pictures
     brought = not own and len(folder.parts) == 1 and (SHIPPED / folder / CONFIG).is_file()
     return SHIPPED / folder if brought else folder
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:  # of names that are too long, of folders that are closed
+        raise PretrainedError(f"{_shown(path.parent)} cannot be read: {error.strerror}") from None
+    return True
+
+
+def _shown(path: Path) -> str:
+    text = str(path)
+    return text if len(text) <= LEGIBLE else f"{text[:60]}… ({len(text)} characters)"
 
 
 def load(
@@ -578,7 +604,7 @@ def _fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     for name, value in model.state_dict().items():  # a guard makes its levels as it loads them
         saved = state.get(name)  # a guard of an earlier format lacks what it had not yet
         if saved is not None and saved.dtype != value.dtype:
-            raise TypeError(f"{name} has the dtype {saved.dtype}, and not {value.dtype}")
+            raise other_dtype(name, saved.dtype, f"and not {value.dtype}")
 
 
 def _first_line(error: BaseException) -> str:
@@ -587,6 +613,43 @@ def _first_line(error: BaseException) -> str:
 
 
 # -- files -----------------------------------------------------------------------------------
+
+
+def halved(
+    config: Mapping[str, Any], state: Mapping[str, Tensor], names: Collection[str]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    r"""Returns a configuration and weights some of which are kept in half precision, to be small.
+
+    The configuration says so, wherever the folder goes: what loads it makes them float32 again,
+    rounded as they are.
+
+    Arguments:
+        config: The configuration of a model in float32.
+        state: Its weights.
+        names: Which of them are kept so.
+
+    Raises:
+        ValueError: If one of them is missing, not in float32, or not finite in half precision, or
+            another one is in half precision already, which would be widened too.
+
+    Example:
+        >>> config, state = halved({"format": PLAIN}, {"weight": torch.ones(2)}, {"weight"})
+        >>> config, state["weight"].dtype
+        ({'format': 5, 'halves': 'float32'}, torch.float16)
+    """
+    unknown = sorted(set(names) - state.keys())
+    if unknown:
+        raise ValueError(f"names must name weights; got {unknown[0]!r}, which there is not")
+    kept = {name: t.half() if name in names else t for name, t in state.items()}
+    for name, tensor in state.items():
+        fits = tensor.dtype == torch.float32 if name in names else tensor.dtype != torch.float16
+        if not fits:
+            raise ValueError(f"models in float32 alone are kept so; got {tensor.dtype} for {name}")
+        if name in names and not kept[name].isfinite().all():
+            raise ValueError(
+                f"weights must be finite in half precision; got some of {name} beyond 65504"
+            )
+    return {**config, "format": HALVED, HALVES: SINGLE}, kept
 
 
 def write(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
@@ -629,6 +692,11 @@ def _no_folder(path: Path) -> str:
         return (
             f"there is no folder {path}, but a file of that name; a model is a folder, which"
             " save_pretrained writes, and `flowguard convert` makes one of a published checkpoint"
+        )
+    if str(path).startswith("~"):  # `--model=~/mine` comes so from a shell
+        whole = os.path.expanduser(path)
+        return (
+            f"there is no folder {path}; ~ is taken as it stands: write {whole} if that is meant"
         )
     brought = " and ".join(sorted(file.parent.name for file in SHIPPED.glob(f"*/{CONFIG}")))
     return (
@@ -706,6 +774,10 @@ def _opened(folder: Path) -> Iterator[Any]:
     if not file.is_file():
         raise PretrainedError(_absent(folder, WEIGHTS if (folder / CONFIG).exists() else CONFIG))
     try:
+        file.open("rb").close()  # what reads it calls a file that is closed to us missing
+    except OSError as error:
+        raise PretrainedError(f"{file} cannot be read: {error.strerror}") from None
+    try:
         with safe_open(file, framework="pt") as opened:
             yield opened
     except PretrainedError:
@@ -749,11 +821,18 @@ def _check_config(config: Any, file: Path) -> None:
         "arguments",
         "conditioners",
         "replaced",
+        HALVES,
     }
     if unknown:
         raise PretrainedError(
             f"{file} has {sorted(unknown)[0]!r}, which this flowguard ({__version__}) does not"
             " know; it was changed, or upgrade flowguard"
+        )
+    halves, wanted_halves = config.get(HALVES), SINGLE if config["format"] == HALVED else None
+    if halves != wanted_halves or (HALVES in config) != (config["format"] == HALVED):
+        raise PretrainedError(
+            f"{file} must have {HALVES!r}, as {SINGLE!r}, in format {HALVED} and in no other; got"
+            f" {halves!r} in format {config['format']}: it was changed, or written in part"
         )
     for name, told in config.get("replaced", {}).items():
         kind = told.get(TYPE) if isinstance(told, dict) else None
@@ -765,7 +844,10 @@ def _check_config(config: Any, file: Path) -> None:
 
 
 def _absent(folder: Path, name: str) -> str:
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
+    try:
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
+    except OSError as error:
+        return f"{folder} cannot be read: {error.strerror}"
     rest = (
         f"; {pickles[0]} may be a pickle, which can run code, and is not opened (published"
         " checkpoints are converted by `flowguard convert`)"
@@ -787,7 +869,7 @@ def _loaded(cls: type[P], folder: Path, device: torch.device, foreign: dict[str,
     with _opened(folder) as opened:
         config = _agreed(folder, opened.metadata() or {})
         state = {name: opened.get_tensor(name) for name in opened.keys()}
-    if folder.resolve().parent == SHIPPED.resolve():
+    if HALVES in config:
         state = {name: t.float() if t.dtype == torch.float16 else t for name, t in state.items()}
     kind = REGISTRY.get(config["class"])
     if kind is None or not issubclass(kind, Pretrained):

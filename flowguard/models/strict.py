@@ -1,6 +1,6 @@
 r"""What a file may ask for: values of the kinds that are told, and no more than its weights hold."""
 
-__all__ = ["check_counts", "check_dtypes", "check_kinds", "within"]
+__all__ = ["check_counts", "check_dtypes", "check_kinds", "other_dtype", "within"]
 
 import contextlib
 import threading
@@ -139,7 +139,23 @@ def check_dtypes(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         if own.is_floating_point():
             allowed |= {dtype} if name in parameters else {own.dtype}
         if name in state and state[name].dtype not in allowed:
-            raise TypeError(
-                f"{name} has the dtype {state[name].dtype}, the model {dtype}; convert it as a"
-                " whole, by model.to(dtype), and save it again"
-            )
+            wanted = f"the model {dtype}" if dtype in allowed else f"and not {own.dtype}"
+            raise other_dtype(name, state[name].dtype, wanted)
+
+
+def other_dtype(name: str, dtype: torch.dtype, wanted: str) -> TypeError:
+    r"""Returns the error of a tensor of another dtype than it must have, which says what to do.
+
+    Arguments:
+        name: The name of the tensor.
+        dtype: The dtype that it has.
+        wanted: Which it must have, in words.
+
+    Example:
+        >>> str(other_dtype("bias", torch.float16, "the model torch.float32")).partition(";")[0]
+        'bias has the dtype torch.float16, the model torch.float32'
+    """
+    return TypeError(
+        f"{name} has the dtype {dtype}, {wanted}; convert the model as a whole, by"
+        " model.to(dtype), and save it again, never single tensors of its file"
+    )

@@ -28,7 +28,7 @@ def unconstrain(
     """
     bins = widths.shape[-1]
     o = Options(widths.dtype, bound=1.0, slope=slope)  # in shares of any box
-    floor, share = o.least(bins), o.share
+    floor, share = o.least(bins), o.share()
     # Without the floor the sizes are w = (u + λ v) / (1 + λ) and h = (v + λ u) / (1 + λ).
     w, h = ((size - floor) / (1 - bins * floor) for size in (widths, heights))
     u, v = ((p / (1 - share)).clamp_min(LEAST) for p in (w - share * h, h - share * w))
@@ -43,9 +43,9 @@ def unconstrain(
     if bins == 2:
         # The slope is H (1 + κ u) / (1 - κ u) with u = tanh(raw / 2), H the harmonic mean.
         ratio = slopes * (s0 + s1) / (2 * s0 * s1)
-        u = (ratio - 1) / (ratio + 1) / o.lean
+        u = (ratio - 1) / (ratio + 1) / o.lean()
         return raw_w, raw_h, 2 * torch.atanh(u.clamp(MARGIN - 1, 1 - MARGIN))
-    low = o.low
+    low = o.low()
     mean, high = slope_limits(s0, s1, low)
     # The slope is (a low + b high) / (a + b) with a = (high - mean) (1 - p), b = (mean - low) p.
     d = torch.minimum(slopes.clamp_min(low * (1 + MARGIN)), high * (1 - MARGIN))

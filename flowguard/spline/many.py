@@ -123,7 +123,7 @@ def _inner_slope(raw: Tensor, s0: Tensor, s1: Tensor, o: Options) -> Rows:
     """
     if o.slope is None:
         return rq.published_slope(raw)
-    low = o.low
+    low = o.low()
     mean, high = slope_limits(s0, s1, low)
     decay = _exp(-raw.clamp(-CUT, CUT))
     # Of two terms one is always away from zero, as there is always some room.
@@ -141,7 +141,7 @@ def _slope_pullback(
     if o.slope is None:
         none, (d, share) = torch.zeros_like(grad), parts
         return rq.published_pullback(grad * d, raw, share), none, none
-    low = o.low
+    low = o.low()
     _, decay, ratio, inv, mean, high = parts
     # The slope is low + span ratio with ratio = up / R and R = up + room e, e = exp(-raw), where the
     # room that is left, high - mean, may be less than what is taken for it. If it is not,
@@ -179,7 +179,7 @@ def _prepare(x: Tensor, rows: Sequence[Rows], o: Options, vertical: bool) -> Sta
     widths, heights, derivatives = rows
     if _is_strided(derivatives[0]):
         derivatives = [_once(d.clone()) for d in derivatives]
-    bins, share = len(widths) + 1, o.share
+    bins, share = len(widths) + 1, o.share()
     scale, floor = o.softmax(bins)
     floor *= 1 + share
     u, v = _softmax(widths, scale, share), _softmax(heights, scale, share)
@@ -232,7 +232,7 @@ def evaluate(v: Tensor, params: Params, o: Options) -> Pair:
 
 def pull_back(x: Tensor, params: Params, grads: Pair, o: Options) -> tuple[Tensor, ...]:
     r"""The gradients to the input and to all parameters; see :func:`flowguard.spline.bin.pull_back`."""
-    rows, bins, share = _rows(params), len(params[0]) + 1, o.share
+    rows, bins, share = _rows(params), len(params[0]) + 1, o.share()
     inner = x.clamp(-o.bound, o.bound)
     at = _prepare(inner, rows, o, False)
     w, h, s, number = at.w, at.h, at.s, at.number

@@ -25,7 +25,11 @@ class Usual(NamedTuple):
 
 
 class Options(NamedTuple):
-    r"""All that is known of a spline before its numbers are."""
+    r"""All that is known of a spline before its numbers are.
+
+    What follows from it are methods: properties of named tuples are not known to the compiler of
+    torch 2.6.
+    """
 
     work: torch.dtype  # to compute in
     bound: float  # of the box
@@ -40,17 +44,14 @@ class Options(NamedTuple):
         r"""The least width and height of a bin, as a share of the box."""
         return min(MIN_FRACTION, 0.5 / bins)
 
-    @property
     def low(self) -> float:
         r"""The least slope raised by a thousandth, so that rounding cannot break the bound."""
         return 0.0 if self.slope is None else 1.001 * self.slope
 
-    @property
     def share(self) -> float:
         r"""The share :math:`\lambda` that keeps all secants in :math:`[\lambda, 1/\lambda]`."""
-        return math.sqrt(2.0 * self.low)
+        return math.sqrt(2.0 * self.low())
 
-    @property
     def unit(self) -> tuple[float, float]:
         r"""A number in [1/2, 1) and a power of two whose product is the bound.
 
@@ -59,17 +60,15 @@ class Options(NamedTuple):
         fraction, exponent = math.frexp(self.bound)
         return fraction, math.ldexp(1.0, exponent)
 
-    @property
     def lean(self) -> float:
         r"""The :math:`\kappa` of the slope at the knot between two bins."""
-        return min(((1 - self.share) / (1 + self.share)) ** 2, MOST_LEAN)
+        return min(((1 - self.share()) / (1 + self.share())) ** 2, MOST_LEAN)
 
-    @property
     def reach(self) -> float:
         r"""The knot for infinite logits, in the box's units and without what the other one adds."""
-        return self.unit[0] * (1 - 2 * self.least(2)) / (1 + self.share)
+        return self.unit()[0] * (1 - 2 * self.least(2)) / (1 + self.share())
 
     def softmax(self, bins: int) -> tuple[float, float]:
         r"""What the softmax over more bins is multiplied by, and then raised by."""
-        total, least = 2 * self.bound / (1 + self.share), self.least(bins)
+        total, least = 2 * self.bound / (1 + self.share()), self.least(bins)
         return total * (1 - bins * least), total * least

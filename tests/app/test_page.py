@@ -1,6 +1,7 @@
 r"""The page in a real browser, where there is one, and what is behind it."""
 
 import base64
+import http.client
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from flowguard.models import LowLightEncoder, LowLightFlow, SuperResolutionFlow
 pytest.importorskip("gradio", reason="gradio is not installed: the extra app")
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("skimage")
+IPV6 = pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="there is no IPv6 here")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 PATIENCE = 300  # seconds for what takes one: it is there for machines that are busy
 
@@ -88,6 +91,39 @@ def test_the_private_folder_is_gone_in_the_end(monkeypatch):
     assert seen
     assert not seen[0].exists()
     assert "GRADIO_TEMP_DIR" not in os.environ
+
+
+def answers(address, hosts):
+    r"""The status that a server answers with, by the name that it is asked for."""
+    where, found = urlsplit(address), {}
+    for host in hosts:
+        connection = http.client.HTTPConnection(where.hostname, where.port, timeout=PATIENCE)
+        connection.request("GET", "/config", headers={"Host": host.format(where.port)})
+        response = connection.getresponse()
+        found[host] = response.status, b"Spoil a condition" in response.read()
+        connection.close()
+    return found
+
+
+OTHERS = ("evil.example", "evil.example:{}", "127.0.0.1.evil.example", "192.0.2.1", "0.0.0.0", "")
+OWN = ("localhost", "localhost:{}", "127.0.0.1:{}", "127.0.0.1:1", "[::1]:{}", "LOCALHOST:{}")
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "localhost", pytest.param("::1", marks=IPV6), "0.0.0.0"]
+)
+def test_names_of_others_are_not_answered_to_where_this_machine_alone_is(host):
+    (robust,) = partners(small())
+    told, found = [], {}
+    page.serve(
+        lambda: page.build([robust], []),
+        host,
+        ready=told.append,
+        until=lambda: found.update(answers(told[0], OWN + OTHERS)),
+    )
+    assert {name: found[name] for name in OWN} == dict.fromkeys(OWN, (200, True))
+    wanted = (200, True) if host == "0.0.0.0" else (400, False)
+    assert {name: found[name] for name in OTHERS} == dict.fromkeys(OTHERS, wanted)
 
 
 # -- in a browser --------------------------------------------------------------------------------

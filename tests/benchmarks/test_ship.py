@@ -38,6 +38,7 @@ def test_convolutions_are_kept_in_half_precision_and_the_guard_knows_them(tmp_pa
     assert not [name for name in halves if "guard" in name or "actnorm" in name]
     own = {n: v.to(held[n].dtype) for n, v in full.items() if ".guard" not in n}
     assert all(torch.equal(held[name], value) for name, value in own.items())
+    assert store.read_config(folder)["halves"] == "float32"
     loaded = SuperResolutionFlow.from_pretrained("small")
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     assert (loaded.conditioner.policy, loaded.conditioner.boundary) == ("shrink", 0.8)

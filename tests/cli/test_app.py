@@ -47,6 +47,12 @@ def run(capsys, folder, *words):
         (["--affine", "{0}/twice"], "--affine must enlarge as often .*, 4 times; got 2"),
         (["--affine", "{0}/demo", "{0}/twice"], "--affine must name one folder of each kind"),
         (["--device", "toaster"], "--device: 'toaster' cannot be used here"),
+        (
+            ["--host", "999.1.1.1"],
+            "error: --host must be an address .*; got '999.1.1.1', which is",
+        ),
+        (["--host", ""], "error: --host must be an address .*; got nothing: leave it out for 127"),
+        (["--host", "name.invalid"], "error: --host must be an .*; got 'name.invalid', which is"),
     ],
 )
 def test_mistakes_are_told_in_a_line(words, told, folder, capsys):
@@ -72,7 +78,8 @@ def test_a_port_that_is_taken_is_told(folder, capsys):
         taken.listen()
         code, out = run(capsys, folder, "--port", taken.getsockname()[1])
     assert code == 2
-    assert "--host, --port: cannot listen there: " in out.err
+    assert out.err.startswith("flowguard: error: --port must be free; got ")
+    assert out.err.count("\n") == 1
 
 
 def test_what_the_demo_made_is_found_and_its_absence_said(folder, monkeypatch):

@@ -546,7 +546,17 @@ MISTAKES = {
     "absent configuration": (["in", "out", "--model", "m", "--config", "x.yaml"], "x.yaml"),
     "input of no name": (["", "out", "--model", "m"], "got nothing"),
     "input of a long name": (["x" * 300, "out", "--model", "m"], "File name too long"),
-    "model of a long name": (["in", "out", "--model", "x" * 300], "File name too long"),
+    "model of a long name": (
+        ["in", "out", "--model", "x" * 5000],
+        "--model: " + "x" * 60 + "… (5000 characters) cannot be read: File name too long",
+    ),
+    "a model at home": (["in", "out", "--model", "~/m"], "--model: there is no folder ~/m; ~ is"),
+    "model of no name": (["in", "out", "--model", ""], "--model: must name a folder; got nothing"),
+    "model of a zero byte": (
+        ["in", "out", "--model", "a\0"],
+        "--model: must name a folder; got a",
+    ),
+    "a model that is a file": (["in", "out", "--model", "in/odd.png"], "--model: there is no fol"),
     "report of a long name": (
         ["in", "out", "--model", "m", "--report", "x" * 300 + ".html"],
         "long",

@@ -204,6 +204,7 @@ def test_the_encoder_is_that_of_the_package_unless_none_is_wanted(
 
 MISTAKES = {
     "absent encoder": (["--encoder-weights", "absent"], "a model folder or none; there is no abs"),
+    "encoder of a long name": (["--encoder-weights", "x" * 5000], "--encoder-weights: xxx"),
     "an encoder that is none": (["--encoder-weights", "file"], "--encoder-weights: "),
     "no steps": (["--steps", "0"], "must be at least 1 and at most 1000000000; got 0"),
     "steps in words": (["--steps", "many"], "must be a whole number; got 'many'"),

@@ -1,12 +1,16 @@
 r"""Models saved in folders: what comes back, and what is refused."""
 
+import contextlib
 import copy
 import json
+import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import warnings
 from fractions import Fraction
 from functools import partial
@@ -796,6 +800,96 @@ def test_a_file_is_no_folder_of_a_model(tmp_path):
             read(tmp_path / "weights.pth")
 
 
+NAMES = {
+    "too long": ("x" * 5000, r"xx… \(5000 characters\) cannot be read: File name"),
+    "too long for the hub": (
+        "someone/" + "x" * 5000,
+        r"someone/x.*… \(5008 characters\) cannot be read: File name",
+    ),
+    "long altogether": (
+        "a/" * 3000 + "b",
+        r"a/a/.*… \(6001 characters\) cannot be read: File name",
+    ),
+    "a zero byte": ("a\0b", "must be named by its folder; got a name with a zero byte"),
+    "a zero byte of the hub": ("someone/\0", "got a name with a zero byte"),
+    "nothing": ("", "must be named by its folder; got an empty name"),
+    "blanks": ("  ", "got an empty name"),
+    "home": ("~", "~ is taken as it stands: write /home/me if that is meant"),
+    "below home": ("~/mine", "no folder ~/mine; ~ is taken as it stands: write /home/me/mine if"),
+    "below a file": ("./config/below", "there is no folder config/below"),
+    "a loop": ("loop", "loop cannot be read: Too many levels of symbolic links"),
+}
+
+
+@pytest.mark.parametrize("read", [load, SuperResolutionFlow.from_pretrained])
+@pytest.mark.parametrize("name", NAMES)
+def test_names_that_no_model_can_have_are_told_in_short(name, read, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("USERPROFILE", "/home/me")
+    monkeypatch.setattr(
+        "huggingface_hub.hf_hub_download", lambda *a, **k: pytest.fail("the network was asked")
+    )
+    Path("config").write_text("a file")
+    Path("loop").symlink_to("loop")
+    given, match = NAMES[name]
+    with pytest.raises(PretrainedError, match=match) as caught:
+        read(given)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.fixture
+def unprivileged():
+    r"""A folder that others may enter, and a user to whom closed files are closed."""
+    if not hasattr(os, "geteuid"):
+        pytest.skip("this system closes files otherwise")
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    root = os.geteuid() == 0
+
+    @contextlib.contextmanager
+    def become():
+        if root:
+            os.seteuid(65534)
+        try:
+            yield
+        finally:
+            if root:
+                os.seteuid(0)
+
+    yield folder, become
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    ("closed", "mode", "told"),
+    [
+        ("model", 0o000, "model cannot be read: Permission denied"),
+        ("model", 0o444, "model cannot be read: Permission denied"),
+        ("", 0o000, "model cannot be read: Permission denied"),
+        ("model/config.json", 0o000, "config.json cannot be read: Permission denied"),
+        ("model/model.safetensors", 0o000, "model.safetensors cannot be read: Permission denied"),
+    ],
+)
+@pytest.mark.parametrize("read", [load, SuperResolutionFlow.from_pretrained])
+def test_what_may_not_be_read_is_told(closed, mode, told, read, unprivileged):
+    folder, become = unprivileged
+    build().save_pretrained(folder / "model")
+    read(folder / "model")
+    (folder / closed).chmod(mode)
+    with become(), pytest.raises(PretrainedError, match=told):
+        read(folder / "model")
+
+
+def test_a_folder_that_may_not_be_listed_is_told(unprivileged):
+    folder, become = unprivileged
+    (folder / "empty").mkdir(mode=0o111)
+    with become(), pytest.raises(PretrainedError, match="empty cannot be read: Permission denied"):
+        load(folder / "empty")
+
+
 def test_a_folder_of_models_is_told_from_a_model(tmp_path):
     """As a run of training is one."""
     for name in ("best", "model"):
@@ -824,11 +918,103 @@ def test_models_of_the_package_are_loaded_by_name_with_their_guard_and_without_a
     assert (store.located(name) / "README.md").read_text() == page.read_text()
 
 
-def test_a_model_of_the_package_is_loaded_by_any_name_of_its_folder(tmp_path, monkeypatch):
-    (tmp_path / "link").symlink_to(store.SHIPPED / "lowlight")
-    monkeypatch.chdir(store.SHIPPED)
-    for name in (tmp_path / "link", "lowlight", store.SHIPPED / ".." / "shipped" / "lowlight"):
-        assert {p.dtype for p in load(name).parameters()} == {torch.float32}
+@pytest.mark.parametrize("name", ["superres-x4", "lowlight"])
+def test_a_copy_of_a_model_of_the_package_is_loaded_as_it_is_itself(name, tmp_path):
+    shutil.copytree(store.SHIPPED / name, tmp_path / "copy")
+    (tmp_path / "link").symlink_to(tmp_path / "copy")
+    model = load(name)
+    for folder in (tmp_path / "copy", tmp_path / "link", store.SHIPPED / ".." / "shipped" / name):
+        loaded = type(model).from_pretrained(folder)
+        assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+        state = loaded.state_dict()
+        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    # What is saved again is a model in float32, in the format of those.
+    loaded.save_pretrained(tmp_path / "again")
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert (config["format"], "halves" in config) == (4, False)
+    weights = load_file(tmp_path / "again" / "model.safetensors")
+    assert torch.float16 not in {value.dtype for value in weights.values()}
+
+
+def test_an_upload_of_a_model_of_the_package_is_loaded_from_the_hub(tmp_path, monkeypatch):
+    pytest.importorskip("huggingface_hub")
+    shutil.copytree(store.SHIPPED / "lowlight", tmp_path / "snapshot")
+    monkeypatch.setattr(
+        "huggingface_hub.hf_hub_download",
+        lambda name, filename, **options: str(tmp_path / "snapshot" / filename),
+    )
+    model = LowLightFlow.from_pretrained("someone/mine")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+# -- in half precision -----------------------------------------------------------------------
+
+
+NETWORKS = ("conditioner.encoder.", "flow.steps.0.0.coupling.")
+
+
+def kept_in_halves(folder):
+    r"""A saved model, some weights of which are kept in half precision from then on."""
+    weights = load_file(folder / "model.safetensors")
+    names = [name for name in weights if name.startswith(NETWORKS)]
+    store.write(folder, *store.halved(store.read_config(folder), weights, names))
+    return names
+
+
+def test_weights_in_half_precision_are_told_by_the_file_and_widened(tmp_path):
+    model = guarded(build())
+    model.save_pretrained(tmp_path)
+    names = kept_in_halves(tmp_path)
+    assert names
+    loaded = load(tmp_path)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    for name, value in model.state_dict().items():
+        expected = value.half().float() if name in names else value
+        assert torch.equal(loaded.state_dict()[name], expected), name
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [("networks", "float32, the model .*float16"), ("all", r"float16, and not torch\.float64")],
+)
+def test_tensors_that_somebody_made_halves_are_refused_with_what_to_do(names, told, tmp_path):
+    guarded(build()).save_pretrained(tmp_path)
+    config, weights = store.read_config(tmp_path), load_file(tmp_path / "model.safetensors")
+    for name, value in weights.items():
+        if value.is_floating_point() and (names == "all" or name.startswith(NETWORKS)):
+            weights[name] = value.half()
+    store.write(tmp_path, config, weights)
+    refused(tmp_path, f"do not fit.*({told}).*convert the model as a whole, by model.to")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"halves": "float32"},
+        {"format": store.HALVED},
+        {"format": store.HALVED, "halves": "bfloat16"},
+        {"format": store.HALVED, "halves": None},
+        {"format": store.HALVED, "halves": ["float32"]},
+        {"halves": None},
+    ],
+    ids=str,
+)
+def test_a_mark_of_halves_that_cannot_be(changes, files):
+    change(files, **changes)
+    refused(files, "must have 'halves', as 'float32', in format 5 and in no other; got")
+
+
+def test_what_cannot_be_kept_in_halves_is_refused():
+    config = {"format": 2}
+    wide, huge, half = torch.ones(1).double(), torch.full((2,), 1e5), torch.ones(1).half()
+    for state, names, match in (
+        ({"a": wide}, ["a"], "in float32 alone are kept so; got torch.float64 for a"),
+        ({"a": torch.ones(1), "b": half}, ["a"], "got torch.float16 for b"),
+        ({"a": huge}, ["a"], "must be finite in half precision; got some of a beyond 65504"),
+        ({"a": torch.ones(1)}, ["a", "c"], "must name weights; got 'c'"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            store.halved(config, state, names)
 
 
 def test_a_folder_comes_before_a_model_of_the_package(tmp_path, monkeypatch):

@@ -101,5 +101,18 @@ def test_one_dtype_for_all_but_what_has_its_own():
     half = {k: v.half() if v.dtype == torch.float32 else v for k, v in state.items()}
     check_dtypes(model, half)
     for name in state:
-        with pytest.raises(TypeError, match=f"{name} has the dtype torch.complex64, the model"):
+        with pytest.raises(
+            TypeError, match=f"{name} has the dtype torch.complex64, (the|and not)"
+        ):
             check_dtypes(model, {**state, name: state[name].to(torch.complex64)})
+
+
+def test_the_error_of_a_dtype_names_the_one_that_there_must_be():
+    model = nn.Linear(2, 2)
+    model.register_buffer("moments", torch.zeros(2, dtype=torch.float64))
+    every = {k: v.half() for k, v in model.state_dict().items()}
+    with pytest.raises(TypeError, match=r"moments has .*float16, and not torch\.float64; convert"):
+        check_dtypes(model, every)
+    some = {**model.state_dict(), "bias": model.bias.data.half()}
+    with pytest.raises(TypeError, match=r"bias has .*float16, the model torch\.float32; convert"):
+        check_dtypes(model, some)

@@ -9,6 +9,8 @@ import zuko
 
 from flowguard.ood import OODConditioner
 
+AFFINE_COUPLING = getattr(zuko.flows, "RealNVP", zuko.flows.NICE)  # as it is called from 1.5 on
+
 
 def draw(n, generator):
     y = torch.randn(n, 2, generator=generator)
@@ -22,7 +24,7 @@ def draw(n, generator):
 def flow():
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    flow = zuko.flows.RealNVP(2, 2, transforms=8, hidden_features=(64, 64))
+    flow = AFFINE_COUPLING(2, 2, transforms=8, hidden_features=(64, 64))
     optimizer = torch.optim.Adam(flow.parameters(), 1e-3)
     for _ in range(800):
         x, y = draw(256, generator)

@@ -32,20 +32,20 @@ def draw(n, bins, dtype=torch.float64):
 @pytest.mark.parametrize("bound", [1e-10, 0.5, 5.0, 7.3, 1e10])
 def test_what_follows(bound, slope):
     o = Options(torch.float32, bound, slope)
-    fraction, scale = o.unit
+    fraction, scale = o.unit()
     assert fraction * scale == bound
     assert 0.5 <= fraction < 1
     assert math.log2(scale).is_integer()
-    assert o.low == (0 if slope is None else 1.001 * slope)
-    assert o.share == pytest.approx(math.sqrt(2 * o.low), rel=1e-15)
-    assert 0 <= o.share < 1
-    assert 0 < o.lean < 1
+    assert o.low() == (0 if slope is None else 1.001 * slope)
+    assert o.share() == pytest.approx(math.sqrt(2 * o.low()), rel=1e-15)
+    assert 0 <= o.share() < 1
+    assert 0 < o.lean() < 1
     # The knot stays in the box however far both logits are out, and so do all bins.
-    assert o.reach * (1 + o.share) == pytest.approx(fraction * (1 - 2 * o.least(2)), rel=1e-12)
+    assert o.reach() * (1 + o.share()) == pytest.approx(fraction * (1 - 2 * o.least(2)), rel=1e-12)
     for bins in (3, 8, 10_000):
         assert 0 < bins * o.least(bins) <= 0.5
         weight, floor = o.softmax(bins)
-        assert (1 + o.share) * (weight + bins * floor) == pytest.approx(2 * bound, rel=1e-12)
+        assert (1 + o.share()) * (weight + bins * floor) == pytest.approx(2 * bound, rel=1e-12)
 
 
 @BINS

@@ -58,7 +58,7 @@ def _locate(
 ) -> Located:
     r"""Writes ones to where no logit was cut, if there is something to write to."""
     *logits, derivatives = params
-    bins, share, bound = len(derivatives) + 1, o.share, o.bound
+    bins, share, bound = len(derivatives) + 1, o.share(), o.bound
     scale, floor = o.softmax(bins)
     padded, cumulated, passed, raws, _ = m.blocks
     # The scaled softmaxes over logits and a zero, raised; first and last row come twice.
@@ -134,9 +134,9 @@ def _inner_slope(m: Rows, rows: Tensors, at: Located, o: Options) -> None:
     if o.slope is None:
         rq.published_slope(m, at.raw[0], p, d)
         return
-    low, s, ss = m.number(o.low), at.s, at.ss[0]
+    low, s, ss = m.number(o.low()), at.s, at.ss[0]
     torch.minimum(s, ss, out=high)
-    torch.addcmul(m.number(0.0), high, high, value=0.5 / o.low, out=high).clamp_(max=1 / o.low)
+    torch.addcmul(m.number(0.0), high, high, value=0.5 / o.low(), out=high).clamp_(max=1 / o.low())
     torch.mul(s, ss, out=mean).sqrt_()
     torch.sigmoid(at.raw[0], out=p)
     torch.sub(mean, low, out=part)
@@ -172,7 +172,7 @@ def _slope_pullback(
     to_mean = squashed(mean.mul_(grad), p, grad_input=mean)
     to_mean.mul_(gain).mul_(gain).mul_(smaller)
     squashed(span.mul_(grad), ratio, grad_input=out)
-    uncut = torch.lt(high, m.number(1 / o.low), out=gain)
+    uncut = torch.lt(high, m.number(1 / o.low()), out=gain)
     high.mul_(uncut).mul_(grad)
     to_high = p.addcmul_(p, p, value=-2).mul_(part).mul_(part).neg_()
     to_high = torch.lerp(ratio, to_high, free, out=p).mul_(high)
@@ -248,7 +248,7 @@ def pull_back(
     m.give_pair(pull.d)
 
     # To the sizes of the bin, of its neighbours, and of all bins to its left, which push it.
-    share = o.share
+    share = o.share()
     to_size, corner = m.pair(), m.pair()
     torch.div(log_s, at.size[0], out=to_size[0])
     to_size[1].addcmul_(pull.z, pull.t).neg_()

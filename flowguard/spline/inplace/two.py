@@ -27,22 +27,22 @@ def _knot(
 ) -> tuple[Pair, Pair, Tensor, Tensor, Tensor, Tensor]:
     r"""The sigmoids of raw width and height; the knot, times a sign; numerator and denominator of
     the mean of the secants; what the pullback of the slope at the knot needs, and that slope."""
-    (width, height, raw), reach = (p[0] for p in params), sign * o.reach
+    (width, height, raw), reach = (p[0] for p in params), sign * o.reach()
     sigmoids, shares, at = m.pair(), m.pair(), m.pair()
     torch.sigmoid(width, out=sigmoids[1])
     torch.sigmoid(height, out=sigmoids[2])
     torch.add(m.number(-reach), sigmoids[0], alpha=2 * reach, out=shares[0])  # 0 for zeros
-    torch.add(shares[1], shares[2], alpha=o.share, out=at[1])
-    torch.add(shares[2], shares[1], alpha=o.share, out=at[2])
+    torch.add(shares[1], shares[2], alpha=o.share(), out=at[1])
+    torch.add(shares[2], shares[1], alpha=o.share(), out=at[2])
     m.give_pair(shares)
     top, bottom, u, d = m.take(), m.take(), m.take(), m.take()
     if o.slope is None:
         rq.published_slope(m, raw, u, d)
     else:
-        square = m.number(o.unit[0] ** 2)
+        square = m.number(o.unit()[0] ** 2)
         torch.addcmul(square, at[2], at[2], value=-1, out=top)
         torch.addcmul(square, at[1], at[2], value=-1, out=bottom)
-        low, up = m.take(), o.lean
+        low, up = m.take(), o.lean()
         torch.add(m.number(-1.0), torch.sigmoid(raw, out=u), alpha=2, out=u)
         torch.addcmul(bottom, bottom, u, value=-up, out=low)
         torch.addcmul(top, top, u, value=up, out=d).div_(low)
@@ -65,7 +65,7 @@ def evaluate(m: Rows, outs: Tensors, v: Tensor, params: Params, o: Options) -> N
         sigmoids, (_, kx, ky), *unused, d = _knot(m, params, o)
         m.give_pair(sigmoids)
         m.give(*unused)
-    (fraction, scale), steep = o.unit, o.steep
+    (fraction, scale), steep = o.unit(), o.steep
     # The distance from `v` to the knot, and the end of the box on that side, its sign changed.
     z = torch.clamp(v, -o.bound, o.bound, out=m.take())
     torch.sub(ky if o.inverse else kx, z, alpha=1 / scale, out=z)
@@ -85,7 +85,7 @@ def pull_back(
 ) -> None:
     r"""Writes the gradients to the input and to the parameters; see :func:`flowguard.spline.bin.pull_back`."""
     (_, p, q), minus, top, bottom, u, d = _knot(m, params, o, sign=-1)
-    (_, mx, my), size, (fraction, scale) = minus, m.pair(), o.unit
+    (_, mx, my), size, (fraction, scale) = minus, m.pair(), o.unit()
     z = torch.clamp(x, -o.bound, o.bound, out=m.take())
     torch.add(mx, z, alpha=1 / scale, out=z)
     end = torch.copysign(m.number(fraction), z, out=m.take())
@@ -105,7 +105,7 @@ def pull_back(
         rq.published_pullback(m, log_d, params[2][0], u, to_raw)
         to_raw.mul_(m.number(scale))
     else:
-        up, rest = o.lean, d
+        up, rest = o.lean(), d
         torch.addcmul(m.number(1 / (up * scale)), u, u, value=-up / scale, out=rest)
         torch.div(log_d, rest, out=rest)
         torch.ops.aten.tanh_backward.grad_input(rest, u, grad_input=to_raw)
@@ -120,9 +120,9 @@ def pull_back(
         to_my.addcmul_(to_bottom, mx)
         to_my.addcmul_(torch.div(log_d, top, out=top), my, value=-2)
 
-    by = scale * 2 * o.reach
-    torch.sub(to_kx, to_my, alpha=o.share, out=size[1])
-    torch.sub(to_my, to_kx, alpha=o.share, out=size[2])
+    by = scale * 2 * o.reach()
+    torch.sub(to_kx, to_my, alpha=o.share(), out=size[1])
+    torch.sub(to_my, to_kx, alpha=o.share(), out=size[2])
     for grad, sigmoid, out in ((size[1], p, to_width), (size[2], q, to_height)):
         torch.ops.aten.sigmoid_backward.grad_input(grad, sigmoid, grad_input=out)
     to_width.mul_(m.number(by))
