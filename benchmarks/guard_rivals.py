@@ -322,7 +322,14 @@ def lines(measured: Mapping[str, Row], levels: int) -> str:
         return [*told, *(f"{100 * s:.1f} %" for s in (one.crops, one.pictures, one.cost))]
 
     head = ["score", *(f"level {n + 1}" for n in range(levels)), "combined"]
-    head += ["Spearman", "other worlds", "RealSRSet", "crops flagged", "photographs flagged", "cost"]
+    head += [
+        "Spearman",
+        "other worlds",
+        "RealSRSet",
+        "crops flagged",
+        "photographs flagged",
+        "cost",
+    ]
     return table(head, [[name, *cells(one)] for name, one in measured.items()])
 
 

@@ -38,7 +38,7 @@ class LowLightStudy(Study):
     r"""Creates what is asked of models that brighten what was taken in the dark."""
 
     model = LowLightFlow
-    held = {"bsds400": "held-out, darkened", "lol-pairs": "LOL pairs"}  # noqa: RUF012
+    held = {"bsds400": "held-out of BSDS500, darkened", "lol-pairs": "LOL pairs"}  # noqa: RUF012
     strange = {  # noqa: RUF012
         "dark-sci": "dark photographs (SCI)",
         "lol15-low": "dark photographs (LOL)",

@@ -94,12 +94,8 @@ def _run(task: str, study: type[Study], args: argparse.Namespace, options: Seque
     write_text(args.out / "part.md", text)
     images = args.page.parent / "images"
     images.mkdir(parents=True, exist_ok=True)
-    for name in ("figure", "gallery"):
-        file = images / f"{args.part}-{name}.png"
-        if name == "gallery":
-            gallery(asked, places, file, args.sets, args.device)
-        else:
-            file.write_bytes((args.out / "figure.png").read_bytes())
+    (images / f"{args.part}-figure.png").write_bytes((args.out / "figure.png").read_bytes())
+    gallery(asked, places, images / f"{args.part}-gallery.jpg", args.sets, args.device)
     write_part(args.page, args.part, text)
     print(f"{args.page}: {args.part}")
 
@@ -148,9 +144,21 @@ def report(
     lines += [
         f"![Quality and artefacts of each coupling](images/{args.part}-figure.png)",
         "",
-        f"![Samples at temperature 0.8; artefact pixels are magenta](images/{args.part}-gallery.png)",
+        f"![Samples at temperature 0.8; artefact pixels are magenta](images/{args.part}-gallery.jpg)",
+        "",
+        f"*Crops of the first pictures: {_shown(asked, args.sets)}.*",
     ]
     return "\n".join(lines)
+
+
+def _shown(asked: Study, sets: Sequence[str]) -> str:
+    r"""Where the pictures of the gallery are from."""
+    held = [name for name in sets if name in asked.held][:1]
+    return ", ".join(
+        {**asked.held, **asked.strange}[name]
+        for name in sets
+        if name in held or name in asked.strange
+    )
 
 
 def _taken(args: argparse.Namespace) -> str:

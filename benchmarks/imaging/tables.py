@@ -276,7 +276,7 @@ def _draw_artefacts(
     )
     for i, row in enumerate(shares):
         for j, share in enumerate(row):
-            text = "" if math.isnan(share) else f"{share:.0f}" if share >= 10 else f"{share:.1g}"
+            text = "" if math.isnan(share) else f"{share:.0f}" if share >= 9.5 else f"{share:.1g}"
             axis.text(
                 j,
                 i,

@@ -33,7 +33,7 @@ def test_a_coupling_is_trained_measured_and_told_of(tmp_path):
         assert text.count(f"\n| {kind} |") == 3
     for kind in ("input", "histogram equalisation", "gamma fitted to the truth"):
         assert text.count(f"\n| {kind} |") == 1
-    assert (tmp_path / "images" / "lowlight-gallery.png").exists()
+    assert (tmp_path / "images" / "lowlight-gallery.jpg").exists()
 
 
 def test_its_page_has_the_markers():

@@ -42,8 +42,9 @@ def test_two_couplings_are_trained_measured_and_told_of(tmp_path, monkeypatch):
     assert "Measured on the middle 40² of each." in text
     assert "for 4 steps with the seeds 0, 1" in text
     assert str(tmp_path) not in text
-    for name in ("figure", "gallery"):
-        file = f"images/superres-pyramid-{name}.png"
+    assert "*Crops of the first pictures: Set5, corruptions of Kodak24.*" in text
+    for name in ("figure.png", "gallery.jpg"):
+        file = f"images/superres-pyramid-{name}"
         assert file in text
         with Image.open(page.parent / file) as image:
             assert min(image.size) > 100
