@@ -10,6 +10,7 @@ Nothing here knows a library: adapters say what their networks are made of.
 
 __all__ = [
     "RowsOfFeatures",
+    "UnitsOnce",
     "at_rest",
     "depends",
     "invert",
@@ -183,6 +184,108 @@ def narrowed(net: nn.Module, last: str, features: int) -> tuple[nn.Module, RowsO
     twin: nn.Module = successor(net)
     setattr(twin, last, rows)
     return twin, rows
+
+
+class UnitsOnce:
+    r"""Creates the inverse of maps whose parameters a chain of masked linear layers tells, in which
+    each unit of these is worked out once: in the pass in which all that it depends on is known.
+
+    What a fully autoregressive network costs is then a pass of it for all features together, and
+    not one for each. Nothing is recorded for gradients.
+
+    Arguments:
+        layers: The layers, each with a `weight`, a `mask` and a `bias`. The first one takes the
+            features and then the context; the last one tells the parameters of one feature after
+            another.
+        activations: What is applied to each number that a layer returns, for all but the last one.
+        groups: The features, as indices, in an order in which each depends on those of earlier
+            groups alone.
+
+    Example:
+        >>> first, last = nn.Linear(3, 3), nn.Linear(3, 2)
+        >>> first.mask = torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
+        >>> last.mask = torch.tensor([[1.0, 0.0, 1.0], [1.0, 1.0, 1.0]])  # of two features
+        >>> once = UnitsOnce([first, last], [torch.tanh], [torch.tensor([0]), torch.tensor([1])])
+        >>> y, context = torch.randn(5, 2), torch.randn(5, 1)
+        >>> x = once.inverse(y, context, lambda y, shift: y - shift)
+        >>> h = F.linear(torch.cat((x, context), -1), first.mask * first.weight, first.bias)
+        >>> shift = F.linear(h.tanh(), last.mask * last.weight, last.bias)
+        >>> torch.allclose(x + shift, y, atol=1e-6)
+        True
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Any],
+        activations: Sequence[Callable[[Tensor], Tensor]],
+        groups: Sequence[Tensor],
+    ) -> None:
+        self._activations = activations
+        self._counts = [len(group) for group in groups]
+        self._features = torch.cat([*groups])
+        *hidden, last = layers
+        # The pass from which on each input is known: the first one for the context.
+        known = self._features.new_zeros(layers[0].weight.shape[1])
+        for number, group in enumerate(groups, 1):
+            known[group] = number
+        # Sorted by that, what is new in a pass is one slice, and what is known is another one.
+        passes = torch.arange(len(groups), device=known.device)
+        order = known.argsort(stable=True)
+        self._ends = [torch.searchsorted(known[order], passes, right=True).tolist()]
+        self._hidden: list[tuple[Tensor, Tensor | None]] = []
+        for layer in hidden:
+            known = ((layer.mask != 0) * known).amax(1)
+            by = known.argsort(stable=True)
+            weight = (layer.mask * layer.weight).detach()[by][:, order]
+            self._hidden.append((weight, None if layer.bias is None else layer.bias.detach()[by]))
+            self._ends.append(torch.searchsorted(known[by], passes, right=True).tolist())
+            order = by
+        rows = RowsOfFeatures(last, len(self._features))
+        self._last = [
+            (
+                rows.rows.detach()[group].flatten(0, 1)[:, order],
+                None if rows.offsets is None else rows.offsets.detach()[group].flatten(),
+            )
+            for group in groups
+        ]
+
+    @torch.no_grad()
+    def inverse(
+        self, y: Tensor, context: Tensor | None, solve: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        r"""Returns the inverse, with shape :math:`(*, D)`.
+
+        Arguments:
+            y: The values of the maps, with shape :math:`(*, D)`.
+            context: The context, with shape :math:`(*, C)`, or :py:`None` if there is none.
+            solve: Called with the values of some features, with shape :math:`(*, n)`, and with
+                what the last layer says of these, with shape :math:`(*, n P)`; returns the inverse.
+        """
+        if context is not None:
+            shape = torch.broadcast_shapes(y.shape[:-1], context.shape[:-1])
+            y, context = y.expand(*shape, -1), context.expand(*shape, -1)
+        widths = [self._hidden[0][0].shape[1], *(len(weight) for weight, _ in self._hidden)]
+        inputs, *hidden = (y.new_empty(*y.shape[:-1], width) for width in widths)
+        first = widths[0] - y.shape[-1]
+        if context is not None:
+            inputs[..., :first] = context
+        x, y = inputs[..., first:], y[..., self._features]
+        done, starts = 0, [0] * len(self._hidden)
+        for number, count in enumerate(self._counts):
+            below = inputs
+            for k, (weight, bias) in enumerate(self._hidden):
+                start, end, seen = starts[k], self._ends[k + 1][number], self._ends[k][number]
+                if end > start:
+                    part = None if bias is None else bias[start:end]
+                    new = F.linear(below[..., :seen], weight[start:end, :seen], part)
+                    hidden[k][..., start:end] = self._activations[k](new)
+                starts[k], below = end, hidden[k]
+            weight, bias = self._last[number]
+            seen = self._ends[-1][number]
+            phi = F.linear(below[..., :seen], weight[:, :seen], bias)
+            x[..., done : done + count] = solve(y[..., done : done + count], phi)
+            done += count
+        return x[..., self._features.argsort()]
 
 
 def unhooked(*modules: nn.Module) -> bool:

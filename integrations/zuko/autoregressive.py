@@ -13,6 +13,7 @@ from zuko.nn import MaskedLinear, MaskedMLP, Residual
 from zuko.utils import broadcast, unpack
 
 from flowguard.autoregression import (
+    UnitsOnce,
     at_rest,
     depends,
     invert,
@@ -64,6 +65,14 @@ class GroupedAutoregressiveTransform(AutoregressiveTransform):
         groups = _groups(layer, features)
         if groups is None:
             return super()._inverse(y)
+        once = _once(layer.hyper, groups, y, context)
+        if once is not None:
+
+            def solve_new(y: Tensor, phi: Tensor) -> Tensor:
+                phi = phi.unflatten(-1, (-1, layer.total))
+                return layer.univariate(*unpack(phi, layer.shapes)).inv(y)
+
+            return once.inverse(y, context, solve_new)
         net, last = narrowed(layer.hyper, str(len(layer.hyper) - 1), features)
 
         def solve(x: Tensor, new: Tensor) -> tuple[Tensor, None]:
@@ -119,6 +128,23 @@ def _groups(layer: Any, features: int) -> list[Tensor] | None:
         return None
     reach = depends([last.mask.unflatten(0, (features, -1)).any(1)], reach)
     return order_of(reach[:, :features], layer.passes)
+
+
+def _once(net: Any, groups: list[Tensor], y: Tensor, context: Tensor | None) -> UnitsOnce | None:
+    r"""The network in which each unit is worked out once; None where gradients are recorded, or
+    where it is no plain chain of layers in the dtype of all that goes in."""
+    layers, activations = list(net)[::2], list(net)[1::2]
+    if not all(type(m) is MaskedLinear for m in layers) or len(layers) < 2:
+        return None
+    if any(type(m).__module__ != ACTIVATIONS or list(m.parameters()) for m in activations):
+        return None
+    given = [t for t in (y, context) if t is not None]
+    tensors = [*given, *(p for m in layers for p in m.parameters())]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return None
+    if len({t.dtype for t in tensors}) > 1 or torch.is_autocast_enabled(y.device.type):
+        return None
+    return UnitsOnce(layers, activations, groups) if unhooked(*net) else None
 
 
 def _reach(layers: list[Any], reach: Tensor) -> Tensor | None:

@@ -116,3 +116,27 @@ def test_what_is_recorded_gets_its_own(bins):
     recorded(x, *params)
     spline(x, *params)
     assert torch.equal(kept, expected)
+
+
+@BINS
+def test_views_of_it_are_made_once_for_each_shape(bins):
+    x, *params = draw(40, bins)
+    views = []
+
+    class Views(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if getattr(function, "__name__", "") in ("unbind", "split", "unflatten", "arange"):
+                views.append(function)
+            return function(*args, **(kwargs or {}))
+
+    def count(x, *params):
+        views.clear()
+        with Views():
+            spline(x, *params)
+        return len(views)
+
+    memory.release()
+    first = count(x, *params)
+    assert first > 0
+    assert count(x, *params) == 0
+    assert count(x[:20], *(p[:20] for p in params)) == first

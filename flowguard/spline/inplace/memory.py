@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Size, Tensor
@@ -21,6 +21,7 @@ LIMIT = 2**26  #: bytes that a call should ask for; of each dtype a thread keeps
 MOST = 64  # shapes and numbers for which it keeps tensors
 
 Number = Callable[[float], Tensor]
+Desk = TypeVar("Desk")
 #: Several tensors.
 Tensors = Sequence[Tensor]
 Pair = tuple[Tensor, Tensor, Tensor]  #: with shape :math:`(2, *)`, and its two rows
@@ -50,14 +51,17 @@ class Rows:
     """
 
     def __init__(self, memory: Tensor, layout: Layout, shape: Size, number: Number) -> None:
-        self.number, numel = number, shape.numel()
+        self.number, self.size = number, shape.numel()
         rows = [(2,)] * layout.pairs + [()] * layout.singles + [*layout.blocks]
-        parts = memory[: layout.total * numel].split([math.prod(r) * numel for r in rows])
+        parts = memory[: layout.total * self.size].split([math.prod(r) * self.size for r in rows])
         views = (part.view((*r, *shape)) for part, r in zip(parts, rows, strict=True))
         self._pairs = [(t, *t.unbind()) for t in islice(views, layout.pairs)]
         self._singles = [*islice(views, layout.singles)]
         self.blocks = [*views]
-        self._counted: Tensor | None = None
+        self._memory = memory
+        narrow = memory.dtype == torch.float32 and layout.total * self.size < 2**31
+        self._kind = torch.int32 if narrow else torch.int64
+        self._desks: dict[Callable[[Rows], Any], Any] = {}
         self.restart()
 
     def restart(self) -> None:
@@ -71,18 +75,37 @@ class Rows:
         for row in rows:
             self._give(row)
 
-    def places(self, number: Tensor, rows: int) -> Tensor:
-        r"""Returns where each element lies in as many rows, if `number` says in which."""
-        size, narrow = number.numel(), number.dtype == torch.float32
-        kind = torch.int32 if narrow and rows * size < 2**31 else torch.int64
-        if self._counted is None:
+    def desk(self, make: Callable[["Rows"], Desk]) -> Desk:
+        r"""Returns what is made of these rows once for all calls: views of them, say."""
+        desk: Desk | None = self._desks.get(make)
+        if desk is None:
             with torch.inference_mode(False):
-                self._counted = torch.arange(size, dtype=kind, device=number.device)
-        # An index takes as much memory as a number, but for those that are too large.
-        as_large = narrow == (kind == torch.int32)
-        place = self.take().view(kind) if as_large else torch.empty_like(number, dtype=kind)
-        place = place.copy_(number).view(-1)
-        return torch.add(self._counted, place, alpha=size, out=place)
+                desk = self._desks[make] = make(self)
+        return desk
+
+    def constant(self, numbers: Sequence[float]) -> Tensor:
+        r"""Returns these numbers, in new memory."""
+        return self._memory.new_tensor(numbers)
+
+    def counted(self, numbers: Sequence[int]) -> Tensor:
+        r"""Returns these numbers as an index, in new memory."""
+        return self._memory.new_tensor(numbers, dtype=self._kind)
+
+    def places(self, number: Tensor) -> Tensor:
+        r"""Returns where each element lies in a block, if `number` says in which of its rows."""
+        place = self.as_index(self.take()).copy_(number).view(-1)
+        return torch.add(self.desk(_elements), place, alpha=len(place), out=place)
+
+    def as_index(self, block: Tensor) -> Tensor:
+        r"""Returns the memory of a block as an index into all rows."""
+        # It takes as much of it as numbers do, but for single precision with too many of them.
+        if self._kind.itemsize == block.dtype.itemsize:
+            return block.view(self._kind)
+        return torch.empty_like(block, dtype=self._kind)
+
+
+def _elements(m: Rows) -> Tensor:
+    return m.counted(range(m.size))
 
 
 def _number(memory: Tensor, value: float) -> Tensor:

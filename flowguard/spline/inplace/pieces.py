@@ -16,7 +16,8 @@ from flowguard.spline.inplace import bin as rq
 from flowguard.spline.inplace.memory import LIMIT, Rows, keep, scratch
 from flowguard.spline.options import Options
 
-CHUNK = 2**15  # elements per thread worked on at a time
+CHUNK = 2**15  # elements per thread worked on at a time, at most
+CACHED = 3 * 2**20  # numbers of temporaries per thread that these may take
 ELSEWHERE = 2**29  # bytes of temporaries on other devices, where pieces only save memory
 
 Tensors = Sequence[Tensor | None]
@@ -84,11 +85,11 @@ def _in_pieces(
     like, widths = outs[0], tensors[1]
     assert widths is not None
     layout = kernel.layout(len(widths))
-    tensors = [t if t is None else t.to(like.dtype) for t in tensors]
+    tensors = [t if t is None or t.dtype == like.dtype else t.to(like.dtype) for t in tensors]
     at_home = like.device.type == "cpu"
     chunk = (LIMIT if at_home else ELSEWHERE) // (layout.total * like.element_size())
     if at_home:
-        chunk = min(chunk, CHUNK * torch.get_num_threads())
+        chunk = min(chunk, min(CHUNK, CACHED // layout.total) * torch.get_num_threads())
     memory = scratch(like, like.dtype)
     for target, piece in _pieces(outs, tensors, like.shape, chunk):
         write(memory.rows(layout, target[0].shape), target, *piece)

@@ -66,7 +66,7 @@ def _locate(m: Rows, x: Tensor, params: Params, o: Options, vertical: bool) -> _
     passed[-1].zero_()
     torch.ge(x, before[int(vertical), 1:], out=passed[1:-1])
     number = torch.sum(passed[1:-1], 0, out=m.take())
-    place = m.places(number, bins + 1)
+    place = m.places(number)
 
     inner = raws
     if len(derivatives) < bins:

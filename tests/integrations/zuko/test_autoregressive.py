@@ -86,7 +86,7 @@ def test_shapes_broadcast_as_in_zuko(z, c):
 
 
 @pytest.mark.parametrize(("passes", "groups"), [(None, 4), (2, 2)])
-def test_each_spline_is_evaluated_once_behind_as_many_hidden_layers_as_passes(passes, groups):
+def test_each_unit_is_worked_out_once_and_hidden_layers_with_hooks_once_a_pass(passes, groups):
     flow = RobustNSF(4, 2, transforms=1, passes=passes)
     (layer,) = flow.transform.transforms
     rows = []
@@ -101,8 +101,8 @@ def test_each_spline_is_evaluated_once_behind_as_many_hidden_layers_as_passes(pa
             nn.functional, "linear", lambda h, w, b: seen.append(len(w)) or linear(h, w, b)
         )
         flow(torch.randn(7, 2)).sample()
-    last = [n for n in seen if n != 64]  # all hidden layers have 64 rows
-    assert sum(last) == layer.hyper.out_features
+    # Each unit of both hidden layers and each parameter of a spline once, in all passes together.
+    assert sum(seen) == 64 + 64 + layer.hyper.out_features
 
 
 def test_splines_are_counted_one_for_each_feature(monkeypatch):
@@ -207,3 +207,36 @@ def test_a_saved_flow_gains_too():
     f = pickle.loads(pickle.dumps(d.transform))
     z = torch.randn(5, 3)
     assert torch.allclose(f.inv(z), d.transform.inv(z))
+
+
+@pytest.mark.parametrize("make", FLOWS.values(), ids=FLOWS)
+@torch.no_grad()
+def test_the_inverse_is_zukos_where_nothing_is_recorded(make):
+    flow = stirred(make(transforms=2).double())
+    context = flow.transform.transforms[0].hyper.in_features - 4
+    z = torch.randn(3, 5, 4, dtype=torch.float64)
+    for shape in ((), (5,), (3, 1), (2, 3, 5), (0, 1, 1)) if context else [None]:
+        c = None if shape is None else torch.randn(*shape, context, dtype=torch.float64)
+        new, old = both_ways(flow, c, z)
+        assert new.shape == old.shape
+        assert torch.allclose(new, old, atol=1e-11)
+
+
+@pytest.mark.parametrize("how", ["a hook", "a parameter", "autocast", "another dtype"])
+@torch.no_grad()
+def test_networks_that_cannot_be_split_into_units_are_run_as_they_are(how):
+    activation = nn.PReLU if how == "a parameter" else nn.ReLU
+    flow = stirred(RobustNSF(3, 2, transforms=1, activation=activation))
+    c, z, seen = torch.randn(7, 2), torch.randn(7, 3), []
+    if how == "a hook":
+        hidden = flow.transform.transforms[0].hyper[1]
+        hidden.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    if how == "another dtype":
+        with pytest.raises(RuntimeError, match="dtype"):
+            flow(c.double()).transform.inv(z)
+        return
+    with torch.autocast("cpu", enabled=how == "autocast"):
+        new, old = both_ways(flow, c, z)
+    assert torch.allclose(new.float(), old.float(), atol=0.1 if how == "autocast" else 1e-4)
+    assert all(shape == (7, 64) for shape in seen)
+    assert bool(seen) == (how == "a hook")
