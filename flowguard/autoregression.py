@@ -194,9 +194,9 @@ class UnitsOnce:
     not one for each. Nothing is recorded for gradients.
 
     Arguments:
-        layers: The layers, each with a `weight`, a `mask` and a `bias`. The first one takes the
-            features and then the context; the last one tells the parameters of one feature after
-            another.
+        layers: The layers, each with a `weight` and a `mask` of one shape :math:`(O, I)`, and a
+            `bias` with shape :math:`(O)`. The first one takes the features and then the context;
+            the last one tells the parameters of one feature after another.
         activations: What is applied to each number that a layer returns, for all but the last one.
         groups: The features, as indices, in an order in which each depends on those of earlier
             groups alone.

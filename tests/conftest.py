@@ -15,6 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 HERE = Path(__file__).parent
 LARGE = "FLOWGUARD_GOLDEN"
 
+# The compiler imports it, and it refuses to come after `distutils`, which other packages import.
+with contextlib.suppress(ImportError):
+    import setuptools  # noqa: F401
+
 # The tensors of the tests are small: a second thread costs more than it brings, and the processes
 # that share the tests need the cores.
 torch.set_num_threads(1)

@@ -71,7 +71,8 @@ def test_the_context_of_an_attack_is_what_is_observed():
     result = flowguard.attack(embedded, pairs(2)[1], steps=3, restarts=1)
     assert result.context.shape == (1, 3)
     drawn = embedded.net(embedded.embedding_net(result.context)).transform.inv(result.noise)
-    assert torch.allclose(drawn, result.sample)
+    # One number of it is small, and rounded as the other one: the attack drew it among others.
+    torch.testing.assert_close(drawn, result.sample)
 
 
 @pytest.mark.parametrize("model", ["maf", "nsf"])
