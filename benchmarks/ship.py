@@ -1,8 +1,9 @@
 r"""Puts a trained model in the package, with its card.
 
-The convolutions of its networks are kept in half precision, which its folder says. What that leaves of them is what the
-guard is then fitted on, with pictures that were trained with, and calibrated with others; all but
-the convolutions (splines, normalisations, mixtures, the guard) is kept as it is.
+The convolutions of its networks are kept in half precision, which its folder says. What that leaves
+of them is what the guard is then fitted on, with pictures that were trained with, and calibrated
+with others; all but the convolutions (splines, normalisations, mixtures, the guard) is kept as it
+is.
 
     python benchmarks/ship.py RUN/model superres-x4 --train DIR --held-out DIR
 """

@@ -14,6 +14,7 @@ import torch
 
 import flowguard
 from flowguard.cli.main import main
+from flowguard.cli.train import UNBOUNDED
 from flowguard.io.atomic import write_text
 from flowguard.models import load
 from flowguard.models.base import MARGIN
@@ -33,7 +34,6 @@ COUPLINGS = {
 #: the couplings alone, without a margin of the images and with a guard that only looks on, or, where
 #: they were trained so, the same within a margin and with a guard that shrinks.
 SHRINK, MIGRATED, BARE, LIMITED = "+shrink", "+migrated", "+bare", "+limited"
-UNBOUNDED = ("affine", "reparametrized")
 #: The crops that a migration is calibrated with.
 CALIBRATION = 512
 
