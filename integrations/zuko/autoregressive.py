@@ -108,6 +108,9 @@ def grouped(transform: Any) -> Any:
 def _alike(univariate: Any) -> bool:
     r"""Whether what makes the maps makes that of a feature in the same way as that of any other."""
     while type(univariate) is partial and not univariate.args:
+        # A tensor may hold a number for each feature, or want a gradient.
+        if any(isinstance(value, Tensor) for value in univariate.keywords.values()):
+            return False
         univariate = univariate.func
     return univariate is RobustSpline
 
@@ -132,13 +135,15 @@ def _groups(layer: Any, features: int) -> list[Tensor] | None:
 
 def _once(net: Any, groups: list[Tensor], y: Tensor, context: Tensor | None) -> UnitsOnce | None:
     r"""The network in which each unit is worked out once; None where gradients are recorded, or
-    where it is no plain chain of layers in the dtype of all that goes in."""
+    where it is no plain chain of layers in the size and dtype of all that goes in."""
     layers, activations = list(net)[::2], list(net)[1::2]
     if not all(type(m) is MaskedLinear for m in layers) or len(layers) < 2:
         return None
     if any(type(m).__module__ != ACTIVATIONS or list(m.parameters()) for m in activations):
         return None
     given = [t for t in (y, context) if t is not None]
+    if sum(t.shape[-1:].numel() for t in given) != net.in_features:
+        return None  # the network says what is wrong
     tensors = [*given, *(p for m in layers for p in m.parameters())]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return None

@@ -152,6 +152,11 @@ def _put_other_maps(layer, told):
     layer.univariate = lambda *phi: flowguard.RobustSpline(*phi, bound=3.0)
 
 
+def _put_shifts_of_their_own(layer, told):
+    univariate = partial(flowguard.RobustSpline, bound=5.0, shift=torch.arange(3.0))
+    layer.__init__(3, 2, univariate=univariate, shapes=flowguard.RobustSpline.shapes(8)[:3])
+
+
 def _compile_the_network(layer, told):
     layer.hyper.compile(backend="eager")
 
@@ -170,6 +175,7 @@ def _hide_a_forward(layer, told):
         _train_a_random_slope,
         _derive_the_network,
         _put_other_maps,
+        _put_shifts_of_their_own,
         _hide_a_forward,
         _compile_the_network,
     ],
@@ -240,3 +246,11 @@ def test_networks_that_cannot_be_split_into_units_are_run_as_they_are(how):
     assert torch.allclose(new.float(), old.float(), atol=0.1 if how == "autocast" else 1e-4)
     assert all(shape == (7, 64) for shape in seen)
     assert bool(seen) == (how == "a hook")
+
+
+@pytest.mark.parametrize("c", [None, torch.zeros(5, 1), torch.zeros(5, 3)], ids=["none", "1", "3"])
+@torch.no_grad()
+def test_contexts_of_another_size_are_refused_as_by_zuko(c):
+    flow = RobustNSF(4, 2, transforms=1)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        flow(c).transform.inv(torch.zeros(5, 4))
