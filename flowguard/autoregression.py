@@ -230,7 +230,7 @@ class UnitsOnce:
             known[group] = number
         # Sorted by that, what is new in a pass is one slice, and what is known is another one.
         passes = torch.arange(len(groups), device=known.device)
-        order = known.argsort(stable=True)
+        order = torch.cat(((known == 0).nonzero().squeeze(-1), self._features))
         self._ends = [torch.searchsorted(known[order], passes, right=True).tolist()]
         self._hidden: list[tuple[Tensor, Tensor | None]] = []
         for layer in hidden:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from flowguard.autoregression import invert, narrowed, order_of, unhooked
+from flowguard.autoregression import UnitsOnce, invert, narrowed, order_of, unhooked
 
 
 def test_groups_come_in_the_order_of_what_they_depend_on():
@@ -69,3 +69,17 @@ def test_what_was_compiled_is_not_run_in_parts():
     layer = nn.Linear(2, 2)
     layer.compile(backend="eager")
     assert not unhooked(layer)
+
+
+@torch.no_grad()
+def test_groups_may_name_their_features_in_any_order():
+    torch.manual_seed(0)
+    first, last = nn.Linear(4, 4), nn.Linear(4, 3)
+    first.mask = torch.tensor([[0.0, 0.0, 0.0, 1.0], [1.0, 0.0, 1.0, 1.0]]).repeat(2, 1)
+    last.mask = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 0.0]]).repeat(1, 2)
+    once = UnitsOnce([first, last], [torch.tanh], [torch.tensor([2, 0]), torch.tensor([1])])
+    y, context = torch.randn(5, 3), torch.randn(5, 1)
+    x = once.inverse(y, context, lambda y, shift: y - shift)
+    h = nn.functional.linear(torch.cat((x, context), -1), first.mask * first.weight, first.bias)
+    shift = nn.functional.linear(h.tanh(), last.mask * last.weight, last.bias)
+    assert torch.allclose(x + shift, y, atol=1e-6)
