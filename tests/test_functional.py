@@ -16,6 +16,7 @@ from hypothesis.extra.numpy import arrays
 from flowguard.functional import (
     affine,
     bounded,
+    kernels,
     limited,
     rational_quadratic_spline,
     reparametrized_affine,
@@ -487,6 +488,20 @@ def test_eager_agrees_with_what_is_differentiated(bins):
         )
         for one, other in zip(inplace, traced, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("slope", [1e-3, 0.1, 0.45])
+def test_eager_agrees_where_secants_are_inverse_to_each_other(slope):
+    # Their mean is one, but no slope at their knot is, where that has no room.
+    x = torch.linspace(-BOUND, BOUND, 101, dtype=torch.float64)
+    rows = torch.tensor([[60.0, -60.0], [-60.0, 60.0], [0.0, 0.0]], dtype=torch.float64)
+    for inverse in (False, True):
+        with kernels("eager"):
+            eager = spline(x, *rows, slope=slope, inverse=inverse)
+        with kernels("traced"):
+            traced = spline(x, *rows, slope=slope, inverse=inverse)
+        for one, other in zip(eager, traced, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
 @BINS

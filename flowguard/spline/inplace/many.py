@@ -228,8 +228,10 @@ def evaluate(m: Rows, outs: Tensors, v: Tensor, params: Params, o: Options) -> N
     _inner_slope(m, desk, [r[0] for r in (d, p, p, d, bent, mean, high, high)], o)
     most = one
     if o.slope is not None:
-        # A zero between two secants of one gives a slope of one, but for rounding.
+        # A zero between two secants of one gives a slope of one, but for rounding. Their mean does
+        # not tell them: that of a secant and its inverse is one too.
         most = torch.ne(torch.add(mean[0], desk.raw, alpha=1e30, out=bent[0]), one, out=bent[0])
+        torch.maximum(most, torch.ne(desk.s, one, out=mean[1]), out=most)
     torch.lerp(one, d[0], _inner(m, desk, most), out=d[0])
     cell = Cell(desk.x, desk.y, desk.w, desk.h, *d[1:])
     start, size = (cell.y, cell.h) if o.inverse else (cell.x, cell.w)
