@@ -140,3 +140,19 @@ def test_views_of_it_are_made_once_for_each_shape(bins):
     assert first > 0
     assert count(x, *params) == 0
     assert count(x[:20], *(p[:20] for p in params)) == first
+
+
+def test_no_number_of_python_is_made_for_an_element():
+    x, *params = draw(300, 5)
+    counts = []
+    memory.release()
+
+    class Numbers(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if getattr(function, "__name__", "") == "new_tensor":
+                counts.append(len(args[1]))
+            return function(*args, **(kwargs or {}))
+
+    with Numbers():
+        spline(x, *params)
+    assert 0 < max(counts) < 50

@@ -58,9 +58,9 @@ class Rows:
         self._pairs = [(t, *t.unbind()) for t in islice(views, layout.pairs)]
         self._singles = [*islice(views, layout.singles)]
         self.blocks = [*views]
-        self._memory = memory
+        self._memory, self.device = memory, memory.device
         narrow = memory.dtype == torch.float32 and layout.total * self.size < 2**31
-        self._kind = torch.int32 if narrow else torch.int64
+        self.kind = torch.int32 if narrow else torch.int64
         self._desks: dict[Callable[[Rows], Any], Any] = {}
         self.restart()
 
@@ -89,7 +89,7 @@ class Rows:
 
     def counted(self, numbers: Sequence[int]) -> Tensor:
         r"""Returns these numbers as an index, in new memory."""
-        return self._memory.new_tensor(numbers, dtype=self._kind)
+        return self._memory.new_tensor(numbers, dtype=self.kind)
 
     def places(self, number: Tensor) -> Tensor:
         r"""Returns where each element lies in a block, if `number` says in which of its rows."""
@@ -99,13 +99,14 @@ class Rows:
     def as_index(self, block: Tensor) -> Tensor:
         r"""Returns the memory of a block as an index into all rows."""
         # It takes as much of it as numbers do, but for single precision with too many of them.
-        if self._kind.itemsize == block.dtype.itemsize:
-            return block.view(self._kind)
-        return torch.empty_like(block, dtype=self._kind)
+        if self.kind.itemsize == block.dtype.itemsize:
+            return block.view(self.kind)
+        return torch.empty_like(block, dtype=self.kind)
 
 
 def _elements(m: Rows) -> Tensor:
-    return m.counted(range(m.size))
+    # Numbers of Python take fifty times as long, in each call where no memory is kept.
+    return torch.arange(m.size, dtype=m.kind, device=m.device)
 
 
 def _number(memory: Tensor, value: float) -> Tensor:
