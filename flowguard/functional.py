@@ -858,7 +858,7 @@ def check_spline(
     params = widths, heights, derivatives
     _check_tensors(*params)
     sizes = tuple(p.shape[-1] if p.dim() else 0 for p in params)
-    if len(set(sizes)) > 1 or sizes[0] < 1:
+    if not sizes[0] == sizes[1] == sizes[2] >= 1:
         raise ValueError(
             "widths, heights and derivatives must hold K - 1 numbers each in their last dimension,"
             f" for K >= 2 bins; got {sizes[0]}, {sizes[1]} and {sizes[2]}"

@@ -505,6 +505,15 @@ def test_eager_agrees_where_secants_are_inverse_to_each_other(slope):
 
 
 @BINS
+@pytest.mark.filterwarnings("ignore")  # that shapes are looked at, and that traces are going away
+def test_a_trace_runs_on_other_sizes(bins):
+    first, other = ((torch.randn(n).double(), *draw(n, bins, torch.float64, 1)) for n in (7, 20))
+    traced = torch.jit.trace(lambda *args: spline(*args), first)
+    for one, expected in zip(traced(*other), spline(*other), strict=True):
+        torch.testing.assert_close(one, expected, rtol=1e-9, atol=1e-9)
+
+
+@BINS
 def test_batched_cotangents(bins):
     args = [a.requires_grad_() for a in (torch.randn(5), *draw(5, bins, torch.float32, 1.0))]
     out = spline(*args)
