@@ -296,7 +296,9 @@ def _is_there(path: Path) -> bool:
 
 
 def _shown(path: Path) -> str:
+    r"""A name in one short line, which every terminal can print."""
     text = str(path)
+    text = text if text.isprintable() else repr(text)[1:-1]
     return text if len(text) <= LEGIBLE else f"{text[:60]}… ({len(text)} characters)"
 
 
@@ -688,31 +690,32 @@ def _digest(data: bytes | None) -> str:
 
 
 def _no_folder(path: Path) -> str:
+    shown = _shown(path)
     if path.is_file():
         return (
-            f"there is no folder {path}, but a file of that name; a model is a folder, which"
+            f"there is no folder {shown}, but a file of that name; a model is a folder, which"
             " save_pretrained writes, and `flowguard convert` makes one of a published checkpoint"
         )
     if str(path).startswith("~"):  # `--model=~/mine` comes so from a shell
-        whole = os.path.expanduser(path)
+        whole = _shown(Path(os.path.expanduser(path)))
         return (
-            f"there is no folder {path}; ~ is taken as it stands: write {whole} if that is meant"
+            f"there is no folder {shown}; ~ is taken as it stands: write {whole} if that is meant"
         )
     brought = " and ".join(sorted(file.parent.name for file in SHIPPED.glob(f"*/{CONFIG}")))
     return (
-        f"there is no folder {path}; the package brings the models {brought}, and those of the Hub"
+        f"there is no folder {shown}; the package brings the models {brought}, and those of the Hub"
         " are called OWNER/NAME"
     )
 
 
 def _downloaded(name: str, options: dict[str, Any]) -> Path:
     r"""The folder of a model of the Hub."""
-    parts = name.split("/")
+    parts, shown = name.split("/"), _shown(Path(name))
     if len(parts) != 2 or not all(parts) or name.startswith((".", "~")) or os.path.exists(name):
         raise PretrainedError(_no_folder(Path(name)))
     if not HUB:
         raise PretrainedError(
-            f"there is no folder {name}; to load a model of that name from the Hub install"
+            f"there is no folder {shown}; to load a model of that name from the Hub install"
             f" huggingface_hub: {install('hub')}"
         )
     from huggingface_hub import hf_hub_download
@@ -721,7 +724,7 @@ def _downloaded(name: str, options: dict[str, Any]) -> Path:
         config, _ = (hf_hub_download(name, filename=f, **options) for f in (CONFIG, WEIGHTS))
     except Exception as error:  # the network's errors have no common class
         raise PretrainedError(
-            f"there is no folder {name}, and no such model could be loaded from the Hub:"
+            f"there is no folder {shown}, and no such model could be loaded from the Hub:"
             f" {_first_line(error)}"
         ) from error
     return Path(config).parent

@@ -817,6 +817,9 @@ NAMES = {
     "home": ("~", "~ is taken as it stands: write /home/me if that is meant"),
     "below home": ("~/mine", "no folder ~/mine; ~ is taken as it stands: write /home/me/mine if"),
     "below a file": ("./config/below", "there is no folder config/below"),
+    "two lines": ("a\nb", r"no folder a\\nb;"),
+    "a colour": ("./\x1b[31mred", r"no folder \\x1b\[31mred;"),
+    "no letter": ("\udc80", r"no folder \\udc80;"),
     "a loop": ("loop", "loop cannot be read: Too many levels of symbolic links"),
 }
 
@@ -836,6 +839,7 @@ def test_names_that_no_model_can_have_are_told_in_short(name, read, tmp_path, mo
     with pytest.raises(PretrainedError, match=match) as caught:
         read(given)
     assert len(str(caught.value)) < 300
+    assert str(caught.value).isprintable()
 
 
 @pytest.fixture
