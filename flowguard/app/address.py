@@ -55,7 +55,7 @@ def place(host: str, port: int | None = None, ports: Sequence[int] = PORTS) -> P
         ports: Of which that one is taken.
 
     Raises:
-        ValueError: If nothing of this machine is called so.
+        ValueError: If nothing of this machine is called so, or if there is no such port.
         OSError: If the port is taken or not for all users.
 
     Example:
@@ -65,7 +65,9 @@ def place(host: str, port: int | None = None, ports: Sequence[int] = PORTS) -> P
         Traceback (most recent call last):
         ValueError: host must be an address of this machine or a name of it...
     """
-    bare = host.strip().removeprefix("[").removesuffix("]")
+    if port is not None and not 0 < port < 2**16:
+        raise ValueError(f"port must be one of 1 to 65535; got {port}")
+    bare = _unmapped(host.strip().removeprefix("[").removesuffix("]"))
     found = _addresses(bare, host)
     tried = ports if port is None else [port]
     free = next((number for number in tried if _free(found, number, host)), None)
@@ -79,10 +81,19 @@ def place(host: str, port: int | None = None, ports: Sequence[int] = PORTS) -> P
             f"port must be free; got {port}, which is taken here: choose another one, or leave it"
             " out for the first that is free"
         )
-    own = all(ipaddress.ip_address(address).is_loopback for _, address in found)
+    own = all(ipaddress.ip_address(_unmapped(address)).is_loopback for _, address in found)
     shown = f"[{bare}]" if ":" in bare else bare
     names = tuple(dict.fromkeys((*OWN, shown.lower()))) if own else ("*",)
     return Place(shown, free, names)
+
+
+def _unmapped(address: str) -> str:
+    r"""The address of IPv4 if it is written as one of IPv6, whose own rules do not tell what it is;
+    what is none stays as it is."""
+    try:
+        return str(getattr(ipaddress.ip_address(address), "ipv4_mapped", None) or address)
+    except ValueError:
+        return address
 
 
 def _addresses(bare: str, host: str) -> list[tuple[socket.AddressFamily, str]]:

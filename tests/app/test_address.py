@@ -38,6 +38,8 @@ def taken():
         ("LocalHost", "LocalHost"),
         pytest.param("::1", "[::1]", marks=IPV6),
         pytest.param("[::1]", "[::1]", marks=IPV6),
+        ("::ffff:127.0.0.1", "127.0.0.1"),
+        ("[::FFFF:7f00:1]", "127.0.0.1"),
     ],
 )
 def test_what_this_machine_alone_reaches_answers_to_its_names_alone(given, host):
@@ -48,7 +50,7 @@ def test_what_this_machine_alone_reaches_answers_to_its_names_alone(given, host)
     assert "*" not in found.names
 
 
-@pytest.mark.parametrize("given", ["0.0.0.0", pytest.param("::", marks=IPV6)])
+@pytest.mark.parametrize("given", ["0.0.0.0", "::ffff:0.0.0.0", pytest.param("::", marks=IPV6)])
 def test_what_others_reach_answers_to_any_name(given):
     found = place(given)
     assert not found.lonely
@@ -61,10 +63,23 @@ def test_a_name_that_leads_to_this_machine_is_one_of_its_names(monkeypatch):
     assert set(place("Desk").names) >= LOCAL | {"desk"}
 
 
+def test_a_name_that_leads_to_this_machine_by_a_mapped_address_is_for_it_alone(monkeypatch):
+    here = [(socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::ffff:127.0.0.1", 0, 0, 0))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: here)
+    monkeypatch.setattr(address, "_bound", lambda *a: True)
+    assert place("desk").lonely
+
+
 def test_a_name_that_leads_elsewhere_too_is_not_for_this_machine_alone(monkeypatch):
     here = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, 0)) for a in ("127.0.0.1", "0.0.0.0")]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: here)
     assert not place("desk", ports=[0]).lonely
+
+
+@pytest.mark.parametrize("port", [-1, 0, 65536])
+def test_what_is_no_port_is_refused(port):
+    with pytest.raises(ValueError, match=f"port must be one of 1 to 65535; got {port}"):
+        place("127.0.0.1", port)
 
 
 RULE = "host must be an address of this machine or a name of it, without a scheme or a port; got "
