@@ -16,7 +16,7 @@ from flowguard.io.atomic import write_json, write_text
 from flowguard.models import load
 from imaging import tables
 from imaging.gallery import gallery
-from imaging.kept import Kept, digest, find_models
+from imaging.kept import Kept, Key, digest, find_models
 from imaging.measure import MODEL, Options, Row, Study, held_row, model_row, strange_row
 
 Rows = dict[str, list[Row]]
@@ -100,14 +100,14 @@ def measure_models(
     rivals: Rows = {}
     for name, restored in study.rivals().items():
         kept = Kept(folder / f"rival-{name.replace(' ', '-')}.json", "", study.options)
+        rows = rivals[name] = []
         for of in held:
-            _each(
+            rows += _each(
                 kept,
                 f"{name}: {study.held[of]}",
                 (((of, h.picture, ""), h) for h in study.pictures(of)),
                 lambda h, restored=restored: study.quality(restored(h), h),
             )
-        rivals[name] = _of(kept, held)
     found: Rows = {}
     for name, place in places.items():
         model = load(place)
@@ -123,21 +123,21 @@ def measure_models(
         kept = Kept(folder / f"{name.replace('/', '--')}.json", digest(place), study.options)
         if (MODEL, "", "") not in kept:
             kept.add((MODEL, "", ""), model_row(model))
+        rows = found[name] = [kept[MODEL, "", ""]]
         for of in held:
-            _each(
+            rows += _each(
                 kept,
                 f"{name}: {study.held[of]}",
                 (((of, h.picture, ""), h) for h in study.pictures(of)),
                 lambda h, model=model: held_row(study, model, _to(h, device)),
             )
         for of in strange:
-            _each(
+            rows += _each(
                 kept,
                 f"{name}: {study.strange[of]}",
                 (((of, s.picture, s.kind), s) for s in study.asked(of)),
                 lambda s, model=model: strange_row(study, model, _to(s, device)),
             )
-        found[name] = _of(kept, [MODEL, *held, *strange])
     return found, rivals
 
 
@@ -148,18 +148,18 @@ def _to(row: Any, device: str) -> Any:
 def _each(
     kept: Kept,
     told: str,
-    pictures: Iterable[tuple[tuple[str, str, str], Any]],
+    pictures: Iterable[tuple[Key, Any]],
     measured: Callable[[Any], Row],
-) -> None:
+) -> list[Row]:
+    r"""The rows of these pictures, of which those that are not kept yet are measured."""
+    rows = []
     with torch.no_grad(), tqdm(desc=told, unit="picture", disable=None) as bar:
         for key, picture in pictures:
             if key not in kept:
                 kept.add(key, measured(picture))
+            rows.append(kept[key])
             bar.update()
-
-
-def _of(kept: Kept, sets: Sequence[str]) -> list[Row]:
-    return [row for row in kept.rows if row["set"] in sets]
+    return rows
 
 
 def write(study: Study, found: Rows, rivals: Rows, out: Path) -> str:

@@ -1,6 +1,6 @@
 r"""The models that are measured, and what is kept of each of them: a file of JSON."""
 
-__all__ = ["Kept", "Named", "digest", "find_models", "model_name", "named"]
+__all__ = ["Kept", "Key", "Named", "digest", "find_models", "model_name", "named"]
 
 import dataclasses
 import hashlib
@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 from flowguard.io.atomic import write_json
 from imaging.measure import Options, Row
+
+#: A set, a picture, and the kind of its condition.
+Key = tuple[str, str, str]
 
 CONFIG, WEIGHTS, RUN = "config.json", "model.safetensors", "config.yaml"
 
@@ -106,8 +109,7 @@ class Kept:
     def __init__(self, file: Path, model: str, options: Options) -> None:
         self.file = file
         self.head = {"model": model, "options": dataclasses.asdict(options)}
-        self.rows: list[Row] = []
-        self._keys: set[tuple[str, str, str]] = set()
+        self._rows: dict[Key, Row] = {}
         if not file.exists():
             return
         try:
@@ -121,13 +123,15 @@ class Kept:
                 f" {self.head['options']}: name another folder by --out, or remove it"
             )
         if held["model"] == model:
-            self.rows = rows
-            self._keys = {(row["set"], row["picture"], row["kind"]) for row in rows}
+            self._rows = {(row["set"], row["picture"], row["kind"]): row for row in rows}
 
-    def __contains__(self, key: tuple[str, str, str]) -> bool:
-        return key in self._keys
+    def __contains__(self, key: Key) -> bool:
+        return key in self._rows
 
-    def add(self, key: tuple[str, str, str], row: Row) -> None:
+    def __getitem__(self, key: Key) -> Row:
+        return self._rows[key]
+
+    def add(self, key: Key, row: Row) -> None:
         r"""Keeps what was measured of a picture.
 
         Arguments:
@@ -135,6 +139,5 @@ class Kept:
             row: The numbers.
         """
         of, picture, kind = key
-        self._keys.add(key)
-        self.rows.append({"set": of, "picture": picture, "kind": kind, **row})
-        write_json(self.file, {**self.head, "rows": self.rows})
+        self._rows[key] = {"set": of, "picture": picture, "kind": kind, **row}
+        write_json(self.file, {**self.head, "rows": [*self._rows.values()]})

@@ -161,6 +161,23 @@ def test_mistakes_are_told_in_one_line(measured, models, sets, capsys, change, t
     assert told in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_pictures_that_are_not_asked_of_are_not_counted(
+    measured, models, sets, tmp_path, monkeypatch
+):
+    out = shutil.copytree(measured, tmp_path / "out")
+    monkeypatch.setattr(bench, "gallery", lambda *_: None)
+    kept = json.loads((out / "rows" / "robust.json").read_text())
+    first, second = (row for row in kept["rows"] if row["set"] == "set5")
+    second["psnr_y"] = first["psnr_y"] + 1
+    (out / "rows" / "robust.json").write_text(json.dumps(kept))
+    superres.run(
+        superres.SuperResolutionStudy, "Told.", [*options(models, sets, out), "--pictures", "1"]
+    )
+    found = json.loads((out / "numbers.json").read_text())["kinds"]["robust"]["set5"]
+    assert found["psnr_y"] == [first["psnr_y"]]
+    assert json.loads((out / "rows" / "robust.json").read_text()) == kept  # nor forgotten
+
+
 def test_ctrl_c_tells_how_to_go_on(measured, models, sets, tmp_path, monkeypatch, capsys):
     def stopped(*_):
         raise KeyboardInterrupt

@@ -53,9 +53,9 @@ def test_rows_are_kept_until_the_model_is_another(tmp_path):
     first.add(key, {"psnr_y": 30.0, "largest": float("inf")})
     again = Kept(file, "abc", Options())
     assert key in again
-    assert again.rows[0]["psnr_y"] == 30.0
-    assert float(again.rows[0]["largest"]) == float("inf")
-    assert Kept(file, "abd", Options()).rows == []
+    assert again[key]["psnr_y"] == 30.0
+    assert float(again[key]["largest"]) == float("inf")
+    assert key not in Kept(file, "abd", Options())
 
 
 def test_rows_of_other_options_are_refused(tmp_path):
