@@ -49,8 +49,12 @@ def train(task: str, run: Run, steps: int, options: Sequence[str]) -> None:
 
     Raises:
         SystemExit: If the training was ended, or failed.
+        ValueError: If it has more steps already.
     """
-    if run.model.exists() and steps_done(run) >= steps:
+    done = steps_done(run) if run.model.exists() else 0
+    if done > steps:
+        raise ValueError(f"steps must not be fewer than {run.folder} has, {done}; got {steps}")
+    if done == steps:
         return
     place = ["--resume" if run.config.exists() else "--out", str(run.folder)]
     code = main(["train", task, *place, "--steps", str(steps), *options])
@@ -117,7 +121,7 @@ def derive(task: str, name: str, run: Run, data: str, crop: int, folder: Path) -
         new = folder / f"{coupling}{kind}{dash}{seed}"
         made[new.name] = new
         note = folder / f"{new.name}.source"  # what it was made of
-        if note.exists() and note.read_text(encoding="utf-8") == source:
+        if new.exists() and note.exists() and note.read_text(encoding="utf-8") == source:
             continue
         model: Any = load(run.model).eval()
         if kind == MIGRATED:

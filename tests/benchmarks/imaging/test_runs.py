@@ -1,5 +1,7 @@
 """Runs of an experiment: what is trained, left, gone on with, and derived."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -41,6 +43,8 @@ def test_a_run_is_begun_gone_on_with_and_left_when_it_is_finished(tmp_path, monk
     run.model.mkdir()
     assert asked_of(monkeypatch, run, 20, done=20) == []
     assert asked_of(monkeypatch, run, 40, done=20) != []
+    with pytest.raises(ValueError, match=r"steps must not be fewer than .* has, 20; got 10"):
+        asked_of(monkeypatch, run, 10, done=20)
 
 
 def test_a_training_that_was_ended_ends_the_experiment(tmp_path, monkeypatch):
@@ -95,6 +99,10 @@ def test_of_an_affine_model_one_shrinks_and_one_is_certified(tmp_path, monkeypat
     assert list(runs.derive(*asked)) == list(made)
     assert len(made_anew) == 1
     assert not certify(load(made["affine+migrated-seed0"])).certified  # that which was handed on
+    shutil.rmtree(made["affine+shrink-seed0"])
+    runs.derive(*asked)
+    assert load(made["affine+shrink-seed0"]).conditioner.policy == "shrink"
+    assert len(made_anew) == 1
 
 
 def test_of_bounded_couplings_a_margin_is_taken_or_given(tmp_path):
