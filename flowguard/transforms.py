@@ -99,6 +99,11 @@ class Univariate(Transform):
 
         Arguments:
             radius: The largest :math:`|y|`, not negative.
+
+        Example:
+            >>> spline = RobustSpline(*torch.randn(3, 7), torch.randn(()), bound=5.0, shift_bound=2.0)
+            >>> spline.inverse_bound(1.0), spline.inverse_bound(9.0)
+            (5.0, 11.0)
         """
         _check_radius(radius)
         return math.inf

@@ -111,7 +111,15 @@ class Certificate:
 
     @property
     def refused(self) -> list[Refused]:
-        r"""The layers that stand in the way of a bound."""
+        r"""The layers that stand in the way of a bound.
+
+        Example:
+            >>> flow = flowguard.image.ConditionalMultiscaleFlow(
+            ...     3, 8, levels=1, steps=1, hidden=16, coupling="affine"
+            ... )
+            >>> [refused.name for refused in flowguard.certify(flow).refused]
+            ['steps.0.0.coupling.rest', 'steps.0.0.coupling.injector']
+        """
         return [s for s in self.steps if isinstance(s, Refused)]
 
     @property
@@ -150,6 +158,14 @@ class Certificate:
         Raises:
             ValueError: If not exactly one of `radius` and `confidence` is given, if one of the
                 numbers is out of range, or if the size of the noise is not known.
+
+        Example:
+            >>> spline = flowguard.RobustSpline(*torch.zeros(3, 1), torch.zeros(()), shift_bound=1.0)
+            >>> certificate = flowguard.certify(spline, roundoff=0.0)
+            >>> certificate.bound(9.0)
+            10.0
+            >>> round(certificate.bound(confidence=0.99, event_size=100), 3)  # noise up to 3.89
+            5.0
         """
         if (radius is None) == (confidence is None):
             raise ValueError(
@@ -190,6 +206,12 @@ class Certificate:
 
         Arguments:
             radius: The largest absolute value of the noise.
+
+        Example:
+            >>> spline = flowguard.RobustSpline(*torch.zeros(3, 1), torch.zeros(()), shift_bound=1.0)
+            >>> (row,) = flowguard.certify(spline, roundoff=0.0).table(9.0)
+            >>> row.bound_in, row.bound_out
+            (9.0, 10.0)
         """
         return self._table(radius)
 

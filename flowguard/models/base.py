@@ -343,6 +343,14 @@ class ImageModel(Pretrained, nn.Module):
             y: The conditions, with shape :math:`(B, 3, H, W)`.
             precision: What the networks compute in; see :meth:`sample`. What is made is used in
                 the same precision.
+
+        Example:
+            >>> from flowguard.models import SuperResolutionFlow
+            >>> model = SuperResolutionFlow(scale=2, levels=1, steps=1, hidden=8, features=8)
+            >>> condition = model.eval().condition(torch.rand(1, 3, 8, 8))
+            >>> dull, lively = (model.sample(condition, temperature=t) for t in (0.0, 0.9))
+            >>> dull.shape
+            torch.Size([1, 1, 3, 16, 16])
         """
         with self.computing(y, precision):
             self.watch(y)
@@ -594,6 +602,14 @@ class ImageModel(Pretrained, nn.Module):
 
         Raises:
             ValueError: If the images have values such as 0 to 255.
+
+        Example:
+            >>> from flowguard.models import SuperResolutionFlow
+            >>> model = SuperResolutionFlow(scale=2, levels=1, steps=1, hidden=8, features=8)
+            >>> hr, lr = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 8, 8)
+            >>> model(hr, lr).mean().backward()  # a step of training
+            >>> model.eval().nll(hr, lr).shape
+            torch.Size([2])
         """
         levels = self.quant if levels is None else levels
         if levels < 2:
@@ -643,6 +659,14 @@ class ImageModel(Pretrained, nn.Module):
         Returns:
             The latents, as :meth:`latent_shapes` lists them, and the log-determinant, with shape
             :math:`(B)`.
+
+        Example:
+            >>> from flowguard.models import SuperResolutionFlow
+            >>> model = SuperResolutionFlow(scale=2, levels=1, steps=1, hidden=8, features=8)
+            >>> hr, lr = torch.rand(1, 3, 16, 16), torch.rand(1, 3, 8, 8)
+            >>> latents, ladj = model.eval().encode(hr, lr)
+            >>> torch.allclose(model.decode(latents, lr), hr, atol=1e-4)
+            True
         """
         flow = self._way(tile, memory, progress)
         graph = torch.is_grad_enabled() and tile is None
@@ -747,6 +771,12 @@ class ImageModel(Pretrained, nn.Module):
 
         Arguments:
             y: The conditions, with shape :math:`(B, 3, H, W)`, or what :meth:`condition` made.
+
+        Example:
+            >>> from flowguard.models import SuperResolutionFlow
+            >>> model = SuperResolutionFlow(scale=4, levels=2, steps=1, hidden=8, features=8)
+            >>> model.latent_shapes(torch.rand(1, 3, 8, 8))
+            [(6, 16, 16), (24, 8, 8)]
         """
         if not isinstance(y, ImageCondition):
             self._check(y)
@@ -787,6 +817,13 @@ class ImageModel(Pretrained, nn.Module):
 
         Returns:
             The samples, with shape :math:`(n, B, 3, sH, sW)`.
+
+        Example:
+            >>> from flowguard.models import SuperResolutionFlow
+            >>> model = SuperResolutionFlow(scale=2, levels=1, steps=1, hidden=8, features=8)
+            >>> generator = torch.Generator().manual_seed(0)
+            >>> model.eval().sample(torch.rand(4, 3, 8, 8), 5, 0.8, generator).shape
+            torch.Size([5, 4, 3, 16, 16])
         """
         _check_sampling(num_samples, temperature)
         flow = self._way(tile, memory, progress)

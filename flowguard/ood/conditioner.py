@@ -234,7 +234,19 @@ class OODConditioner(nn.Module):
 
     @property
     def report(self) -> OODReport | None:
-        r"""The report of the last scored call in this thread, :py:`None` before any."""
+        r"""The report of the last scored call in this thread, :py:`None` before any.
+
+        Example:
+            >>> import torch
+            >>> guard = OODConditioner(policy="report", alpha=0.01)
+            >>> guard = guard.fit(torch.randn(512, 3), progress=False)
+            >>> guard = guard.calibrate(torch.randn(128, 3), progress=False).eval()
+            >>> guard.report is None
+            True
+            >>> y = guard(torch.zeros(2, 3))
+            >>> guard.report.flagged
+            tensor([False, False])
+        """
         self.guard.require(calibrated=True, owner="conditioner")
         return self._last.value
 
@@ -278,6 +290,12 @@ class OODConditioner(nn.Module):
         Raises:
             NotFittedError: If there are fewer than two vectors.
             ValueError: If there is no batch, or a feature is not finite.
+
+        Example:
+            >>> import torch
+            >>> batches = [(torch.randn(64, 3), torch.zeros(64)) for _ in range(4)]
+            >>> OODConditioner().fit(batches, progress=False, context=0).fitted
+            True
         """
         guard = self.guard.fresh()
         with evaluating(self.encoder):
@@ -311,6 +329,12 @@ class OODConditioner(nn.Module):
             NotFittedError: If the conditioner is not fitted.
             RuntimeError: If the encoder's weights changed since the fit.
             ValueError: If there is no context, or a feature is not finite.
+
+        Example:
+            >>> import torch
+            >>> guard = OODConditioner(alpha=0.05).fit(torch.randn(512, 3), progress=False)
+            >>> guard.calibrate(torch.randn(64, 3), progress=False).calibrated
+            True
         """
         self.guard.require(calibrated=False, owner="conditioner")
         self._seal.check(self.encoder, self.guard.fingerprint)
@@ -346,6 +370,13 @@ class OODConditioner(nn.Module):
             NotFittedError: The conditioner is not fitted, or not calibrated.
             RuntimeError: The encoder's weights changed since the fit.
             ValueError: The levels or their sizes differ from those of the fit.
+
+        Example:
+            >>> import torch
+            >>> guard = OODConditioner(alpha=0.05).fit(torch.randn(512, 3), progress=False)
+            >>> guard = guard.calibrate(torch.randn(64, 3), progress=False)
+            >>> guard.score(torch.tensor([[0.0, 0.1, -0.2], [50.0, 0.0, 0.0]])).flagged
+            tensor([False,  True])
         """
         self.guard.require(calibrated=True, owner="conditioner")
         with evaluating(self.encoder):
