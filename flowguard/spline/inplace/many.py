@@ -67,13 +67,14 @@ class _Desk:
         start, raw = FOUND, summed + 2 * bins
         sides = [[start + k - 1, start + k, start + k + 1, summed + k] for k in (0, bins)]
         starts = [*sides[0], *sides[1], raw, raw + 1]
-        numbers, self.limits, self.signs = (
-            m.constant(values).view(-1, *(1,) * len(shape))
-            for values in (range(bins), (0, bins - 1), (1, -1))
+        self.numbers, self.limits, self.signs = (
+            m.counted(*values).view(-1, *(1,) * len(shape))
+            for values in ((0, 1, bins), (0, bins - 1, 2), (1, -2, 2))
         )
-        self.numbers = numbers
         # Where to fetch from: with one index for all, or all with one index.
-        self.starts = m.counted([size * start for start in starts]).unsqueeze(1)
+        self.starts: Tensor | None = None
+        if m.size <= FEW and m.at_home:
+            self.starts = m.index([size * start for start in starts]).unsqueeze(1)
         self.places = m.as_index(index).view(FETCHED, -1)
         self.whole = table.view(-1), self.places.view(-1), fetched.view(-1)
         sources = [table[start : start + bins].view(-1) for start in starts]
@@ -139,7 +140,7 @@ def _locate(
     desk.ends.zero_()
     torch.clamp(params[2], -RAW, RAW, out=desk.inner)
     place = m.places(desk.number)
-    if m.size <= FEW:
+    if desk.starts is not None:
         torch.add(desk.starts, place, out=desk.places)
         table, index, out = desk.whole
         torch.index_select(table, 0, index, out=out)

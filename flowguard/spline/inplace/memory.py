@@ -58,9 +58,10 @@ class Rows:
         self._pairs = [(t, *t.unbind()) for t in islice(views, layout.pairs)]
         self._singles = [*islice(views, layout.singles)]
         self.blocks = [*views]
-        self._memory, self.device = memory, memory.device
+        self._memory = memory
         narrow = memory.dtype == torch.float32 and layout.total * self.size < 2**31
-        self.kind = torch.int32 if narrow else torch.int64
+        self._kind = torch.int32 if narrow else torch.int64
+        self.at_home = memory.device.type == "cpu"
         self._desks: dict[Callable[[Rows], Any], Any] = {}
         self.restart()
 
@@ -83,13 +84,16 @@ class Rows:
                 desk = self._desks[make] = make(self)
         return desk
 
-    def constant(self, numbers: Sequence[float]) -> Tensor:
-        r"""Returns these numbers, in new memory."""
-        return self._memory.new_tensor(numbers)
+    def index(self, numbers: Sequence[int]) -> Tensor:
+        r"""Returns these numbers as an index, in new memory, for which another device would have to
+        be waited for."""
+        return self._memory.new_tensor(numbers, dtype=self._kind)
 
-    def counted(self, numbers: Sequence[int]) -> Tensor:
-        r"""Returns these numbers as an index, in new memory."""
-        return self._memory.new_tensor(numbers, dtype=self.kind)
+    def counted(self, first: int, step: int, count: int, *, index: bool = False) -> Tensor:
+        r"""Returns as many numbers, each a step from the one before, in new memory."""
+        kind = self._kind if index else self._memory.dtype
+        end = first + step * count
+        return torch.arange(first, end, step, dtype=kind, device=self._memory.device)
 
     def places(self, number: Tensor) -> Tensor:
         r"""Returns where each element lies in a block, if `number` says in which of its rows."""
@@ -99,14 +103,13 @@ class Rows:
     def as_index(self, block: Tensor) -> Tensor:
         r"""Returns the memory of a block as an index into all rows."""
         # It takes as much of it as numbers do, but for single precision with too many of them.
-        if self.kind.itemsize == block.dtype.itemsize:
-            return block.view(self.kind)
-        return torch.empty_like(block, dtype=self.kind)
+        if self._kind.itemsize == block.dtype.itemsize:
+            return block.view(self._kind)
+        return torch.empty_like(block, dtype=self._kind)
 
 
 def _elements(m: Rows) -> Tensor:
-    # Numbers of Python take fifty times as long, in each call where no memory is kept.
-    return torch.arange(m.size, dtype=m.kind, device=m.device)
+    return m.counted(0, 1, m.size, index=True)
 
 
 def _number(memory: Tensor, value: float) -> Tensor:
