@@ -82,6 +82,7 @@ def place(host: str, port: int | None = None, ports: Sequence[int] = PORTS) -> P
             " out for the first that is free"
         )
     own = all(ipaddress.ip_address(_unmapped(address)).is_loopback for _, address in found)
+    bare = bare.encode("idna").decode()  # as browsers ask for it
     shown = f"[{bare}]" if ":" in bare else bare
     names = tuple(dict.fromkeys((*OWN, shown.lower()))) if own else ("*",)
     return Place(shown, free, names)

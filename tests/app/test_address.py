@@ -63,6 +63,18 @@ def test_a_name_that_leads_to_this_machine_is_one_of_its_names(monkeypatch):
     assert set(place("Desk").names) >= LOCAL | {"desk"}
 
 
+@pytest.mark.parametrize(
+    ("given", "asked"),
+    [("Bücher.lan", "xn--bcher-kva.lan"), ("\uff11\uff12\uff17.0.0.1", "127.0.0.1")],
+)
+def test_a_name_is_answered_to_as_browsers_ask_for_it(given, asked, monkeypatch):
+    real = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *a, **k: real("127.0.0.1", *a, **k))
+    found = place(given)
+    assert asked in found.names
+    assert found.host == asked
+
+
 def test_a_name_that_leads_to_this_machine_by_a_mapped_address_is_for_it_alone(monkeypatch):
     here = [(socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::ffff:127.0.0.1", 0, 0, 0))]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: here)
