@@ -254,6 +254,10 @@ class ConditionalMultiscaleFlow(nn.Module):
 
         Raises:
             ValueError: If height or width is no such multiple.
+
+        Example:
+            >>> ConditionalMultiscaleFlow(3, 8, levels=2, steps=1, hidden=16).latent_shapes(8, 12)
+            [(6, 4, 6), (24, 2, 3)]
         """
         if height % self.multiple or width % self.multiple:
             raise ValueError(
@@ -424,6 +428,11 @@ class ConditionalMultiscaleFlow(nn.Module):
         Arguments:
             x: The images, with shape :math:`(B, C, H, W)`.
             context: The context maps, or what :meth:`condition` made of them.
+
+        Example:
+            >>> flow = ConditionalMultiscaleFlow(3, 8, levels=1, steps=1, hidden=16)
+            >>> flow.log_prob(torch.rand(5, 3, 8, 8), [torch.rand(5, 8, 4, 4)]).shape
+            torch.Size([5])
         """
         latents, ladj = self(x, context)
         return ladj + normal_log_prob(latents)

@@ -155,6 +155,17 @@ class Monitor(nn.Module):
             RuntimeError: If it records conditioners, or hooks lie in a compiled module.
             ValueError: If a submodule did not run once for each batch, or a feature is not
                 finite.
+
+        Example:
+            >>> import torch
+            >>> model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).eval()
+            >>> watch = Monitor(model, levels=["0"], alpha=0.05)
+            >>> watch = watch.fit(torch.randn(512, 3), progress=False)
+            >>> watch = watch.calibrate(torch.randn(64, 3), progress=False)
+            >>> with watch:
+            ...     _ = model(torch.full((2, 3), 99.0))
+            >>> watch.report.flagged
+            tensor([True, True])
         """
         self._require_hooks("fit")
         guard = self.guard.fresh()

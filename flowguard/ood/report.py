@@ -149,7 +149,15 @@ class OODReport:
         )
 
     def summary(self) -> str:
-        r"""Returns one sentence on what is flagged."""
+        r"""Returns one sentence on what is flagged.
+
+        Example:
+            >>> guard = flowguard.OODConditioner(policy="report", alpha=0.05)
+            >>> guard = guard.fit(torch.randn(512, 3), progress=False)
+            >>> guard = guard.calibrate(torch.randn(64, 3), progress=False)
+            >>> guard.score(torch.zeros(2, 3)).summary()
+            'All 2 contexts are in distribution (alpha = 0.05).'
+        """
         count = int(self.flagged.sum())
         if not count:
             return f"All {len(self)} contexts are in distribution (alpha = {self.alpha:g})."
@@ -199,6 +207,13 @@ class OODReport:
         r"""Returns a table, one line per level, in plain text.
 
         ``rich.print(report)`` shows the same table in colour, where rich is installed.
+
+        Example:
+            >>> guard = flowguard.OODConditioner(policy="report", alpha=0.05)
+            >>> guard = guard.fit(torch.randn(512, 3), progress=False)
+            >>> guard = guard.calibrate(torch.randn(64, 3), progress=False)
+            >>> print(guard.score(torch.zeros(2, 3)).table().splitlines()[-1])
+            All 2 contexts are in distribution (alpha = 0.05).
         """
         rows = [list(_HEADER), *self._rows()]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -252,6 +267,13 @@ class OODReport:
 
         Arguments:
             maps: Whether to include the score of each pixel.
+
+        Example:
+            >>> guard = flowguard.OODConditioner(policy="report", alpha=0.05)
+            >>> guard = guard.fit(torch.randn(512, 3), progress=False)
+            >>> guard = guard.calibrate(torch.randn(64, 3), progress=False)
+            >>> json.loads(guard.score(torch.tensor([[torch.inf, 0.0, 0.0]])).to_json())["flagged"]
+            [True]
         """
         return json.dumps(strict_json(self.to_dict(maps)), allow_nan=False)
 
