@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from flowguard.autoregression import invert, narrowed, order_of, unhooked
+from flowguard.autoregression import RowsOfFeatures, invert, order_of, replaced, unhooked
 
 
 def test_groups_come_in_the_order_of_what_they_depend_on():
@@ -41,7 +41,8 @@ def test_a_context_of_more_rows_than_what_is_mapped_makes_as_many(grad):
 def test_a_narrowed_network_speaks_of_some_features_and_leaves_the_old_one_as_it_is():
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 6))
     net[2].mask = torch.randint(2, (6, 4)).float()
-    twin, rows = narrowed(net, "2", 3)
+    rows = RowsOfFeatures(net[2], 3)
+    twin = replaced(net, {net[2]: rows})
     x = torch.randn(5, 3)
     h = net[1](net[0](x))
     whole = nn.functional.linear(h, net[2].weight * net[2].mask, net[2].bias)

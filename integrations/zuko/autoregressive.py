@@ -7,18 +7,23 @@ from typing import Any
 
 import torch
 import zuko
-from torch import Tensor, nn
+from torch import Tensor
 from zuko.flows import MaskedAutoregressiveTransform
 from zuko.nn import MaskedLinear, MaskedMLP, Residual
 from zuko.utils import broadcast, unpack
 
 from flowguard.autoregression import (
-    UnitsOnce,
+    ACTIVATIONS,
+    MIXING,
+    LayerInPasses,
+    RowsOfFeatures,
+    Schedule,
     at_rest,
-    depends,
+    inverse_in_passes,
     invert,
-    narrowed,
-    order_of,
+    is_elementwise,
+    replaced,
+    schedule,
     unhooked,
 )
 from flowguard.numerics import watchable
@@ -26,10 +31,6 @@ from flowguard.transforms import RobustSpline
 
 T: Any = zuko.transforms
 AutoregressiveTransform: Any = T.AutoregressiveTransform
-
-#: Where torch keeps its activations, and those among them that mix features.
-ACTIVATIONS = "torch.nn.modules.activation"
-MIXING = (nn.Softmax, nn.Softmax2d, nn.Softmin, nn.LogSoftmax, nn.GLU, nn.MultiheadAttention)
 
 
 class GroupedAutoregressiveTransform(AutoregressiveTransform):
@@ -62,27 +63,28 @@ class GroupedAutoregressiveTransform(AutoregressiveTransform):
     def _inverse(self, y: Tensor) -> Tensor:
         layer, (context,) = self.meta.func.__self__, self.meta.args
         features = y.shape[-1]
-        groups = _groups(layer, features)
-        if groups is None:
+        order = _schedule(layer, features)
+        if order is None:
             return super()._inverse(y)
-        once = _once(layer.hyper, groups, y, context)
-        if once is not None:
+        if context is not None:
+            y, context = broadcast(y, context, ignore=1)
 
-            def solve_new(y: Tensor, phi: Tensor) -> Tensor:
-                phi = phi.unflatten(-1, (-1, layer.total))
-                return layer.univariate(*unpack(phi, layer.shapes)).inv(y)
+        def solve(y: Tensor, phi: Tensor, _: Tensor) -> tuple[Tensor, None]:
+            phi = phi.unflatten(-1, (-1, layer.total))
+            return layer.univariate(*unpack(phi, layer.shapes)).inv(y), None
 
-            return once.inverse(y, context, solve_new)
-        net, last = narrowed(layer.hyper, str(len(layer.hyper) - 1), features)
+        twin = _in_passes(layer.hyper, order, y, context)
+        if twin is not None:
+            return inverse_in_passes(twin, y, order.groups, solve)[0]
+        last = RowsOfFeatures(layer.hyper[-1], features)
+        net = replaced(layer.hyper, {layer.hyper[-1]: last})
 
-        def solve(x: Tensor, new: Tensor) -> tuple[Tensor, None]:
-            if context is not None:
-                x = torch.cat(broadcast(x, context, ignore=1), dim=-1)
+        def step(x: Tensor, new: Tensor) -> tuple[Tensor, None]:
             last.features = new
-            phi = net(x).unflatten(-1, (-1, layer.total))
-            return layer.univariate(*unpack(phi, layer.shapes)).inv(y[..., new]), None
+            phi = net(x if context is None else torch.cat((x, context), dim=-1))
+            return solve(y[..., new], phi, new)
 
-        return invert(y, groups, solve)[0]
+        return invert(y, order.groups, step)[0]
 
 
 def grouped(transform: Any) -> Any:
@@ -112,51 +114,46 @@ def _alike(univariate: Any) -> bool:
     return univariate is RobustSpline
 
 
-def _groups(layer: Any, features: int) -> list[Tensor] | None:
-    r"""The groups in which the features can be worked out; None if it is not known how."""
+def _schedule(layer: Any, features: int) -> Schedule | None:
+    r"""The passes in which the features can be worked out; None if it is not known how."""
     net = layer.hyper
     if type(net) is not MaskedMLP or net.out_features != features * layer.total or len(net) < 2:
         return None
-    last = net[-1]
-    if type(last) is not MaskedLinear:
+    *before, last = net
+    if type(last) is not MaskedLinear or not (
+        watchable() and unhooked(net, last) and at_rest(net)
+    ):
         return None
-    if not (watchable() and unhooked(net, last) and at_rest(net)):
-        return None
-    eye = torch.eye(net.in_features, dtype=torch.bool, device=last.mask.device)
-    reach = _reach(list(net)[:-1], eye)
-    if reach is None:
-        return None
-    reach = depends([last.mask.unflatten(0, (features, -1)).any(1)], reach)
-    return order_of(reach[:, :features], layer.passes)
+    chain = _chain(before)
+    return schedule(net, chain, last.mask, features, layer.passes) if chain else None
 
 
-def _once(net: Any, groups: list[Tensor], y: Tensor, context: Tensor | None) -> UnitsOnce | None:
-    r"""The network in which each unit is worked out once; None where gradients are recorded, or
-    where it is no plain chain of layers in the dtype of all that goes in."""
-    layers, activations = list(net)[::2], list(net)[1::2]
-    if not all(type(m) is MaskedLinear for m in layers) or len(layers) < 2:
-        return None
-    if any(type(m).__module__ != ACTIVATIONS or list(m.parameters()) for m in activations):
-        return None
-    given = [t for t in (y, context) if t is not None]
-    tensors = [*given, *(p for m in layers for p in m.parameters())]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return None
-    if len({t.dtype for t in tensors}) > 1 or torch.is_autocast_enabled(y.device.type):
-        return None
-    return UnitsOnce(layers, activations, groups) if unhooked(*net) else None
-
-
-def _reach(layers: list[Any], reach: Tensor) -> Tensor | None:
-    r"""On which inputs the outputs of layers depend; None if that is not known."""
+def _chain(layers: list[Any]) -> list[Any] | None:
+    r"""The masks of layers; None if what else there is may mix features."""
+    chain: list[Any] = []
     for m in layers:
         if type(m) is MaskedLinear:
-            reach = depends([m.mask], reach)
+            chain.append(m.mask)
         elif type(m) is Residual:
-            inner = _reach(list(m), reach)
-            if inner is None:
+            inner = _chain([*m])
+            if inner is None or not all(isinstance(mask, Tensor) for mask in inner):
                 return None
-            reach = reach | inner
+            chain.append(inner)
         elif type(m).__module__ != ACTIVATIONS or isinstance(m, MIXING):
             return None
-    return reach
+    return chain
+
+
+def _in_passes(net: Any, order: Schedule, y: Tensor, context: Tensor | None) -> Any:
+    r"""The network in which each unit is worked out once; None if it has anything that wants all
+    units at once, or that is listened to."""
+    modules = [*net.modules()]
+    layers = [m for m in modules if type(m) is MaskedLinear]
+    others = (m for m in modules if type(m) not in (MaskedMLP, MaskedLinear, Residual))
+    if order.places is None or not unhooked(*modules) or not all(map(is_elementwise, others)):
+        return None
+    if len(layers) < len(order.places) or (context is not None and context.dtype != y.dtype):
+        return None
+    twins = [LayerInPasses(m, places) for m, places in zip(layers, order.places, strict=True)]
+    twins[0] = LayerInPasses(layers[0], order.places[0], context)
+    return replaced(net, dict(zip(layers, twins, strict=True)))
