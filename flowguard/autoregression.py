@@ -296,7 +296,7 @@ class LayerInPasses:
     Arguments:
         layer: The layer, with a `weight` and a `mask` of one shape :math:`(O, I)`, and a `bias`.
         places: Where its units come; see :func:`schedule`.
-        known: What is known before, with shape :math:`(*, C)`, if anything is.
+        known: What is known before, with shape :math:`(N, C)`, if anything is.
 
     Example:
         >>> layer = nn.Linear(3, 3)
@@ -312,37 +312,42 @@ class LayerInPasses:
     def __init__(self, layer: Any, places: Places, known: Tensor | None = None) -> None:
         taken, taken_ends, told, told_ends = places
         weight = (layer.mask * layer.weight).index_select(0, told).index_select(1, taken)
-        bias = None if layer.bias is None else layer.bias.index_select(0, told)
+        bias = None if layer.bias is None else layer.bias.index_select(0, told).unsqueeze(1)
         self._width = weight.shape[1]
         self._parts = iter(
             (seen, weight[start:end, :seen], None if bias is None else bias[start:end])
             for seen, start, end in zip(taken_ends, [0, *told_ends], told_ends, strict=False)
         )
         self._known, self._count = known, 0
+        # One unit after another in memory: that is twice as fast for the few that are new.
+        self._known = None if known is None else known.mT
+        self._count = 0
         if known is not None and not torch.is_grad_enabled():
-            self._known, self._count = self._memory(known), known.shape[-1]
-            self._known[..., : self._count] = known
+            self._known = self._memory(known)
+            self._count = known.shape[1]
+            self._known[: self._count] = known.mT
 
     def _memory(self, like: Tensor) -> Tensor:
-        return like.new_empty(*like.shape[:-1], self._width)
+        return like.new_empty(self._width, len(like))
 
     def __call__(self, new: Tensor) -> Tensor:
-        r"""Returns the units that are known now, with shape :math:`(*, m)`.
+        r"""Returns the units that are known now, with shape :math:`(N, m)`.
 
         Arguments:
-            new: The units that were not known before, with shape :math:`(*, n)`.
+            new: The units that were not known before, with shape :math:`(N, n)`.
         """
         seen, weight, bias = next(self._parts)
         if torch.is_grad_enabled():  # what was recorded must not change
-            known = new if self._known is None else torch.cat((self._known, new), -1)
+            known = new.mT if self._known is None else torch.cat((self._known, new.mT))
             self._known = known
         else:
             if self._known is None:
                 self._known = self._memory(new)
             if seen > self._count:
-                self._known[..., self._count : seen] = new
-            self._count, known = seen, self._known[..., :seen]
-        return F.linear(known, weight, bias)
+                self._known[self._count : seen] = new.mT
+            self._count, known = seen, self._known[:seen]
+        out = torch.mm(weight, known) if bias is None else torch.addmm(bias, weight, known)
+        return out.mT
 
 
 class ContextInPasses:
@@ -413,9 +418,9 @@ def inverse_in_passes(
     not one for each.
 
     Arguments:
-        net: The network, called with the features that are new, with shape :math:`(*, n)`; returns
+        net: The network, called with the features that are new, with shape :math:`(N, n)`; returns
             the parameters of those that come next.
-        y: The values of the maps, with shape :math:`(*, D)`.
+        y: The values of the maps, with shape :math:`(N, D)`.
         groups: The features of each pass; see :func:`invert`.
         solve: Called with the values of some features, what the network says of them, and their
             indices; returns the inverse at these features, and its log-determinant or :py:`None`.

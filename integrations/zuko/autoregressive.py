@@ -2,15 +2,17 @@ r"""zuko's masked autoregressive transforms, in whose inverse each feature is wo
 
 __all__ = ["GroupedAutoregressiveTransform", "grouped"]
 
+import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 import zuko
-from torch import Tensor
+from torch import Size, Tensor
 from zuko.flows import MaskedAutoregressiveTransform
 from zuko.nn import MaskedLinear, MaskedMLP, Residual
-from zuko.utils import broadcast, unpack
+from zuko.utils import broadcast
 
 from flowguard.autoregression import (
     ACTIVATIONS,
@@ -26,6 +28,7 @@ from flowguard.autoregression import (
     schedule,
     unhooked,
 )
+from flowguard.functional import shifted_spline
 from flowguard.numerics import watchable
 from flowguard.transforms import RobustSpline
 
@@ -69,13 +72,30 @@ class GroupedAutoregressiveTransform(AutoregressiveTransform):
         if context is not None:
             y, context = broadcast(y, context, ignore=1)
 
-        def solve(y: Tensor, phi: Tensor, _: Tensor) -> tuple[Tensor, None]:
-            phi = phi.unflatten(-1, (-1, layer.total))
-            return layer.univariate(*unpack(phi, layer.shapes)).inv(y), None
+        sizes = [math.prod(shape) for shape in layer.shapes]
+        # Of all maps one is made, which tells their options.
+        spline = layer.univariate(*_parts(y.new_zeros(layer.total), sizes, layer.shapes))
 
-        twin = _in_passes(layer.hyper, order, y, context)
+        def solve(y: Tensor, phi: Tensor, _: Tensor) -> tuple[Tensor, None]:
+            w, h, d, *shift = _parts(phi.unflatten(-1, (-1, layer.total)), sizes, layer.shapes)
+            return shifted_spline(
+                y,
+                w,
+                h,
+                d,
+                shift[0] if shift else None,
+                bound=spline.bound,
+                slope=spline.slope,
+                shift_bound=spline.shift_bound,
+                inverse=True,
+                steep=False,
+            )[0], None
+
+        shape, rows = y.shape, y.reshape(-1, features)
+        known = None if context is None else context.reshape(-1, context.shape[-1])
+        twin = _in_passes(layer.hyper, order, rows, known)
         if twin is not None:
-            return inverse_in_passes(twin, y, order.groups, solve)[0]
+            return inverse_in_passes(twin, rows, order.groups, solve)[0].view(shape)
         last = RowsOfFeatures(layer.hyper[-1], features)
         net = replaced(layer.hyper, {layer.hyper[-1]: last})
 
@@ -104,6 +124,8 @@ def grouped(transform: Any) -> Any:
         return transform
     if "meta" in vars(layer) or not _alike(layer.univariate) or layer.passes != transform.passes:
         return transform
+    if any(len(shape) > 1 for shape in layer.shapes):
+        return transform
     return GroupedAutoregressiveTransform(layer, *meta.args)
 
 
@@ -112,6 +134,12 @@ def _alike(univariate: Any) -> bool:
     while type(univariate) is partial and not univariate.args:
         univariate = univariate.func
     return univariate is RobustSpline
+
+
+def _parts(phi: Tensor, sizes: list[int], shapes: Sequence[Size]) -> list[Tensor]:
+    r"""The parameters of splines, one after another."""
+    parts = zip(phi.split(sizes, -1), shapes, strict=True)
+    return [part if shape else part.squeeze(-1) for part, shape in parts]
 
 
 def _schedule(layer: Any, features: int) -> Schedule | None:
