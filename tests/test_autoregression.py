@@ -4,7 +4,15 @@ import pytest
 import torch
 import torch.nn as nn
 
-from flowguard.autoregression import RowsOfFeatures, invert, order_of, replaced, unhooked
+from flowguard.autoregression import (
+    RowsOfFeatures,
+    invert,
+    is_elementwise,
+    order_of,
+    replaced,
+    schedule,
+    unhooked,
+)
 
 
 def test_groups_come_in_the_order_of_what_they_depend_on():
@@ -70,3 +78,50 @@ def test_what_was_compiled_is_not_run_in_parts():
     layer = nn.Linear(2, 2)
     layer.compile(backend="eager")
     assert not unhooked(layer)
+
+
+def test_a_schedule_is_kept_until_a_mask_changes():
+    net, first, last = nn.Module(), torch.ones(3, 3).tril(), torch.ones(3, 3).tril(-1)
+    found = schedule(net, [first], last, 3, 3)
+    assert schedule(net, [first.clone()], last, 3, 3) is found
+    assert schedule(net, [first], last, 3, 2) is None
+    first.copy_(torch.ones(3, 3).triu())
+    last.data.copy_(torch.ones(3, 3).triu(1))  # of which a tensor knows no version
+    again = schedule(net, [first], last, 3, 3)
+    assert [g.tolist() for g in again.groups] == [[2], [1], [0]]
+
+
+def test_units_are_known_with_the_last_feature_that_they_depend_on():
+    first = torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])  # a context is last
+    last = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    found = schedule(nn.Module(), [first], last, 2, 2)
+    assert [g.tolist() for g in found.groups] == [[0], [1]]
+    hidden, told = found.places
+    assert (hidden.taken.tolist(), hidden.taken_ends) == ([2, 0, 1], [1, 2])
+    assert (hidden.told.tolist(), hidden.told_ends) == ([1, 2, 0], [1, 2])
+    assert (told.told.tolist(), told.told_ends) == ([0, 1], [1, 2])
+
+
+def test_a_sum_that_is_known_later_than_what_is_added_to_is_not_taken_apart():
+    first, inner = torch.eye(4)[:, :3], torch.zeros(4, 4)
+    first[3, 0] = 1.0
+    last = torch.zeros(3, 4)
+    last[1, 3] = last[2, 0] = 1.0
+    chain = [first, [torch.eye(4), inner]]
+    assert schedule(nn.Module(), chain, last, 3, 3).places is not None
+    inner[0, 1] = 1.0  # the second unit tells the first one, which does not wait for it
+    found = schedule(nn.Module(), chain, last, 3, 3)
+    assert [g.tolist() for g in found.groups] == [[0], [1], [2]]
+    assert found.places is None
+
+
+def test_masks_without_numbers_have_no_schedule():
+    mask = torch.ones(2, 2, device="meta")
+    assert schedule(nn.Module(), [mask], mask, 2, 2) is None
+
+
+@pytest.mark.parametrize(
+    "f", [lambda x: x, nn.functional.softmax, nn.GLU(), nn.PReLU(), nn.Linear]
+)
+def test_what_is_not_known_to_be_elementwise(f):
+    assert not is_elementwise(f)
