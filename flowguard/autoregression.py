@@ -15,6 +15,7 @@ __all__ = [
     "Places",
     "RowsOfFeatures",
     "Schedule",
+    "SolveOf",
     "at_rest",
     "depends",
     "inverse_in_passes",

@@ -5,6 +5,7 @@ the old network asks for, in closed form, so that the network is kept as a whole
 """
 
 __all__ = [
+    "ALL",
     "Additional",
     "InscribedAffine",
     "InscribedLine",
@@ -35,7 +36,7 @@ INNER = (
     0.5  # the share of the box that all values which were met shall lie in: rarer ones shall, too
 )
 WIDEST = 4.0  # by how much it may be widened for that
-ALL = slice(None)  # all features
+ALL = slice(None)  #: all features
 CLEAR = 1.05  # how far within its limits a spline has to be for its middle to be called straight
 MANY = 0.25  # the share of bent elements from which on all go through the spline
 FAR = 1e6  # what an intercept is cut at first: far beyond any box, and its square is finite

@@ -1,15 +1,20 @@
 r"""zuko's masked autoregressive transforms, in whose inverse each feature is worked out once."""
 
-__all__ = ["GroupedAutoregressiveTransform", "grouped"]
+__all__ = [
+    "GroupedAutoregressive",
+    "GroupedAutoregressiveTransform",
+    "OfFeatures",
+    "grouped",
+]
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 import zuko
-from torch import Size, Tensor
+from torch import Tensor, nn
 from zuko.flows import MaskedAutoregressiveTransform
 from zuko.nn import MaskedLinear, MaskedMLP, Residual
 from zuko.utils import broadcast
@@ -20,6 +25,7 @@ from flowguard.autoregression import (
     LayerInPasses,
     RowsOfFeatures,
     Schedule,
+    SolveOf,
     at_rest,
     inverse_in_passes,
     invert,
@@ -30,7 +36,7 @@ from flowguard.autoregression import (
 )
 from flowguard.functional import shifted_spline
 from flowguard.numerics import watchable
-from flowguard.transforms import RobustSpline
+from flowguard.transforms import RobustSpline, Univariate
 
 T: Any = zuko.transforms
 AutoregressiveTransform: Any = T.AutoregressiveTransform
@@ -72,25 +78,7 @@ class GroupedAutoregressiveTransform(AutoregressiveTransform):
         if context is not None:
             y, context = broadcast(y, context, ignore=1)
 
-        sizes = [math.prod(shape) for shape in layer.shapes]
-        # Of all maps one is made, which tells their options.
-        spline = layer.univariate(*_parts(y.new_zeros(layer.total), sizes, layer.shapes))
-
-        def solve(y: Tensor, phi: Tensor, _: Tensor) -> tuple[Tensor, None]:
-            w, h, d, *shift = _parts(phi.unflatten(-1, (-1, layer.total)), sizes, layer.shapes)
-            return shifted_spline(
-                y,
-                w,
-                h,
-                d,
-                shift[0] if shift else None,
-                bound=spline.bound,
-                slope=spline.slope,
-                shift_bound=spline.shift_bound,
-                inverse=True,
-                steep=False,
-            )[0], None
-
+        solve = _solver(layer, y)
         shape, rows = y.shape, y.reshape(-1, features)
         known = None if context is None else context.reshape(-1, context.shape[-1])
         twin = _in_passes(layer.hyper, order, rows, known)
@@ -99,12 +87,37 @@ class GroupedAutoregressiveTransform(AutoregressiveTransform):
         last = RowsOfFeatures(layer.hyper[-1], features)
         net = replaced(layer.hyper, {layer.hyper[-1]: last})
 
-        def step(x: Tensor, new: Tensor) -> tuple[Tensor, None]:
+        def step(x: Tensor, new: Tensor) -> tuple[Tensor, Tensor | None]:
             last.features = new
             phi = net(x if context is None else torch.cat((x, context), dim=-1))
             return solve(y[..., new], phi, new)
 
         return invert(y, order.groups, step)[0]
+
+
+class OfFeatures(nn.Module):
+    r"""The constructor of maps that can be asked for those of some features alone."""
+
+    def of(self, features: Tensor) -> Callable[..., Univariate]:
+        r"""Returns the constructor of the maps of some features.
+
+        Arguments:
+            features: Their indices.
+        """
+        raise NotImplementedError
+
+
+class GroupedAutoregressive(MaskedAutoregressiveTransform):
+    r"""zuko's masked layer with maps of :class:`OfFeatures`, which makes
+    :class:`GroupedAutoregressiveTransform`."""
+
+    def forward(self, c: Tensor | None = None) -> Any:
+        r"""Returns the transform given a context.
+
+        Arguments:
+            c: The context, with shape :math:`(*, C)`.
+        """
+        return grouped(super().forward(c))
 
 
 def grouped(transform: Any) -> Any:
@@ -120,7 +133,7 @@ def grouped(transform: Any) -> Any:
     if type(transform) is not T.AutoregressiveTransform or type(meta) is not partial:
         return transform
     layer: Any = getattr(meta.func, "__self__", None)
-    if type(layer) is not MaskedAutoregressiveTransform or meta.keywords or len(meta.args) != 1:
+    if type(layer) not in LAYERS or meta.keywords or len(meta.args) != 1:
         return transform
     if "meta" in vars(layer) or not _alike(layer.univariate) or layer.passes != transform.passes:
         return transform
@@ -129,17 +142,42 @@ def grouped(transform: Any) -> Any:
     return GroupedAutoregressiveTransform(layer, *meta.args)
 
 
+LAYERS = MaskedAutoregressiveTransform, GroupedAutoregressive
+
+
 def _alike(univariate: Any) -> bool:
-    r"""Whether what makes the maps makes that of a feature in the same way as that of any other."""
+    r"""Whether what makes the maps can be asked for those of some features alone."""
+    if isinstance(univariate, OfFeatures):
+        return unhooked(*univariate.modules())
     while type(univariate) is partial and not univariate.args:
         univariate = univariate.func
     return univariate is RobustSpline
 
 
-def _parts(phi: Tensor, sizes: list[int], shapes: Sequence[Size]) -> list[Tensor]:
-    r"""The parameters of splines, one after another."""
-    parts = zip(phi.split(sizes, -1), shapes, strict=True)
-    return [part if shape else part.squeeze(-1) for part, shape in parts]
+def _solver(layer: Any, like: Tensor) -> SolveOf:
+    r"""What inverts the maps of some features."""
+    sizes = [math.prod(shape) for shape in layer.shapes]
+
+    def parts(phi: Tensor) -> list[Tensor]:
+        split = zip(phi.split(sizes, -1), layer.shapes, strict=True)
+        return [part if shape else part.squeeze(-1) for part, shape in split]
+
+    def of_some(y: Tensor, phi: Tensor, new: Tensor) -> tuple[Tensor, None]:
+        f = layer.univariate.of(new)(*parts(phi.unflatten(-1, (-1, layer.total))))
+        return f.inverse_and_ladj(y)[0], None
+
+    if isinstance(layer.univariate, OfFeatures):
+        return of_some
+    # Of all splines one is made, which tells their options.
+    f = layer.univariate(*parts(like.new_zeros(layer.total)))
+    options = {"bound": f.bound, "slope": f.slope, "shift_bound": f.shift_bound}
+
+    def of_any(y: Tensor, phi: Tensor, _: Tensor) -> tuple[Tensor, None]:
+        w, h, d, *shift = parts(phi.unflatten(-1, (-1, layer.total)))
+        by = shift[0] if shift else None
+        return shifted_spline(y, w, h, d, by, **options, inverse=True, steep=False)[0], None
+
+    return of_any
 
 
 def _schedule(layer: Any, features: int) -> Schedule | None:

@@ -240,3 +240,31 @@ def test_networks_that_cannot_be_split_into_units_are_run_as_they_are(how):
     assert torch.allclose(new.float(), old.float(), atol=0.1 if how == "autocast" else 1e-4)
     assert all(shape == (7, 64) for shape in seen)
     assert bool(seen) == (how == "a hook")
+
+
+ADDITIVE = getattr(zuko.transforms, "AdditiveTransform", None)
+MIGRATED = {
+    "affine": zuko.flows.MAF,
+    "splines": zuko.flows.NSF,
+    "shifts": partial(zuko.flows.MAF, univariate=ADDITIVE, shapes=[()]),
+}
+if ADDITIVE is None:  # before zuko 1.5
+    del MIGRATED["shifts"]
+
+
+@pytest.mark.parametrize("make", MIGRATED.values(), ids=MIGRATED)
+@pytest.mark.parametrize("listened", [False, True])
+def test_migrated_layers_work_out_each_unit_once_too(make, listened, monkeypatch):
+    old = stirred(make(4, 2, transforms=1))
+    x, c, z = 2 * torch.randn(500, 4) + 1, torch.randn(500, 2), torch.randn(7, 4)
+    flow, _ = flowguard.migrate(old, x, c)
+    f, seen, addmm = flow(c[:7]).transform, [], torch.addmm
+    (layer,) = flow.transform.transforms
+    if listened:
+        layer.univariate.register_forward_hook(lambda *_: None)
+    with torch.no_grad():
+        expected = zuko.transforms.AutoregressiveTransform._inverse(f.transforms[0], z)
+        monkeypatch.setattr(torch, "addmm", lambda b, w, h: seen.append(len(w)) or addmm(b, w, h))
+        new = flow(c[:7]).transform.inv(z)
+    assert torch.allclose(new, expected, atol=1e-4)
+    assert sum(seen) == (0 if listened else 64 + 64 + layer.hyper.out_features)
