@@ -108,6 +108,8 @@ def single(t: Tensor) -> Tensor:
     Arguments:
         t: The tensor.
     """
+    if t.dtype in (torch.float32, torch.float64):
+        return t
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
@@ -179,12 +181,11 @@ class InscribedLine(Rescaled):
         with torch.no_grad():
             seen = self._in_units(*((out, wide) if inverse else (wide, out)))
             shape = seen[-1].shape  # that of the units too
-            straight = self._is_throughout_straight(*seen)
-            bent = wide.new_zeros((), dtype=torch.bool) if straight else ~self._is_straight(*seen)
-            count = int(bent.count_nonzero())
-        if count > MANY * bent.numel():
+            bent = None if self._is_throughout_straight(*seen) else ~self._is_straight(*seen)
+            count = 0 if bent is None else int(bent.count_nonzero())
+        if bent is not None and count > MANY * bent.numel():
             return self._through_spline(v, inverse)
-        if count:
+        if bent is not None and count:
             # What is not finite would make NaN of gradients that do not count.
             parts = [t.expand(bent.shape) for t in (wide, self.scale, self.shift)]
             at, gain, by = (
