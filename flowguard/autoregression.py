@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -179,13 +180,13 @@ class Places(NamedTuple):
         taken: The units it takes, as indices, in the order in which they are known.
         taken_ends: How many of these are known in each pass.
         told: The units it returns, in the order in which they can be worked out.
-        told_ends: How many of these are known after each pass.
+        told_counts: How many of these each pass works out.
     """
 
     taken: Tensor
     taken_ends: list[int]
     told: Tensor
-    told_ends: list[int]
+    told_counts: list[int]
 
 
 class Schedule(NamedTuple):
@@ -230,8 +231,8 @@ def schedule(
         >>> found = schedule(net, [ones.tril()], ones.tril(-1), features=3, most=3)
         >>> found.groups
         [tensor([0]), tensor([1]), tensor([2])]
-        >>> found.places[0].told_ends  # nothing is known of the units in the first pass
-        [0, 1, 2]
+        >>> found.places[0].told_counts  # nothing is known of the units in the first pass
+        [0, 1, 1]
     """
     masks = [last, *(m for step in chain for m in ([step] if isinstance(step, Tensor) else step))]
     if any(m.is_meta for m in masks):
@@ -269,6 +270,9 @@ def _scheduled(chain: Chain, last: Tensor, features: int, most: int) -> Schedule
         order = known.argsort(stable=True)
         return order, torch.searchsorted(known[order], passes, right=True).tolist()
 
+    def counted(order: Tensor, ends: list[int]) -> tuple[Tensor, list[int]]:
+        return order, [end - start for start, end in pairwise([0, *ends])]
+
     def after(mask: Tensor, known: Tensor) -> Tensor:
         return ((mask != 0) * known).amax(1)
 
@@ -277,16 +281,16 @@ def _scheduled(chain: Chain, last: Tensor, features: int, most: int) -> Schedule
         out = known
         for mask in [step] if isinstance(step, Tensor) else step:
             taken, out = out, after(mask, out)
-            places.append(Places(*sort(taken), *sort(out)))
+            places.append(Places(*sort(taken), *counted(*sort(out))))
         if isinstance(step, Tensor):
             known = out
         elif bool((out > known).any()):  # the sum is known later than what is added to
             return Schedule(groups, None)
         else:
-            places[-1] = Places(*places[-1][:2], *sort(known))
+            places[-1] = Places(*places[-1][:2], *counted(*sort(known)))
     rows = torch.arange(len(last), device=last.device).unflatten(0, (features, -1))
-    ends = torch.tensor([len(group) for group in groups]).cumsum(0) * rows.shape[1]
-    places.append(Places(*sort(known), rows[torch.cat(groups)].flatten(), ends.tolist()))
+    counts = [len(group) * rows.shape[1] for group in groups]
+    places.append(Places(*sort(known), rows[torch.cat(groups)].flatten(), counts))
     return Schedule(groups, places)
 
 
@@ -311,15 +315,13 @@ class LayerInPasses:
     """
 
     def __init__(self, layer: Any, places: Places, known: Tensor | None = None) -> None:
-        taken, taken_ends, told, told_ends = places
+        taken, taken_ends, told, counts = places
+        told = told[: sum(counts)]
         weight = (layer.mask * layer.weight).index_select(0, told).index_select(1, taken)
         bias = None if layer.bias is None else layer.bias.index_select(0, told).unsqueeze(1)
         self._width = weight.shape[1]
-        self._parts = iter(
-            (seen, weight[start:end, :seen], None if bias is None else bias[start:end])
-            for seen, start, end in zip(taken_ends, [0, *told_ends], told_ends, strict=False)
-        )
-        self._known, self._count = known, 0
+        biases = [None] * len(counts) if bias is None else bias.split(counts)
+        self._parts = zip(taken_ends, weight.split(counts), biases, strict=True)
         # One unit after another in memory: that is twice as fast for the few that are new.
         self._known = None if known is None else known.mT
         self._count = 0
@@ -347,6 +349,7 @@ class LayerInPasses:
             if seen > self._count:
                 self._known[self._count : seen] = new.mT
             self._count, known = seen, self._known[:seen]
+        weight = weight[:, :seen]
         out = torch.mm(weight, known) if bias is None else torch.addmm(bias, weight, known)
         return out.mT
 
@@ -360,7 +363,7 @@ class ContextInPasses:
         places: Where the units come that are told; see :func:`schedule`.
 
     Example:
-        >>> places = Places(torch.arange(2), [0, 1], torch.tensor([1, 0]), [1, 2])
+        >>> places = Places(torch.arange(2), [0, 1], torch.tensor([1, 0]), [1, 1])
         >>> twin, context = ContextInPasses(nn.Identity(), places), torch.tensor([[1.0, 2.0]])
         >>> twin(context), twin(context)
         (tensor([[2.]]), tensor([[1.]]))
@@ -377,9 +380,9 @@ class ContextInPasses:
             context: The context, with shape :math:`(*, C)`.
         """
         if self._parts is None:
-            told, ends = self._places[2:]
-            whole = self._layer(context).index_select(-1, told)
-            self._parts = iter(whole[..., a:b] for a, b in zip([0, *ends], ends, strict=False))
+            told, counts = self._places[2:]
+            whole = self._layer(context).index_select(-1, told[: sum(counts)])
+            self._parts = iter(whole.split(counts, -1))
         return next(self._parts)
 
 
@@ -642,7 +645,7 @@ def made_in_passes(net: Any, order: Schedule, kinds: Sequence[type]) -> Any:
             # It may be the first or the second layer of a block that the context is told to.
             if not all(torch.equal(told[0].told, p.told) for p in told):
                 return None
-            if told[0].told_ends != told[-1].told_ends:
+            if told[0].told_counts != told[-1].told_counts:
                 return None
             parts[speaks] = ContextInPasses(speaks, told[0])
     used = [m.activation for m in (net, *blocks) if hasattr(m, "activation")]

@@ -98,8 +98,8 @@ def test_units_are_known_with_the_last_feature_that_they_depend_on():
     assert [g.tolist() for g in found.groups] == [[0], [1]]
     hidden, told = found.places
     assert (hidden.taken.tolist(), hidden.taken_ends) == ([2, 0, 1], [1, 2])
-    assert (hidden.told.tolist(), hidden.told_ends) == ([1, 2, 0], [1, 2])
-    assert (told.told.tolist(), told.told_ends) == ([0, 1], [1, 2])
+    assert (hidden.told.tolist(), hidden.told_counts) == ([1, 2, 0], [1, 1])
+    assert (told.told.tolist(), told.told_counts) == ([0, 1], [1, 1])
 
 
 def test_a_sum_that_is_known_later_than_what_is_added_to_is_not_taken_apart():
