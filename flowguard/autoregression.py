@@ -206,7 +206,7 @@ Chain = Sequence[Tensor | Sequence[Tensor]]
 
 # Of each network the masks that it had, and what follows from these. Masks rarely change, and to
 # compare them takes a tenth of the time.
-_known: WeakKeyDictionary[nn.Module, tuple[list[Tensor], tuple[int, int], Schedule | None]]
+_known: WeakKeyDictionary[nn.Module, tuple[list[Tensor], tuple[int, ...], Schedule | None]]
 _known = WeakKeyDictionary()
 
 
@@ -237,10 +237,11 @@ def schedule(
     masks = [last, *(m for step in chain for m in ([step] if isinstance(step, Tensor) else step))]
     if any(m.is_meta for m in masks):
         return None  # there is nothing to be seen
-    told = features, most
+    told = features, most, *(0 if isinstance(step, Tensor) else len(step) for step in chain)
     kept = _known.get(net)
     if kept is None or kept[1] != told or not all(map(_same, masks, kept[0])):
-        kept = [m.clone() for m in masks], told, _scheduled(chain, last, *told)
+        with torch.inference_mode(False), torch.no_grad():  # it may be asked for in any mode
+            kept = [m.clone() for m in masks], told, _scheduled(chain, last, features, most)
         _known[net] = kept
     return kept[2]
 

@@ -91,6 +91,14 @@ def test_a_schedule_is_kept_until_a_mask_changes():
     assert [g.tolist() for g in again.groups] == [[2], [1], [0]]
 
 
+def test_a_schedule_is_one_of_how_layers_follow_each_other_too():
+    net, eye, swap = nn.Module(), torch.eye(2), torch.eye(2).flip(0)
+    last = torch.tensor([[0.0, 0.0], [0.0, 1.0]])
+    assert schedule(net, [eye, [swap, eye]], last, 2, 2) is None  # the sum tells of both
+    found = schedule(net, [eye, swap, eye], last, 2, 2)
+    assert [g.tolist() for g in found.groups] == [[0], [1]]
+
+
 def test_units_are_known_with_the_last_feature_that_they_depend_on():
     first = torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])  # a context is last
     last = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
