@@ -177,10 +177,17 @@ class Places(NamedTuple):
     inverse.
 
     Arguments:
-        taken: The units it takes, as indices, in the order in which they are known.
+        taken: The units it takes, as indices with shape :math:`(I)`, in the order in which they are
+            known.
         taken_ends: How many of these are known in each pass.
-        told: The units it returns, in the order in which they can be worked out.
+        told: The units it returns, with shape :math:`(O)`, in the order in which they can be worked
+            out.
         told_counts: How many of these each pass works out.
+
+    Example:
+        >>> places = Places(torch.arange(2), [0, 1], torch.arange(2), [1, 1])
+        >>> places.told_counts
+        [1, 1]
     """
 
     taken: Tensor
@@ -193,8 +200,12 @@ class Schedule(NamedTuple):
     r"""In which pass of an inverse each unit of masked layers can be worked out.
 
     Arguments:
-        groups: The features of each pass; see :func:`invert`.
+        groups: The features of each pass, each a tensor with shape :math:`(n)`; see :func:`invert`.
         places: Those of each layer; :py:`None` if the units cannot be taken apart.
+
+    Example:
+        >>> Schedule([torch.tensor([0]), torch.tensor([1])], None).groups[1]
+        tensor([1])
     """
 
     groups: list[Tensor]
@@ -360,7 +371,7 @@ class ContextInPasses:
     units that can be worked out in it.
 
     Arguments:
-        layer: What is said to all units.
+        layer: What is said to all units: of a context, with shape :math:`(N, C)`, a number for each.
         places: Where the units come that are told; see :func:`schedule`.
 
     Example:
@@ -632,6 +643,27 @@ def made_in_passes(net: Any, order: Schedule, kinds: Sequence[type]) -> Any:
         net: The network.
         order: What :func:`made_schedule` returned.
         kinds: The classes of such a network, of its blocks and of its layers.
+
+    Example:
+        >>> class Masked(nn.Linear):
+        ...     def __init__(self, mask):
+        ...         super().__init__(*mask.shape[::-1])
+        ...         self.mask = mask
+        ...     def forward(self, h):
+        ...         return F.linear(h, self.mask * self.weight, self.bias)
+        >>> class Net(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         below = torch.ones(2, 2).tril()
+        ...         self.initial_layer, self.blocks = Masked(below), nn.ModuleList()
+        ...         self.final_layer = Masked(below.tril(-1))
+        ...     def forward(self, x):
+        ...         return self.final_layer(self.initial_layer(x))
+        >>> net, kinds, x = Net(), [Net, Masked], torch.randn(5, 2)
+        >>> twin = made_in_passes(net, made_schedule(net, 2, kinds), kinds)
+        >>> told = torch.cat([twin(x[:, :0]), twin(x[:, :1])], -1)
+        >>> torch.allclose(told, net(x), atol=1e-6)
+        True
     """
     modules, blocks = [*net.modules()], [*net.blocks]
     layers = [net.initial_layer, *(m for b in blocks for m in _inner(b)), net.final_layer]

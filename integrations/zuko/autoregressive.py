@@ -102,7 +102,10 @@ class OfFeatures(nn.Module):
         r"""Returns the constructor of the maps of some features.
 
         Arguments:
-            features: Their indices.
+            features: Their indices, with shape :math:`(n)`.
+
+        Raises:
+            NotImplementedError: If a subclass does not define it.
         """
         raise NotImplementedError
 
