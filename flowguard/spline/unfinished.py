@@ -7,6 +7,7 @@ process from then on, or ends it.
 __all__ = ["cache_folder", "remove_unfinished"]
 
 import contextlib
+import os
 import struct
 import sys
 from pathlib import Path
@@ -16,16 +17,18 @@ HEADER = 64  # bytes of it
 
 
 def cache_folder() -> Path:
-    r"""Returns where the compiler keeps what it made.
+    r"""Returns where the compiler keeps what it made, if it can.
 
     Example:
-        >>> cache_folder().is_dir()
+        >>> cache_folder().is_absolute()
         True
     """
     # Not before it is used: the compiler takes seconds to be imported.
-    from torch._inductor.runtime.runtime_utils import cache_dir  # type: ignore[attr-defined]
+    from torch._inductor.runtime.runtime_utils import (  # type: ignore[attr-defined]
+        default_cache_dir,
+    )
 
-    return Path(cache_dir())
+    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir()).absolute()
 
 
 def remove_unfinished(folder: Path) -> list[Path]:

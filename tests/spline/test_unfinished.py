@@ -9,7 +9,6 @@ import pytest
 import torch
 from filelock import FileLock
 
-from flowguard.functional import kernels
 from flowguard.spline import compiled
 from flowguard.spline.unfinished import remove_unfinished
 
@@ -69,19 +68,21 @@ def test_a_folder_that_is_not_there_is_no_error(tmp_path):
     assert remove_unfinished(tmp_path / "none") == []
 
 
-def test_a_compiler_that_fails_names_what_it_keeps(monkeypatch, tmp_path):
+@pytest.mark.parametrize("there", [True, False])
+def test_a_compiler_that_fails_names_what_it_keeps(there, monkeypatch, tmp_path):
     def backend(graph, inputs):
         raise ImportError("half a module")
 
+    folder = tmp_path if there else tmp_path / "a file" / "that is no folder"
+    (tmp_path / "a file").touch()
     torch._dynamo.reset()
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
     monkeypatch.setattr(compiled, "BACKEND", backend)
     monkeypatch.setattr(compiled, "_cache", compiled._Cache())
-    x, w = torch.zeros(4), torch.zeros(4, 1)
-    spline = compiled.evaluate
+    x, w = torch.zeros(4), torch.zeros(1, 4)
     options = compiled.Options(torch.float32, 3.0, 0.01)
-    with kernels("compiled"), pytest.warns(RuntimeWarning, match=f"delete {tmp_path}"):
-        assert spline((x, w.T, w.T, w.T, None), options) is None
+    with pytest.warns(RuntimeWarning, match=f"delete {folder}"):
+        assert compiled.evaluate((x, w, w, w, None), options) is None
 
 
 SCRIPT = """
