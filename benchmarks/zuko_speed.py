@@ -53,7 +53,7 @@ def autoregressive(points: int, features: int, context: int, repeats: int) -> No
     print(f"{points} samples of {features} features, {torch.get_num_threads()} threads")
     for name, theirs in times.items():
         ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
-        print(f"  {name} {statistics.median(theirs) * 1e3:.0f} ms, ours over it {ratio:.2f}")
+        print(f"  {name} {statistics.median(theirs) * 1e3:.1f} ms, ours over it {ratio:.2f}")
 
 
 def training_step(flow: zuko.lazy.Flow, x: Tensor, c: Tensor) -> Tensor:

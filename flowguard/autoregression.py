@@ -3,26 +3,37 @@ r"""The inverse of an autoregressive map, in which each feature is worked out on
 The parameters of a feature come from the features before it, through a masked network (Germain et
 al., 2015, https://arxiv.org/abs/1502.03509). Its inverse is found in passes, each of which knows
 some more features. What a pass has to tell is the parameters of those that are new: of the last
-layer these are a few rows, and of the maps a few.
+layer these are a few rows, and of the maps a few. Of the layers before, too, each unit can be worked
+out once, in the pass in which all that it depends on is known.
 
 Nothing here knows a library: adapters say what their networks are made of.
 """
 
 __all__ = [
+    "ContextInPasses",
+    "LayerInPasses",
+    "Places",
     "RowsOfFeatures",
-    "UnitsOnce",
+    "Schedule",
+    "SolveOf",
     "at_rest",
     "depends",
+    "inverse_in_passes",
     "invert",
-    "made_groups",
+    "is_elementwise",
+    "made_in_passes",
+    "made_schedule",
     "masked_inverse",
-    "narrowed",
     "order_of",
+    "replaced",
+    "schedule",
     "unhooked",
 ]
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn as nn
@@ -34,6 +45,8 @@ from flowguard.numerics import watchable
 
 #: What returns the new features, and the log-determinant of their maps if it is asked for.
 Solve = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
+#: The same, called with values, parameters and features.
+SolveOf = Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor | None]]
 
 #: Layers that mix the rows of a batch, or draw at random, as long as they are trained: what they
 #: return depends on how often, and on what, they are run.
@@ -159,133 +172,324 @@ class RowsOfFeatures(nn.Module):
         return F.linear(h, self.rows[self.features].flatten(0, 1), bias)
 
 
-def narrowed(net: nn.Module, last: str, features: int) -> tuple[nn.Module, RowsOfFeatures]:
-    r"""Returns a network that runs as another one, up to the rows of its last layer; and that
-    layer, which is told of which features it shall speak.
+class Places(NamedTuple):
+    r"""Where the units that a layer takes, and those that it returns, come in the passes of an
+    inverse.
+
+    Arguments:
+        taken: The units it takes, as indices with shape :math:`(I)`, in the order in which they are
+            known.
+        taken_ends: How many of these are known in each pass.
+        told: The units it returns, with shape :math:`(O)`, in the order in which they can be worked
+            out.
+        told_counts: How many of these each pass works out.
+
+    Example:
+        >>> places = Places(torch.arange(2), [0, 1], torch.arange(2), [1, 1])
+        >>> places.told_counts
+        [1, 1]
+    """
+
+    taken: Tensor
+    taken_ends: list[int]
+    told: Tensor
+    told_counts: list[int]
+
+
+class Schedule(NamedTuple):
+    r"""In which pass of an inverse each unit of masked layers can be worked out.
+
+    Arguments:
+        groups: The features of each pass, each a tensor with shape :math:`(n)`; see :func:`invert`.
+        places: Those of each layer; :py:`None` if the units cannot be taken apart.
+
+    Example:
+        >>> Schedule([torch.tensor([0]), torch.tensor([1])], None).groups[1]
+        tensor([1])
+    """
+
+    groups: list[Tensor]
+    places: list[Places] | None
+
+
+#: Layers one after another: a mask, or the masks of layers around which their input is added.
+Chain = Sequence[Tensor | Sequence[Tensor]]
+
+# Of each network the masks that it had, and what follows from these. Masks rarely change, and to
+# compare them takes a tenth of the time.
+_known: WeakKeyDictionary[nn.Module, tuple[list[Tensor], tuple[int, ...], Schedule | None]]
+_known = WeakKeyDictionary()
+
+
+def schedule(
+    net: nn.Module, chain: Chain, last: Tensor, features: int, most: int
+) -> Schedule | None:
+    r"""Returns in which pass each unit of a masked network can be worked out; :py:`None` if there
+    is no order of the features, or if there are too many passes.
+
+    What was found is kept for as long as the network has the same masks.
 
     Arguments:
         net: The network.
-        last: The name of its last layer, a masked one.
+        chain: The masks of its layers but the last one, each with shape :math:`(O, I)`. The first
+            layer takes the features, and then perhaps a context.
+        last: The mask of the last one, which tells the parameters of one feature after another.
         features: The number of features.
-
-    Returns:
-        The network, whose other layers are those of the old one, and its last layer.
+        most: The largest number of passes.
 
     Example:
-        >>> net = nn.Sequential()
-        >>> net.hidden, net.last = nn.Linear(3, 4), nn.Linear(4, 6)
-        >>> net.last.mask = torch.ones(6, 4)
-        >>> twin, rows = narrowed(net, "last", features=3)
-        >>> rows.features = torch.tensor([0, 1])
-        >>> twin(torch.zeros(5, 3)).shape, net(torch.zeros(5, 3)).shape
-        (torch.Size([5, 4]), torch.Size([5, 6]))
+        >>> net, ones = nn.Module(), torch.ones(3, 3)
+        >>> found = schedule(net, [ones.tril()], ones.tril(-1), features=3, most=3)
+        >>> found.groups
+        [tensor([0]), tensor([1]), tensor([2])]
+        >>> found.places[0].told_counts  # nothing is known of the units in the first pass
+        [0, 1, 1]
     """
-    rows = RowsOfFeatures(getattr(net, last), features)
-    twin: nn.Module = successor(net)
-    setattr(twin, last, rows)
-    return twin, rows
+    masks = [last, *(m for step in chain for m in ([step] if isinstance(step, Tensor) else step))]
+    if any(m.is_meta for m in masks):
+        return None  # there is nothing to be seen
+    told = features, most, *(0 if isinstance(step, Tensor) else len(step) for step in chain)
+    kept = _known.get(net)
+    if kept is None or kept[1] != told or not all(map(_same, masks, kept[0])):
+        with torch.inference_mode(False), torch.no_grad():  # it may be asked for in any mode
+            kept = [m.clone() for m in masks], told, _scheduled(chain, last, features, most)
+        _known[net] = kept
+    return kept[2]
 
 
-class UnitsOnce:
-    r"""Creates the inverse of maps whose parameters a chain of masked linear layers tells, in which
-    each unit of these is worked out once: in the pass in which all that it depends on is known.
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.device == b.device and a.dtype == b.dtype and torch.equal(a, b)
 
-    What a fully autoregressive network costs is then a pass of it for all features together, and
-    not one for each. Nothing is recorded for gradients.
+
+def _scheduled(chain: Chain, last: Tensor, features: int, most: int) -> Schedule | None:
+    first = chain[0] if isinstance(chain[0], Tensor) else chain[0][0]
+    reach = torch.eye(first.shape[1], dtype=torch.bool, device=first.device)
+    for step in chain:
+        reach = (
+            depends([step], reach) if isinstance(step, Tensor) else reach | depends(step, reach)
+        )
+    reach = depends([last.unflatten(0, (features, -1)).any(1)], reach)
+    groups = order_of(reach[:, :features], most)
+    if groups is None:
+        return None
+    # The pass from which on each input is known: the first one for a context.
+    known = torch.zeros(first.shape[1], dtype=torch.long, device=first.device)
+    for number, group in enumerate(groups, 1):
+        known[group] = number
+    passes = torch.arange(len(groups), device=known.device)
+
+    def sort(known: Tensor) -> tuple[Tensor, list[int]]:
+        order = known.argsort(stable=True)
+        return order, torch.searchsorted(known[order], passes, right=True).tolist()
+
+    def counted(order: Tensor, ends: list[int]) -> tuple[Tensor, list[int]]:
+        return order, [end - start for start, end in pairwise([0, *ends])]
+
+    def after(mask: Tensor, known: Tensor) -> Tensor:
+        return ((mask != 0) * known).amax(1)
+
+    places: list[Places] = []
+    for step in chain:
+        out = known
+        for mask in [step] if isinstance(step, Tensor) else step:
+            taken, out = out, after(mask, out)
+            places.append(Places(*sort(taken), *counted(*sort(out))))
+        if isinstance(step, Tensor):
+            known = out
+        elif bool((out > known).any()):  # the sum is known later than what is added to
+            return Schedule(groups, None)
+        else:
+            places[-1] = Places(*places[-1][:2], *counted(*sort(known)))
+    rows = torch.arange(len(last), device=last.device).unflatten(0, (features, -1))
+    counts = [len(group) * rows.shape[1] for group in groups]
+    places.append(Places(*sort(known), rows[torch.cat(groups)].flatten(), counts))
+    return Schedule(groups, places)
+
+
+class LayerInPasses:
+    r"""Creates the masked linear layer that is called once in each pass of an inverse, with those
+    units alone that are new; it returns those that can be worked out now.
 
     Arguments:
-        layers: The layers, each with a `weight` and a `mask` of one shape :math:`(O, I)`, and a
-            `bias` with shape :math:`(O)`. The first one takes the features and then the context;
-            the last one tells the parameters of one feature after another.
-        activations: What is applied to each number that a layer returns, for all but the last one.
-        groups: The features, as indices, in an order in which each depends on those of earlier
-            groups alone.
+        layer: The layer, with a `weight` and a `mask` of one shape :math:`(O, I)`, and a `bias`.
+        places: Where its units come; see :func:`schedule`.
+        known: What is known before, with shape :math:`(N, C)`, if anything is.
 
     Example:
-        >>> first, last = nn.Linear(3, 3), nn.Linear(3, 2)
-        >>> first.mask = torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
-        >>> last.mask = torch.tensor([[1.0, 0.0, 1.0], [1.0, 1.0, 1.0]])  # of two features
-        >>> once = UnitsOnce([first, last], [torch.tanh], [torch.tensor([0]), torch.tensor([1])])
-        >>> y, context = torch.randn(5, 2), torch.randn(5, 1)
-        >>> x = once.inverse(y, context, lambda y, shift: y - shift)
-        >>> h = F.linear(torch.cat((x, context), -1), first.mask * first.weight, first.bias)
-        >>> shift = F.linear(h.tanh(), last.mask * last.weight, last.bias)
-        >>> torch.allclose(x + shift, y, atol=1e-6)
+        >>> layer = nn.Linear(3, 3)
+        >>> layer.mask = torch.ones(3, 3).tril()
+        >>> places = schedule(layer, [layer.mask], torch.ones(3, 3).tril(-1), 3, 3).places[0]
+        >>> twin, x = LayerInPasses(layer, places), torch.randn(5, 3)
+        >>> new = [twin(x[:, :0]), twin(x[:, :1]), twin(x[:, 1:2])]
+        >>> whole = F.linear(x, layer.mask * layer.weight, layer.bias)
+        >>> torch.allclose(torch.cat(new, -1), whole[:, :2], atol=1e-6)
         True
     """
 
-    def __init__(
-        self,
-        layers: Sequence[Any],
-        activations: Sequence[Callable[[Tensor], Tensor]],
-        groups: Sequence[Tensor],
-    ) -> None:
-        self._activations = activations
-        self._counts = [len(group) for group in groups]
-        self._features = torch.cat([*groups])
-        *hidden, last = layers
-        # The pass from which on each input is known: the first one for the context.
-        known = self._features.new_zeros(layers[0].weight.shape[1])
-        for number, group in enumerate(groups, 1):
-            known[group] = number
-        # Sorted by that, what is new in a pass is one slice, and what is known is another one.
-        passes = torch.arange(len(groups), device=known.device)
-        order = torch.cat(((known == 0).nonzero().squeeze(-1), self._features))
-        self._ends = [torch.searchsorted(known[order], passes, right=True).tolist()]
-        self._hidden: list[tuple[Tensor, Tensor | None]] = []
-        for layer in hidden:
-            known = ((layer.mask != 0) * known).amax(1)
-            by = known.argsort(stable=True)
-            weight = (layer.mask * layer.weight).detach()[by][:, order]
-            self._hidden.append((weight, None if layer.bias is None else layer.bias.detach()[by]))
-            self._ends.append(torch.searchsorted(known[by], passes, right=True).tolist())
-            order = by
-        rows = RowsOfFeatures(last, len(self._features))
-        self._last = [
-            (
-                rows.rows.detach()[group].flatten(0, 1)[:, order],
-                None if rows.offsets is None else rows.offsets.detach()[group].flatten(),
-            )
-            for group in groups
-        ]
+    def __init__(self, layer: Any, places: Places, known: Tensor | None = None) -> None:
+        taken, taken_ends, told, counts = places
+        told = told[: sum(counts)]
+        weight = (layer.mask * layer.weight).index_select(0, told).index_select(1, taken)
+        bias = None if layer.bias is None else layer.bias.index_select(0, told).unsqueeze(1)
+        self._width = weight.shape[1]
+        biases = [None] * len(counts) if bias is None else bias.split(counts)
+        self._parts = zip(taken_ends, weight.split(counts), biases, strict=True)
+        # One unit after another in memory: that is twice as fast for the few that are new.
+        self._known = None if known is None else known.mT
+        self._count = 0
+        if known is not None and not torch.is_grad_enabled():
+            self._known = self._memory(known)
+            self._count = known.shape[1]
+            self._known[: self._count] = known.mT
 
-    @torch.no_grad()
-    def inverse(
-        self, y: Tensor, context: Tensor | None, solve: Callable[[Tensor, Tensor], Tensor]
-    ) -> Tensor:
-        r"""Returns the inverse, with shape :math:`(*, D)`.
+    def _memory(self, like: Tensor) -> Tensor:
+        return like.new_empty(self._width, len(like))
+
+    def __call__(self, new: Tensor) -> Tensor:
+        r"""Returns the units that are known now, with shape :math:`(N, m)`.
 
         Arguments:
-            y: The values of the maps, with shape :math:`(*, D)`.
-            context: The context, with shape :math:`(*, C)`, or :py:`None` if there is none.
-            solve: Called with the values of some features, with shape :math:`(*, n)`, and with
-                what the last layer says of these, with shape :math:`(*, n P)`; returns the inverse.
+            new: The units that were not known before, with shape :math:`(N, n)`.
         """
-        if context is not None:
-            shape = torch.broadcast_shapes(y.shape[:-1], context.shape[:-1])
-            y, context = y.expand(*shape, -1), context.expand(*shape, -1)
-        widths = [self._hidden[0][0].shape[1], *(len(weight) for weight, _ in self._hidden)]
-        inputs, *hidden = (y.new_empty(*y.shape[:-1], width) for width in widths)
-        first = widths[0] - y.shape[-1]
-        if context is not None:
-            inputs[..., :first] = context
-        x, y = inputs[..., first:], y[..., self._features]
-        done, starts = 0, [0] * len(self._hidden)
-        for number, count in enumerate(self._counts):
-            below = inputs
-            for k, (weight, bias) in enumerate(self._hidden):
-                start, end, seen = starts[k], self._ends[k + 1][number], self._ends[k][number]
-                if end > start:
-                    part = None if bias is None else bias[start:end]
-                    new = F.linear(below[..., :seen], weight[start:end, :seen], part)
-                    hidden[k][..., start:end] = self._activations[k](new)
-                starts[k], below = end, hidden[k]
-            weight, bias = self._last[number]
-            seen = self._ends[-1][number]
-            phi = F.linear(below[..., :seen], weight[:, :seen], bias)
-            x[..., done : done + count] = solve(y[..., done : done + count], phi)
-            done += count
-        return x[..., self._features.argsort()]
+        seen, weight, bias = next(self._parts)
+        if torch.is_grad_enabled():  # what was recorded must not change
+            known = new.mT if self._known is None else torch.cat((self._known, new.mT))
+            self._known = known
+        else:
+            if self._known is None:
+                self._known = self._memory(new)
+            if seen > self._count:
+                self._known[self._count : seen] = new.mT
+            self._count, known = seen, self._known[:seen]
+        weight = weight[:, :seen]
+        out = torch.mm(weight, known) if bias is None else torch.addmm(bias, weight, known)
+        return out.mT
+
+
+class ContextInPasses:
+    r"""Creates what is called once in each pass with the context, and returns what it says to the
+    units that can be worked out in it.
+
+    Arguments:
+        layer: What is said to all units: of a context, with shape :math:`(N, C)`, a number for each.
+        places: Where the units come that are told; see :func:`schedule`.
+
+    Example:
+        >>> places = Places(torch.arange(2), [0, 1], torch.tensor([1, 0]), [1, 1])
+        >>> twin, context = ContextInPasses(nn.Identity(), places), torch.tensor([[1.0, 2.0]])
+        >>> twin(context), twin(context)
+        (tensor([[2.]]), tensor([[1.]]))
+    """
+
+    def __init__(self, layer: Callable[[Tensor], Tensor], places: Places) -> None:
+        self._layer, self._places = layer, places
+        self._parts: Iterator[Tensor] | None = None
+
+    def __call__(self, context: Tensor) -> Tensor:
+        r"""Returns what is said to the units of this pass, with shape :math:`(*, m)`.
+
+        Arguments:
+            context: The context, with shape :math:`(*, C)`.
+        """
+        if self._parts is None:
+            told, counts = self._places[2:]
+            whole = self._layer(context).index_select(-1, told[: sum(counts)])
+            self._parts = iter(whole.split(counts, -1))
+        return next(self._parts)
+
+
+def replaced(net: nn.Module, parts: Mapping[nn.Module, Any]) -> nn.Module:
+    r"""Returns a network that runs as another one, whose modules it has but for some.
+
+    Arguments:
+        net: The network, which is not changed.
+        parts: The modules that differ, and what is called in their places.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Tanh()))
+        >>> twin = replaced(net, {net[1][0]: nn.ReLU()})
+        >>> twin[0] is net[0], twin[1], net[1]
+        (True, Sequential(
+          (0): ReLU()
+        ), Sequential(
+          (0): Tanh()
+        ))
+    """
+    twin: nn.Module = successor(net)
+    for name, child in net.named_children():
+        if child in parts:
+            twin._modules[name] = parts[child]
+        elif any(m in parts for m in child.modules()):
+            twin._modules[name] = replaced(child, parts)
+    return twin
+
+
+def inverse_in_passes(
+    net: Callable[[Tensor], Tensor], y: Tensor, groups: Sequence[Tensor], solve: SolveOf
+) -> tuple[Tensor, Tensor | None]:
+    r"""Returns the inverse of maps whose parameters a network tells that is made of layers such as
+    :class:`LayerInPasses`, so that each of its units is worked out once.
+
+    What a fully autoregressive network costs is then a pass of it for all features together, and
+    not one for each.
+
+    Arguments:
+        net: The network, called with the features that are new, with shape :math:`(N, n)`; returns
+            the parameters of those that come next.
+        y: The values of the maps, with shape :math:`(N, D)`.
+        groups: The features of each pass; see :func:`invert`.
+        solve: Called with the values of some features, what the network says of them, and their
+            indices; returns the inverse at these features, and its log-determinant or :py:`None`.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> layer.mask = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
+        >>> order = schedule(layer, [torch.eye(2)], layer.mask, features=2, most=2)
+        >>> twin, y = LayerInPasses(layer, order.places[1]), torch.randn(5, 2)
+        >>> with torch.no_grad():
+        ...     x, _ = inverse_in_passes(
+        ...         twin, y, order.groups, lambda y, shift, features: (y - shift, None)
+        ...     )
+        ...     y_again = x + F.linear(x, layer.mask * layer.weight, layer.bias)
+        >>> torch.allclose(y_again, y, atol=1e-6)
+        True
+    """
+    new = y[..., :0]
+
+    def step(_: Tensor, features: Tensor) -> tuple[Tensor, Tensor | None]:
+        nonlocal new
+        new, ladj = solve(y.index_select(-1, features), net(new), features)
+        return new, ladj
+
+    return invert(y, groups, step)
+
+
+#: Where torch keeps its activations, and those among them that mix features.
+ACTIVATIONS = "torch.nn.modules.activation"
+MIXING = (nn.Softmax, nn.Softmax2d, nn.Softmin, nn.LogSoftmax, nn.GLU, nn.MultiheadAttention)
+#: Functions that work on each number by itself.
+ELEMENTWISE = {
+    *(F.relu, F.relu6, F.elu, F.selu, F.celu, F.leaky_relu, F.silu, F.gelu, F.mish, F.softplus),
+    *(F.tanh, F.sigmoid, F.softsign, F.hardtanh, F.hardswish, F.logsigmoid, F.relu_),
+    *(torch.relu, torch.tanh, torch.sigmoid, torch.sin, torch.relu_, torch.selu),
+}
+
+
+def is_elementwise(activation: Any) -> bool:
+    r"""Returns whether an activation is known to work on each number by itself, in the same way
+    for all of them.
+
+    Arguments:
+        activation: The function or the module.
+
+    Example:
+        >>> [is_elementwise(f) for f in (F.relu, nn.Tanh(), nn.PReLU(8), nn.Softmax(-1))]
+        [True, True, False, False]
+    """
+    if not isinstance(activation, nn.Module):
+        return activation in ELEMENTWISE
+    known = type(activation).__module__ == ACTIVATIONS and not isinstance(activation, MIXING)
+    return known and not [*activation.parameters()]
 
 
 def unhooked(*modules: nn.Module) -> bool:
@@ -341,7 +545,7 @@ def masked_inverse(
     Where it is not known in which order the network goes, each pass works out all features.
 
     Arguments:
-        net: The network, called with what is mapped and the context; see :func:`made_groups`.
+        net: The network, called with what is mapped and the context; see :func:`made_schedule`.
         y: The values of the maps, with shape :math:`(N, D)`.
         context: The context.
         solve: Called with the values of some features, with what the network says of them, and
@@ -364,26 +568,36 @@ def masked_inverse(
         (tensor([[1., 2., 4.]]), tensor([0.]))
     """
     features = y.shape[1]
-    groups = made_groups(net, features, kinds) if alike else None
-    if groups is None:
+    order = made_schedule(net, features, kinds) if alike else None
+    if order is None:
         x = torch.zeros_like(y)
         for _ in range(features):
             # After pass i the first i features are right, and do not change any more.
             x, ladj = solve(y, net(x, context), slice(None))
         return x, ladj
-    twin, last = narrowed(net, "final_layer", features)
+    twin = made_in_passes(net, order, kinds)
+    if twin is not None:
+        x, total = inverse_in_passes(lambda new: twin(new, context), y, order.groups, solve)
+    else:
+        last = RowsOfFeatures(net.final_layer, features)
+        narrowed = replaced(net, {net.final_layer: last})
 
-    def step(x: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
-        last.features = new
-        return solve(y[:, new], twin(x, context), new)
+        def step(x: Tensor, new: Tensor) -> tuple[Tensor, Tensor | None]:
+            last.features = new
+            return solve(y[:, new], narrowed(x, context), new)
 
-    x, total = invert(y, groups, step)
+        x, total = invert(y, order.groups, step)
     assert total is not None  # of the first group at least
     return x, total
 
 
-def made_groups(net: Any, features: int, kinds: Sequence[type]) -> list[Tensor] | None:
-    r"""Returns the groups in which the features of a masked autoencoder can be worked out, each by
+def _inner(block: Any) -> list[Any]:
+    r"""The masked layers of a block of a masked autoencoder: two if their input is added."""
+    return list(getattr(block, "linear_layers", [])) or [block.linear]
+
+
+def made_schedule(net: Any, features: int, kinds: Sequence[type]) -> Schedule | None:
+    r"""Returns the passes in which the features of a masked autoencoder can be worked out, each by
     itself; :py:`None` if it is none that is known to work in that way.
 
     Arguments:
@@ -391,9 +605,6 @@ def made_groups(net: Any, features: int, kinds: Sequence[type]) -> list[Tensor] 
             `linear_layers` around which the input is added, and a `final_layer`.
         features: The number of features.
         kinds: The classes of such a network, of its blocks and of its layers.
-
-    Returns:
-        The groups, each a tensor of indices with shape :math:`(n)`.
 
     Example:
         >>> class Masked(nn.Linear):
@@ -406,22 +617,74 @@ def made_groups(net: Any, features: int, kinds: Sequence[type]) -> list[Tensor] 
         ...         below = torch.ones(3, 3).tril()
         ...         self.initial_layer, self.blocks = Masked(below), nn.ModuleList()
         ...         self.final_layer = Masked(below.tril(-1))
-        >>> made_groups(Net(), 3, kinds=[Net, Masked])
+        >>> made_schedule(Net(), 3, kinds=[Net, Masked]).groups
         [tensor([0]), tensor([1]), tensor([2])]
-        >>> made_groups(Net(), 3, kinds=[]) is None
+        >>> made_schedule(Net(), 3, kinds=[]) is None
         True
     """
     if type(net) not in kinds or type(getattr(net, "preprocessing", None)) not in PASSING:
         return None
-    inner = [list(getattr(b, "linear_layers", [])) or [b.linear] for b in net.blocks]
+    inner = [_inner(block) for block in net.blocks]
     layers = [net.initial_layer, net.final_layer, *(m for ms in inner for m in ms)]
     if not all(type(m) in kinds for m in (*net.blocks, *layers)):
         return None
     if not (watchable() and unhooked(net, net.final_layer) and at_rest(net)):
         return None
-    reach = net.initial_layer.mask != 0
-    for masked in inner:
-        passed = depends([m.mask for m in masked], reach)
-        reach = passed if len(masked) == 1 else reach | passed
-    last = net.final_layer.mask.unflatten(0, (features, -1)).any(1)
-    return order_of(depends([last], reach), features)
+    steps = [[m.mask for m in ms] if len(ms) > 1 else ms[0].mask for ms in inner]
+    chain = [net.initial_layer.mask, *steps]
+    return schedule(net, chain, net.final_layer.mask, features, features)
+
+
+def made_in_passes(net: Any, order: Schedule, kinds: Sequence[type]) -> Any:
+    r"""Returns a masked autoencoder that is called once in each pass, with the features that are new
+    alone; :py:`None` if it has anything that wants all units at once, or that is listened to.
+
+    Arguments:
+        net: The network.
+        order: What :func:`made_schedule` returned.
+        kinds: The classes of such a network, of its blocks and of its layers.
+
+    Example:
+        >>> class Masked(nn.Linear):
+        ...     def __init__(self, mask):
+        ...         super().__init__(*mask.shape[::-1])
+        ...         self.mask = mask
+        ...     def forward(self, h):
+        ...         return F.linear(h, self.mask * self.weight, self.bias)
+        >>> class Net(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         below = torch.ones(2, 2).tril()
+        ...         self.initial_layer, self.blocks = Masked(below), nn.ModuleList()
+        ...         self.final_layer = Masked(below.tril(-1))
+        ...     def forward(self, x):
+        ...         return self.final_layer(self.initial_layer(x))
+        >>> net, kinds, x = Net(), [Net, Masked], torch.randn(5, 2)
+        >>> twin = made_in_passes(net, made_schedule(net, 2, kinds), kinds)
+        >>> told = torch.cat([twin(x[:, :0]), twin(x[:, :1])], -1)
+        >>> torch.allclose(told, net(x), atol=1e-6)
+        True
+    """
+    modules, blocks = [*net.modules()], [*net.blocks]
+    layers = [net.initial_layer, *(m for b in blocks for m in _inner(b)), net.final_layer]
+    if order.places is None or not unhooked(*modules) or len({*layers}) < len(layers):
+        return None
+    parts: dict[nn.Module, Any] = {}
+    places = iter(order.places)
+    for owner in (net, *blocks):
+        told = [next(places) for _ in ([1] if owner is net else _inner(owner))]
+        speaks = getattr(owner, "context_layer", None)
+        if speaks is not None:
+            # It may be the first or the second layer of a block that the context is told to.
+            if not all(torch.equal(told[0].told, p.told) for p in told):
+                return None
+            if told[0].told_counts != told[-1].told_counts:
+                return None
+            parts[speaks] = ContextInPasses(speaks, told[0])
+    used = [m.activation for m in (net, *blocks) if hasattr(m, "activation")]
+    plain = (*kinds, nn.ModuleList, nn.Identity, nn.Dropout)
+    known = (type(m) in plain or m in parts or is_elementwise(m) for m in modules)
+    if not (all(known) and all(map(is_elementwise, used))):
+        return None
+    twins = map(LayerInPasses, layers, order.places)
+    return replaced(net, parts | dict(zip(layers, twins, strict=True)))

@@ -185,7 +185,7 @@ def shifted_spline(
     by = None if shift is None else _expand(shift, shape)
     options = Options(work, bound, slope, shift_bound, inverse, steep)
     outs = autograd.apply(_expand(x, shape), (w, h, d), by, options)
-    return tuple(t.to(dtype) for t in outs)
+    return outs if dtype == work else tuple(t.to(dtype) for t in outs)
 
 
 class Prepared(NamedTuple):

@@ -4,7 +4,15 @@ import pytest
 import torch
 import torch.nn as nn
 
-from flowguard.autoregression import UnitsOnce, invert, narrowed, order_of, unhooked
+from flowguard.autoregression import (
+    RowsOfFeatures,
+    invert,
+    is_elementwise,
+    order_of,
+    replaced,
+    schedule,
+    unhooked,
+)
 
 
 def test_groups_come_in_the_order_of_what_they_depend_on():
@@ -41,7 +49,8 @@ def test_a_context_of_more_rows_than_what_is_mapped_makes_as_many(grad):
 def test_a_narrowed_network_speaks_of_some_features_and_leaves_the_old_one_as_it_is():
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 6))
     net[2].mask = torch.randint(2, (6, 4)).float()
-    twin, rows = narrowed(net, "2", 3)
+    rows = RowsOfFeatures(net[2], 3)
+    twin = replaced(net, {net[2]: rows})
     x = torch.randn(5, 3)
     h = net[1](net[0](x))
     whole = nn.functional.linear(h, net[2].weight * net[2].mask, net[2].bias)
@@ -71,15 +80,56 @@ def test_what_was_compiled_is_not_run_in_parts():
     assert not unhooked(layer)
 
 
-@torch.no_grad()
-def test_groups_may_name_their_features_in_any_order():
-    torch.manual_seed(0)
-    first, last = nn.Linear(4, 4), nn.Linear(4, 3)
-    first.mask = torch.tensor([[0.0, 0.0, 0.0, 1.0], [1.0, 0.0, 1.0, 1.0]]).repeat(2, 1)
-    last.mask = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 0.0]]).repeat(1, 2)
-    once = UnitsOnce([first, last], [torch.tanh], [torch.tensor([2, 0]), torch.tensor([1])])
-    y, context = torch.randn(5, 3), torch.randn(5, 1)
-    x = once.inverse(y, context, lambda y, shift: y - shift)
-    h = nn.functional.linear(torch.cat((x, context), -1), first.mask * first.weight, first.bias)
-    shift = nn.functional.linear(h.tanh(), last.mask * last.weight, last.bias)
-    assert torch.allclose(x + shift, y, atol=1e-6)
+def test_a_schedule_is_kept_until_a_mask_changes():
+    net, first, last = nn.Module(), torch.ones(3, 3).tril(), torch.ones(3, 3).tril(-1)
+    found = schedule(net, [first], last, 3, 3)
+    assert schedule(net, [first.clone()], last, 3, 3) is found
+    assert schedule(net, [first], last, 3, 2) is None
+    first.copy_(torch.ones(3, 3).triu())
+    last.data.copy_(torch.ones(3, 3).triu(1))  # of which a tensor knows no version
+    again = schedule(net, [first], last, 3, 3)
+    assert [g.tolist() for g in again.groups] == [[2], [1], [0]]
+
+
+def test_a_schedule_is_one_of_how_layers_follow_each_other_too():
+    net, eye, swap = nn.Module(), torch.eye(2), torch.eye(2).flip(0)
+    last = torch.tensor([[0.0, 0.0], [0.0, 1.0]])
+    assert schedule(net, [eye, [swap, eye]], last, 2, 2) is None  # the sum tells of both
+    found = schedule(net, [eye, swap, eye], last, 2, 2)
+    assert [g.tolist() for g in found.groups] == [[0], [1]]
+
+
+def test_units_are_known_with_the_last_feature_that_they_depend_on():
+    first = torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])  # a context is last
+    last = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    found = schedule(nn.Module(), [first], last, 2, 2)
+    assert [g.tolist() for g in found.groups] == [[0], [1]]
+    hidden, told = found.places
+    assert (hidden.taken.tolist(), hidden.taken_ends) == ([2, 0, 1], [1, 2])
+    assert (hidden.told.tolist(), hidden.told_counts) == ([1, 2, 0], [1, 1])
+    assert (told.told.tolist(), told.told_counts) == ([0, 1], [1, 1])
+
+
+def test_a_sum_that_is_known_later_than_what_is_added_to_is_not_taken_apart():
+    first, inner = torch.eye(4)[:, :3], torch.zeros(4, 4)
+    first[3, 0] = 1.0
+    last = torch.zeros(3, 4)
+    last[1, 3] = last[2, 0] = 1.0
+    chain = [first, [torch.eye(4), inner]]
+    assert schedule(nn.Module(), chain, last, 3, 3).places is not None
+    inner[0, 1] = 1.0  # the second unit tells the first one, which does not wait for it
+    found = schedule(nn.Module(), chain, last, 3, 3)
+    assert [g.tolist() for g in found.groups] == [[0], [1], [2]]
+    assert found.places is None
+
+
+def test_masks_without_numbers_have_no_schedule():
+    mask = torch.ones(2, 2, device="meta")
+    assert schedule(nn.Module(), [mask], mask, 2, 2) is None
+
+
+@pytest.mark.parametrize(
+    "f", [lambda x: x, nn.functional.softmax, nn.GLU(), nn.PReLU(), nn.Linear]
+)
+def test_what_is_not_known_to_be_elementwise(f):
+    assert not is_elementwise(f)

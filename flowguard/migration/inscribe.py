@@ -5,6 +5,7 @@ the old network asks for, in closed form, so that the network is kept as a whole
 """
 
 __all__ = [
+    "ALL",
     "Additional",
     "InscribedAffine",
     "InscribedLine",
@@ -35,7 +36,7 @@ INNER = (
     0.5  # the share of the box that all values which were met shall lie in: rarer ones shall, too
 )
 WIDEST = 4.0  # by how much it may be widened for that
-ALL = slice(None)  # all features
+ALL = slice(None)  #: all features
 CLEAR = 1.05  # how far within its limits a spline has to be for its middle to be called straight
 MANY = 0.25  # the share of bent elements from which on all go through the spline
 FAR = 1e6  # what an intercept is cut at first: far beyond any box, and its square is finite
@@ -107,6 +108,8 @@ def single(t: Tensor) -> Tensor:
     Arguments:
         t: The tensor.
     """
+    if t.dtype in (torch.float32, torch.float64):
+        return t
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
@@ -178,12 +181,11 @@ class InscribedLine(Rescaled):
         with torch.no_grad():
             seen = self._in_units(*((out, wide) if inverse else (wide, out)))
             shape = seen[-1].shape  # that of the units too
-            straight = self._is_throughout_straight(*seen)
-            bent = wide.new_zeros((), dtype=torch.bool) if straight else ~self._is_straight(*seen)
-            count = int(bent.count_nonzero())
-        if count > MANY * bent.numel():
+            bent = None if self._is_throughout_straight(*seen) else ~self._is_straight(*seen)
+            count = 0 if bent is None else int(bent.count_nonzero())
+        if bent is not None and count > MANY * bent.numel():
             return self._through_spline(v, inverse)
-        if count:
+        if bent is not None and count:
             # What is not finite would make NaN of gradients that do not count.
             parts = [t.expand(bent.shape) for t in (wide, self.scale, self.shift)]
             at, gain, by = (

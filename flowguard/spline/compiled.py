@@ -21,6 +21,7 @@ from torch import Size, Tensor
 
 from flowguard.spline import formulas
 from flowguard.spline.options import Options
+from flowguard.spline.unfinished import cache_folder, remove_unfinished
 
 BACKEND = "inductor"
 SIZE = 2**16 + 1  # elements to compile for: many, for loops to be shared among threads
@@ -168,6 +169,7 @@ class _Cache:
     def __init__(self) -> None:
         self._kernels: dict[Any, Callable[..., Made]] = {}
         self._failed: set[str] = set()  # kinds of devices
+        self._is_tidy = False
         self._forked = False
         self._lock = threading.RLock()
 
@@ -187,6 +189,9 @@ class _Cache:
             with self._lock:
                 kernel = self._kernels.get(key)
                 if kernel is None:
+                    if not self._is_tidy:
+                        remove_unfinished(cache_folder())
+                        self._is_tidy = True
                     kernel = torch.compile(_function(formula, o), fullgraph=True, backend=BACKEND)
                     kernel(*map(_like, inputs))
                     self._kernels[key] = kernel
@@ -204,7 +209,8 @@ class _Cache:
             warnings.warn(
                 f"compiled kernels need a compiler that works on this {device.type}; got {reason}."
                 " Splines are computed in place instead. Install one (for a CPU g++ or clang; for"
-                " a GPU what PyTorch's own `torch.compile` needs), or choose kernels('eager').",
+                " a GPU what PyTorch's own `torch.compile` needs), or choose kernels('eager'). If"
+                f" one is there, what it keeps may be broken: delete {cache_folder()}.",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -37,7 +37,8 @@ class MaskedRobustSplineAutoregressiveTransform(AutoregressiveTransform):
 
     It takes the place of nflows' ``MaskedPiecewiseRationalQuadraticAutoregressiveTransform``; see
     :class:`RobustSplineCouplingTransform` for the splines, and for what bounds them. It starts as
-    the identity. Sampling needs a pass of the network's hidden layers for each feature.
+    the identity. Sampling works out each unit of the network once, when all features that it
+    depends on are known.
 
     References:
         | Masked Autoregressive Flow for Density Estimation (Papamakarios et al., 2017)

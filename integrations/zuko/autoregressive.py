@@ -1,7 +1,14 @@
 r"""zuko's masked autoregressive transforms, in whose inverse each feature is worked out once."""
 
-__all__ = ["GroupedAutoregressiveTransform", "grouped"]
+__all__ = [
+    "GroupedAutoregressive",
+    "GroupedAutoregressiveTransform",
+    "OfFeatures",
+    "grouped",
+]
 
+import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,26 +17,29 @@ import zuko
 from torch import Tensor, nn
 from zuko.flows import MaskedAutoregressiveTransform
 from zuko.nn import MaskedLinear, MaskedMLP, Residual
-from zuko.utils import broadcast, unpack
+from zuko.utils import broadcast
 
 from flowguard.autoregression import (
-    UnitsOnce,
+    ACTIVATIONS,
+    MIXING,
+    LayerInPasses,
+    RowsOfFeatures,
+    Schedule,
+    SolveOf,
     at_rest,
-    depends,
+    inverse_in_passes,
     invert,
-    narrowed,
-    order_of,
+    is_elementwise,
+    replaced,
+    schedule,
     unhooked,
 )
+from flowguard.functional import shifted_spline
 from flowguard.numerics import watchable
-from flowguard.transforms import RobustSpline
+from flowguard.transforms import RobustSpline, Univariate
 
 T: Any = zuko.transforms
 AutoregressiveTransform: Any = T.AutoregressiveTransform
-
-#: Where torch keeps its activations, and those among them that mix features.
-ACTIVATIONS = "torch.nn.modules.activation"
-MIXING = (nn.Softmax, nn.Softmax2d, nn.Softmin, nn.LogSoftmax, nn.GLU, nn.MultiheadAttention)
 
 
 class GroupedAutoregressiveTransform(AutoregressiveTransform):
@@ -62,27 +72,55 @@ class GroupedAutoregressiveTransform(AutoregressiveTransform):
     def _inverse(self, y: Tensor) -> Tensor:
         layer, (context,) = self.meta.func.__self__, self.meta.args
         features = y.shape[-1]
-        groups = _groups(layer, features)
-        if groups is None:
+        order = _schedule(layer, features)
+        if order is None:
             return super()._inverse(y)
-        once = _once(layer.hyper, groups, y, context)
-        if once is not None:
+        if context is not None:
+            y, context = broadcast(y, context, ignore=1)
 
-            def solve_new(y: Tensor, phi: Tensor) -> Tensor:
-                phi = phi.unflatten(-1, (-1, layer.total))
-                return layer.univariate(*unpack(phi, layer.shapes)).inv(y)
+        solve = _solver(layer, y)
+        shape, rows = y.shape, y.reshape(-1, features)
+        known = None if context is None else context.reshape(-1, context.shape[-1])
+        twin = _in_passes(layer.hyper, order, rows, known)
+        if twin is not None:
+            return inverse_in_passes(twin, rows, order.groups, solve)[0].view(shape)
+        last = RowsOfFeatures(layer.hyper[-1], features)
+        net = replaced(layer.hyper, {layer.hyper[-1]: last})
 
-            return once.inverse(y, context, solve_new)
-        net, last = narrowed(layer.hyper, str(len(layer.hyper) - 1), features)
-
-        def solve(x: Tensor, new: Tensor) -> tuple[Tensor, None]:
-            if context is not None:
-                x = torch.cat(broadcast(x, context, ignore=1), dim=-1)
+        def step(x: Tensor, new: Tensor) -> tuple[Tensor, Tensor | None]:
             last.features = new
-            phi = net(x).unflatten(-1, (-1, layer.total))
-            return layer.univariate(*unpack(phi, layer.shapes)).inv(y[..., new]), None
+            phi = net(x if context is None else torch.cat((x, context), dim=-1))
+            return solve(y[..., new], phi, new)
 
-        return invert(y, groups, solve)[0]
+        return invert(y, order.groups, step)[0]
+
+
+class OfFeatures(nn.Module):
+    r"""The constructor of maps that can be asked for those of some features alone."""
+
+    def of(self, features: Tensor) -> Callable[..., Univariate]:
+        r"""Returns the constructor of the maps of some features.
+
+        Arguments:
+            features: Their indices, with shape :math:`(n)`.
+
+        Raises:
+            NotImplementedError: If a subclass does not define it.
+        """
+        raise NotImplementedError
+
+
+class GroupedAutoregressive(MaskedAutoregressiveTransform):
+    r"""zuko's masked layer with maps of :class:`OfFeatures`, which makes
+    :class:`GroupedAutoregressiveTransform`."""
+
+    def forward(self, c: Tensor | None = None) -> Any:
+        r"""Returns the transform given a context.
+
+        Arguments:
+            c: The context, with shape :math:`(*, C)`.
+        """
+        return grouped(super().forward(c))
 
 
 def grouped(transform: Any) -> Any:
@@ -98,15 +136,22 @@ def grouped(transform: Any) -> Any:
     if type(transform) is not T.AutoregressiveTransform or type(meta) is not partial:
         return transform
     layer: Any = getattr(meta.func, "__self__", None)
-    if type(layer) is not MaskedAutoregressiveTransform or meta.keywords or len(meta.args) != 1:
+    if type(layer) not in LAYERS or meta.keywords or len(meta.args) != 1:
         return transform
     if "meta" in vars(layer) or not _alike(layer.univariate) or layer.passes != transform.passes:
+        return transform
+    if any(len(shape) > 1 for shape in layer.shapes):
         return transform
     return GroupedAutoregressiveTransform(layer, *meta.args)
 
 
+LAYERS = MaskedAutoregressiveTransform, GroupedAutoregressive
+
+
 def _alike(univariate: Any) -> bool:
-    r"""Whether what makes the maps makes that of a feature in the same way as that of any other."""
+    r"""Whether what makes the maps can be asked for those of some features alone."""
+    if isinstance(univariate, OfFeatures):
+        return unhooked(*univariate.modules())
     while type(univariate) is partial and not univariate.args:
         # A tensor may hold a number for each feature, or want a gradient.
         if any(isinstance(value, Tensor) for value in univariate.keywords.values()):
@@ -115,53 +160,75 @@ def _alike(univariate: Any) -> bool:
     return univariate is RobustSpline
 
 
-def _groups(layer: Any, features: int) -> list[Tensor] | None:
-    r"""The groups in which the features can be worked out; None if it is not known how."""
+def _solver(layer: Any, like: Tensor) -> SolveOf:
+    r"""What inverts the maps of some features."""
+    sizes = [math.prod(shape) for shape in layer.shapes]
+
+    def parts(phi: Tensor) -> list[Tensor]:
+        split = zip(phi.split(sizes, -1), layer.shapes, strict=True)
+        return [part if shape else part.squeeze(-1) for part, shape in split]
+
+    def of_some(y: Tensor, phi: Tensor, new: Tensor) -> tuple[Tensor, None]:
+        f = layer.univariate.of(new)(*parts(phi.unflatten(-1, (-1, layer.total))))
+        return f.inverse_and_ladj(y)[0], None
+
+    if isinstance(layer.univariate, OfFeatures):
+        return of_some
+    # Of all splines one is made, which tells their options.
+    f = layer.univariate(*parts(like.new_zeros(layer.total)))
+    options = {"bound": f.bound, "slope": f.slope, "shift_bound": f.shift_bound}
+
+    def of_any(y: Tensor, phi: Tensor, _: Tensor) -> tuple[Tensor, None]:
+        w, h, d, *shift = parts(phi.unflatten(-1, (-1, layer.total)))
+        by = shift[0] if shift else None
+        return shifted_spline(y, w, h, d, by, **options, inverse=True, steep=False)[0], None
+
+    return of_any
+
+
+def _schedule(layer: Any, features: int) -> Schedule | None:
+    r"""The passes in which the features can be worked out; None if it is not known how."""
     net = layer.hyper
     if type(net) is not MaskedMLP or net.out_features != features * layer.total or len(net) < 2:
         return None
-    last = net[-1]
-    if type(last) is not MaskedLinear:
+    *before, last = net
+    if type(last) is not MaskedLinear or not (
+        watchable() and unhooked(net, last) and at_rest(net)
+    ):
         return None
-    if not (watchable() and unhooked(net, last) and at_rest(net)):
-        return None
-    eye = torch.eye(net.in_features, dtype=torch.bool, device=last.mask.device)
-    reach = _reach(list(net)[:-1], eye)
-    if reach is None:
-        return None
-    reach = depends([last.mask.unflatten(0, (features, -1)).any(1)], reach)
-    return order_of(reach[:, :features], layer.passes)
+    chain = _chain(before)
+    return schedule(net, chain, last.mask, features, layer.passes) if chain else None
 
 
-def _once(net: Any, groups: list[Tensor], y: Tensor, context: Tensor | None) -> UnitsOnce | None:
-    r"""The network in which each unit is worked out once; None where gradients are recorded, or
-    where it is no plain chain of layers in the size and dtype of all that goes in."""
-    layers, activations = list(net)[::2], list(net)[1::2]
-    if not all(type(m) is MaskedLinear for m in layers) or len(layers) < 2:
-        return None
-    if any(type(m).__module__ != ACTIVATIONS or list(m.parameters()) for m in activations):
+def _chain(layers: list[Any]) -> list[Any] | None:
+    r"""The masks of layers; None if what else there is may mix features."""
+    chain: list[Any] = []
+    for m in layers:
+        if type(m) is MaskedLinear:
+            chain.append(m.mask)
+        elif type(m) is Residual:
+            inner = _chain([*m])
+            if inner is None or not all(isinstance(mask, Tensor) for mask in inner):
+                return None
+            chain.append(inner)
+        elif type(m).__module__ != ACTIVATIONS or isinstance(m, MIXING):
+            return None
+    return chain
+
+
+def _in_passes(net: Any, order: Schedule, y: Tensor, context: Tensor | None) -> Any:
+    r"""The network in which each unit is worked out once; None if it has anything that wants all
+    units at once, or that is listened to."""
+    modules = [*net.modules()]
+    layers = [m for m in modules if type(m) is MaskedLinear]
+    others = (m for m in modules if type(m) not in (MaskedMLP, MaskedLinear, Residual))
+    if order.places is None or not unhooked(*modules) or not all(map(is_elementwise, others)):
         return None
     given = [t for t in (y, context) if t is not None]
     if sum(t.shape[-1:].numel() for t in given) != net.in_features:
         return None  # the network says what is wrong
-    tensors = [*given, *(p for m in layers for p in m.parameters())]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if len(layers) < len(order.places) or len({t.dtype for t in given}) > 1:
         return None
-    if len({t.dtype for t in tensors}) > 1 or torch.is_autocast_enabled(y.device.type):
-        return None
-    return UnitsOnce(layers, activations, groups) if unhooked(*net) else None
-
-
-def _reach(layers: list[Any], reach: Tensor) -> Tensor | None:
-    r"""On which inputs the outputs of layers depend; None if that is not known."""
-    for m in layers:
-        if type(m) is MaskedLinear:
-            reach = depends([m.mask], reach)
-        elif type(m) is Residual:
-            inner = _reach(list(m), reach)
-            if inner is None:
-                return None
-            reach = reach | inner
-        elif type(m).__module__ != ACTIVATIONS or isinstance(m, MIXING):
-            return None
-    return reach
+    twins = [LayerInPasses(m, places) for m, places in zip(layers, order.places, strict=True)]
+    twins[0] = LayerInPasses(layers[0], order.places[0], context)
+    return replaced(net, dict(zip(layers, twins, strict=True)))

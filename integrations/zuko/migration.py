@@ -5,7 +5,8 @@ __all__: list[str] = []
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, Self
 
 import torch
 import torch.nn as nn
@@ -24,7 +25,7 @@ from zuko.utils import unpack
 from flowguard.migration import Site, Surgeon, holder, surgeon
 from flowguard.migration.exchange import successor
 from flowguard.migration.imitate import Rescaled, RescaledSpline
-from flowguard.migration.inscribe import InscribedAffine, InscribedShift
+from flowguard.migration.inscribe import ALL, InscribedAffine, InscribedShift
 from flowguard.migration.moments import BoundedMoments, MomentsSite
 from flowguard.spline.invert import unconstrain
 from flowguard.transforms import (
@@ -34,6 +35,7 @@ from flowguard.transforms import (
     Univariate,
 )
 
+from .autoregressive import GroupedAutoregressive, OfFeatures
 from .bases import BoundedNormal, depends, normal_of
 from .standin import InPlaceRQSTransform
 
@@ -81,7 +83,7 @@ class _Witness(Transform):
         return self.base.call_and_ladj(x)
 
 
-class InscribedUnivariate(nn.Module):
+class InscribedUnivariate(OfFeatures):
     r"""Creates a constructor of robust maps that follow affine ones.
 
     Arguments:
@@ -96,14 +98,20 @@ class InscribedUnivariate(nn.Module):
         self.univariate = univariate
         self.map = map
 
-    def forward(self, *phi: Tensor) -> Rescaled:
+    def forward(self, *phi: Tensor, of: Tensor | slice = ALL) -> Rescaled:
         r"""Returns the map with these parameters.
 
         Arguments:
             phi: The parameters, as zuko takes them.
+            of: The features that are meant, if they are not all.
         """
         scale, shift = line(self.univariate(*map(_cut, phi)))
-        return self.map(shift) if isinstance(self.map, InscribedShift) else self.map(scale, shift)
+        if isinstance(self.map, InscribedShift):
+            return self.map(shift, of)
+        return self.map(scale, shift, of)
+
+    def of(self, features: Tensor) -> Callable[..., Rescaled]:
+        return partial(self, of=features)
 
 
 def _cut(p: Tensor) -> Tensor:
@@ -124,7 +132,7 @@ def line(f: Any) -> tuple[Tensor, Tensor]:
     return getattr(f, "scale", torch.ones_like(f.shift)), f.shift
 
 
-class CarriedSpline(nn.Module):
+class CarriedSpline(OfFeatures):
     r"""Creates a constructor of robust splines with the knots of zuko's splines.
 
     Arguments:
@@ -158,6 +166,9 @@ class CarriedSpline(nn.Module):
             slope=self.slope,
         )
         return RobustSpline(widths, heights, derivatives, bound=self.bound, slope=self.slope)
+
+    def of(self, features: Tensor) -> Self:
+        return self  # which makes the same of each
 
 
 class _Layer(Site):
@@ -217,7 +228,7 @@ class _Layer(Site):
         if not isinstance(f, MonotonicRQSTransform):
             return None
         bound = f.horizontal[..., -1].item()
-        return successor(self.layer, univariate=CarriedSpline(self.univariate, bound, slope))
+        return self._with(CarriedSpline(self.univariate, bound, slope))
 
     def build(self, spline: RescaledSpline) -> nn.Module:
         scale, shift = line(self.old(slice(None)))
@@ -227,7 +238,12 @@ class _Layer(Site):
             else InscribedAffine.around(spline, self.inputs, scale, shift)
         )
         univariate = InscribedUnivariate(self.univariate, map).train(self.layer.training)
-        return successor(self.layer, univariate=univariate)
+        return self._with(univariate)
+
+    def _with(self, univariate: OfFeatures) -> nn.Module:
+        masked = type(self.layer) is MaskedAutoregressiveTransform
+        kind = GroupedAutoregressive if masked else None
+        return successor(self.layer, kind, univariate=univariate)
 
     def rebuild(self, spline: RescaledSpline) -> nn.Module:
         self.rebuilt = True

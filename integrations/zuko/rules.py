@@ -47,7 +47,7 @@ from flowguard.migration.imitate import RescaledSpline
 from flowguard.migration.inscribe import InscribedAffine, InscribedShift
 from flowguard.migration.rules import BoundOfMap
 
-from .autoregressive import GroupedAutoregressiveTransform
+from .autoregressive import GroupedAutoregressive, GroupedAutoregressiveTransform
 from .bases import BoundedNormal
 from .flows import GuardedFlow, RobustNSF
 from .image import ConditionalMultiscaleTransform, MultiscaleFlow, MultiscaleTransform
@@ -191,7 +191,7 @@ def _conditional(layer: Any, sampling: bool, mask: Tensor) -> Iterator[Step]:
         yield from BoundOfMap(f, sampling).steps(mask, kind=kind)
 
 
-@rule(zuko.flows.autoregressive.MaskedAutoregressiveTransform)
+@rule(zuko.flows.autoregressive.MaskedAutoregressiveTransform, GroupedAutoregressive)
 def _autoregressive(layer: Any, sampling: bool) -> Iterator[Step]:
     features = layer.hyper.out_features // layer.total
     yield from _conditional(layer, sampling, torch.ones(features, dtype=torch.bool))

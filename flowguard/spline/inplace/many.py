@@ -51,7 +51,8 @@ class _Desk:
     def __init__(self, m: Rows) -> None:
         table, to_logits, self.own, fetched, index, *rest = m.blocks
         self.weight, to_found, secants, self.to_logs = rest
-        shape, bins = table.shape[1:], len(self.own)
+        shape, self.bins = table.shape[1:], len(self.own)
+        bins = self.bins
         parts = [FOUND, 2 * bins, bins - 1, 2 * bins, bins + 1]
         self.found, softmax, self.passed, sums, self.raws = table.split(parts)
         self.softmax, self.sums = (t.view(2, bins, *shape) for t in (softmax, sums))
@@ -117,7 +118,7 @@ def _locate(
 ) -> None:
     r"""Finds the bin of each element, and what there is to know of it. Writes ones to where no
     logit was cut, if there is something to write to."""
-    scale, floor = o.softmax(len(desk.own))
+    scale, floor = o.softmax(desk.bins)
     for uneven, part in zip(params, desk.logits, strict=False):
         # copies with bins first in memory: far faster by way of this operation than by a copy
         torch.clamp(uneven, max=CUT, out=part)
@@ -297,7 +298,7 @@ def pull_back(
         desk.to_lefts.addcmul_(desk.own_but_first, desk.of_left)
         desk.to_rights.addcmul_(desk.own_but_last, desk.of_right)
     # The floors are constants: they are taken off again.
-    scale, floor = o.softmax(len(desk.own))
+    scale, floor = o.softmax(desk.bins)
     desk.to_logits.mul_(desk.softmax.sub_(m.number(floor)))
     mean = torch.sum(desk.to_logits, 1, keepdim=True, out=desk.weight)
     desk.to_logits.addcmul_(desk.softmax, mean, value=-1 / scale)

@@ -86,10 +86,10 @@ def _in_pieces(
     assert widths is not None
     layout = kernel.layout(len(widths))
     tensors = [t if t is None or t.dtype == like.dtype else t.to(like.dtype) for t in tensors]
-    at_home = like.device.type == "cpu"
-    chunk = (LIMIT if at_home else ELSEWHERE) // (layout.total * like.element_size())
+    at_home, total = like.device.type == "cpu", layout.total
+    chunk = (LIMIT if at_home else ELSEWHERE) // (total * like.element_size())
     if at_home:
-        chunk = min(chunk, min(CHUNK, CACHED // layout.total) * torch.get_num_threads())
+        chunk = min(chunk, min(CHUNK, CACHED // total) * torch.get_num_threads())
     memory = scratch(like, like.dtype)
     for target, piece in _pieces(outs, tensors, like.shape, chunk):
         write(memory.rows(layout, target[0].shape), target, *piece)

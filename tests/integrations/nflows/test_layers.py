@@ -627,6 +627,40 @@ def test_features_are_worked_out_once_with_the_same_result(options, gain, monkey
         assert torch.allclose(a, b, atol=1e-7)
 
 
+def units_once(monkeypatch):
+    r"""How many units each product works out."""
+    seen, addmm = [], torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda b, w, h: seen.append(len(w)) or addmm(b, w, h))
+    return seen
+
+
+def another(x):
+    return x.relu()
+
+
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("activation", [nn.functional.relu, nn.Tanh(), another])
+def test_each_unit_is_worked_out_once(residual, activation, monkeypatch):
+    layer = Autoregressive(
+        5, 16, 2 if residual else None, use_residual_blocks=residual, activation=activation
+    ).eval()
+    z, context = torch.randn(9, 5), torch.randn(9, 2) if residual else None
+    seen = units_once(monkeypatch)
+    with torch.no_grad():
+        layer.inverse(z, context)
+    # of nothing that is not known to work on each unit by itself
+    hidden = 1 + 2 * (2 if residual else 1)
+    assert sum(seen) == (0 if activation is another else 16 * hidden + 5 * layer.map.parameters)
+
+
+def test_hidden_layers_with_hooks_run_as_they_are(monkeypatch):
+    layer, rows = Autoregressive(3, 8, 2), []
+    hidden = layer.autoregressive_net.blocks[0].linear_layers[1]
+    hidden.register_forward_hook(lambda module, inputs, output: rows.append(output.shape))
+    layer.inverse(torch.randn(9, 3), torch.randn(9, 2))
+    assert rows == 3 * [(9, 8)]
+
+
 def test_a_trained_batch_norm_sees_what_it_saw_before(monkeypatch):
     torch.manual_seed(0)
     layer = Autoregressive(3, 8, use_batch_norm=True).train()

@@ -590,6 +590,18 @@ def test_hosts_own_test_classes(name, monkeypatch):
     assert [trace for _, trace in result.failures + result.errors] == []
 
 
+@pytest.mark.parametrize("context", [None, 2])
+def test_each_unit_is_worked_out_once(context, monkeypatch):
+    seen, addmm = [], torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda b, w, h: seen.append(len(w)) or addmm(b, w, h))
+    layer = RobustSplineAutoregressive(5, 2, 16, context, num_bins=4)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            layer(torch.randn(9, 5), context and torch.randn(9, context))
+    # Of five masked layers, and of ten numbers for each feature.
+    assert sum(seen) == 2 * (5 * 16 + 5 * 10)
+
+
 @pytest.mark.parametrize("permute", [False, True])
 @pytest.mark.parametrize("context", [None, 2])
 def test_features_are_worked_out_once_with_the_same_result(permute, context, monkeypatch):
@@ -613,3 +625,9 @@ def test_features_are_worked_out_once_with_the_same_result(permute, context, mon
     assert sum(counted) == 9 * 5 * (1 + 5)
     for a, b in zip(new, old, strict=True):
         assert torch.allclose(a, b, atol=1e-9)
+    grads = [
+        torch.autograd.grad(x.square().sum() + ladj.sum(), layer.net.parameters())
+        for x, ladj in (new, old)
+    ]
+    for a, b in zip(*grads, strict=True):
+        assert torch.allclose(a, b, atol=1e-7)

@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 
 import flowguard
+from flowguard.spline import autograd
 
 zuko = pytest.importorskip("zuko")
 
@@ -95,25 +96,24 @@ def test_each_unit_is_worked_out_once_and_hidden_layers_with_hooks_once_a_pass(p
     hook.remove()
     assert rows == [7] * groups
     seen = []
-    linear = nn.functional.linear
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            nn.functional, "linear", lambda h, w, b: seen.append(len(w)) or linear(h, w, b)
-        )
-        flow(torch.randn(7, 2)).sample()
+    addmm = torch.addmm
+    for grad in (False, True):
+        with pytest.MonkeyPatch.context() as patch, torch.set_grad_enabled(grad):
+            patch.setattr(torch, "addmm", lambda b, w, h: seen.append(len(w)) or addmm(b, w, h))
+            flow(torch.randn(7, 2)).transform.inv(torch.randn(7, 4))
     # Each unit of both hidden layers and each parameter of a spline once, in all passes together.
-    assert sum(seen) == 64 + 64 + layer.hyper.out_features
+    assert sum(seen) == 2 * (64 + 64 + layer.hyper.out_features)
 
 
 def test_splines_are_counted_one_for_each_feature(monkeypatch):
     counted = []
-    old = flowguard.RobustSpline._spline
+    old = autograd.apply
 
-    def counting(self, x, inverse, steep):
+    def counting(x, *rest):
         counted.append(x.numel())
-        return old(self, x, inverse, steep)
+        return old(x, *rest)
 
-    monkeypatch.setattr(flowguard.RobustSpline, "_spline", counting)
+    monkeypatch.setattr(autograd, "apply", counting)
     flow = RobustNSF(6, 2, transforms=1)
     c = torch.randn(10, 2)
     flow(c).sample()
@@ -194,6 +194,17 @@ def test_what_is_not_known_runs_as_in_zuko(change):
     assert heard == (3 if "hook" in change.__name__ else 0)
 
 
+def test_gradients_follow_samples_of_inference_mode():
+    flow = RobustNSF(3, 2, transforms=1)
+    c, z = torch.randn(5, 2), torch.randn(5, 3)
+    with torch.inference_mode():  # whose tensors no graph may hold
+        first = flow(c).transform.inv(z)
+    x = flow(c).transform.inv(z)
+    x.square().sum().backward()
+    assert torch.allclose(first, x, atol=1e-5)
+    assert all(p.grad.isfinite().all() for p in flow.parameters())
+
+
 def test_it_runs_under_vmap_and_is_certified():
     flow = stirred(RobustNSF(3, 2, transforms=1))
     c, z = torch.randn(5, 2), torch.randn(5, 3)
@@ -254,3 +265,31 @@ def test_contexts_of_another_size_are_refused_as_by_zuko(c):
     flow = RobustNSF(4, 2, transforms=1)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         flow(c).transform.inv(torch.zeros(5, 4))
+
+
+ADDITIVE = getattr(zuko.transforms, "AdditiveTransform", None)
+MIGRATED = {
+    "affine": zuko.flows.MAF,
+    "splines": zuko.flows.NSF,
+    "shifts": partial(zuko.flows.MAF, univariate=ADDITIVE, shapes=[()]),
+}
+if ADDITIVE is None:  # before zuko 1.5
+    del MIGRATED["shifts"]
+
+
+@pytest.mark.parametrize("make", MIGRATED.values(), ids=MIGRATED)
+@pytest.mark.parametrize("listened", [False, True])
+def test_migrated_layers_work_out_each_unit_once_too(make, listened, monkeypatch):
+    old = stirred(make(4, 2, transforms=1))
+    x, c, z = 2 * torch.randn(500, 4) + 1, torch.randn(500, 2), torch.randn(7, 4)
+    flow, _ = flowguard.migrate(old, x, c)
+    f, seen, addmm = flow(c[:7]).transform, [], torch.addmm
+    (layer,) = flow.transform.transforms
+    if listened:
+        layer.univariate.register_forward_hook(lambda *_: None)
+    with torch.no_grad():
+        expected = zuko.transforms.AutoregressiveTransform._inverse(f.transforms[0], z)
+        monkeypatch.setattr(torch, "addmm", lambda b, w, h: seen.append(len(w)) or addmm(b, w, h))
+        new = flow(c[:7]).transform.inv(z)
+    assert torch.allclose(new, expected, atol=1e-4)
+    assert sum(seen) == (0 if listened else 64 + 64 + layer.hyper.out_features)
