@@ -98,7 +98,7 @@ def derive(task: str, name: str, run: Run, data: str, crop: int, folder: Path) -
     couplings that were trained within a margin the couplings alone, and of others the same within
     a margin.
 
-    What was made of the same weights before is left as it is.
+    What was made of the same weights before, and migrated with the same crops, is left as it is.
 
     Arguments:
         task: The task.
@@ -111,7 +111,7 @@ def derive(task: str, name: str, run: Run, data: str, crop: int, folder: Path) -
     Returns:
         The folders of the models, by name.
     """
-    made, source = {}, digest(run.model)
+    made, weights = {}, digest(run.model)
     coupling, dash, seed = name.rpartition("-")
     kinds: tuple[str, ...] = (SHRINK, MIGRATED) if coupling == "affine" else ()
     if coupling not in UNBOUNDED:
@@ -120,6 +120,7 @@ def derive(task: str, name: str, run: Run, data: str, crop: int, folder: Path) -
     for kind in kinds:
         new = folder / f"{coupling}{kind}{dash}{seed}"
         made[new.name] = new
+        source = f"{weights} {data} {crop}" if kind == MIGRATED else weights
         note = folder / f"{new.name}.source"  # what it was made of
         if new.exists() and note.exists() and note.read_text(encoding="utf-8") == source:
             continue

@@ -103,6 +103,10 @@ def test_of_an_affine_model_one_shrinks_and_one_is_certified(tmp_path, monkeypat
     runs.derive(*asked)
     assert load(made["affine+shrink-seed0"]).conditioner.policy == "shrink"
     assert len(made_anew) == 1
+    # A migration with other crops is another one.
+    *before, _, folder = asked
+    runs.derive(*before, 8, folder)
+    assert len(made_anew) == 2
 
 
 def test_of_bounded_couplings_a_margin_is_taken_or_given(tmp_path):
