@@ -12,7 +12,8 @@ import struct
 import sys
 from pathlib import Path
 
-ELF = b"\x7fELF\x02\x01"  # of 64 bits, the least significant byte first
+ELF = b"\x7fELF"
+USUAL = b"\x02\x01"  # of 64 bits, the least significant byte first
 HEADER = 64  # bytes of it
 
 
@@ -74,6 +75,8 @@ def _is_finished(path: Path) -> bool:
         header = file.read(HEADER)
     if len(header) < HEADER or not header.startswith(ELF):
         return False
+    if header[4:6] != USUAL:
+        return True  # as far as can be told
     # The table of its sections comes last.
     (start,) = struct.unpack_from("<Q", header, 0x28)
     each, count = struct.unpack_from("<2H", header, 0x3A)

@@ -48,6 +48,13 @@ def test_what_is_whole_stays(library):
     assert source.exists()
 
 
+@LINUX
+def test_a_library_of_another_kind_of_machine_stays(library):
+    whole = library.read_bytes()
+    library.write_bytes(whole[:4] + b"\x01\x02" + whole[6:4000])
+    assert remove_unfinished(library.parents[1]) == []
+
+
 def test_an_empty_module_is_removed(tmp_path):
     module = tmp_path / "ab" / "cabc.py"
     module.parent.mkdir()
