@@ -33,7 +33,7 @@ from .tampering import WRAPPERS, tampered, wrapped
 
 FAMILIES = {
     "transforms": (transforms.case_of_transforms, set(transforms.TRANSFORMS)),
-    "zuko": (lazy.case_of_lazy, {*lazy.LAZY, *lazy.GIVEN, *lazy.AFFINE}),
+    "zuko": (lazy.case_of_lazy, {*lazy.LAZY, *lazy.GIVEN, *lazy.MIGRATED}),
     **{name: (partial(case_of_nflows, name=name), nflows_tables()) for name in HOSTS},
     "normflows": (normflows_layers.case_of_normflows, normflows_layers.normflows_tables()),
     "pyro": (pyro_layers.case_of_pyro, {*pyro_layers.PYRO, *pyro_layers.DISTRIBUTIONS}),

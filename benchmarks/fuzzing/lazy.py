@@ -22,7 +22,10 @@ from flowguard.integrations.zuko import (
     RobustCouplingFlow,
     RobustNSF,
 )
-from flowguard.integrations.zuko.autoregressive import GroupedAutoregressiveTransform
+from flowguard.integrations.zuko.autoregressive import (
+    GroupedAutoregressive,
+    GroupedAutoregressiveTransform,
+)
 from flowguard.integrations.zuko.image import MultiscaleTransform
 from flowguard.migration.imitate import Rescaled
 from flowguard.migration.inscribe import InscribedLine
@@ -148,13 +151,14 @@ def _robust_nsf(m: Maker, d: int) -> Any:
 
 
 def _migrated(m: Maker, d: int) -> Any:
-    kinds = [zuko.flows.MAF, zuko.flows.NICE]
-    kind = m.pick(kinds if m.wanted in AFFINE else [*kinds, zuko.flows.NSF])
+    kind = m.pick(MIGRATED.get(m.wanted, [*LINES, zuko.flows.NSF]))
     old = kind(d, m.context, transforms=m.integer(1, 2), hidden_features=[4])
     x = m.tensor(16, d).clamp(-1e6, 1e6)
     y = torch.randn(16, CONTEXT) if m.context else None
     new, _ = flowguard.migrate(old, x, y, bins=m.integer(2, 4), fit_steps=2)
     m.made.append(Rescaled if kind is zuko.flows.NSF else InscribedLine)
+    if kind is not zuko.flows.NICE:
+        m.made.append(GroupedAutoregressive)
     return new
 
 
@@ -187,8 +191,13 @@ GIVEN = {
     MultiscaleTransform,
 }
 
-#: What a migration of affine maps makes.
-AFFINE = {Rescaled, InscribedLine}
+#: Flows of affine maps, and what a migration makes of which flows.
+LINES = [zuko.flows.MAF, zuko.flows.NICE]
+MIGRATED: dict[type | None, list[Any]] = {
+    Rescaled: LINES,
+    InscribedLine: LINES,
+    GroupedAutoregressive: [zuko.flows.MAF, zuko.flows.NSF],
+}
 
 FLOWS = {Lazy.Flow, RobustNSF, GuardedFlow, ConditionalMultiscaleTransform, MultiscaleFlow}
 
@@ -208,12 +217,12 @@ def _layer(m: Maker, d: int) -> Any:
 
 def case_of_lazy(m: Maker, dtype: torch.dtype) -> Case:
     r"""Returns a lazy transform or a flow of zuko."""
-    many = {GeneralCouplingTransform, MaskedAutoregressiveTransform, *AFFINE, *GIVEN}
+    many = {GeneralCouplingTransform, MaskedAutoregressiveTransform, *MIGRATED, *GIVEN}
     d = m.integer(2 if m.wanted in many else 1, 4)
     m.context = CONTEXT if m.wanted is GuardedFlow or m.flip(0.8) else 0
     if m.wanted in FLOWS:
         model = LAZY[m.wanted](m, d)
-    elif m.wanted in AFFINE:
+    elif m.wanted in MIGRATED:
         model = _migrated(m, d)
     elif m.wanted in GIVEN:
         model = LAZY[m.pick(MAKERS[m.wanted])](m, d)
