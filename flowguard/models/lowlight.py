@@ -2,8 +2,8 @@ r"""Low-light enhancement by a conditional flow."""
 
 __all__ = ["LowLightFlow", "rescale_brightness"]
 
-from collections.abc import Sequence
-from typing import Any, Self, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from flowguard.models.base import (
     pad_to_multiple,
 )
 from flowguard.models.checkpoints import Checkpoint, Source, Stacked
-from flowguard.models.encoders.lowlight import LowLightEncoder, color_map
+from flowguard.models.encoders.lowlight import FirstGuess, LowLightEncoder, color_map
 from flowguard.models.precision import Precision
 
 #: What LLFlow's encoder carries along and never reads, beside the last of its ``downconv``.
@@ -78,7 +78,8 @@ class LowLightFlow(ImageModel):
 
     A conditional multiscale flow of the architecture of LLFlow, with any coupling. The noise is
     normal around a colour map that the encoder predicts, with every latent pixel's own colours,
-    so that noise of zero already gives the enhanced image. Once fitted and calibrated, the
+    so that noise of zero already gives the enhanced image. Unlike LLFlow, the flow models by
+    default what an image adds to a first guess, which a small network makes. Once fitted and calibrated, the
     conditioner around the encoder tells where a condition is unlike the training set; see
     :class:`ImageModel`, which has the methods.
 
@@ -101,6 +102,9 @@ class LowLightFlow(ImageModel):
         target_ratio: The share of the images in training for which the noise is centred on the
             colour map of the bright image itself, not on the predicted one.
         mix: The 1×1 convolutions; see :class:`flowguard.image.ConditionalMultiscaleFlow`.
+        residual: Whether the flow models the residual over a
+            :class:`flowguard.models.encoders.lowlight.FirstGuess`, or, as published, the image
+            itself.
         quant: How many grey levels the images have.
         margin: How far from :math:`[0, 1]` the images may lie; see :meth:`ImageModel.limit`. If
             :py:`None`, they may lie anywhere.
@@ -124,6 +128,9 @@ class LowLightFlow(ImageModel):
     """
 
     words = (("high", "bright images"), ("low", "dark images"))
+    #: What a folder means that does not say it: models had neither margin nor first guess.
+    unsaid: ClassVar[Mapping[str, Any]] = {**ImageModel.unsaid, "residual": False}
+    residual: bool = False  # of models that were pickled before
 
     def __init__(
         self,
@@ -135,6 +142,7 @@ class LowLightFlow(ImageModel):
         encoder: LowLightEncoder | None = None,
         target_ratio: float = 0.2,
         mix: str = "free",
+        residual: bool = True,
         quant: int = 256,
         margin: float | None = MARGIN,
     ) -> None:
@@ -156,6 +164,9 @@ class LowLightFlow(ImageModel):
         )
         super().__init__(encoder, flow, quant=quant, margin=margin)
         self.target_ratio = target_ratio
+        self.residual = residual
+        if residual:
+            self.guess = FirstGuess()
         # One squeeze by 2^L, though the flow squeezes L times by 2: published, and as good.
         self.squeeze = Squeeze(2**levels)
 
@@ -185,6 +196,11 @@ class LowLightFlow(ImageModel):
         r"""Returns the encoder's input, with shape :math:`(B, 6, H, W)`: what padding adds shall
         not count in the histogram."""
         return self.encoder.prepare(y)
+
+    def base_of(self, padded: Tensor) -> Tensor | None:
+        r"""Returns the first guess, with shape :math:`(B, 3, H, W)`, if the flow models the residual
+        over it."""
+        return self.guess(padded) if self.residual else None
 
     def mean_of(self, features: Sequence[Tensor], padded: Tensor) -> Tensor:
         r"""Returns the colour map that the encoder predicts, with the shape of the latent."""
@@ -273,7 +289,7 @@ class LowLightFlow(ImageModel):
         cls, *, small: bool = False, coupling: Coupling = "robust", **options: Any
     ) -> Self:
         r"""Returns an untrained model of the published size, with any coupling, and, as
-        published, without a margin.
+        published, without a first guess and without a margin.
 
         Arguments:
             small: Whether to return LLFlow's small net rather than its large one.
@@ -285,7 +301,7 @@ class LowLightFlow(ImageModel):
             >>> model.encoder.channels, len(model.flow.steps[0])
             (64, 4)
         """
-        options = {"margin": None, **options}
+        options = {"residual": False, "margin": None, **options}
         if small:
             small_net = LowLightEncoder(32, blocks=4, stacked=(1,))
             return cls(steps=4, encoder=small_net, coupling=coupling, **options)
@@ -331,9 +347,10 @@ class LowLightFlow(ImageModel):
                 f"must have 2 steps without coupling at each level; it has {transitions}"
             )
         levels = layout.options["levels"]
+        published: dict[str, Any] = {"residual": False, "margin": None}
         unread = (*DEAD_ENCODER, f"downconv{levels}")
         return cls.imported(
-            lambda: cls(**made, encoder=LowLightEncoder(**trunk, levels=levels), margin=None),
+            lambda: cls(**made, encoder=LowLightEncoder(**trunk, levels=levels), **published),
             checkpoint,
             [f"RRDB.{name}.{leaf}" for name in unread for leaf in ("weight", "bias")],
             {**made, "encoder": trunk},

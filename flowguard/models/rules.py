@@ -22,7 +22,7 @@ from flowguard.bounds import (
 from flowguard.bounds.attack import Sampler, Tensors
 from flowguard.image import ImageSurgeon
 from flowguard.migration import surgeon
-from flowguard.models.encoders.lowlight import LowLightEncoder
+from flowguard.models.encoders.lowlight import FirstGuess, LowLightEncoder
 from flowguard.models.lowlight import LowLightFlow
 from flowguard.models.superres import SuperResolutionFlow
 
@@ -52,16 +52,25 @@ def _low_light(model: LowLightFlow, sampling: bool) -> Iterator[Step]:
     for step in within("flow", model.flow, sampling):
         yield step
         if isinstance(step, Noise):
-            yield Pointwise(
-                name="mean",
-                kind="colour map",
-                envelope=Envelope(1.0, 1.0, displacement=1.0),
-                depends="adds a colour map in (0, 1)",
-            )
+            yield _added("mean", "colour map")
+    if model.residual:
+        reason = departure(model.guess, FirstGuess)
+        if reason:
+            yield Refused(name="guess", kind=type(model.guess).__name__, reason=reason)
+        yield _added("guess", "first guess")
     if model.margin is not None:
         yield _limit(model.margin)
     held = "the margin, not the rows above, holds then" if model.margin else "no bound holds then"
     yield Remark(name="brightness", depends=f"scales samples where one is asked for; {held}")
+
+
+def _added(name: str, kind: str) -> Pointwise:
+    return Pointwise(
+        name=name,
+        kind=kind,
+        envelope=Envelope(1.0, 1.0, displacement=1.0),
+        depends=f"adds a {kind} in [0, 1]",
+    )
 
 
 def _limit(margin: float, beside: float = 0.0) -> Limit:

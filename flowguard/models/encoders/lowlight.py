@@ -1,6 +1,7 @@
 r"""The condition encoder of the published low-light flow, and what it is fed."""
 
 __all__ = [
+    "FirstGuess",
     "LowLightEncoder",
     "color_map",
     "equalization",
@@ -136,6 +137,48 @@ def noise_map(image: Tensor) -> Tensor:
     vertical = padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]
     horizontal = padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]
     return 0.5 * torch.maximum(vertical.abs(), horizontal.abs())
+
+
+class FirstGuess(nn.Module):
+    r"""Creates a small network that guesses the bright image, in :math:`[0, 1]`.
+
+    Three convolutions: each pixel sees nine of them in each direction, and of the whole image
+    what equalising says.
+
+    Arguments:
+        hidden: The width of its hidden layers.
+
+    The input is what :func:`flowguard.models.encoders.lowlight.low_light_input` makes, with shape
+    :math:`(B, 6, H, W)`; the guess has shape :math:`(B, 3, H, W)`.
+
+    Raises:
+        ValueError: If the width is not positive.
+
+    Example:
+        >>> guess = FirstGuess(hidden=8)
+        >>> guess(low_light_input(torch.rand(1, 3, 4, 5))).shape
+        torch.Size([1, 3, 4, 5])
+    """
+
+    def __init__(self, hidden: int = 32) -> None:
+        super().__init__()
+        if hidden < 1:
+            raise ValueError(f"hidden must be positive; got {hidden}")
+        self.first = nn.Conv2d(6, hidden, 5, padding=2)
+        self.second = conv3x3(hidden, hidden)
+        self.last = conv3x3(hidden, 3)
+
+    def forward(self, fed: Tensor) -> Tensor:
+        r"""Returns the guess.
+
+        Arguments:
+            fed: The encoder's input, with shape :math:`(B, 6, H, W)`.
+        """
+        hidden = leaky(self.second(leaky(self.first(fed)))).to(fed.dtype)
+        # In half precision the last layer would round to grey levels.
+        with torch.autocast(fed.device.type, enabled=False):
+            guess: Tensor = self.last(hidden).sigmoid()
+        return guess
 
 
 class LowLightEncoder(Recorded, nn.Module):
