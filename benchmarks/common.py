@@ -3,8 +3,10 @@ r"""What several benchmarks share: toy data, a loop that trains, and clocks read
 The benchmarks are scripts of one folder, which Python looks into first.
 """
 
-__all__ = ["by_turns", "moons", "train", "turned", "two_moons"]
+__all__ = ["allocated", "by_turns", "moons", "train", "turned", "two_moons"]
 
+import importlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -15,6 +17,7 @@ import torch.nn as nn
 from torch import Tensor
 
 Key = TypeVar("Key", bound=Hashable)
+Result = TypeVar("Result")
 
 
 def two_moons(n: int, noise: float) -> Tensor:
@@ -109,3 +112,51 @@ def by_turns(
             if turn >= warm:
                 times[name].append(clock() - start)
     return times
+
+
+def allocated(call: Callable[[], Result], device: torch.device) -> tuple[Result, int, int]:
+    r"""Returns what a call returns, the peak bytes of what it allocates and releases, and the bytes
+    that stay.
+
+    Every allocation and release of the device's allocator is recorded with its address. Memory that
+    flowguard keeps for the next call is released first, to be counted.
+
+    Arguments:
+        call: The call.
+        device: The device whose memory counts.
+    """
+    importlib.import_module("flowguard.spline.inplace.memory").release()
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        results = call()
+
+    assert profile.profiler is not None
+    kineto = profile.profiler.kineto_results
+    assert kineto is not None
+
+    events: list[tuple[int, int, int]] = []  # time, address, bytes (negative: released)
+    stack = list(kineto.experimental_event_tree())
+    while stack:
+        node = stack.pop()
+        stack += node.children
+        if node.tag == torch._C._profiler._EventType.Allocation:
+            field = node.extra_fields
+            if field.device.type == device.type:
+                events.append((node.start_time_ns, field.ptr, field.alloc_size))
+    events.sort(key=lambda event: event[0])
+
+    position: dict[int, int] = {}  # of the event that allocated what is alive at this address
+    changes: list[int] = []
+    for _, address, size in events:
+        # What was allocated before the call is not its own.
+        if size > 0:
+            position[address] = len(changes)
+            changes.append(size)
+        elif position.pop(address, None) is not None:
+            changes.append(size)
+
+    staying = sum(changes[i] for i in position.values())
+    for i in position.values():
+        changes[i] = 0
+    return results, max(itertools.accumulate(changes, initial=0)), staying

@@ -2,9 +2,10 @@ r"""Measures how time and memory grow with the size of the problem, ours beside 
 
 A curve is a size that is doubled again and again while all else stays: the elements, bins and the
 number of features of a spline coupling, the features and samples of an autoregressive flow, the
-levels and pixels of an image flow. Each is run by turns in one process, in processor time, so that
-other work on the machine falls on all alike; the exponent is the slope of the line through the
-larger half of the points, on logarithmic scales.
+levels, pixels and samples of an image flow. Each is run by turns in one process, in processor time,
+so that other work on the machine falls on all alike; the memory is the peak of all that a call
+allocates, its results included; the exponent is the slope of the line through the larger half of the
+points, on logarithmic scales.
 
     python benchmarks/growth.py                               # some minutes on one core
     python benchmarks/growth.py --curves samples --turns 3
@@ -13,25 +14,25 @@ larger half of the points, on logarithmic scales.
 
 import argparse
 import math
-import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nflows
 import nflows.transforms
 import normflows
 import torch
 import zuko
-from common import by_turns
+from common import allocated, by_turns
 from nflows.nn.nets import ResidualNet
 from torch.nn import functional as F
 
 import flowguard
 from flowguard.image import ConditionalMultiscaleFlow
+from flowguard.image.tiling import TiledFlow
 from flowguard.integrations.nflows import (
     MaskedRobustSplineAutoregressiveTransform,
     RobustSplineCouplingTransform,
@@ -40,8 +41,18 @@ from flowguard.integrations.normflows import RobustSplineAutoregressive
 from flowguard.integrations.zuko import RobustNSF
 
 Run = Callable[[], Any]
-Curve = dict[str, dict[int, float]]  # seconds by who and size
 
+
+class Cost(NamedTuple):
+    r"""What a call takes: milliseconds, and megabytes."""
+
+    ms: float
+    MiB: float
+
+
+Curve = dict[str, dict[int, Cost]]  # by who and size
+
+TILE = 64  # pixels a side
 RQS = nflows.transforms.splines.rational_quadratic.unconstrained_rational_quadratic_spline
 
 
@@ -110,28 +121,37 @@ def autoregressive(n: int, features: int) -> dict[str, Run]:
     }
 
 
-def image(size: int, levels: int) -> dict[str, Run]:
-    r"""A sample of an image flow of so many levels, for pictures of so many pixels a side; and one
-    of normflows' multiscale flows."""
+def image(size: int, levels: int, samples: int = 1) -> dict[str, Run]:
+    r"""Samples of an image flow of so many levels, for one condition and pictures of so many pixels
+    a side, as a whole and in tiles; and of one of normflows' multiscale flows."""
     flow = ConditionalMultiscaleFlow(3, 4, levels=levels, steps=2, hidden=16).eval()
     x, c = torch.randn(1, 3, size, size), torch.randn(1, 4, size, size)
-    condition = [F.avg_pool2d(c, 2**k) for k in range(1, levels + 1)]
+    context = [F.avg_pool2d(c, 2**k) for k in range(1, levels + 1)]
     with torch.no_grad():
-        z, _ = flow(x, condition)
+        flow(x, context)  # sets its actnorms
+    shapes = [t.shape[1:] for t in flow(x, context)[0]]
+    z = [torch.randn(samples, *shape) for shape in shapes]
+    tiled = TiledFlow(flow, TILE)
     D, N = normflows.distributions, normflows.flows
-    channels, shapes, blocks, merges = 3, [], [], []
+    channels, sizes, blocks, merges = 3, [], [], []
     for k in range(levels):
         channels *= 4
         blocks.append([N.GlowBlock(channels, 16) for _ in range(2)] + [N.Squeeze()])
         if k < levels - 1:
             merges.append(N.Merge())
             channels //= 2
-        shapes.append((channels, size >> k + 1, size >> k + 1))
-    bases = [D.DiagGaussian(shape, trainable=False) for shape in shapes]
+        sizes.append((channels, size >> k + 1, size >> k + 1))
+    bases = [D.DiagGaussian(shape, trainable=False) for shape in sizes]
     glow = normflows.MultiscaleFlow(bases[::-1], [b[:] for b in blocks[::-1]], merges)
     with torch.no_grad():
         glow.log_prob(x, None)  # sets its actnorms
-    return {"flowguard": lambda: flow.inverse(z, condition), "normflows": lambda: glow.sample(1)}
+    runs = {
+        "flowguard": lambda: flow.inverse(z, context, ladj=False),
+        "normflows": lambda: glow.sample(samples),
+    }
+    if size > TILE:
+        runs["flowguard, in tiles"] = lambda: tiled.inverse(z, tiled.work_out(context))
+    return runs
 
 
 #: What is doubled: the sizes, what is run at each, and whether gradients are.
@@ -150,13 +170,14 @@ CURVES: dict[str, tuple[list[int], Callable[[int], dict[str, Run]]]] = {
         [512, 1024, 2048, 4096],
         lambda n: autoregressive(n, 8),
     ),
-    "pixels a side (2 levels)": ([32, 64, 128], lambda s: image(s, 2)),
+    "pixels a side (2 levels)": ([32, 64, 128, 256, 512], lambda s: image(s, 2)),
     "levels (64 pixels a side)": ([1, 2, 3, 4], lambda n: image(64, n)),
+    "samples of 64 pixels a side (2 levels)": ([1, 2, 4, 8, 16], lambda n: image(64, 2, n)),
 }
 
 
 def measured(curve: str, turns: int) -> Curve:
-    r"""The median seconds of each at each size."""
+    r"""The median time of each at each size, and its memory."""
     sizes, build = CURVES[curve]
     found: Curve = {}
     for size in sizes:
@@ -165,74 +186,70 @@ def measured(curve: str, turns: int) -> Curve:
         grad = "gradients" in curve
         with torch.set_grad_enabled(grad):
             times = by_turns(runs, turns, clock=time.process_time)
-        for name, ts in times.items():
-            found.setdefault(name, {})[size] = statistics.median(ts)
+            for name, ts in times.items():
+                _, peak, staying = allocated(runs[name], torch.device("cpu"))
+                cost = Cost(1e3 * statistics.median(ts), (peak + staying) / 2**20)
+                found.setdefault(name, {})[size] = cost
     return found
 
 
-def exponent(points: dict[int, float]) -> float:
+def exponent(points: dict[int, Cost], unit: str) -> float:
     r"""The slope of the line through the larger half of the points, on logarithmic scales."""
     half = list(points.items())[(len(points) - 1) // 2 :]
-    xs, ys = ([math.log(v) for v in vs] for vs in zip(*half, strict=True))
+    xs, ys = zip(*((math.log(n), math.log(getattr(c, unit))) for n, c in half), strict=True)
     return statistics.linear_regression(xs, ys).slope
-
-
-def peak() -> float:
-    r"""The most memory that this process has held, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def rows(found: dict[str, Curve]) -> Iterator[str]:
     r"""The lines of the table."""
-    yield "| what grows | from, to | who | time at both ends | exponent |"
-    yield "|---|---|---|---|---|"
-    for curve, times in found.items():
-        for name, points in times.items():
+    yield "| what grows | from, to | who | time at both ends | exponent | memory at both ends | exponent |"
+    yield "|---|---|---|---|---|---|---|"
+    for curve, costs in found.items():
+        for name, points in costs.items():
             (a, first), *_, (b, last) = points.items()
-            yield (
-                f"| {curve} | {a}, {b} | {name} | {1e3 * first:.3g} ms, {1e3 * last:.3g} ms |"
-                f" {exponent(points):.2f} |"
+            cells = (
+                f" {getattr(first, unit):.3g} {unit}, {getattr(last, unit):.3g} {unit} |"
+                f" {exponent(points, unit):.2f} |"
+                for unit in Cost._fields
             )
+            yield f"| {curve} | {a}, {b} | {name} |{''.join(cells)}"
 
 
 def draw(found: dict[str, Curve], path: Path) -> None:
-    r"""Draws all curves, each in a frame of its own."""
+    r"""Draws all curves, time on the left and memory on the right."""
     import matplotlib.pyplot as plt
 
-    columns = 2 if len(found) > 1 else 1
-    lines = -(-len(found) // columns)
     figure, frames = plt.subplots(
-        lines, columns, figsize=(5.5 * columns, 3.6 * lines), squeeze=False, layout="constrained"
+        len(found), 2, figsize=(11, 3.6 * len(found)), squeeze=False, layout="constrained"
     )
-    for frame in frames.flat[len(found) :]:
-        frame.axis("off")
-    for frame, (curve, times) in zip(frames.flat, found.items(), strict=False):
-        for name, points in times.items():
-            style = "o-" if name.startswith("flowguard") else "s--"
-            label = f"{name}: {exponent(points):.2f}"
-            frame.loglog(
-                list(points), [1e3 * t for t in points.values()], style, label=label, ms=4
-            )
-        frame.set_title(curve, fontsize=10)
-        frame.set_ylabel("ms")
-        frame.legend(fontsize=7)
-        frame.grid(alpha=0.3, which="both")
+    for line, (curve, costs) in zip(frames, found.items(), strict=True):
+        for frame, unit in zip(line, Cost._fields, strict=True):
+            for name, points in costs.items():
+                style = "o-" if name.startswith("flowguard") else "s--"
+                label = f"{name}: {exponent(points, unit):.2f}"
+                ys = [getattr(cost, unit) for cost in points.values()]
+                frame.loglog(list(points), ys, style, label=label, ms=4)
+            frame.set_title(curve, fontsize=10)
+            frame.set_ylabel(unit)
+            frame.legend(fontsize=7)
+            frame.grid(alpha=0.3, which="both")
     figure.savefig(path)
     plt.close(figure)
 
 
 PAGE = """# Growth
 
-How time grows with the size of the problem, written by `python benchmarks/growth.py --page
+How time and memory grow with the size of the problem, written by `python benchmarks/growth.py --page
 docs/growth.md`: one thread, processor time, medians of {turns} turns, torch {torch}, zuko {zuko},
-on a machine with other work beside it. The exponent is the slope of the line through the larger half of the
-points, on logarithmic scales: 1 is linear, and pixels a side count twice.
+on a machine with other work beside it. The memory is the peak of all that a call allocates, its
+results included, but not what it is given. The exponent is the slope of the line through the larger
+half of the points, on logarithmic scales: 1 is linear, and pixels a side count twice.
 
-![Times against sizes on logarithmic scales]({picture})
+![Times and memory against sizes on logarithmic scales]({picture})
 
 {table}
 
-The most memory that the process held: {peak:.0f} MiB.
+Tiles are of {tile}² pixels.
 """
 
 
@@ -247,7 +264,7 @@ def write(page: Path, found: dict[str, Curve], turns: int) -> None:
         zuko=zuko.__version__,
         picture="images/growth.svg",
         table="\n".join(rows(found)),
-        peak=peak(),
+        tile=TILE,
     )
     page.write_text(text, encoding="utf-8")
 

@@ -20,7 +20,6 @@ import contextlib
 import gc
 import importlib
 import importlib.metadata
-import itertools
 import logging
 import platform
 import statistics
@@ -32,6 +31,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from common import allocated
 from pages import between, write_part
 from torch import Tensor
 
@@ -200,45 +200,10 @@ def seconds(call: Callable[[], object], device: torch.device, times: int) -> flo
 def temporaries(call: Call, device: torch.device) -> int:
     r"""Peak bytes of what a call allocates beyond the tensors that it returns.
 
-    Every allocation and release of the device's allocator is recorded with its address. What is
-    released before the end is temporary; what stays counts as far as it exceeds the results, such
-    as memory that is kept for the next call: it is released first, to be counted.
+    What stays counts as far as it exceeds the results, such as memory that is kept for the next
+    call: it is released first, to be counted.
     """
-    importlib.import_module("flowguard.spline.inplace.memory").release()
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        results = call()
-
-    assert profile.profiler is not None
-    kineto = profile.profiler.kineto_results
-    assert kineto is not None
-
-    events: list[tuple[int, int, int]] = []  # time, address, bytes (negative: released)
-    stack = list(kineto.experimental_event_tree())
-    while stack:
-        node = stack.pop()
-        stack += node.children
-        if node.tag == torch._C._profiler._EventType.Allocation:
-            field = node.extra_fields
-            if field.device.type == device.type:
-                events.append((node.start_time_ns, field.ptr, field.alloc_size))
-    events.sort(key=lambda event: event[0])
-
-    position: dict[int, int] = {}  # of the event that allocated what is alive at this address
-    changes: list[int] = []
-    for _, address, size in events:
-        # What was allocated before the call is not its own.
-        if size > 0:
-            position[address] = len(changes)
-            changes.append(size)
-        elif position.pop(address, None) is not None:
-            changes.append(size)
-
-    staying = sum(changes[i] for i in position.values())
-    for i in position.values():
-        changes[i] = 0
-    peak = max(itertools.accumulate(changes, initial=0))
+    results, peak, staying = allocated(call, device)
     wanted = sum(t.numel() * t.element_size() for t in results)
 
     return peak + max(0, staying - wanted)
