@@ -29,8 +29,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flowguard.image import ZeroConv2d
 from flowguard.models import SuperResolutionFlow
+from flowguard.models.precision import Precision
 
 COUPLINGS = ("affine", "robust")
+FIRST, GUARD = "the first sample", "the guard's score"
 
 
 def build(coupling: str, blocks: int, steps: int) -> SuperResolutionFlow:
@@ -45,12 +47,15 @@ def build(coupling: str, blocks: int, steps: int) -> SuperResolutionFlow:
     return model
 
 
-def score(model: SuperResolutionFlow, lr: Tensor, maps: list[Tensor]) -> None:
-    r"""What the guard does of maps that the encoder has made."""
+def score(
+    model: SuperResolutionFlow, lr: Tensor, maps: list[Tensor], precision: Precision | None = None
+) -> None:
+    r"""What the guard does of maps that the encoder has made, in the precision given."""
     guard, encoder = model.conditioner, model.conditioner.encoder
     kept = encoder.forward
     encoder.forward = lambda y: maps  # type: ignore[method-assign]
-    guard(lr)
+    with model.computing(lr, precision):
+        guard(lr)
     encoder.forward = kept  # type: ignore[method-assign]
 
 
@@ -126,10 +131,10 @@ def main() -> None:
         maps = torch.no_grad()(model.conditioner.encoder)(lr)
         rows: dict[str, Callable[[], object]] = {
             "encoder": lambda m=model: m.conditioner.encoder(lr),
-            "the guard's score": lambda m=model, f=maps: score(m, lr, f),
+            GUARD: lambda m=model, f=maps: score(m, lr, f),
             "condition": lambda m=model: m.condition(lr),
             "a further sample": lambda m=model, c=condition: m.sample(c),
-            "the first sample": lambda m=model: m.sample(lr),
+            FIRST: lambda m=model: m.sample(lr),
             f"{args.samples} samples": lambda m=model: m.sample(lr, args.samples),
             "plain sample": lambda m=model: plain_sample(m, lr),
             "training step": lambda m=model: train_step(m, large, small),
@@ -138,11 +143,14 @@ def main() -> None:
             half = args.precision
             with torch.no_grad():
                 condition = model.condition(lr, precision=half)
+                with model.computing(lr, half):
+                    rough = model.conditioner.encoder(
+                        lr.contiguous(memory_format=torch.channels_last)
+                    )
             rows |= {
+                f"{GUARD}, {half}": lambda m=model, f=rough: score(m, lr, f, args.precision),
                 f"a further sample, {half}": lambda m=model, c=condition: m.sample(c),
-                f"the first sample, {half}": lambda m=model: m.sample(
-                    lr, precision=args.precision
-                ),
+                f"{FIRST}, {half}": lambda m=model: m.sample(lr, precision=args.precision),
                 f"{args.samples} samples, {half}": lambda m=model: m.sample(
                     lr, args.samples, precision=args.precision
                 ),
@@ -181,6 +189,10 @@ def main() -> None:
         for key in ((name, c) for c in COUPLINGS if other in names):
             pairs = zip(cpu[key], cpu[other, key[1]], strict=True)
             print(f"{key[1]}, {name}: float32 / {args.precision} = {median_ratio(pairs):.2f}")
+    for end in ("", f", {args.precision}"):
+        for coupling in COUPLINGS if {GUARD + end, FIRST + end} <= set(names) else ():
+            pairs = zip(cpu[GUARD + end, coupling], cpu[FIRST + end, coupling], strict=True)
+            print(f"{GUARD}{end}: {median_ratio(pairs):.1%} of {FIRST}, {coupling}")
     if args.peak:
         peak = rate_of_products()
         print(f"one product of float32 matrices: {peak / 1e9:.0f} GFLOP/s")
