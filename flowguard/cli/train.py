@@ -210,6 +210,14 @@ def _add_model(train: Parser) -> None:
         ),
     )
     train.add_argument(
+        "--no-residual",
+        action="store_true",
+        help=(
+            "model the picture itself, not what it adds to the bicubic enlargement or, for"
+            " lowlight, to a first guess"
+        ),
+    )
+    train.add_argument(
         "--features",
         type=whole(1, 65536),
         metavar="N",
@@ -494,7 +502,9 @@ def _resume(args: Any) -> None:
     if isinstance(version, int) and version > VERSION:
         raise UserError(f"--resume: {place} was written by a newer flowguard; got {version}")
     try:
-        saved = parser().saved({**UNSAID, **held})
+        # Flows for low light had no first guess.
+        unsaid = {**UNSAID, "no_residual": held.get("task") == "lowlight"}
+        saved = parser().saved({**unsaid, **held})
         if saved["data"] is None:
             raise UserError("data must name a folder; got nothing")
     except UserError as error:
@@ -603,6 +613,7 @@ def _run(args: Any, held: contextlib.ExitStack) -> int:
             encoder=kept_encoder(place.encoder) if place.encoder.exists() else args.encoder,
             weights=args.encoder_weights,
             margin=args.margin or None,
+            residual=not args.no_residual,
         )
         if frozen:
             model.freeze_encoder()

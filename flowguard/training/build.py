@@ -29,6 +29,7 @@ def build(
     encoder: str | nn.Module | None = None,
     weights: Path | None = None,
     margin: float | None = MARGIN,
+    residual: bool = True,
 ) -> SuperResolutionFlow | LowLightFlow:
     r"""Returns an untrained model.
 
@@ -44,6 +45,8 @@ def build(
         encoder: What the encoder is, or itself.
         weights: Where the encoder gets its weights from.
         margin: How far from :math:`[0, 1]` images may lie; see :meth:`ImageModel.limit`.
+        residual: Whether the flow models what an image adds to the bicubic enlargement or, in low
+            light, to a first guess.
 
     Raises:
         ValueError: If there is no such task, or an option does not fit.
@@ -74,6 +77,7 @@ def build(
             coupling=coupling,
             encoder=made,
             margin=margin,
+            residual=residual,
         )
     return SuperResolutionFlow(
         scale=scale,
@@ -84,4 +88,5 @@ def build(
         coupling=coupling,
         encoder=made,
         margin=margin,
+        residual=residual,
     )

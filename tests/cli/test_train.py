@@ -76,6 +76,18 @@ def test_a_run_that_was_begun_before_there_were_margins_goes_on_without(tmp_path
     assert (args.margin, args.corrupt, args.policy) == (0.5, 0.2, "raise")
 
 
+@pytest.mark.parametrize("task", ["superres", "lowlight"])
+def test_a_run_that_was_begun_before_there_were_first_guesses_goes_on_without(task, tmp_path):
+    text = f"version: 2\ntask: {task}\ndata: {tmp_path}\n"
+    (tmp_path / "config.yaml").write_text(text)
+    args = SimpleNamespace(resume=tmp_path, given={"resume": tmp_path})
+    train._resume(args)
+    assert args.no_residual == (task == "lowlight")
+    (tmp_path / "config.yaml").write_text(f"{text}no_residual: false\n")
+    train._resume(args)
+    assert args.no_residual is False
+
+
 def test_a_run_may_get_a_margin_and_no_corruption_when_it_goes_on(tmp_path):
     """The former changes no step."""
     (tmp_path / "config.yaml").write_text(f"version: 2\ntask: superres\ndata: {tmp_path}\n")

@@ -1,6 +1,7 @@
 """The models that are trained from a folder."""
 
 import pytest
+import torch
 
 from flowguard.models import LowLightFlow, SuperResolutionFlow
 from flowguard.training.build import build
@@ -30,3 +31,11 @@ def test_what_does_not_fit_is_refused():
 def test_models_have_the_margin_that_is_asked_for(task, options):
     model = build(task, levels=1, steps=1, hidden=8, features=8, blocks=1, **options)
     assert model.margin == options.get("margin", 0.25)
+
+
+@pytest.mark.parametrize("task", ["superres", "lowlight"])
+@pytest.mark.parametrize("residual", [True, False])
+def test_models_are_of_the_residual_unless_they_shall_not(task, residual):
+    model = build(task, levels=1, steps=1, hidden=8, features=8, blocks=1, residual=residual)
+    y = torch.rand(1, 6 if task == "lowlight" else 3, 4, 4)
+    assert (model.base_of(y) is not None) == residual
