@@ -32,7 +32,7 @@ from flowguard.models import SuperResolutionFlow
 from flowguard.models.precision import Precision
 
 COUPLINGS = ("affine", "robust")
-FIRST, GUARD = "the first sample", "the guard's score"
+FIRST, GUARD, PLAIN = "the first sample", "the guard's score", "plain sample"
 
 
 def build(coupling: str, blocks: int, steps: int) -> SuperResolutionFlow:
@@ -136,7 +136,7 @@ def main() -> None:
             "a further sample": lambda m=model, c=condition: m.sample(c),
             FIRST: lambda m=model: m.sample(lr),
             f"{args.samples} samples": lambda m=model: m.sample(lr, args.samples),
-            "plain sample": lambda m=model: plain_sample(m, lr),
+            PLAIN: lambda m=model: plain_sample(m, lr),
             "training step": lambda m=model: train_step(m, large, small),
         }
         if args.precision is not None:
@@ -189,6 +189,12 @@ def main() -> None:
         for key in ((name, c) for c in COUPLINGS if other in names):
             pairs = zip(cpu[key], cpu[other, key[1]], strict=True)
             print(f"{key[1]}, {name}: float32 / {args.precision} = {median_ratio(pairs):.2f}")
+    several = f"{args.samples} samples"
+    for coupling in COUPLINGS if {PLAIN, several} <= set(names) else ():
+        pairs = zip(cpu[PLAIN, coupling], cpu[several, coupling], strict=True)
+        print(
+            f"{coupling}, {several}: {args.samples * median_ratio(pairs):.2f} times as fast as plain"
+        )
     for end in ("", f", {args.precision}"):
         for coupling in COUPLINGS if {GUARD + end, FIRST + end} <= set(names) else ():
             pairs = zip(cpu[GUARD + end, coupling], cpu[FIRST + end, coupling], strict=True)
