@@ -160,7 +160,10 @@ CURVES: dict[str, tuple[list[int], Callable[[int], dict[str, Run]]]] = {
         [2**k for k in range(12, 17)],
         lambda n: spline(n, 8),
     ),
-    "bins (16384 elements, with gradients)": ([4, 8, 16, 32, 64], lambda k: spline(16384, k)),
+    "bins (16384 elements, with gradients)": (
+        [4, 8, 16, 32, 64, 128, 256],
+        lambda k: spline(16384, k),
+    ),
     "features of a coupling (1024 rows)": ([8, 16, 32, 64, 128], lambda d: coupling(1024, d)),
     "features, sampled one by one (256 rows)": (
         [4, 8, 16, 32],
@@ -229,11 +232,15 @@ def draw(found: dict[str, Curve], path: Path) -> None:
                 label = f"{name}: {exponent(points, unit):.2f}"
                 ys = [getattr(cost, unit) for cost in points.values()]
                 frame.loglog(list(points), ys, style, label=label, ms=4)
+            sizes = max(costs.values(), key=len)
+            frame.set_xticks(list(sizes), [str(size) for size in sizes])
+            frame.minorticks_off()
             frame.set_title(curve, fontsize=10)
             frame.set_ylabel(unit)
             frame.legend(fontsize=7)
-            frame.grid(alpha=0.3, which="both")
-    figure.savefig(path)
+            frame.grid(alpha=0.3)
+    with plt.rc_context({"svg.fonttype": "none"}):
+        figure.savefig(path)
     plt.close(figure)
 
 
