@@ -527,13 +527,25 @@ def test_the_first_guess_keeps_its_digits_in_half_precision():
         model.guess.last.weight.mul_(20)  # a picture of contrast
     _, low = images(16, 16)
     fed = model.prepare(low)
-    exact = model.guess(fed)
+    exact = model.guess(fed).detach()
     with torch.autocast("cpu", torch.bfloat16):
-        rough = model.guess(fed)
+        rough = model.guess(fed).detach()
     assert rough.dtype == torch.float32
     assert float(exact.std()) > 0.1
     torch.testing.assert_close(rough, exact, rtol=0, atol=0.01)
     assert len(rough.unique()) > 0.9 * rough.numel()  # not rounded to grey levels
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_models_and_conditions_in_half_precision_go_with_autocast(dtype, prepared):
+    model = small()
+    _, low = images(9, 11)
+    fed = model.prepare(low) if prepared else low
+    exact = model.sample(fed)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = model.to(dtype).sample(fed.bfloat16())
+    torch.testing.assert_close(rough.float(), exact, rtol=0, atol=0.1)
 
 
 @pytest.mark.parametrize("margin", [None, 0.25])
