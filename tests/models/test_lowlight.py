@@ -585,7 +585,7 @@ def test_folders_and_pickles_that_say_nothing_of_a_first_guess_have_none(tmp_pat
     assert "residual" not in json.loads((tmp_path / "config.json").read_text())["arguments"]
     loaded = LowLightFlow.from_pretrained(tmp_path)
     assert torch.equal(loaded.sample(low), expected)
-    del loaded.residual  # as in a pickle of before
+    assert not any("residual" in name or "guess" in name for name in vars(loaded))  # as before
     assert torch.equal(pickle.loads(pickle.dumps(loaded)).sample(low), expected)
 
 
@@ -596,6 +596,20 @@ def test_a_first_guess_comes_back_with_its_model(tmp_path):
     loaded = LowLightFlow.from_pretrained(tmp_path)
     assert loaded.residual
     assert torch.equal(loaded.sample(low), model.sample(low))
+
+
+def test_a_first_guess_that_is_dropped_counts_no_more_and_comes_back_untrained():
+    model = small(margin=None)
+    _, low = images(9, 11)
+    condition = model.condition(low)
+    bound = flowguard.certify(model).bound(4.0)
+    model.residual = False
+    with pytest.raises(ValueError, match="make it again"):
+        model.sample(condition)
+    assert model.sample(low).shape == (1, 2, 3, 9, 11)
+    assert flowguard.certify(model).bound(4.0) == pytest.approx(bound - 1)
+    model.residual = True
+    assert flowguard.certify(model).bound(4.0) == bound
 
 
 def test_a_first_guess_of_no_width_is_refused():
