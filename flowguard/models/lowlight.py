@@ -183,7 +183,7 @@ class LowLightFlow(ImageModel):
     @residual.setter
     def residual(self, residual: bool) -> None:
         if residual and not self.residual:
-            self.guess = FirstGuess()
+            self.guess = FirstGuess().to(next(self.flow.parameters()))
         elif not residual and self.residual:
             del self.guess
 

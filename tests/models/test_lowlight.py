@@ -610,6 +610,9 @@ def test_a_first_guess_that_is_dropped_counts_no_more_and_comes_back_untrained()
     assert flowguard.certify(model).bound(4.0) == pytest.approx(bound - 1)
     model.residual = True
     assert flowguard.certify(model).bound(4.0) == bound
+    model.residual = False
+    model.double().residual = True
+    assert model.sample(low.double()).dtype == torch.float64
 
 
 def test_a_first_guess_of_no_width_is_refused():
