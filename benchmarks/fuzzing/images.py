@@ -144,7 +144,8 @@ def _model(m: Maker, kind: Any) -> Any:
     else:
         from flowguard.models.encoders.lowlight import LowLightEncoder
 
-        options |= {"encoder": LowLightEncoder(2, 2, 2, (0,), levels)}
+        encoder = LowLightEncoder(2, 2, 2, (0,), levels)
+        options |= {"encoder": encoder, "residual": m.flip(0.7)}
     return kind(**options)
 
 

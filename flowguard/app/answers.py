@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flowguard.bounds import certify
 from flowguard.demo.run import Judged, artefact_mask
+from flowguard.models import SuperResolutionFlow
 from flowguard.models.base import ImageModel
 from flowguard.ood import OODReport
 
@@ -75,7 +76,7 @@ def partners(
 
 def _partner(name: str, model: ImageModel, policy: Any, precision: str | None) -> Partner:
     model.eval().conditioner.policy = policy
-    added = model.margin is None and getattr(model, "residual", False)
+    added = isinstance(model, SuperResolutionFlow) and model.residual and model.margin is None
     return Partner(name, model, words.certificate(certify(model), added=added), precision)
 
 

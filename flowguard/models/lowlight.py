@@ -130,7 +130,7 @@ class LowLightFlow(ImageModel):
     words = (("high", "bright images"), ("low", "dark images"))
     #: What a folder means that does not say it: models had neither margin nor first guess.
     unsaid: ClassVar[Mapping[str, Any]] = {**ImageModel.unsaid, "residual": False}
-    residual: bool = False  # of models that were pickled before
+    guess: FirstGuess
 
     def __init__(
         self,
@@ -165,8 +165,6 @@ class LowLightFlow(ImageModel):
         super().__init__(encoder, flow, quant=quant, margin=margin)
         self.target_ratio = target_ratio
         self.residual = residual
-        if residual:
-            self.guess = FirstGuess()
         # One squeeze by 2^L, though the flow squeezes L times by 2: published, and as good.
         self.squeeze = Squeeze(2**levels)
 
@@ -175,6 +173,19 @@ class LowLightFlow(ImageModel):
         return ", ".join(
             filter(None, [f"target_ratio={self.target_ratio:g}", super().extra_repr()])
         )
+
+    @property
+    def residual(self) -> bool:
+        r"""Whether the flow models the residual over a first guess, which is dropped, or made
+        untrained, where that is changed."""
+        return getattr(self, "guess", None) is not None
+
+    @residual.setter
+    def residual(self, residual: bool) -> None:
+        if residual and not self.residual:
+            self.guess = FirstGuess().to(next(self.flow.parameters()))
+        elif not residual and self.residual:
+            del self.guess
 
     @property
     def encoder(self) -> LowLightEncoder:

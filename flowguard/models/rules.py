@@ -33,14 +33,13 @@ for model_class in (LowLightFlow, SuperResolutionFlow):
 @rule(SuperResolutionFlow)
 def _super_resolution(model: SuperResolutionFlow, sampling: bool) -> Iterator[Step]:
     yield from within("flow", model.flow, sampling)
-    if model.margin is None:
-        yield Remark(name="upsample", depends="adds the upsampled condition, which is left out")
-        return
-    # The base is a picture, which the limit leaves as it is: no residual gets larger.
-    yield _limit(model.margin, beside=1.0 if model.residual else 0.0)
+    told = "which is left out"
+    if model.margin is not None:
+        # The base is a picture, which the limit leaves as it is: no residual gets larger.
+        yield _limit(model.margin, beside=1.0 if model.residual else 0.0)
+        told = f"cut to [0, 1]; {_range(model.margin)}"
     if model.residual:
-        told = f"adds the upsampled condition, cut to [0, 1]; {_range(model.margin)}"
-        yield Remark(name="upsample", depends=told)
+        yield Remark(name="upsample", depends=f"adds the upsampled condition, {told}")
 
 
 @rule(LowLightFlow)

@@ -51,11 +51,14 @@ except ImportError:  # the extra "hub"; saving and loading folders works without
 
 #: The newest format. A model is written in the oldest one that can hold it, so that an older
 #: flowguard reads what it understands and refuses the rest by its number.
-FORMAT = 5
+FORMAT = 6
 PLAIN = 2  # what the constructor's arguments describe
 MIGRATED = 3  # the same, and layers that took the place of others
 LIMITED = 4  # the same, with or without such layers, and a margin for images
 HALVED = 5  # the same, and some weights that are kept in half precision: see `halved`
+GUESSED = 6  # the same, with or without such weights, and a first guess of dark images
+#: The format that an argument takes which folders need not tell, where it is not a margin's.
+SINCE = {"residual": GUESSED}
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 TYPE = "type"  # the key that names the class of an object
 FOREIGN = "foreign"  # an object that whoever loads has to give
@@ -449,9 +452,9 @@ def describe(model: nn.Module) -> dict[str, Any]:
     arguments |= {name: getattr(model, name) for name in unsaid}  # it may have been changed
     for name in [name for name, value in unsaid.items() if arguments[name] == value]:
         del arguments[name]
-    newer = not arguments.keys().isdisjoint(unsaid)
+    newer = [SINCE.get(name, LIMITED) for name in unsaid if name in arguments]
     config = {
-        "format": LIMITED if newer else PLAIN,
+        "format": max([PLAIN, *newer]),
         "flowguard": __version__,
         "class": known_as(type(model)),
         "arguments": encode(arguments),
@@ -464,7 +467,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
     }
     if not replaced:
         return config
-    return {**config, "format": LIMITED if newer else MIGRATED, "replaced": replaced}
+    return {**config, "format": max([MIGRATED, *newer]), "replaced": replaced}
 
 
 def _unsaid(kind: type[Any]) -> dict[str, Any]:
@@ -511,8 +514,8 @@ def _build(
         later = {name: told.pop(name) for name in unsaid if not _takes(kind, name)}
         fields = _checked(kind, told, "arguments", foreign)
         model: nn.Module = kind(**fields)
-    for name, value in later.items():
-        setattr(model, name, value)
+        for name, value in later.items():
+            setattr(model, name, value)
     _set_conditioners(model, config["conditioners"])
     for name, told in config.get("replaced", {}).items():
         _replace_layer(model, name, told)
@@ -651,7 +654,7 @@ def halved(
             raise ValueError(
                 f"weights must be finite in half precision; got some of {name} beyond 65504"
             )
-    return {**config, "format": HALVED, HALVES: SINGLE}, kept
+    return {**config, "format": max(HALVED, config["format"]), HALVES: SINGLE}, kept
 
 
 def write(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
@@ -831,11 +834,13 @@ def _check_config(config: Any, file: Path) -> None:
             f"{file} has {sorted(unknown)[0]!r}, which this flowguard ({__version__}) does not"
             " know; it was changed, or upgrade flowguard"
         )
-    halves, wanted_halves = config.get(HALVES), SINGLE if config["format"] == HALVED else None
-    if halves != wanted_halves or (HALVES in config) != (config["format"] == HALVED):
+    lacking = config["format"] == HALVED and HALVES not in config
+    astray = HALVES in config and (config["format"] < HALVED or config[HALVES] != SINGLE)
+    if lacking or astray:
         raise PretrainedError(
-            f"{file} must have {HALVES!r}, as {SINGLE!r}, in format {HALVED} and in no other; got"
-            f" {halves!r} in format {config['format']}: it was changed, or written in part"
+            f"{file} must have {HALVES!r}, as {SINGLE!r}, in format {HALVED}, and none before;"
+            f" got {config.get(HALVES)!r} in format {config['format']}: it was changed, or written"
+            " in part"
         )
     for name, told in config.get("replaced", {}).items():
         kind = told.get(TYPE) if isinstance(told, dict) else None

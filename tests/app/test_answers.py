@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flowguard.app.answers import answer, partners
-from flowguard.models import SuperResolutionFlow
+from flowguard.models import LowLightEncoder, LowLightFlow, SuperResolutionFlow
 
 SMALL = {"levels": 1, "steps": 1, "hidden": 8, "features": 8}
 
@@ -43,6 +43,16 @@ def test_a_model_without_a_guard_answers_all_the_same():
     made = answer(robust, torch.rand(3, 16, 20), 0.0)
     assert made.report is None
     assert made.sample.shape == (1, 3, 64, 80)
+
+
+@pytest.mark.parametrize("margin", [None, 0.25])
+def test_a_certificate_says_what_it_bounds(margin):
+    encoder = LowLightEncoder(8, growth=4, blocks=1, stacked=(), levels=1)
+    dark = LowLightFlow(levels=1, steps=1, hidden=8, encoder=encoder, margin=margin)
+    (bright,) = partners(dark)  # the first guess is within the bound
+    assert "a value of a sample never exceeds" in bright.certificate
+    (large,) = partners(SuperResolutionFlow(**SMALL, margin=margin))
+    assert ("added to the enlarged condition" in large.certificate) == (margin is None)
 
 
 def test_an_answer_is_the_same_each_time_and_another_for_another_seed(model):

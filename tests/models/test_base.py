@@ -723,6 +723,25 @@ def test_new_models_have_a_margin_and_their_certificate_says_it(make):
     assert "images within [-0.5, 1.5]" in str(certify(model.limit(0.5)))
 
 
+class Ours(SuperResolutionFlow):
+    r"""A class of a user with a constructor of its own."""
+
+    def __init__(self, **options):
+        super().__init__(levels=1, steps=1, hidden=8, features=8, **options)
+
+
+class Free(Ours):
+    r"""One whose images are anywhere."""
+
+    def base_of(self, padded):
+        return 1e9 * self.upsample(padded)
+
+
+def test_a_class_with_a_constructor_of_its_own_alone_is_certified():
+    assert certify(Ours(margin=MARGIN)).bound(4.0) == pytest.approx(1 + MARGIN, abs=1e-4)
+    assert "overrides base_of" in certify(Free()).refused[0].reason
+
+
 def test_images_on_another_device_than_the_model_are_refused():
     model = SuperResolutionFlow(scale=2, levels=1, steps=1, hidden=8, features=8)
     with pytest.raises(

@@ -770,6 +770,58 @@ def test_a_margin_that_cannot_be(value, match, files):
     refused(files, f"do not fit.*{match}")
 
 
+@pytest.mark.parametrize("margin", [None, 0.25])
+@pytest.mark.parametrize("halved", [False, True])
+def test_a_first_guess_has_a_format_of_its_own(margin, halved, tmp_path):
+    formats = {}
+    for residual in (True, False):
+        torch.manual_seed(0)
+        model = Dim(residual=residual, margin=margin)
+        model.save_pretrained(tmp_path)
+        if halved:
+            kept_in_halves(tmp_path, ("conditioner.encoder.",))
+        formats[residual] = store.read_config(tmp_path)["format"]
+        assert load(tmp_path).residual == residual
+    # What an older flowguard can hold is in the format that it reads.
+    assert formats == {True: 6, False: 5 if halved else 2 if margin is None else 4}
+
+
+class Dim(LowLightFlow):
+    """One for low light that hands on whatever it is given."""
+
+    def __init__(self, **options):
+        encoder = LowLightEncoder(4, growth=2, blocks=1, stacked=(), levels=1)
+        super().__init__(levels=1, steps=1, hidden=4, encoder=encoder, **options)
+
+
+class PlainDim(Dim):
+    """One whose constructor knows of no first guess."""
+
+    def __init__(self):
+        super().__init__()
+
+
+class PlainDull(Dim):
+    """One that never had any."""
+
+    def __init__(self):
+        super().__init__(residual=False)
+
+
+@pytest.mark.parametrize("cls", [Dim, PlainDim, PlainDull])
+@pytest.mark.parametrize("residual", [True, False])
+def test_first_guesses_of_users_classes_come_back(cls, residual, tmp_path):
+    model = cls().eval()
+    model.residual = residual
+    low = 0.1 * torch.rand(1, 3, 5, 6)
+    model.save_pretrained(tmp_path)
+    state = torch.random.get_rng_state()
+    loaded = cls.from_pretrained(tmp_path)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert loaded.residual == residual
+    assert torch.equal(loaded.sample(low), model.sample(low))
+
+
 class Plain(SuperResolutionFlow):
     """A model whose constructor knows of no margin."""
 
@@ -957,10 +1009,11 @@ def test_an_upload_of_a_model_of_the_package_is_loaded_from_the_hub(tmp_path, mo
 NETWORKS = ("conditioner.encoder.", "flow.steps.0.0.coupling.")
 
 
-def kept_in_halves(folder):
+def kept_in_halves(folder, networks=NETWORKS):
     r"""A saved model, some weights of which are kept in half precision from then on."""
     weights = load_file(folder / "model.safetensors")
-    names = [name for name in weights if name.startswith(NETWORKS)]
+    names = [name for name in weights if name.startswith(networks)]
+    assert names
     store.write(folder, *store.halved(store.read_config(folder), weights, names))
     return names
 
@@ -969,7 +1022,6 @@ def test_weights_in_half_precision_are_told_by_the_file_and_widened(tmp_path):
     model = guarded(build())
     model.save_pretrained(tmp_path)
     names = kept_in_halves(tmp_path)
-    assert names
     loaded = load(tmp_path)
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     for name, value in model.state_dict().items():
@@ -1000,12 +1052,13 @@ def test_tensors_that_somebody_made_halves_are_refused_with_what_to_do(names, to
         {"format": store.HALVED, "halves": None},
         {"format": store.HALVED, "halves": ["float32"]},
         {"halves": None},
+        {"format": 6, "halves": "bfloat16"},
     ],
     ids=str,
 )
 def test_a_mark_of_halves_that_cannot_be(changes, files):
     change(files, **changes)
-    refused(files, "must have 'halves', as 'float32', in format 5 and in no other; got")
+    refused(files, "must have 'halves', as 'float32', in format 5, and none before; got")
 
 
 def test_what_cannot_be_kept_in_halves_is_refused():

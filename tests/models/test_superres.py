@@ -370,6 +370,12 @@ def test_with_a_margin_the_base_is_that_of_the_condition_as_a_picture():
     assert torch.equal(model.upsample(inside), small(margin=None).upsample(inside))
 
 
+@pytest.mark.parametrize("margin", [None, 0.25])
+@pytest.mark.parametrize("residual", [True, False])
+def test_the_certificate_tells_of_the_upsampled_condition_if_it_is_added(residual, margin):
+    assert ("upsample" in str(certify(small(residual=residual, margin=margin)))) == residual
+
+
 @pytest.mark.parametrize("residual", [True, False])
 @torch.no_grad()
 def test_no_residual_exceeds_the_certificate_of_a_margin(residual):

@@ -174,8 +174,8 @@ class FirstGuess(nn.Module):
         Arguments:
             fed: The encoder's input, with shape :math:`(B, 6, H, W)`.
         """
-        hidden = leaky(self.second(leaky(self.first(fed)))).to(fed.dtype)
-        # In half precision the last layer would round to grey levels.
+        hidden = leaky(self.second(leaky(self.first(fed)))).to(self.last.weight.dtype)
+        # Under autocast to half precision the last layer would round to grey levels.
         with torch.autocast(fed.device.type, enabled=False):
             guess: Tensor = self.last(hidden).sigmoid()
         return guess
