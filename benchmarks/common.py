@@ -114,9 +114,9 @@ def by_turns(
     return times
 
 
-def allocated(call: Callable[[], Result], device: torch.device) -> tuple[Result, int, int]:
-    r"""Returns what a call returns, the peak bytes of what it allocates and releases, and the bytes
-    that stay.
+def allocated(call: Callable[[], Result], device: torch.device) -> tuple[Result, int, int, int]:
+    r"""Returns what a call returns, the peak bytes of all that it allocates, the peak of what it
+    releases again, and the bytes that stay.
 
     Every allocation and release of the device's allocator is recorded with its address. Memory that
     flowguard keeps for the next call is released first, to be counted.
@@ -156,7 +156,8 @@ def allocated(call: Callable[[], Result], device: torch.device) -> tuple[Result,
         elif position.pop(address, None) is not None:
             changes.append(size)
 
+    peak = max(itertools.accumulate(changes, initial=0))
     staying = sum(changes[i] for i in position.values())
     for i in position.values():
         changes[i] = 0
-    return results, max(itertools.accumulate(changes, initial=0)), staying
+    return results, peak, max(itertools.accumulate(changes, initial=0)), staying

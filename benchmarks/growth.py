@@ -190,8 +190,8 @@ def measured(curve: str, turns: int) -> Curve:
         with torch.set_grad_enabled(grad):
             times = by_turns(runs, turns, clock=time.process_time)
             for name, ts in times.items():
-                _, peak, staying = allocated(runs[name], torch.device("cpu"))
-                cost = Cost(1e3 * statistics.median(ts), (peak + staying) / 2**20)
+                _, peak, *_ = allocated(runs[name], torch.device("cpu"))
+                cost = Cost(1e3 * statistics.median(ts), peak / 2**20)
                 found.setdefault(name, {})[size] = cost
     return found
 

@@ -203,10 +203,10 @@ def temporaries(call: Call, device: torch.device) -> int:
     What stays counts as far as it exceeds the results, such as memory that is kept for the next
     call: it is released first, to be counted.
     """
-    results, peak, staying = allocated(call, device)
+    results, _, released, staying = allocated(call, device)
     wanted = sum(t.numel() * t.element_size() for t in results)
 
-    return peak + max(0, staying - wanted)
+    return released + max(0, staying - wanted)
 
 
 def available_bytes(device: torch.device) -> int:
