@@ -128,20 +128,19 @@ def image(size: int, levels: int, samples: int = 1) -> dict[str, Run]:
     x, c = torch.randn(1, 3, size, size), torch.randn(1, 4, size, size)
     context = [F.avg_pool2d(c, 2**k) for k in range(1, levels + 1)]
     with torch.no_grad():
-        flow(x, context)  # sets its actnorms
-    shapes = [t.shape[1:] for t in flow(x, context)[0]]
-    z = [torch.randn(samples, *shape) for shape in shapes]
+        latents, _ = flow(x, context)  # sets its actnorms
+    z = [torch.randn(samples, *latent.shape[1:]) for latent in latents]
     tiled = TiledFlow(flow, TILE)
     D, N = normflows.distributions, normflows.flows
-    channels, sizes, blocks, merges = 3, [], [], []
+    channels, shapes, blocks, merges = 3, [], [], []
     for k in range(levels):
         channels *= 4
         blocks.append([N.GlowBlock(channels, 16) for _ in range(2)] + [N.Squeeze()])
         if k < levels - 1:
             merges.append(N.Merge())
             channels //= 2
-        sizes.append((channels, size >> k + 1, size >> k + 1))
-    bases = [D.DiagGaussian(shape, trainable=False) for shape in sizes]
+        shapes.append((channels, size >> k + 1, size >> k + 1))
+    bases = [D.DiagGaussian(shape, trainable=False) for shape in shapes]
     glow = normflows.MultiscaleFlow(bases[::-1], [b[:] for b in blocks[::-1]], merges)
     with torch.no_grad():
         glow.log_prob(x, None)  # sets its actnorms

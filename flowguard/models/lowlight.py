@@ -25,6 +25,8 @@ from flowguard.models.checkpoints import Checkpoint, Source, Stacked
 from flowguard.models.encoders.lowlight import FirstGuess, LowLightEncoder, color_map
 from flowguard.models.precision import Precision
 
+#: What LLFlow has none of.
+PUBLISHED: dict[str, Any] = {"residual": False, "margin": None}
 #: What LLFlow's encoder carries along and never reads, beside the last of its ``downconv``.
 DEAD_ENCODER = ("HRconv", "awb_para", "conv_last")
 
@@ -312,7 +314,7 @@ class LowLightFlow(ImageModel):
             >>> model.encoder.channels, len(model.flow.steps[0])
             (64, 4)
         """
-        options = {"residual": False, "margin": None, **options}
+        options = {**PUBLISHED, **options}
         if small:
             small_net = LowLightEncoder(32, blocks=4, stacked=(1,))
             return cls(steps=4, encoder=small_net, coupling=coupling, **options)
@@ -358,10 +360,9 @@ class LowLightFlow(ImageModel):
                 f"must have 2 steps without coupling at each level; it has {transitions}"
             )
         levels = layout.options["levels"]
-        published: dict[str, Any] = {"residual": False, "margin": None}
         unread = (*DEAD_ENCODER, f"downconv{levels}")
         return cls.imported(
-            lambda: cls(**made, encoder=LowLightEncoder(**trunk, levels=levels), **published),
+            lambda: cls(**made, encoder=LowLightEncoder(**trunk, levels=levels), **PUBLISHED),
             checkpoint,
             [f"RRDB.{name}.{leaf}" for name in unread for leaf in ("weight", "bias")],
             {**made, "encoder": trunk},
