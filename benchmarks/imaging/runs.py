@@ -45,18 +45,26 @@ def train(task: str, run: Run, steps: int, options: Sequence[str]) -> None:
         task: ``"superres"`` or ``"lowlight"``.
         run: The folder.
         steps: The steps.
-        options: Further options of ``flowguard train``; those that a run began with stay.
+        options: Further options of ``flowguard train``.
 
     Raises:
         SystemExit: If the training was ended, or failed.
-        ValueError: If it has more steps already.
+        ValueError: If it has more steps already, or was begun with other options.
     """
+    note, asked = run.folder.with_name(f"{run.folder.name}.options"), " ".join(options)
+    if note.exists() and (begun := note.read_text(encoding="utf-8")) != asked:
+        raise ValueError(
+            f"{run.folder} must be asked for with the options that it was begun with, {begun}; got"
+            f" {asked}: name another folder by --out, or remove it"
+        )
     done = steps_done(run) if run.model.exists() else 0
     if done > steps:
         raise ValueError(f"steps must not be fewer than {run.folder} has, {done}; got {steps}")
     if done == steps:
         return
     place = ["--resume" if run.config.exists() else "--out", str(run.folder)]
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    write_text(note, asked)
     code = main(["train", task, *place, "--steps", str(steps), *options])
     if code:
         raise SystemExit(code)

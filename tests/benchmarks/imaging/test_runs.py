@@ -47,6 +47,19 @@ def test_a_run_is_begun_gone_on_with_and_left_when_it_is_finished(tmp_path, monk
         asked_of(monkeypatch, run, 10, done=20)
 
 
+def test_a_run_is_not_taken_for_one_with_other_options(tmp_path, monkeypatch):
+    run = Run(tmp_path / "runs" / "affine-seed1")
+    asked_of(monkeypatch, run, 20)
+    run.model.mkdir(parents=True)
+    for done in (5, 20):
+        monkeypatch.setattr(runs, "steps_done", lambda _, done=done: done)
+        with pytest.raises(
+            ValueError, match=r"begun with, --seed 1; got --seed 1 --lr 0\.1: name"
+        ):
+            runs.train("superres", run, 20, ["--seed", "1", "--lr", "0.1"])
+    assert asked_of(monkeypatch, run, 20, done=20) == []
+
+
 def test_a_training_that_was_ended_ends_the_experiment(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "main", lambda _: 143)
     with pytest.raises(SystemExit) as end:
