@@ -204,10 +204,16 @@ def test_compiles_to_one_graph(name):
         y, ladj = f.call_and_ladj(x)
         return y, ladj, *f.inverse_and_ladj(x)
 
-    params, x = parameters(name, (7,)), inputs((7,))
+    # With gradients, two calls in one graph are two functions that have numbers in common.
+    params, x = [p.requires_grad_() for p in parameters(name, (7,))], inputs((7,))
     outs = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=True)(x, *params)
-    for out, expected in zip(outs, call(x, *params), strict=True):
+    others = call(x, *params)
+    for out, expected in zip(outs, others, strict=True):
         torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    grads, expected = (
+        torch.autograd.grad(sum(o.sum() for o in t), params) for t in (outs, others)
+    )
+    torch.testing.assert_close(grads, expected, rtol=1e-9, atol=1e-9)
 
 
 @ROWS

@@ -840,16 +840,10 @@ class ImageModel(Pretrained, nn.Module):
     ) -> Tensor:
         like = condition.images
         height, width = self._size(like)
+        # Not `randn`, whose sizes the compiler must know if it is given a generator.
         latents = [
             temperature
-            * torch.randn(
-                num_samples,
-                len(like),
-                *shape,
-                generator=generator,
-                dtype=like.dtype,
-                device=like.device,
-            )
+            * like.new_empty(num_samples, len(like), *shape).normal_(generator=generator)
             for shape in self.flow.latent_shapes(height, width)
         ]
         # All at once in tiles: what they need to know of the condition is worked out once each.

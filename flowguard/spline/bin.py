@@ -44,21 +44,16 @@ __all__ = [
     "squash_pullback",
 ]
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from flowguard.spline import constants
+
 #: Both coordinates of a point, each with shape :math:`(*)`.
 Pair = tuple[Tensor, Tensor]
 Params = tuple[Tensor, Tensor, Tensor]  #: widths, heights and derivatives, with bins in front
-
-LOG2_E = 1 / math.log(2)
-MIN_DERIVATIVE = 1e-3  # the least inner derivative of the published parameterisation
-# The logarithm of the largest one: its square has to be finite beside the square of the largest
-# ratio of two secants.
-MAX_LOGIT = {torch.float32: 30.0, torch.float64: 300.0}
 
 
 def sigmoid(x: Tensor) -> Tensor:
@@ -66,19 +61,19 @@ def sigmoid(x: Tensor) -> Tensor:
     if not torch.compiler.is_compiling():
         return x.sigmoid()
     # Compiled for a CPU, a power of two takes a third of the time of an exponential.
-    return 1 / (1 + torch.exp2(x * -LOG2_E))
+    return 1 / (1 + torch.exp2(x * -constants.log2_e()))
 
 
 def squash(x: Tensor, bound: float | None) -> Tensor:
     r"""That of :func:`flowguard.functional.bounded`."""
-    return x if bound is None else from_arc(torch.atan(x / (2 * bound / math.pi)), bound)
+    return x if bound is None else from_arc(torch.atan(x / (2 * bound / constants.pi())), bound)
 
 
 def from_arc(arc: Tensor, bound: float | None) -> Tensor:
     r"""The same for an arctangent that is known; what is not squashed is known as it is."""
     if bound is None:
         return arc
-    y = 2 * bound / math.pi * arc
+    y = 2 * bound / constants.pi() * arc
     # Rounding may land an ulp outside, and certificates rely on the bound. What is too much is
     # taken as a constant: the backward of a clamp costs more than all the rest.
     far = min(bound, torch.finfo(y.dtype).max)
@@ -89,7 +84,7 @@ def squash_pullback(x: Tensor, grad: Tensor, bound: float | None) -> Tensor:
     r"""The gradient to what was squashed."""
     if bound is None:
         return grad
-    y = x * (math.pi / (2 * bound))
+    y = x * (constants.pi() / (2 * bound))
     return grad / (y * y + 1)
 
 
@@ -112,7 +107,7 @@ class Cell(NamedTuple):
     w: Tensor
     h: Tensor
     d0: Tensor
-    d1: Tensor | float = 1.0
+    d1: Tensor | float
 
 
 def _parts(t: Tensor, r: Tensor, s: Tensor, cell: Cell) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -219,11 +214,11 @@ def pull_back(z: Tensor, s: Tensor, cell: Cell, grads: Pair, inverse: bool) -> P
 def published_slope(raw: Tensor) -> Pair:
     r"""The slope at an inner knot of the published parameterisation; and the share of it that
     grows with `raw`."""
-    grown = raw.clamp(max=MAX_LOGIT[raw.dtype]).exp() * (1 - MIN_DERIVATIVE)
-    d = grown + MIN_DERIVATIVE
+    grown = raw.clamp(max=constants.max_logit(raw.dtype)).exp() * (1 - constants.min_derivative())
+    d = grown + constants.min_derivative()
     return d, grown / d
 
 
 def published_pullback(grad: Tensor, raw: Tensor, share: Tensor) -> Tensor:
     r"""The gradient to `raw` for that to the logarithm of the slope."""
-    return torch.where(raw < MAX_LOGIT[raw.dtype], grad * share, share - share)
+    return torch.where(raw < constants.max_logit(raw.dtype), grad * share, share - share)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowguard.spline.bin import MIN_DERIVATIVE
-from flowguard.spline.many import ROOM, slope_limits
+from flowguard.spline import constants
+from flowguard.spline.many import slope_limits
 from flowguard.spline.options import Options
 
 LEAST = 1e-6  # the least share of a bin that has a finite logit
@@ -35,8 +35,8 @@ def unconstrain(
     u, v = (p / p.sum(dim=-1, keepdim=True) for p in (u, v))
     raw_w, raw_h = (p[..., :-1].log() - p[..., -1:].log() for p in (u, v))
     if slope is None:
-        rest = (slopes - MIN_DERIVATIVE).clamp_min(MIN_DERIVATIVE * MARGIN)
-        return raw_w, raw_h, torch.log(rest / (1 - MIN_DERIVATIVE))
+        rest = (slopes - constants.min_derivative()).clamp_min(constants.min_derivative() * MARGIN)
+        return raw_w, raw_h, torch.log(rest / (1 - constants.min_derivative()))
     scale = (1 - bins * floor) / (1 + share)
     secants = ((v + share * u) * scale + floor) / ((u + share * v) * scale + floor)
     s0, s1 = secants[..., :-1], secants[..., 1:]
@@ -49,7 +49,7 @@ def unconstrain(
     mean, high = slope_limits(s0, s1, low)
     # The slope is (a low + b high) / (a + b) with a = (high - mean) (1 - p), b = (mean - low) p.
     d = torch.minimum(slopes.clamp_min(low * (1 + MARGIN)), high * (1 - MARGIN))
-    up, down = (high - mean).clamp_min(ROOM) * (d - low), (mean - low) * (high - d)
+    up, down = (high - mean).clamp_min(constants.room()) * (d - low), (mean - low) * (high - d)
     return raw_w, raw_h, torch.log(up / down)
 
 

@@ -9,9 +9,8 @@ elements, without reductions in it. It makes no more than one loop of some 64 te
 more than once, hence the fewer of these the better.
 """
 
-__all__ = ["CUT", "ROOM", "TOP", "evaluate", "pull_back", "slope_limits"]
+__all__ = ["evaluate", "pull_back", "slope_limits"]
 
-import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import NamedTuple
@@ -20,12 +19,10 @@ import torch
 from torch import Tensor
 
 from flowguard.spline import bin as rq
+from flowguard.spline import constants
 from flowguard.spline.bin import Cell, Pair, Params
 from flowguard.spline.options import Options
 
-CUT = 60.0  #: of logits, as exp(CUT) is finite; and of raw slopes, whose maps are constant beyond
-TOP = math.exp(CUT) * (1 - 1e-5)  #: what is above was cut
-ROOM = 1e-3  #: the least room above the mean of two secants for the slope at their knot
 FEW = 7  # rows of parameters that the compiler reads from strided memory; more it copies first
 
 Rows = Sequence[Tensor]  # of bins or knots, from left to right
@@ -48,7 +45,10 @@ def _once(made: Tensor) -> Tensor:
 
 def _is_strided(x: Tensor) -> bool:
     r"""Whether the compiler would see strided loads."""
-    return torch.compiler.is_compiling() and x.dim() > 0 and x.stride(-1) != 1
+    if not torch.compiler.is_compiling() or x.dim() == 0:
+        return False
+    # Not its stride, which the compiler cannot tell in a backward if sizes change.
+    return not x[(slice(1),) * (x.dim() - 1)].is_contiguous()
 
 
 def _rows(params: Sequence[Tensor]) -> list[Rows]:
@@ -67,12 +67,12 @@ def _loaded_once(made: Tensor, source: Tensor) -> Tensor:
 def _exp(x: Tensor) -> Tensor:
     # What is compiled keeps powers of two for the backward, while it computes exponentials anew. In
     # eager mode a power takes a third of the time.
-    return x.exp() if torch.compiler.is_compiling() else (x * rq.LOG2_E).exp2()
+    return x.exp() if torch.compiler.is_compiling() else (x * constants.log2_e()).exp2()
 
 
 def _softmax(logits: Rows, scale: float, share: float) -> Softmax:
     # The zero keeps the sum away from zero, and the cut keeps it finite: no need for the maximum.
-    exps = [_loaded_once(_exp(x.clamp(max=CUT)), x) for x in logits]
+    exps = [_loaded_once(_exp(x.clamp(max=constants.most())), x) for x in logits]
     sums = list(accumulate(exps))
     weight = _once(scale / (sums[-1] + 1))
     return Softmax(exps, sums, weight, weight * share)
@@ -125,10 +125,10 @@ def _inner_slope(raw: Tensor, s0: Tensor, s1: Tensor, o: Options) -> Rows:
         return rq.published_slope(raw)
     low = o.low()
     mean, high = slope_limits(s0, s1, low)
-    decay = _exp(-raw.clamp(-CUT, CUT))
+    decay = _exp(-raw.clamp(-constants.most(), constants.most()))
     # Of two terms one is always away from zero, as there is always some room.
     up, room = mean - low, high - mean
-    whole = torch.addcmul(up, room.clamp(min=ROOM), decay)
+    whole = torch.addcmul(up, room.clamp(min=constants.room()), decay)
     inv = whole.reciprocal()
     # For a raw zero the fraction is exactly one, and so is the slope between two secants of one.
     return up * ((up + room) / whole) + low, decay, up * inv, inv, mean, high
@@ -147,9 +147,9 @@ def _slope_pullback(
     # room that is left, high - mean, may be less than what is taken for it. If it is not,
     #     ∂d / ∂mean = span² e / R², ∂d / ∂high = ratio² (1 - e);
     # if it is, there is a constant in place of one span, and ∂d / ∂high = ratio.
-    span, free = high - low, high - mean > ROOM
+    span, free = high - low, high - mean > constants.room()
     mixed = grad * span * inv * (decay * inv)
-    half = 0.5 * mean * mixed * torch.where(free, span, ROOM)
+    half = 0.5 * mean * mixed * torch.where(free, span, constants.room())
     twice = torch.where(high < 1 / low, 2 * high, 0.0)  # a constant where it is cut
     to_high = grad * torch.where(free, ratio * ratio * (1 - decay), ratio) * twice
     to_first = (0.5 * (s1 - s0).detach().sign() + 0.5) * to_high  # a half each for equal ones
@@ -293,7 +293,7 @@ def _spread_softmax(number: Tensor, logits: Rows, values: Rows) -> list[Tensor]:
     out = []
     for k, x in enumerate(logits):
         # Other than above, or the compiler would keep that one for the second loop.
-        e = _loaded_once((x.clamp(max=CUT) * rq.LOG2_E).exp2(), x)
+        e = _loaded_once((x.clamp(max=constants.most()) * constants.log2_e()).exp2(), x)
         pulled = e * (_pick(number, grads, k - 1) - mean)
-        out.append(torch.where(e > TOP, 0.0, pulled))
+        out.append(torch.where(e > constants.top(), 0.0, pulled))
     return out

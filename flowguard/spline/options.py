@@ -7,8 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-MIN_FRACTION = 1e-3  # the least width and height of a bin, as a share of the box (published: 1e-3)
-MOST_LEAN = 1 - 1e-5  # for the slope at the knot to stay finite in single precision
+from flowguard.spline import constants
 
 
 class Usual(NamedTuple):
@@ -42,7 +41,7 @@ class Options(NamedTuple):
 
     def least(self, bins: int) -> float:
         r"""The least width and height of a bin, as a share of the box."""
-        return min(MIN_FRACTION, 0.5 / bins)
+        return min(constants.min_fraction(), 0.5 / bins)
 
     def low(self) -> float:
         r"""The least slope raised by a thousandth, so that rounding cannot break the bound."""
@@ -62,7 +61,7 @@ class Options(NamedTuple):
 
     def lean(self) -> float:
         r"""The :math:`\kappa` of the slope at the knot between two bins."""
-        return min(((1 - self.share()) / (1 + self.share())) ** 2, MOST_LEAN)
+        return min(((1 - self.share()) / (1 + self.share())) ** 2, constants.most_lean())
 
     def reach(self) -> float:
         r"""The knot for infinite logits, in the box's units and without what the other one adds."""

@@ -36,7 +36,7 @@ def _knot(p: Tensor, q: Tensor, o: Options) -> Pair:
 def _cell(z: Tensor, knot: Pair, d: Tensor, o: Options) -> Cell:
     r"""The bin at the distance `z` from the knot."""
     end = torch.full((), o.unit()[0], dtype=z.dtype, device=z.device).copysign(z.detach())
-    return Cell(*knot, end - knot[0], end - knot[1], d)
+    return Cell(*knot, end - knot[0], end - knot[1], d, 1.0)
 
 
 def _mean(knot: Pair, o: Options) -> Pair:

@@ -11,7 +11,7 @@ become negative. What is too large to compute with is cut: logits where the soft
 anyway, and raw slopes at a million.
 """
 
-__all__ = ["FAR", "STEEPEST", "THRESHOLD", "at_ends", "evaluate", "pull_back", "sizes"]
+__all__ = ["at_ends", "evaluate", "pull_back", "sizes"]
 
 import math
 from typing import NamedTuple
@@ -21,12 +21,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flowguard.spline import bin as rq
+from flowguard.spline import constants
 from flowguard.spline.bin import Cell, Pair, Params
 from flowguard.spline.options import Options, Usual
-
-FAR = 1e30  #: what logits are cut at; differences of these are finite
-STEEPEST = 1e6  #: what raw slopes are cut at; products of a few of these are finite
-THRESHOLD = 20.0  #: from where on PyTorch's softplus is the identity
 
 
 def sizes(bins: int, o: Options) -> list[tuple[float, float]]:
@@ -52,7 +49,7 @@ def _clip(x: Tensor, limit: float) -> Pair:
 
 def _shares(logits: Tensor, u: Usual) -> Pair:
     r"""The softmax, and what its gradients are multiplied by."""
-    logits = logits.clamp(-FAR, FAR)
+    logits = logits.clamp(-constants.far(), constants.far())
     if u.clip is None:
         return F.softmax(logits, dim=0), torch.ones_like(logits[:1])
     logits, by = _clip(logits, u.clip / 2)
@@ -61,14 +58,14 @@ def _shares(logits: Tensor, u: Usual) -> Pair:
 
 def _slope(raw: Tensor, u: Usual) -> Pair:
     r"""The slope at a knot, and its derivative."""
-    cut = raw.clamp(-STEEPEST, STEEPEST)
+    cut = raw.clamp(-constants.steepest(), constants.steepest())
     if u.clip is not None:
         clipped, by = _clip(cut, u.clip)
         d = clipped.exp()
         return d, d * by
-    share = torch.where(cut > THRESHOLD, 1.0, rq.sigmoid(cut)) * u.gain
-    share = torch.where(raw < STEEPEST, share, share - share)
-    return F.softplus(cut, threshold=THRESHOLD) * u.gain + u.slope, share
+    share = torch.where(cut > constants.threshold(), 1.0, rq.sigmoid(cut)) * u.gain
+    share = torch.where(raw < constants.steepest(), share, share - share)
+    return F.softplus(cut, threshold=constants.threshold()) * u.gain + u.slope, share
 
 
 def _pick(rows: Tensor, number: Tensor) -> Tensor:
@@ -107,7 +104,7 @@ def _locate(x: Tensor, params: Params, o: Options, vertical: bool) -> _Located:
         size.append(own[-1] * scale + floor)
 
     # A NaN in any of them is one of the element.
-    bad = raw.detach().clamp(-STEEPEST, STEEPEST).sum(0) * 0.0
+    bad = raw.detach().clamp(-constants.steepest(), constants.steepest()).sum(0) * 0.0
     if len(raw) < bins:
         end = torch.full_like(x, at_ends(u)).unsqueeze(0)
         raw = torch.cat((end, raw, end))

@@ -446,6 +446,21 @@ def test_compiled_code_does_not_look_at_values():
     assert not model.warned
 
 
+@pytest.mark.slow  # half a minute of tracing
+def test_compiled_for_sizes_that_change():
+    encoder = PyramidEncoder(4, scale=2, levels=1, blocks=0)
+    model = SuperResolutionFlow(scale=2, levels=1, steps=1, hidden=4, encoder=encoder).eval()
+    torch._dynamo.reset()
+    with torch.no_grad():
+        sample = torch.compile(lambda y: model.sample(y), backend="eager", dynamic=True)
+        for height in (8, 12):
+            y = torch.rand(2, 3, height, 6)
+            torch.manual_seed(0)
+            made = sample(y)
+            torch.manual_seed(0)
+            torch.testing.assert_close(made, model.sample(y))
+
+
 # -- what the guard says -----------------------------------------------------------------------
 
 

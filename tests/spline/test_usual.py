@@ -146,6 +146,12 @@ def test_it_passes_through_graphs_and_transforms(inverse, kind):
 
     torch._dynamo.reset()
     compiled = torch.compile(Module(), fullgraph=True, backend="aot_eager")
+    dynamic = torch.compile(
+        lambda *t: Module()(*Module()(*t)[:1], *t[1:]),
+        fullgraph=True,
+        backend="eager",
+        dynamic=True,
+    )
     exported = torch.export.export(Module(), tuple(tensors)).module()
     mapped = torch.func.vmap(Module())
     for function in (compiled, exported, mapped):
@@ -156,6 +162,9 @@ def test_it_passes_through_graphs_and_transforms(inverse, kind):
     grads = torch.autograd.grad(sum(o.sum() for o in compiled(*leaves)), leaves)
     others = torch.autograd.grad(sum(o.sum() for o in run(leaves, kind, inverse)), leaves)
     assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(grads, others, strict=True))
+    twice = run([run(leaves, kind, inverse)[0], *leaves[1:]], kind, inverse)
+    for a, b in zip(dynamic(*leaves), twice, strict=True):
+        assert torch.allclose(a, b, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowguard.spline import bin as rq
+from flowguard.spline import constants
 from flowguard.spline.bin import Cell
 from flowguard.spline.inplace.memory import Pair, Rows, Tensors
 
@@ -50,7 +50,7 @@ def squash(m: Rows, x: Tensor, bound: float | None, out: Tensor) -> Tensor:
     r"""Writes the shift, but for :func:`squash_factor`."""
     if bound is None:
         return out.copy_(x)
-    return torch.atan2(x, m.number(2 * bound / math.pi), out=out)
+    return torch.atan2(x, m.number(2 * bound / constants.pi()), out=out)
 
 
 @functools.lru_cache(maxsize=256)
@@ -60,7 +60,7 @@ def squash_factor(bound: float | None, double: bool) -> float:
     if bound is None:
         return 1.0
     kind = np.float64 if double else np.float32
-    right, limit = float(kind(math.pi / 2)), min(bound, float(kind(bound)))
+    right, limit = float(kind(constants.pi() / 2)), min(bound, float(kind(bound)))
     factor = kind(limit / right)
     while Fraction(float(factor)) * Fraction(right) > Fraction(limit):
         factor = np.nextafter(factor, kind(0))
@@ -72,7 +72,7 @@ def squash_pullback(m: Rows, x: Tensor, grad: Tensor, bound: float | None, out: 
     if bound is None:
         out.copy_(grad)
         return
-    y = torch.mul(x, m.number(math.pi / (2 * bound)), out=m.take())
+    y = torch.mul(x, m.number(constants.pi() / (2 * bound)), out=m.take())
     torch.div(grad, torch.addcmul(m.number(1.0), y, y, out=y), out=out)
 
 
@@ -157,16 +157,16 @@ def solve(m: Rows, z: Tensor, cell: Cell, steep: bool, sign: int = 1) -> Made:
 
 def published_slope(m: Rows, raw: Tensor, share: Tensor, out: Tensor) -> None:
     r"""Writes that of :func:`flowguard.spline.bin.published_slope`."""
-    torch.clamp(raw, max=rq.MAX_LOGIT[raw.dtype], out=share)
-    share.exp_().mul_(m.number(1 - rq.MIN_DERIVATIVE))
-    torch.add(share, m.number(rq.MIN_DERIVATIVE), out=out)
+    torch.clamp(raw, max=constants.max_logit(raw.dtype), out=share)
+    share.exp_().mul_(m.number(1 - constants.min_derivative()))
+    torch.add(share, m.number(constants.min_derivative()), out=out)
     share.div_(out)
 
 
 def published_pullback(m: Rows, grad: Tensor, raw: Tensor, share: Tensor, out: Tensor) -> None:
     r"""Writes the gradient to `raw` for that to the logarithm of the slope; overwrites the share."""
     torch.mul(share, grad, out=share)
-    torch.lt(raw, m.number(rq.MAX_LOGIT[raw.dtype]), out=out).mul_(share)
+    torch.lt(raw, m.number(constants.max_logit(raw.dtype)), out=out).mul_(share)
 
 
 def masked(

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flowguard.spline.bin import LOG2_E, Cell, Params
+from flowguard.spline import constants
+from flowguard.spline.bin import Cell, Params
 from flowguard.spline.inplace import bin as rq
 from flowguard.spline.inplace.memory import Layout, Pair, Rows, Tensors
-from flowguard.spline.many import CUT, ROOM, TOP
 from flowguard.spline.options import Options
 
 FOUND = 11  # numbers of each element's bin
@@ -121,11 +121,11 @@ def _locate(
     scale, floor = o.softmax(desk.bins)
     for uneven, part in zip(params, desk.logits, strict=False):
         # copies with bins first in memory: far faster by way of this operation than by a copy
-        torch.clamp(uneven, max=CUT, out=part)
+        torch.clamp(uneven, max=constants.most(), out=part)
     desk.last.zero_()
-    desk.softmax.mul_(m.number(LOG2_E)).exp2_()  # thrice as fast as exp
+    desk.softmax.mul_(m.number(constants.log2_e())).exp2_()  # thrice as fast as exp
     for part, ones in zip(desk.logits, uncut, strict=False):
-        torch.le(part, m.number(TOP), out=ones)
+        torch.le(part, m.number(constants.top()), out=ones)
     # The scaled softmaxes over logits and a zero, raised; and, from the end of the box, their sums.
     weight = torch.sum(desk.softmax, 1, keepdim=True, out=desk.weight)
     torch.div(m.number(scale), weight, out=weight)
@@ -175,7 +175,7 @@ def _inner_slope(m: Rows, desk: _Desk, rows: Tensors, o: Options) -> None:
     torch.sigmoid(desk.raw, out=p)
     torch.sub(mean, low, out=part)
     # The mean of both weights is away from zero, as one of them is.
-    torch.sub(high, mean, out=gain).clamp_(min=ROOM).lerp_(part, p)
+    torch.sub(high, mean, out=gain).clamp_(min=constants.room()).lerp_(part, p)
     torch.mul(part.div_(gain), p, out=ratio)
     torch.sub(high, low, out=span)
     torch.addcmul(low, span, ratio, out=d)
@@ -198,11 +198,11 @@ def _slope_pullback(
         rq.published_pullback(m, d.mul_(grad), desk.raw, p, to_raw)
         return None
     free = torch.sub(high, mean, out=d)
-    torch.gt(free, m.number(ROOM), out=free)
+    torch.gt(free, m.number(constants.room()), out=free)
     squashed = torch.ops.aten.sigmoid_backward.grad_input
     to_mean = squashed(mean.mul_(grad), p, grad_input=mean)
     spare = m.pair()[0]
-    torch.lerp(m.number(ROOM), span, free, out=spare).mul_(span)
+    torch.lerp(m.number(constants.room()), span, free, out=spare).mul_(span)
     to_mean.mul_(spare.div_(gain).div_(gain))
     squashed(span.mul_(grad), ratio, grad_input=to_raw)
     uncut = torch.lt(high, m.number(1 / o.low()), out=gain)

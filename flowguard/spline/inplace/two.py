@@ -71,7 +71,7 @@ def evaluate(m: Rows, outs: Tensors, v: Tensor, params: Params, o: Options) -> N
     torch.sub(ky if o.inverse else kx, z, alpha=1 / scale, out=z)
     end = torch.copysign(m.number(fraction), z, out=m.take())
     w, h = torch.add(end, kx, out=m.take()), torch.add(end, ky, out=m.take())
-    cell = Cell(kx, ky, w, h, d)
+    cell = Cell(kx, ky, w, h, d, 1.0)
     if o.inverse:
         made = rq.solve(m, z, cell, steep, sign=-1)
     else:
@@ -91,7 +91,7 @@ def pull_back(
     end = torch.copysign(m.number(fraction), z, out=m.take())
     torch.add(minus[0], end, out=size[0])
     m.give(end)
-    cell = Cell(mx, my, size[1], size[2], d)
+    cell = Cell(mx, my, size[1], size[2], d, 1.0)
 
     # In the units of the box, all gradients but that to x are smaller by the scale.
     gy, gl = rq.masked(m, outs, x, grads, o.bound)

@@ -11,11 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowguard.spline.bin import LOG2_E, Cell, Params
+from flowguard.spline import constants
+from flowguard.spline.bin import Cell, Params
 from flowguard.spline.inplace import bin as rq
 from flowguard.spline.inplace.memory import Layout, Pair, Rows, Tensors
 from flowguard.spline.options import Options, Usual
-from flowguard.spline.usual import FAR, STEEPEST, THRESHOLD, at_ends, sizes
+from flowguard.spline.usual import at_ends, sizes
 
 
 def layout(rows: int) -> Layout:
@@ -43,12 +44,12 @@ def _locate(m: Rows, x: Tensor, params: Params, o: Options, vertical: bool) -> _
     total, most = m.pair(), m.pair()
     for part, rows in zip(shares.unbind(), logits, strict=True):
         # copies with bins first in memory: far faster by way of this operation than by a copy
-        torch.clamp(rows, -FAR, FAR, out=part)
+        torch.clamp(rows, -constants.far(), constants.far(), out=part)
         if u.clip is not None:
             part.div_(_denominator(m, part, u.clip / 2, spare))
     torch.amax(shares, 1, out=most[0])
     # A power of two takes a third of the time of an exponential.
-    shares.sub_(most[0].unsqueeze(1)).mul_(m.number(LOG2_E)).exp2_()
+    shares.sub_(most[0].unsqueeze(1)).mul_(m.number(constants.log2_e())).exp2_()
     torch.sum(shares, 1, out=total[0])
     scaled = zip(shares.unbind(), total[1:], sizes(bins, o), strict=True)
     for part, whole, (scale, floor) in scaled:
@@ -72,7 +73,7 @@ def _locate(m: Rows, x: Tensor, params: Params, o: Options, vertical: bool) -> _
     if len(derivatives) < bins:
         raws[::bins].fill_(at_ends(u))
         inner = raws[1:-1]
-    torch.clamp(derivatives, -STEEPEST, STEEPEST, out=inner)
+    torch.clamp(derivatives, -constants.steepest(), constants.steepest(), out=inner)
     size, corner, raw = m.pair(), m.pair(), m.pair()
     for first, second, (_, one, other) in (
         (*shares, size),
@@ -98,9 +99,9 @@ def _slopes(m: Rows, raw: Pair, u: Usual, out: Pair) -> None:
     r"""Writes the slopes at both knots."""
     if u.clip is not None:
         _denominator(m, raw[0], u.clip, out[0])
-        torch.div(raw[0], out[0], out=out[0]).mul_(m.number(LOG2_E)).exp2_()
+        torch.div(raw[0], out[0], out=out[0]).mul_(m.number(constants.log2_e())).exp2_()
         return
-    torch.ops.aten.softplus.out(raw[0], 1.0, THRESHOLD, out=out[0])
+    torch.ops.aten.softplus.out(raw[0], 1.0, constants.threshold(), out=out[0])
     torch.addcmul(m.number(u.slope), out[0], m.number(u.gain), out=out[0])
 
 
@@ -109,10 +110,10 @@ def _slope_pullback(m: Rows, grad: Pair, raw: Pair, d: Pair, u: Usual) -> Tensor
     if u.clip is not None:
         below = _denominator(m, raw[0], u.clip, raw[0])
         return grad[0].mul_(d[0]).div_(below).div_(below)
-    uncut = torch.lt(raw[0], m.number(STEEPEST), out=d[0])
+    uncut = torch.lt(raw[0], m.number(constants.steepest()), out=d[0])
     uncut.mul_(grad[0]).mul_(m.number(u.gain))
     back = torch.ops.aten.softplus_backward.grad_input
-    return back(uncut, raw[0], 1.0, THRESHOLD, grad_input=grad[0])
+    return back(uncut, raw[0], 1.0, constants.threshold(), grad_input=grad[0])
 
 
 def evaluate(m: Rows, outs: Tensors, v: Tensor, params: Params, o: Options) -> None:
@@ -172,7 +173,7 @@ def pull_back(
         pulled.addcmul_(passed[1:], to_left[k + 1])
         torch.mul(pulled, share.sub_(m.number(floor)), out=out)
         if u.clip is not None:
-            torch.clamp(params[k], -FAR, FAR, out=share)
+            torch.clamp(params[k], -constants.far(), constants.far(), out=share)
             below = _denominator(m, share, u.clip / 2, spare)
             out.div_(below).div_(below)
     inner = outs[3]

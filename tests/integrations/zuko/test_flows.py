@@ -211,11 +211,15 @@ def test_arguments_reach_the_spline(cls):
         cls(3, 5, bogus=1)
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("cls", [RobustNSF, RobustCouplingFlow])
-def test_compiled_log_prob_agrees(cls):
-    flow = cls(3, 5, transforms=1, hidden_features=[8], bins=2)
+def test_compiled_log_prob_agrees(cls, dynamic):
+    flow = cls(3, 5, transforms=2, hidden_features=[8], bins=2)
     x, c = torch.randn(16, 3), torch.randn(16, 5)
-    compiled = torch.compile(lambda x, c: flow(c).log_prob(x), backend="aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x, c: flow(c).log_prob(x), backend="aot_eager", dynamic=dynamic
+    )
     assert torch.allclose(compiled(x, c), flow(c).log_prob(x), atol=1e-5)
 
 
