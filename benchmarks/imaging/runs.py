@@ -52,7 +52,8 @@ def train(task: str, run: Run, steps: int, options: Sequence[str]) -> None:
         ValueError: If it has more steps already, or was begun with other options.
     """
     note, asked = run.folder.with_name(f"{run.folder.name}.options"), " ".join(options)
-    if note.exists() and (begun := note.read_text(encoding="utf-8")) != asked:
+    known = run.folder.exists() and note.exists()  # not of a training that was refused
+    if known and (begun := note.read_text(encoding="utf-8")) != asked:
         raise ValueError(
             f"{run.folder} must be asked for with the options that it was begun with, {begun}; got"
             f" {asked}: name another folder by --out, or remove it"

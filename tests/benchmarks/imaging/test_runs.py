@@ -49,7 +49,10 @@ def test_a_run_is_begun_gone_on_with_and_left_when_it_is_finished(tmp_path, monk
 
 def test_a_run_is_not_taken_for_one_with_other_options(tmp_path, monkeypatch):
     run = Run(tmp_path / "runs" / "affine-seed1")
-    asked_of(monkeypatch, run, 20)
+    monkeypatch.setattr(runs, "main", lambda _: 2)
+    with pytest.raises(SystemExit):
+        runs.train("superres", run, 20, ["--lr", "much"])
+    asked_of(monkeypatch, run, 20)  # of what was refused nothing is left
     run.model.mkdir(parents=True)
     for done in (5, 20):
         monkeypatch.setattr(runs, "steps_done", lambda _, done=done: done)
