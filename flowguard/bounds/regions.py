@@ -257,7 +257,9 @@ class Region:
             box=torch.cat((self.box, more.box), dim=1),
             ball=torch.hypot(self.ball, more.ball),
             center=torch.cat((self.center, more.center), dim=1),
-            spread=torch.nn.functional.pad(self.spread, (0, 0, 0, features)),
+            spread=torch.cat(
+                (self.spread, self.spread.new_zeros(*shape, self.spread.shape[2])), dim=1
+            ),
             own=torch.cat((self.own, more.own), dim=1),
         )
 
