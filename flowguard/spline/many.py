@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from flowguard.spline import bin as rq
 from flowguard.spline import constants
@@ -24,6 +25,9 @@ from flowguard.spline.bin import Cell, Pair, Params
 from flowguard.spline.options import Options
 
 FEW = 7  # rows of parameters that the compiler reads from strided memory; more it copies first
+
+# The compiler of torch 2.6 ends at a backward that looks at strides; its loops are slower then.
+SEES_STRIDES = TorchVersion(torch.__version__) >= "2.7"
 
 Rows = Sequence[Tensor]  # of bins or knots, from left to right
 
@@ -38,14 +42,18 @@ class Softmax(NamedTuple):
     crossed: Tensor
 
 
+def _compiling() -> bool:
+    return SEES_STRIDES and torch.compiler.is_compiling()
+
+
 def _once(made: Tensor) -> Tensor:
     r"""Lets the compiler work out once what is used often, as a view wants memory to look at."""
-    return made.as_strided(made.shape, made.stride()) if torch.compiler.is_compiling() else made
+    return made.as_strided(made.shape, made.stride()) if _compiling() else made
 
 
 def _is_strided(x: Tensor) -> bool:
     r"""Whether the compiler would see strided loads."""
-    return torch.compiler.is_compiling() and x.dim() > 0 and x.stride(-1) != 1
+    return _compiling() and x.dim() > 0 and x.stride(-1) != 1
 
 
 def _rows(params: Sequence[Tensor]) -> list[Rows]:
