@@ -30,7 +30,7 @@ def sizes(bins: int, o: Options) -> list[tuple[float, float]]:
     r"""What the softmax of widths, and that of heights, is multiplied by and then raised by."""
     assert o.usual is not None
     box = 2 * o.bound
-    return [(box * (1 - bins * least), box * least) for least in o.usual[:2]]
+    return [(box * (1 - bins * least), box * least) for least in (o.usual.width, o.usual.height)]
 
 
 def at_ends(u: Usual) -> float:
