@@ -9,6 +9,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,6 +23,12 @@ with contextlib.suppress(ImportError):
 # The tensors of the tests are small: a second thread costs more than it brings, and the processes
 # that share the tests need the cores.
 torch.set_num_threads(1)
+
+# What the compiler of torch 2.6 looks for in a graph it looks for along all ways: see docs/speed.md.
+if TorchVersion(torch.__version__) < "2.7":
+    import torch._functorch.config
+
+    torch._functorch.config.ban_recompute_used_far_apart = False
 
 # No test depends on how busy the machine is.
 hypothesis.settings.register_profile("flowguard", deadline=None)

@@ -12,7 +12,6 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.distributions import Transform
 from torch.func import grad, jacfwd, jacrev, vmap
-from torch.torch_version import TorchVersion
 
 from flowguard.transforms import (
     AdditiveTransform,
@@ -50,9 +49,6 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-12}
 LADJ_TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-11}
 
 ZEROS = torch.zeros(7)
-
-# What torch 2.6 looks for in the graph of both directions it looks for along all ways: docs/speed.md.
-BANS = TorchVersion(torch.__version__) >= "2.7"
 
 ROWS = pytest.mark.parametrize("name", TABLE)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
@@ -213,8 +209,7 @@ def test_compiles_to_one_graph(name):
     for p in params:  # numbers of bins are known: the backward cannot ask for strides that are not
         if p.dim() > 1:
             torch._dynamo.mark_static(p, p.dim() - 1)
-    with torch._functorch.config.patch(ban_recompute_used_far_apart=BANS):
-        outs = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=True)(x, *params)
+    outs = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=True)(x, *params)
     others = call(x, *params)
     for out, expected in zip(outs, others, strict=True):
         torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)

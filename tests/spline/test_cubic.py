@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from safetensors.torch import load_file
 from torch.autograd import gradcheck, gradgradcheck
+from torch.torch_version import TorchVersion
 
 from flowguard.spline.cubic import cubic_b_spline
 
@@ -325,6 +326,10 @@ def test_torture(values, x, inverse):
 
 @DIRECTIONS
 def test_compile(inverse):
+    if not inverse and TorchVersion(torch.__version__) < "2.7":
+        pytest.skip(
+            "the C++ that torch 2.6 makes of this backward ends in an assertion of its own"
+        )
     arguments = [v.requires_grad_() for v in parameters((100,), torch.float32)]
 
     def f(x, gaps, controls):
