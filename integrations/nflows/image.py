@@ -241,9 +241,7 @@ class ConditionalMultiscaleTransform(MultiscaleCompositeTransform):
         images = len(self._shape) == 3
         if isinstance(context, Mapping):
             context = list(context.values())
-        if isinstance(
-            context, (list, tuple)
-        ):  # no union, which the compiler of torch 2.6 stops at
+        if isinstance(context, (list, tuple)):  # the compiler of torch 2.6 stops at a union
             return self._plan_maps([cut(m) for m in context], images)
         if not isinstance(context, Tensor) or context.dim() != 4 or not images:
             return self._level_shapes, [context] * self._num_transforms
