@@ -77,9 +77,7 @@ def invert(y: Tensor, groups: Sequence[Tensor], solve: Solve) -> tuple[Tensor, T
         >>> invert(y, [torch.tensor([i]) for i in range(3)], solve)[0]
         tensor([1., 2., 4.])
     """
-    # One feature after another in memory, as they are worked out.
-    x = torch.zeros_like(y.movedim(-1, 0), memory_format=torch.contiguous_format).movedim(0, -1)
-    total = None
+    x, total = torch.zeros_like(y), None
     for features in groups:
         new, ladj = solve(x, features)
         if new.shape[:-1] != x.shape[:-1] or new.dtype != x.dtype:
@@ -90,7 +88,7 @@ def invert(y: Tensor, groups: Sequence[Tensor], solve: Solve) -> tuple[Tensor, T
         x = write(-1, features, new)
         if ladj is not None:
             total = ladj if total is None else total + ladj
-    return x.contiguous(), total
+    return x, total
 
 
 def order_of(parents: Tensor, most: int) -> list[Tensor] | None:
@@ -458,14 +456,16 @@ def inverse_in_passes(
         >>> torch.allclose(y_again, y, atol=1e-6)
         True
     """
-    new, values = y[..., :0], y.movedim(-1, 0).contiguous()
+    new = y[..., :0]
+    values = y.movedim(-1, 0).contiguous()  # in memory feature by feature, as they are worked out
 
     def step(_: Tensor, features: Tensor) -> tuple[Tensor, Tensor | None]:
         nonlocal new
         new, ladj = solve(values.index_select(0, features).movedim(0, -1), net(new), features)
         return new, ladj
 
-    return invert(y, groups, step)
+    x, total = invert(values.movedim(0, -1), groups, step)
+    return x.contiguous(), total
 
 
 #: Where torch keeps its activations, and those among them that mix features.

@@ -6,6 +6,7 @@ import torch.nn as nn
 
 from flowguard.autoregression import (
     RowsOfFeatures,
+    inverse_in_passes,
     invert,
     is_elementwise,
     order_of,
@@ -44,6 +45,27 @@ def test_a_context_of_more_rows_than_what_is_mapped_makes_as_many(grad):
     if grad:
         x.sum().backward()
         assert c.grad.tolist() == [[0.0, -1.0]] * 3
+
+
+def test_what_is_solved_with_and_what_is_returned_can_be_viewed():
+    y, groups = torch.randn(5, 3), [torch.tensor([k]) for k in range(3)]
+
+    def solve(x, features):  # networks of users may do so with their input
+        return y[:, features] - x.view(-1).view(5, 3).sum(-1, keepdim=True), None
+
+    def in_passes(values, told, features):
+        return values - told, None
+
+    made = invert(y, groups, solve)[0]
+    known = torch.zeros(5, 1)
+
+    def net(new):
+        nonlocal known
+        known = known + new.sum(-1, keepdim=True)
+        return known
+
+    again = inverse_in_passes(net, y, groups, in_passes)[0]
+    assert torch.equal(made.view(-1), again.view(-1))
 
 
 def test_a_narrowed_network_speaks_of_some_features_and_leaves_the_old_one_as_it_is():
