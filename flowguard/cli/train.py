@@ -40,7 +40,10 @@ UNSAID |= {"pixel_weight": 0.0}
 UNBOUNDED = ("affine", "reparametrized")
 #: Options that name folders of pictures, and what else is to be read.
 FOLDERS = ("data", "pairs", "val", "val_pairs", "ood")
-PLACES = (*FOLDERS, "encoder_weights")
+PLACES = (*FOLDERS, "encoder_weights", "model")
+#: What a model is: a trained one, from which a run begins, says it of itself.
+OF_MODEL = ("coupling", "bins", "scale", "levels", "flow_steps", "hidden", "no_residual")
+OF_MODEL += ("features", "encoder", "encoder_weights", "encoder_blocks")
 #: What is no option of a run: it says which run is meant.
 MEANT = ("out", "resume", "config", "print_config", "given", "version")
 #: Where processes that work together find their number.
@@ -170,6 +173,15 @@ def _add_data(train: Parser) -> None:
 
 def _add_model(train: Parser) -> None:
     train.add_argument(
+        "--model",
+        type=folder,
+        metavar="DIR",
+        help=(
+            "folder of a trained model, or the name of one of the package's, with whose weights the"
+            " run begins; what it is (--coupling to --encoder-blocks) follows from it"
+        ),
+    )
+    train.add_argument(
         "--coupling",
         default="robust",
         choices=("affine", "reparametrized", "robust", "bspline"),
@@ -205,8 +217,8 @@ def _add_model(train: Parser) -> None:
         type=number(0.0, 1e3),
         metavar="X",
         help=(
-            "how far from [0, 1] pictures may lie; 0: anywhere (default: 0.25; 0 for the affine"
-            " couplings, whose artefacts it would hide)"
+            "how far from [0, 1] pictures may lie; 0: anywhere (default: that of --model; 0.25; 0 for"
+            " the affine couplings, whose artefacts it would hide)"
         ),
     )
     train.add_argument(
@@ -363,8 +375,8 @@ def _add_trainer(train: Parser) -> None:
         choices=("warn", "report", "raise", "shrink"),
         help=(
             "what the guard does with strange conditions: tell, keep to itself, refuse, or pull"
-            " what the encoder makes of them back to what it knows, and tell (default: shrink for"
-            " superres; warn for lowlight and for the affine couplings)"
+            " what the encoder makes of them back to what it knows, and tell (default: that of"
+            " --model; shrink for superres; warn for lowlight and for the affine couplings)"
         ),
     )
     train.add_argument(
@@ -372,7 +384,10 @@ def _add_trainer(train: Parser) -> None:
         type=number(0.5, 1.0),
         default=0.95,
         metavar="X",
-        help="share of held-out pixels that shrink leaves as they are (default: 0.95)",
+        help=(
+            "share of held-out pixels that shrink leaves as they are (default: that of --model;"
+            " 0.95)"
+        ),
     )
     train.add_argument(
         "--precision",
@@ -432,8 +447,8 @@ def first_process() -> bool:
 
 def _place(option: str, path: str) -> str:
     r"""The whole name of a place, which may be that of a model of the package's."""
-    if option == "encoder_weights":
-        return os.path.abspath(found(path, "--encoder-weights"))
+    if option in ("encoder_weights", "model"):
+        return os.path.abspath(found(path, f"--{option.replace('_', '-')}"))
     return os.path.abspath(path)
 
 
@@ -448,6 +463,8 @@ def _begin(args: Any) -> None:
         if getattr(args, name) is not None:
             setattr(args, name, _place(name, getattr(args, name)))
     paths(args, "out")
+    if args.model is not None:
+        _go_by_the_model(args)
     if args.margin is None:
         from flowguard.models.base import MARGIN
 
@@ -476,6 +493,41 @@ def _begin(args: Any) -> None:
     _refuse_a_run(args.out)
     if args.out.is_dir() and any(args.out.iterdir()):
         raise UserError(f"--out must be a new or an empty folder; {args.out} holds other files")
+
+
+def _go_by_the_model(args: Any) -> None:
+    r"""Takes what is not given from the model that the run begins with."""
+    usual = parser().get_defaults()  # a file of options may say otherwise
+    _leave_to_the_model(
+        {n: v for n, v in vars(args).items() if n in args.given or v != usual.get(n)}
+    )
+    model = _trained(args.model)
+    task = TASKS[type(model).__name__ == "LowLightFlow"]
+    if "task" in args.given and args.task != task:
+        raise UserError(f"--model must name a model of {args.task}; {args.model} is of {task}")
+    args.task = task
+    conditioner = model.conditioner
+    if args.margin is None:
+        args.margin = model.margin or 0.0
+    if args.policy is None:
+        args.policy = conditioner.policy
+    if "boundary" not in args.given:
+        args.boundary = max(0.5, conditioner.boundary)
+
+
+def _leave_to_the_model(given: dict[str, Any]) -> None:
+    for name in OF_MODEL:
+        if name in given:
+            raise UserError(
+                f"--{name.replace('_', '-')} must be left out with --model, which says it of itself;"
+                f" got {given[name]}"
+            )
+
+
+def _trained(path: Path) -> Any:
+    from flowguard.cli.enhance import load_model
+
+    return load_model(path, ("SuperResolutionFlow", "LowLightFlow"), "cpu")
 
 
 def _lies_in(inner: Path, outer: str) -> bool:
@@ -509,6 +561,8 @@ def _resume(args: Any) -> None:
             raise UserError("data must name a folder; got nothing")
     except UserError as error:
         raise UserError(f"--resume: {place / 'config.yaml'}: {error}") from None
+    if saved["model"] is not None:
+        _leave_to_the_model(given)
     for name, value in given.items():
         if name in MEANT:
             continue
@@ -601,20 +655,24 @@ def _run(args: Any, held: contextlib.ExitStack) -> int:
         )
     try:
         torch.manual_seed(args.seed)
-        model = build.build(
-            args.task,
-            coupling=_coupling(args),
-            scale=args.scale,
-            levels=args.levels,
-            steps=args.flow_steps,
-            hidden=args.hidden,
-            features=args.features,
-            blocks=args.encoder_blocks,
-            encoder=kept_encoder(place.encoder) if place.encoder.exists() else args.encoder,
-            weights=args.encoder_weights,
-            margin=args.margin or None,
-            residual=not args.no_residual,
-        )
+        if args.model is None:
+            model = build.build(
+                args.task,
+                coupling=_coupling(args),
+                scale=args.scale,
+                levels=args.levels,
+                steps=args.flow_steps,
+                hidden=args.hidden,
+                features=args.features,
+                blocks=args.encoder_blocks,
+                encoder=kept_encoder(place.encoder) if place.encoder.exists() else args.encoder,
+                weights=args.encoder_weights,
+                margin=args.margin or None,
+                residual=not args.no_residual,
+            )
+        else:
+            source = place.start if place.began else args.model
+            model = build.begun(_trained(source), args.margin or None)
         if frozen:
             model.freeze_encoder()
         multiple = model.scale * model.multiple
@@ -637,6 +695,8 @@ def _run(args: Any, held: contextlib.ExitStack) -> int:
         place.sweep()
         if args.encoder_weights is not None and not place.encoder.exists():
             keep_encoder(model.conditioner.get_submodule("encoder"), place.encoder)
+        if args.model is not None and not place.began:
+            model.save_pretrained(place.start)
         _write_config(args, place.config)
 
     optimization = Optimization(
@@ -732,9 +792,10 @@ def _frozen(args: Any) -> bool:
             f"--encoder-lr must be 0, or be left out, with --freeze-encoder; got {args.encoder_lr:g}"
         )
     frozen: bool = args.freeze_encoder or args.encoder_lr == 0
-    if frozen and args.encoder_weights is None:
+    if frozen and args.encoder_weights is None and args.model is None:
         raise UserError(
-            "--encoder-weights must be given with a frozen encoder, which would stay untrained"
+            "--encoder-weights, or --model, must be given with a frozen encoder, which would stay"
+            " untrained"
         )
     return frozen
 
@@ -808,6 +869,7 @@ def _write_config(args: Any, file: Path) -> None:
 
     from flowguard.io.atomic import write_text
 
-    options = {k: v for k, v in vars(args).items() if k not in MEANT}
+    unsaid = MEANT if args.model is None else (*MEANT, *OF_MODEL)
+    options = {k: v for k, v in vars(args).items() if k not in unsaid}
     options["threads"] = torch.get_num_threads()
     write_text(file, yaml.safe_dump({"version": VERSION, **options}, sort_keys=False))

@@ -1,6 +1,6 @@
-r"""The models that are trained from a folder."""
+r"""The models that are trained from a folder: fresh ones, and trained ones that go on."""
 
-__all__ = ["TASKS", "build"]
+__all__ = ["TASKS", "begun", "build"]
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from torch import nn
 
 from flowguard.image.maps import Coupling
 from flowguard.models import LowLightFlow, SuperResolutionFlow
-from flowguard.models.base import MARGIN
+from flowguard.models.base import MARGIN, ImageModel
 from flowguard.training.encoders import encoder_for
 
 #: What can be trained.
@@ -90,3 +90,25 @@ def build(
         margin=margin,
         residual=residual,
     )
+
+
+def begun(model: ImageModel, margin: float | None) -> ImageModel:
+    r"""Returns a trained model as training begins with it: in float32 and training mode, and without
+    its guard, which knows what its encoder made before.
+
+    Arguments:
+        model: The model, which is changed.
+        margin: How far from :math:`[0, 1]` images may lie; see :meth:`ImageModel.limit`.
+
+    Raises:
+        ValueError: If the margin does not fit.
+
+    Example:
+        >>> from flowguard.models import SuperResolutionFlow
+        >>> model = begun(SuperResolutionFlow.from_pretrained("superres-x4"), margin=0.25)
+        >>> model.training, model.conditioner.fitted
+        (True, False)
+    """
+    conditioner = model.conditioner
+    conditioner.guard, conditioner.policy = conditioner.guard.fresh(), "warn"
+    return model.float().requires_grad_().limit(margin).train()

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from flowguard.io.atomic import sweep
+from flowguard.models import store
 from flowguard.training import guard
 from flowguard.training.callbacks import (
     LAST,
@@ -49,7 +50,7 @@ WRITTEN = (
     *("config.yaml", "metrics.csv", "validation.csv", "outside.csv", "report.html"),
     *("encoder.safetensors", f"checkpoints/{LAST}"),
     *("pictures/held-out.png", "pictures/strange.png"),
-    *(f"{model}/{name}" for model in ("best", "model") for name in MODEL_FILES),
+    *(f"{model}/{name}" for model in ("start", "best", "model") for name in MODEL_FILES),
 )
 
 
@@ -69,9 +70,9 @@ class Run:
     Arguments:
         folder: The folder. It holds ``config.yaml``, the options; ``metrics.csv``, a row for each
             step; ``validation.csv``, a row for each validation; ``checkpoints``, from which the
-            run can go on, and ``encoder.safetensors``, if the encoder was read from elsewhere;
-            ``best`` and ``model``, the model at the best validation and in the
-            end, which other commands take.
+            run can go on, and ``encoder.safetensors`` or ``start``, if the encoder or the model
+            was read from elsewhere; ``best`` and ``model``, the model at the best validation and in
+            the end, which other commands take.
     """
 
     folder: Path
@@ -90,6 +91,16 @@ class Run:
     def encoder(self) -> Path:
         r"""The encoder as the run began with it, if it was read from elsewhere."""
         return self.folder / "encoder.safetensors"
+
+    @property
+    def start(self) -> Path:
+        r"""The model that the run began with, without its guard, if it was read from elsewhere."""
+        return self.folder / "start"
+
+    @property
+    def began(self) -> bool:
+        r"""Whether that model is there, and whole."""
+        return (self.start / store.CONFIG).exists()  # which is written last
 
     @property
     def best(self) -> Path:
