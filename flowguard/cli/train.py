@@ -42,8 +42,10 @@ UNBOUNDED = ("affine", "reparametrized")
 FOLDERS = ("data", "pairs", "val", "val_pairs", "ood")
 PLACES = (*FOLDERS, "encoder_weights", "model")
 #: What a model is: a trained one, from which a run begins, says it of itself.
-OF_MODEL = ("coupling", "bins", "scale", "levels", "flow_steps", "hidden", "no_residual")
-OF_MODEL += ("features", "encoder", "encoder_weights", "encoder_blocks")
+OF_MODEL = (
+    *("coupling", "bins", "scale", "levels", "flow_steps", "hidden", "no_residual"),
+    *("features", "encoder", "encoder_weights", "encoder_blocks"),
+)
 #: What is no option of a run: it says which run is meant.
 MEANT = ("out", "resume", "config", "print_config", "given", "version")
 #: Where processes that work together find their number.

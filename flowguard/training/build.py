@@ -3,7 +3,7 @@ r"""The models that are trained from a folder: fresh ones, and trained ones that
 __all__ = ["TASKS", "begun", "build"]
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -11,6 +11,8 @@ from flowguard.image.maps import Coupling
 from flowguard.models import LowLightFlow, SuperResolutionFlow
 from flowguard.models.base import MARGIN, ImageModel
 from flowguard.training.encoders import encoder_for
+
+M = TypeVar("M", bound=ImageModel)
 
 #: What can be trained.
 TASKS = ("superres", "lowlight")
@@ -92,7 +94,7 @@ def build(
     )
 
 
-def begun(model: ImageModel, margin: float | None) -> ImageModel:
+def begun(model: M, margin: float | None) -> M:
     r"""Returns a trained model as training begins with it: in float32 and training mode, and without
     its guard, which knows what its encoder made before.
 

@@ -7,7 +7,7 @@ import copy
 import itertools
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from torch.utils.data import Dataset
 from flowguard.io.pictures import ImageError
 from flowguard.models.base import ImageModel
 from flowguard.ood.conditioner import Policy
+from flowguard.ood.fingerprint import fingerprint
+from flowguard.ood.levels import LevelSet
 from flowguard.ood.state import gather
 
 
@@ -37,6 +39,7 @@ class Conditions:
             :class:`flowguard.OODConditioner`.
         boundary: The quantile of the calibration's pixels beyond which ``"shrink"`` moves an
             embedding back.
+        kept: The guard that was made last: it serves as long as the encoder stays what it is.
     """
 
     training: Dataset[Any]
@@ -47,6 +50,7 @@ class Conditions:
     seed: int = 0
     policy: Policy = "warn"
     boundary: float = 0.999
+    kept: list[LevelSet] = field(default_factory=list, compare=False, repr=False)
 
     def to_fit(self, rank: int, world: int) -> Iterator[Tensor]:
         r"""Yields conditions with shape :math:`(1, C, H, W)`: the share of one process.
@@ -95,6 +99,11 @@ def guarded(
     made = copy.deepcopy(model).float().eval()  # that other commands take
     made.conditioner.policy = conditions.policy
     made.conditioner.boundary = conditions.boundary
+    mark = _mark(made.conditioner.guard, fingerprint(made.conditioner.encoder))
+    for held in conditions.kept:
+        if _mark(held, held.fingerprint) == mark:
+            made.conditioner.guard = copy.deepcopy(held)
+            return made
     together = world > 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # few crops: it is said of them once
@@ -103,7 +112,13 @@ def guarded(
         made.conditioner.calibrate(
             conditions.to_calibrate(rank, world), progress=False, distributed=together
         )
+    conditions.kept[:] = [copy.deepcopy(made.conditioner.guard)]
     return made
+
+
+def _mark(guard: LevelSet, encoder: str) -> tuple[Any, ...]:
+    r"""What a guard depends on, beside the conditions."""
+    return encoder, guard.shrinkage, guard.normalize, guard.statistic
 
 
 def _share(conditions: Conditions, rank: int, world: int) -> tuple[Iterator[Tensor], bool]:

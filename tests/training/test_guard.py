@@ -117,3 +117,25 @@ def test_a_guard_has_the_policy_and_the_boundary_that_it_is_given(tmp_path):
     assert (conditioner.policy, conditioner.boundary) == ("shrink", 0.95)
     conditioner = guarded(model(), conditions()).conditioner
     assert (conditioner.policy, conditioner.boundary) == ("warn", 0.999)
+
+
+def test_a_guard_is_made_once_for_each_state_of_the_encoder():
+    made, given = model(), conditions()
+    seen = []
+    made.conditioner.encoder.register_forward_hook(lambda *_: seen.append(1))  # copies have it
+    first = guarded(made, given)
+    asked = len(seen)
+    assert asked > 0
+    with torch.no_grad():
+        next(made.flow.parameters()).add_(1.0)  # which the guard does not depend on
+    again = guarded(made, given)
+    assert len(seen) == asked
+    assert again.conditioner.guard is not first.conditioner.guard
+    assert all(torch.equal(v, moments(first)[k]) for k, v in moments(again).items())
+    again(torch.rand(1, 3, 32, 32), torch.rand(1, 3, 16, 16))  # scored: the seal holds
+    with torch.no_grad():
+        next(made.conditioner.encoder.parameters()).mul_(1.5)
+    changed, fresh = guarded(made, given), guarded(made, conditions())
+    assert len(seen) > asked
+    assert all(torch.equal(v, moments(fresh)[k]) for k, v in moments(changed).items())
+    assert not all(torch.equal(v, moments(first)[k]) for k, v in moments(changed).items())
