@@ -17,6 +17,7 @@ __all__ = [
 ]
 
 import abc
+import contextlib
 import math
 import time
 import warnings
@@ -33,6 +34,7 @@ from flowguard.bounds import certify
 from flowguard.demo.run import Sampled, artefact_mask, bits_of
 from flowguard.demo.task import NOISE
 from flowguard.io.folder import PictureFiles, find, survey
+from flowguard.models.base import Given, ImageCondition
 from flowguard.ood import OODReport
 from flowguard.ood.metrics import decile_curve, level_maps
 from flowguard.training.outside import middle, raw_condition, strangeness
@@ -254,12 +256,29 @@ def _tile(model: Any, y: Tensor) -> Any:
     return "auto" if rows * columns * model.scale**2 > LARGE else None
 
 
-def _sample(model: Any, y: Tensor, count: int, temperature: float, generator: Any) -> Tensor:
+def _sample(model: Any, y: Given, count: int, temperature: float, generator: Any) -> Tensor:
+    tile = None if isinstance(y, ImageCondition) else _tile(model, y)
+    with _silent():
+        made: Tensor = model.sample(y, count, temperature, generator, tile=tile)
+    return made
+
+
+def _given(model: Any, y: Tensor) -> Given:
+    r"""What all that is asked about a condition can share; of a large one, which takes tiles, it
+    is the condition itself."""
+    if _tile(model, y) is not None:
+        return y
+    with torch.no_grad(), _silent():
+        given: ImageCondition = model.condition(y)
+    return given
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
     with warnings.catch_warnings():
         # What is strange here is meant, and told in the tables.
         warnings.simplefilter("ignore", UserWarning)
-        made: Tensor = model.sample(y, count, temperature, generator, tile=_tile(model, y))
-    return made
+        yield
 
 
 def _guard_of(model: Any) -> OODReport | None:
@@ -296,18 +315,18 @@ def held_row(study: Study, model: Any, held: Held) -> Row:
     """
     o, (_, x, y) = study.options, held
     generator = torch.Generator(device=y.device).manual_seed(o.seed)
-    mean = _sample(model, y, 1, 0.0, None)[0]
     start = time.process_time()
-    first = _sample(model, y, 1, TEMPERATURE, generator)
+    given = _given(model, y)
+    first = _sample(model, given, 1, TEMPERATURE, generator)
     seconds = time.process_time() - start
     report = _guard_of(model)
+    mean = _sample(model, given, 1, 0.0, None)[0]
     row: Row = dict(study.quality(mean, held))
     row |= {f"sample_{name}": value for name, value in study.quality(first[0], held).items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        row |= {"bits_per_dim": bits_of(model, x, y, o.seed, draws=1), "seconds": seconds}
+    with _silent():
+        row |= {"bits_per_dim": bits_of(model, x, given, o.seed, draws=1), "seconds": seconds}
     if o.samples > 1:
-        more = _sample(model, y, o.samples - 1, TEMPERATURE, generator)
+        more = _sample(model, given, o.samples - 1, TEMPERATURE, generator)
         row["diversity"] = float(metrics.diversity(torch.cat((first, more)), x))
     if report is not None:
         row["score"] = float(strangeness(report)[0])

@@ -30,6 +30,7 @@ from flowguard.demo.lowlight import LowLightTask
 from flowguard.demo.superres import SuperResolutionTask
 from flowguard.demo.task import CALIBRATION_CROPS, NOISE, Model, Question, Task
 from flowguard.io.atomic import strict_json
+from flowguard.models.base import Given
 from flowguard.ood import OODReport
 from flowguard.training.loop import TrainingResult, train
 
@@ -225,14 +226,14 @@ def split(image: Tensor) -> tuple[Tensor, Tensor]:
     return image[..., :cut], image[..., cut:]
 
 
-def bits_of(model: Model, target: Tensor, y: Tensor, seed: int, draws: int = 4) -> float:
+def bits_of(model: Model, target: Tensor, y: Given, seed: int, draws: int = 4) -> float:
     r"""Returns an upper bound of the bits per dimension that a picture takes, over some draws of
     the dequantisation noise.
 
     Arguments:
         model: The model.
         target: The picture, with shape :math:`(1, 3, H, W)`.
-        y: Its condition.
+        y: Its condition, or what :meth:`ImageModel.condition` made of it.
         seed: The seed of the noise.
         draws: How many there are; of a large picture one will do.
     """
