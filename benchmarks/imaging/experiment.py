@@ -77,6 +77,8 @@ def experiment(
 
 def _run(task: str, study: type[Study], args: argparse.Namespace, options: Sequence[str]) -> None:
     between(args.page.read_text(encoding="utf-8"), args.part, "")  # told before the work
+    if not args.data.is_dir():
+        raise FileNotFoundError(f"--data must name a folder; there is no {args.data}")
     data = args.data / args.train_on
     common = ["--data", str(data), "--crop", str(args.crop_size), *options, *args.train]
     common = [word.replace("{data}", str(args.data)) for word in common]

@@ -10,8 +10,11 @@ __all__ = [
     "Study",
     "artefact_auroc",
     "artefact_spearman",
+    "guard_of",
     "held_row",
     "model_row",
+    "sample",
+    "shared",
     "some",
     "strange_row",
 ]
@@ -256,32 +259,51 @@ def _tile(model: Any, y: Tensor) -> Any:
     return "auto" if rows * columns * model.scale**2 > LARGE else None
 
 
-def _sample(model: Any, y: Given, count: int, temperature: float, generator: Any) -> Tensor:
+def sample(model: Any, y: Given, count: int, temperature: float, generator: Any) -> Tensor:
+    r"""Returns samples, without a word of the guard: what is strange here is meant, and told in the
+    tables.
+
+    Arguments:
+        model: The model, in evaluation mode.
+        y: The condition, or what :func:`shared` made of it.
+        count: How many.
+        temperature: Their temperature.
+        generator: A source of randomness, or :py:`None`.
+    """
     tile = None if isinstance(y, ImageCondition) else _tile(model, y)
     with _silent():
         made: Tensor = model.sample(y, count, temperature, generator, tile=tile)
     return made
 
 
-def _given(model: Any, y: Tensor) -> Given:
-    r"""What all that is asked about a condition can share; of a large one, which takes tiles, it
-    is the condition itself."""
+def shared(model: Any, y: Tensor) -> Given:
+    r"""Returns what all that is asked about a condition can share; of a large one, which takes tiles,
+    the condition itself.
+
+    Arguments:
+        model: The model, in evaluation mode.
+        y: The condition.
+    """
     if _tile(model, y) is not None:
         return y
     with torch.no_grad(), _silent():
-        given: ImageCondition = model.condition(y)
-    return given
+        made: ImageCondition = model.condition(y)
+    return made
 
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
     with warnings.catch_warnings():
-        # What is strange here is meant, and told in the tables.
         warnings.simplefilter("ignore", UserWarning)
         yield
 
 
-def _guard_of(model: Any) -> OODReport | None:
+def guard_of(model: Any) -> OODReport | None:
+    r"""Returns what the guard said of the last condition, if there is a calibrated one.
+
+    Arguments:
+        model: The model.
+    """
     report: OODReport | None = model.conditioner.report
     return report
 
@@ -316,17 +338,17 @@ def held_row(study: Study, model: Any, held: Held) -> Row:
     o, (_, x, y) = study.options, held
     generator = torch.Generator(device=y.device).manual_seed(o.seed)
     start = time.process_time()
-    given = _given(model, y)
-    first = _sample(model, given, 1, TEMPERATURE, generator)
+    given = shared(model, y)
+    first = sample(model, given, 1, TEMPERATURE, generator)
     seconds = time.process_time() - start
-    report = _guard_of(model)
-    mean = _sample(model, given, 1, 0.0, None)[0]
+    report = guard_of(model)
+    mean = sample(model, given, 1, 0.0, None)[0]
     row: Row = dict(study.quality(mean, held))
     row |= {f"sample_{name}": value for name, value in study.quality(first[0], held).items()}
     with _silent():
         row |= {"bits_per_dim": bits_of(model, x, given, o.seed, draws=1), "seconds": seconds}
     if o.samples > 1:
-        more = _sample(model, given, o.samples - 1, TEMPERATURE, generator)
+        more = sample(model, given, o.samples - 1, TEMPERATURE, generator)
         row["diversity"] = float(metrics.diversity(torch.cat((first, more)), x))
     if report is not None:
         row["score"] = float(strangeness(report)[0])
@@ -349,8 +371,8 @@ def strange_row(study: Study, model: Any, strange: Strange) -> Row:
     # What is padded would be scored too, and shift the map against the picture.
     y = data.crop_to_multiple(strange.condition, model.multiple)
     generator = torch.Generator(device=y.device).manual_seed(study.options.seed)
-    x = _sample(model, y, 1, TEMPERATURE, generator)[0]
-    report = _guard_of(model)
+    x = sample(model, y, 1, TEMPERATURE, generator)[0]
+    report = guard_of(model)
     mask = artefact_mask(x, y)
     row: Row = {
         "pixels": mask.numel(),

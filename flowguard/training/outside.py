@@ -207,8 +207,14 @@ def _silent() -> Iterator[None]:
         yield
 
 
-def _bent(samples: Tensor, margin: float) -> float:
-    r"""The share of pixels that a limit has moved, which is told by where they lie."""
+def bent(samples: Tensor, margin: float) -> float:
+    r"""Returns the share of pixels that a limit has moved by more than 0.05, which is told by where
+    they lie.
+
+    Arguments:
+        samples: Images of a model.
+        margin: Its margin; see :meth:`ImageModel.limit`.
+    """
     free, _ = limited(samples, margin, inverse=True)
     return float(((free - samples).abs() > BENT).double().mean())
 
@@ -244,13 +250,13 @@ def ask(
             }
             numbers = _means("", usual, list(found.values()))
             if model.margin is not None:
-                shares = [_bent(samples, model.margin) for samples, *_ in found.values()]
+                shares = [bent(samples, model.margin) for samples, *_ in found.values()]
                 numbers["bent"] = sum(shares) / len(shares)
             if asked.folder is not None:
                 strange = _sampled(model, asked.folder.to(device), seed)
                 numbers |= _means("folder_", usual, [strange])
                 if model.margin is not None:
-                    numbers["folder_bent"] = _bent(strange[0], model.margin)
+                    numbers["folder_bent"] = bent(strange[0], model.margin)
         numbers["certificate"] = certify(model).bound(NOISE)
         with torch.autocast(device.type, enabled=False), _silent():
             # A multiple, so that nothing is padded: the residual is over what was given.
