@@ -1,0 +1,74 @@
+"""What the card of a model says, from the command line."""
+
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+for needed in ("matplotlib", "sklearn", "torchmetrics"):
+    pytest.importorskip(needed)
+Image = pytest.importorskip("PIL.Image")
+
+import card  # noqa: E402
+
+from flowguard import data  # noqa: E402
+from flowguard.models import PyramidEncoder, SuperResolutionFlow  # noqa: E402
+from flowguard.training.validation import luma_psnr, restored  # noqa: E402
+
+
+@pytest.fixture
+def sets(tmp_path):
+    rng = np.random.default_rng(0)
+    for place in ("set5/a_HR", "set14/a_HR", "bsd100/a_HR", "kodak24/a", "realsrset/a"):
+        file = tmp_path / "data" / f"{place}.png"
+        file.parent.mkdir(parents=True)
+        Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(file)
+        if place.endswith("_HR"):
+            small = rng.integers(0, 256, (10, 12, 3), dtype=np.uint8)
+            Image.fromarray(small).save(file.with_name("a_LRx4.png"))
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize("margin", [0.25, None])
+def test_the_card_tells_of_quality_artefacts_and_attack(
+    sets, tmp_path, margin, monkeypatch, capsys
+):
+    torch.manual_seed(0)
+    encoder = PyramidEncoder(4, scale=4, levels=2, blocks=0)
+    model = SuperResolutionFlow(levels=2, steps=1, hidden=4, encoder=encoder, margin=margin)
+    model(torch.rand(2, 3, 32, 32), torch.rand(2, 3, 8, 8))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2.0)
+    model.eval().conditioner.fit(torch.rand(16, 3, 8, 8), progress=False)
+    model.conditioner.calibrate(torch.rand(1999, 3, 8, 8), progress=False)
+    model.save_pretrained(tmp_path / "model")
+    argv = ["card.py", str(tmp_path / "model"), "--data", str(sets), "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(card, "STEPS", 2)
+    monkeypatch.setattr(card, "SPOILT", 8)
+    card.main()
+    told = capsys.readouterr().out
+    rows = {
+        cells[0]: cells[1:]
+        for cells in re.findall(r"^\| (.*) \|$", told, re.M)
+        for cells in [cells.split(" | ")]
+    }
+
+    large, small = (data.read_image(sets / "set5" / f"a_{n}.png")[None] for n in ("HR", "LRx4"))
+    bicubic = luma_psnr(restored(small, 4), large, 4)
+    assert rows["Set5"][0] == f"{bicubic:.3f}"
+    with torch.no_grad():
+        mean = luma_psnr(model.sample(small, 1, 0.0)[0], large, 4)
+    assert rows["Set5"][1] == f"{mean:.3f}"
+    assert {"Set14", "BSD100", "Kodak24", "RealSRSet", "checkerboard 1", "gain 20"} <= rows.keys()
+    (found,) = (cells for name, cells in rows.items() if "attack" in name)
+    reached, certified = float(found[-1]), float(re.search(r"certified: (.*)", told)[1])
+    assert 0 < reached <= certified
+    if margin is not None:
+        assert certified == 1.25
+        assert max(float(cells[3]) for name, cells in rows.items() if "gain" in name) <= 1.25
+    else:
+        assert all(cells[1] == "0 %" for name, cells in rows.items() if "gain" in name)
