@@ -5,6 +5,7 @@ __all__ = ["Kept", "Key", "Named", "digest", "find_models", "model_name", "named
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -56,7 +57,7 @@ def find_models(top: Path) -> dict[str, Path]:
     r"""Returns the models in a folder and the folders in it, by name.
 
     Of a run of training the model in the end is taken, or the best one as long as there is no
-    such.
+    such; never the one that it began with. Links to folders are followed.
 
     Arguments:
         top: The folder, which may be a model itself.
@@ -68,9 +69,11 @@ def find_models(top: Path) -> dict[str, Path]:
     if not top.is_dir():
         raise FileNotFoundError(f"there is no folder {top}")
     found: dict[str, Path] = {}
-    for place in sorted(file.parent for file in top.rglob(CONFIG)):
+    walked = os.walk(top, followlinks=True)
+    for place in sorted(Path(name) for name, _, files in walked if {CONFIG, WEIGHTS} <= {*files}):
         hidden = any(part.startswith(".") for part in place.relative_to(top).parts)
-        if (place / WEIGHTS).exists() and not hidden:
+        start = place != top and place.name == "start" and (place.parent / RUN).exists()
+        if not hidden and not start:
             found[model_name(place, top)] = place  # of a run: best, and then model
     if not found:
         raise ValueError(

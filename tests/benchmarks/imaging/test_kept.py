@@ -34,9 +34,14 @@ def test_of_a_run_the_last_model_is_taken_or_else_the_best(tmp_path):
     last = model(tmp_path / "b" / "model")
     other = model(tmp_path / "more" / "c")
     model(tmp_path / "more" / ".half")
+    start = model(tmp_path / "a" / "start")
     assert find_models(tmp_path) == {"a": tmp_path / "a" / "best", "b": last, "more/c": other}
     assert find_models(tmp_path / "b") == {"b": last}
     assert find_models(other) == {"c": other}
+    assert find_models(start) == {"start": start}  # as it is asked for
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "mine").symlink_to(other)
+    assert find_models(tmp_path / "links") == {"mine": tmp_path / "links" / "mine"}
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
