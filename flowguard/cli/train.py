@@ -68,7 +68,7 @@ def parser() -> Parser:
         nargs="?",
         choices=TASKS,
         action=IfGiven,
-        help="what the flow is for (default: superres)",
+        help="what the flow is for (default: that of --model, or superres)",
     )
     _add_run(train)
     _add_data(train)
