@@ -28,8 +28,9 @@ from flowguard.training.outside import bent, middle
 TEMPERATURES = (0.0, 0.5, 0.8)
 #: The rows and columns of the middles of conditions, of real photographs and of spoilt ones.
 REAL, SPOILT = 160, 64
-#: The attack: the pictures of Kodak24, the radius around them, the steps.
-ATTACKED, RADIUS, STEPS = 8, 0.1, 200
+#: The attack: on how many pictures of Kodak24, on how many rows and columns of each condition, how
+#: far from it, and in how many steps.
+ATTACKED, MIDDLE, RADIUS, STEPS = 8, 32, 0.1, 200
 
 
 def quality(study: SuperResolutionStudy, model: SuperResolutionFlow, name: str) -> list[str]:
@@ -132,7 +133,7 @@ def attacked(study: SuperResolutionStudy, model: SuperResolutionFlow) -> list[st
     """
     outcome, reached = Outcome(model), 0.0
     for i, held in zip(range(ATTACKED), study.pictures("kodak24"), strict=False):
-        y = middle(held.condition, SPOILT)
+        y = middle(held.condition, MIDDLE)
 
         def residual(z: list[Tensor], lr: Tensor) -> Tensor:
             base = model.base_of(lr)

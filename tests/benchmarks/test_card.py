@@ -48,7 +48,8 @@ def test_the_card_tells_of_quality_artefacts_and_attack(
     argv = ["card.py", str(tmp_path / "model"), "--data", str(sets), "--threads", "1"]
     monkeypatch.setattr(sys, "argv", argv)
     monkeypatch.setattr(card, "STEPS", 2)
-    monkeypatch.setattr(card, "SPOILT", 8)
+    for name in ("SPOILT", "MIDDLE"):
+        monkeypatch.setattr(card, name, 8)
     card.main()
     told = capsys.readouterr().out
     rows = {
