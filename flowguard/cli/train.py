@@ -499,13 +499,13 @@ def _begin(args: Any) -> None:
 
 def _go_by_the_model(args: Any) -> None:
     r"""Takes what is not given from the model that the run begins with."""
-    usual = parser().get_defaults()  # a file of options may say otherwise
-    _leave_to_the_model(
-        {n: v for n, v in vars(args).items() if n in args.given or v != usual.get(n)}
-    )
+    usual = {**parser().get_defaults(), "task": TASKS[0]}
+    # By a file of options as well.
+    given = {n: v for n, v in vars(args).items() if n in args.given or v != usual.get(n)}
+    _leave_to_the_model(given)
     model = _trained(args.model)
     task = TASKS[type(model).__name__ == "LowLightFlow"]
-    if "task" in args.given and args.task != task:
+    if given.get("task", task) != task:
         raise UserError(f"--model must name a model of {args.task}; {args.model} is of {task}")
     args.task = task
     conditioner = model.conditioner
@@ -513,7 +513,7 @@ def _go_by_the_model(args: Any) -> None:
         args.margin = model.margin or 0.0
     if args.policy is None:
         args.policy = conditioner.policy
-    if "boundary" not in args.given:
+    if "boundary" not in given:
         args.boundary = max(0.5, conditioner.boundary)
 
 

@@ -146,10 +146,13 @@ def test_what_is_not_given_follows_from_the_model(pictures, tmp_path):
     theirs = found.conditioner.encoder.state_dict()
     for name, value in model.conditioner.encoder.state_dict().items():
         assert torch.equal(theirs[name], value), name
-    again = tmp_path / "again"
-    assert train(*options, "--out", again, "--margin", 0.25, "--policy", "warn") == 0
-    assert load(again / "model").margin == 0.25
-    assert load(again / "model").conditioner.policy == "warn"
+    again, file = tmp_path / "again", tmp_path / "options.yaml"
+    file.write_text("boundary: 0.8\n")
+    more = ("--margin", 0.25, "--policy", "warn", "--config", file)
+    assert train(*options, "--out", again, *more) == 0
+    found = load(again / "model")
+    assert found.margin == 0.25
+    assert (found.conditioner.policy, found.conditioner.boundary) == ("warn", 0.8)
 
 
 def test_a_migrated_model_is_trained_on(pictures, tmp_path):
@@ -169,6 +172,7 @@ MISTAKES = {
     "its usual value": (["--hidden", 64], "--hidden must be left out with --model"),
     "by a file": (["--config", "options.yaml"], "--flow-steps must be left out with --model"),
     "its encoder": (["--encoder-weights", "superres-x4"], "--encoder-weights must be left out"),
+    "another task by a file": (["--config", "task.yaml"], "--model must name a model of lowlight"),
     "another task": (["lowlight"], "--model must name a model of lowlight"),
     "no folder": (["--model", "absent"], "--model: there is no folder"),
     "no model": (["--model", "pictures"], "--model: "),
@@ -183,6 +187,7 @@ def test_a_mistake_gets_one_line_and_leaves_no_run(
     monkeypatch.chdir(tmp_path)
     saved(tmp_path / "mine")
     (tmp_path / "options.yaml").write_text("flow_steps: 9\n")
+    (tmp_path / "task.yaml").write_text("task: lowlight\n")
     assert train("--model", "mine", "--data", pictures, "--out", "run", *TINY, *more) == 2
     errors = capsys.readouterr().err
     assert errors.count("\n") == 1, errors
