@@ -222,7 +222,10 @@ def test_an_encoder_is_tuned_at_its_own_rate(sources, pictures, tmp_path):
 
 
 MISTAKES = {
-    "untrained": (["--freeze-encoder"], "--encoder-weights must be given with a frozen encoder"),
+    "untrained": (
+        ["--freeze-encoder"],
+        "--encoder-weights, or --model, must be given with a frozen",
+    ),
     "both": (["--freeze-encoder", "--encoder-lr", 0.1], "--encoder-lr must be 0, or be left out"),
     "no file": (["--encoder-weights", "absent.pth"], "absent.pth"),
     "no network": (["--encoder-weights", "pictures/a.png"], "cannot be read as a file of tensors"),
