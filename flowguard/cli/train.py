@@ -466,14 +466,9 @@ def _begin(args: Any) -> None:
             setattr(args, name, _place(name, getattr(args, name)))
     paths(args, "out")
     if args.model is not None:
-        _go_by_the_model(args)
-    if args.margin is None:
-        from flowguard.models.base import MARGIN
-
-        args.margin = 0.0 if args.coupling in UNBOUNDED else MARGIN
-    if args.policy is None:
-        acts = args.task == "superres" and args.coupling not in UNBOUNDED
-        args.policy = "shrink" if acts else "warn"
+        _leave_to_the_model(_given(args))
+    else:
+        _go_by_what_is_usual(args)
     if args.val_pairs is not None and args.val is None:
         raise UserError(
             "--val-pairs must come with --val, whose conditions it names; got it alone"
@@ -497,18 +492,30 @@ def _begin(args: Any) -> None:
         raise UserError(f"--out must be a new or an empty folder; {args.out} holds other files")
 
 
-def _go_by_the_model(args: Any) -> None:
-    r"""Takes what is not given from the model that the run begins with."""
+def _go_by_what_is_usual(args: Any) -> None:
+    r"""Takes what is not given, and depends on the model, from what models usually have."""
+    from flowguard.models.base import MARGIN
+
+    if args.margin is None:
+        args.margin = 0.0 if args.coupling in UNBOUNDED else MARGIN
+    if args.policy is None:
+        acts = args.task == "superres" and args.coupling not in UNBOUNDED
+        args.policy = "shrink" if acts else "warn"
+
+
+def _given(args: Any) -> dict[str, Any]:
+    r"""What is given, by a file of options as well."""
     usual = {**parser().get_defaults(), "task": TASKS[0]}
-    # By a file of options as well.
-    given = {n: v for n, v in vars(args).items() if n in args.given or v != usual.get(n)}
-    _leave_to_the_model(given)
-    model = _trained(args.model)
+    return {n: v for n, v in vars(args).items() if n in args.given or v != usual.get(n)}
+
+
+def _go_by(model: Any, args: Any) -> None:
+    r"""Takes what is not given from the model that the run begins with."""
+    given, conditioner = _given(args), model.conditioner
     task = TASKS[type(model).__name__ == "LowLightFlow"]
     if given.get("task", task) != task:
         raise UserError(f"--model must name a model of {args.task}; {args.model} is of {task}")
     args.task = task
-    conditioner = model.conditioner
     if args.margin is None:
         args.margin = model.margin or 0.0
     if args.policy is None:
@@ -632,9 +639,8 @@ def _run(args: Any, held: contextlib.ExitStack) -> int:
     import torch
 
     from flowguard.demo import training_report
-    from flowguard.training import build
     from flowguard.training.board import Board, Gallery
-    from flowguard.training.encoders import keep_encoder, kept_encoder
+    from flowguard.training.encoders import keep_encoder
     from flowguard.training.guard import Conditions
     from flowguard.training.module import FlowModule, Optimization
     from flowguard.training.outside import Outside, questions
@@ -657,24 +663,7 @@ def _run(args: Any, held: contextlib.ExitStack) -> int:
         )
     try:
         torch.manual_seed(args.seed)
-        if args.model is None:
-            model = build.build(
-                args.task,
-                coupling=_coupling(args),
-                scale=args.scale,
-                levels=args.levels,
-                steps=args.flow_steps,
-                hidden=args.hidden,
-                features=args.features,
-                blocks=args.encoder_blocks,
-                encoder=kept_encoder(place.encoder) if place.encoder.exists() else args.encoder,
-                weights=args.encoder_weights,
-                margin=args.margin or None,
-                residual=not args.no_residual,
-            )
-        else:
-            source = place.start if place.began else args.model
-            model = build.begun(_trained(source), args.margin or None)
+        model = _model(args, place)
         if frozen:
             model.freeze_encoder()
         multiple = model.scale * model.multiple
@@ -748,6 +737,32 @@ def _run(args: Any, held: contextlib.ExitStack) -> int:
         print(f"The model is in {place.model}, the best one in {place.best};")
         print(f"open {training_report.write(args.out)} for the curves.")
     return 0
+
+
+def _model(args: Any, place: Any) -> Any:
+    r"""The model as a run begins with it: a fresh one, or a trained one that goes on."""
+    from flowguard.training import build
+    from flowguard.training.encoders import kept_encoder
+
+    if args.model is not None:
+        trained = _trained(place.start if place.began else args.model)
+        if args.resume is None:
+            _go_by(trained, args)
+        return build.begun(trained, args.margin or None)
+    return build.build(
+        args.task,
+        coupling=_coupling(args),
+        scale=args.scale,
+        levels=args.levels,
+        steps=args.flow_steps,
+        hidden=args.hidden,
+        features=args.features,
+        blocks=args.encoder_blocks,
+        encoder=kept_encoder(place.encoder) if place.encoder.exists() else args.encoder,
+        weights=args.encoder_weights,
+        margin=args.margin or None,
+        residual=not args.no_residual,
+    )
 
 
 def _keep_out_others(args: Any, held: contextlib.ExitStack) -> None:

@@ -212,8 +212,12 @@ def bent(samples: Tensor, margin: float) -> float:
     they lie.
 
     Arguments:
-        samples: Images of a model.
+        samples: Images of a model, of any shape.
         margin: Its margin; see :meth:`ImageModel.limit`.
+
+    Example:
+        >>> bent(torch.tensor([0.5, 1.1, 1.24, 1.249]), margin=0.25)
+        0.5
     """
     free, _ = limited(samples, margin, inverse=True)
     return float(((free - samples).abs() > BENT).double().mean())

@@ -1,17 +1,14 @@
 r"""The encoder of a training: made, read, frozen or tuned, and kept."""
 
-import csv
 import re
 import shutil
 
-import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("lightning")
 Image = pytest.importorskip("PIL.Image")
 
-from flowguard.cli import main as cli  # noqa: E402
 from flowguard.models import LowLightEncoder, PyramidEncoder, RRDBEncoder, SuperResolutionFlow  # noqa: E402
 from flowguard.training.build import build  # noqa: E402
 from flowguard.training.encoders import (  # noqa: E402
@@ -152,39 +149,16 @@ def test_a_model_is_built_with_an_encoder_that_is_there():
     )
 
 
-@pytest.fixture
-def pictures(tmp_path):
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for name in "abc":
-        coarse = rng.integers(0, 256, (6, 7, 3), dtype=np.uint8)
-        Image.fromarray(coarse).resize((56, 48), Image.BICUBIC).save(folder / f"{name}.png")
-    return folder
-
-
 TINY = ("--flow-steps", 1, "--hidden", 8, "--crop", 16, "--batch", 2, "--accelerator", "cpu")
 TINY += ("--threads", 1, "--validate-every", 9, "--guard-pictures", 2)
-
-
-def train(*arguments):
-    try:
-        return cli.main(["train", *map(str, arguments)])
-    except SystemExit as stop:
-        return stop.code
 
 
 def encoder_in(folder):
     return SuperResolutionFlow.from_pretrained(folder).conditioner.encoder.state_dict()
 
 
-def rows(run):
-    with (run / "metrics.csv").open() as file:
-        return [(row["step"], row["loss"], row["norm"]) for row in csv.DictReader(file)]
-
-
 def test_a_frozen_encoder_is_saved_once_and_a_run_goes_on_without_its_file(
-    sources, pictures, tmp_path
+    sources, pictures, tmp_path, train, rows
 ):
     weights = encoder_for("superres", levels=2, weights=sources / "net.bin").state_dict()
     whole, run = tmp_path / "whole", tmp_path / "run"
@@ -207,7 +181,7 @@ def test_a_frozen_encoder_is_saved_once_and_a_run_goes_on_without_its_file(
     assert all(torch.equal(t, weights[n]) for n, t in encoder_in(run / "model").items())
 
 
-def test_an_encoder_is_tuned_at_its_own_rate(sources, pictures, tmp_path):
+def test_an_encoder_is_tuned_at_its_own_rate(sources, pictures, tmp_path, train):
     weights = encoder_for("superres", levels=2, weights=sources / "net.bin").state_dict()
     options = ("--data", pictures, *TINY, "--encoder-weights", sources / "net.bin")
     run, still = tmp_path / "run", 1e-12
@@ -239,7 +213,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize(("more", "message"), MISTAKES.values(), ids=MISTAKES)
 def test_a_mistake_gets_one_line_and_leaves_no_run(
-    sources, pictures, more, message, monkeypatch, capsys
+    sources, pictures, more, message, monkeypatch, capsys, train
 ):
     monkeypatch.chdir(sources)
     (sources / "half.bin").write_bytes(b"")

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -60,13 +59,8 @@ sys.exit(main(arguments))
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    made = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    for name in "abc":
-        coarse = rng.integers(0, 256, (6, 7, 3), dtype=np.uint8)
-        Image.fromarray(coarse).resize((56, 48), Image.BICUBIC).save(made / f"{name}.png")
-    return made
+def folder(fill, tmp_path_factory):
+    return fill(tmp_path_factory.mktemp("pictures"))
 
 
 def options(folder, *more):
