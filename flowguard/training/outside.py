@@ -4,6 +4,7 @@ __all__ = [
     "Outside",
     "Questions",
     "ask",
+    "bent",
     "middle",
     "questions",
     "raw_condition",
