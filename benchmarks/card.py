@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
+from imaging.bench import in_one_line
 from imaging.measure import Options, Strange, guard_of, sample, shared
 from pages import table
 from superres import SuperResolutionStudy
@@ -163,6 +164,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
+    with in_one_line(parser):
+        _tell(args)
+
+
+def _tell(args: argparse.Namespace) -> None:
     start = time.process_time()
     model = SuperResolutionFlow.from_pretrained(args.model).eval()
     study = SuperResolutionStudy(args.data, Options(samples=1))
