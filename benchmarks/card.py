@@ -1,10 +1,12 @@
-r"""What the card of a model for ×4 super-resolution says that it is worth, as Markdown.
+r"""What the card of a model says that it is worth, as Markdown.
 
     python benchmarks/card.py superres-x4 --data DIR
+    python benchmarks/card.py lowlight --data DIR
 
-DIR is that of ``benchmarks/superres.py``. PSNR is of the luminance, without a border of 4 pixels, of
-whole pictures as files of 8 bits hold them. An artefact pixel is not finite, or more than 0.5 outside
-the range of [0, 1] and the condition; "bent" are those that the margin moves by more than 0.05.
+DIR is that of ``benchmarks/superres.py``, or of ``benchmarks/lowlight.py``. PSNR is of the luminance,
+without a border of 4 pixels, or of the colours; of whole pictures as files of 8 bits hold them. An
+artefact pixel is not finite, or more than 0.5 outside the range of [0, 1] and the condition; "bent"
+are those that the margin moves by more than 0.05.
 """
 
 import argparse
@@ -15,26 +17,28 @@ from statistics import fmean
 
 import torch
 from imaging.bench import in_one_line
-from imaging.measure import Options, Strange, guard_of, sample, shared
+from imaging.measure import Options, Strange, Study, guard_of, sample, shared
+from lowlight import LowLightStudy
 from pages import table
 from superres import SuperResolutionStudy
 from torch import Tensor
 
 import flowguard
 from flowguard.demo.run import artefact_mask
-from flowguard.models import SuperResolutionFlow
-from flowguard.ood.conditioner import unguarded
-from flowguard.training.outside import bent, middle
+from flowguard.models import LowLightFlow, SuperResolutionFlow, load
+from flowguard.training.outside import attacked, bent, middle, raw_condition, residual
 
+Model = SuperResolutionFlow | LowLightFlow
+STUDIES: tuple[type[Study], ...] = SuperResolutionStudy, LowLightStudy
 TEMPERATURES = (0.0, 0.5, 0.8)
-#: The rows and columns of the middles of conditions, of real photographs and of spoilt ones.
-REAL, SPOILT = 160, 64
-#: The attack: on how many pictures of Kodak24, on how many rows and columns of each condition, how
-#: far from it, and in how many steps.
-ATTACKED, MIDDLE, RADIUS, STEPS = 8, 32, 0.1, 200
+#: The rows and columns of what is made of real conditions, and of spoilt ones: of their middles.
+REAL, SPOILT = 640, 256
+#: The attack: on how many pictures, on how many rows and columns of what is made, how far from each
+#: condition, and in how many steps.
+ATTACKED, MIDDLE, RADIUS, STEPS = 8, 128, 0.1, 200
 
 
-def quality(study: SuperResolutionStudy, model: SuperResolutionFlow, name: str) -> list[str]:
+def quality(study: Study, model: Model, name: str) -> list[str]:
     r"""Returns the row of a set with a truth.
 
     Arguments:
@@ -43,22 +47,27 @@ def quality(study: SuperResolutionStudy, model: SuperResolutionFlow, name: str) 
         name: The name of the set.
     """
     found, flagged = defaultdict(list), 0
-    bicubic = study.rivals()["bicubic"]
+    rivals = study.rivals()
     for held in study.pictures(name):
+        for rival, made in rivals.items():
+            found[rival].append(study.quality(made(held), held)[study.score])
         given = shared(model, held.condition)
-        found["bicubic"].append(study.quality(bicubic(held), held)["psnr_y"])
         for temperature in TEMPERATURES:
             generator = torch.Generator().manual_seed(study.options.seed)
             image = sample(model, given, 1, temperature, generator)[0]
             told = study.quality(image, held)
-            found[f"{temperature:g}"].append(told["psnr_y"])
+            found[f"{temperature:g}"].append(told[study.score])
             if temperature == 0:
-                found["lr"].append(told["lr_psnr"])
+                found["beside"].append(told[study.beside])
         report = guard_of(model)
         flagged += report is not None and bool(report.flagged.any())
-    numbers = [f"{fmean(found[key]):.3f}" for key in ("bicubic", "0", "0.5", "0.8")]
-    total = len(found["lr"])
-    return [study.held[name], *numbers, f"{fmean(found['lr']):.1f}", f"{flagged} of {total}"]
+    numbers = [f"{fmean(found[key]):.3f}" for key in (*rivals, *_ways())]
+    beside = format(fmean(found["beside"]), study.measures[study.beside][1])
+    return [study.held[name], *numbers, beside, f"{flagged} of {len(found['beside'])}"]
+
+
+def _ways() -> list[str]:
+    return [f"{temperature:g}" for temperature in TEMPERATURES]
 
 
 class Outcome:
@@ -68,7 +77,7 @@ class Outcome:
         model: The model, in evaluation mode.
     """
 
-    def __init__(self, model: SuperResolutionFlow) -> None:
+    def __init__(self, model: Model) -> None:
         self.model = model
         self.pixels = self.artefacts = self.pictures = self.flagged = 0
         self.bent = 0.0
@@ -82,8 +91,8 @@ class Outcome:
         """
         generator = torch.Generator().manual_seed(0)
         x = sample(self.model, y, 1, TEMPERATURES[-1], generator)[0]
-        report, base = guard_of(self.model), self.model.base_of(y)
-        mask = artefact_mask(x, y)
+        report = guard_of(self.model)
+        mask = artefact_mask(x, raw_condition(y))
         self.pixels += mask.numel()
         self.artefacts += int(mask.sum())
         if self.model.margin is not None:
@@ -91,8 +100,7 @@ class Outcome:
         self.pictures += 1
         self.flagged += report is not None and bool(report.flagged.any())
         self.largest = max(self.largest, float(x.abs().max()))
-        if base is not None:
-            self.residual = max(self.residual, float((x - base).abs().max()))
+        self.residual = max(self.residual, float(residual(self.model, x, y).abs().max()))
 
     def row(self, name: str) -> list[str]:
         r"""Returns what was counted.
@@ -105,7 +113,7 @@ class Outcome:
         return [name, *numbers, f"{self.largest:.3f}", f"{self.residual:.3f}"]
 
 
-def outside(study: SuperResolutionStudy, model: SuperResolutionFlow) -> list[list[str]]:
+def outside(study: Study, model: Model) -> list[list[str]]:
     r"""Returns the rows of conditions without a truth, by kind.
 
     Arguments:
@@ -113,18 +121,19 @@ def outside(study: SuperResolutionStudy, model: SuperResolutionFlow) -> list[lis
         model: The model, in evaluation mode.
     """
     found: defaultdict[str, Outcome] = defaultdict(lambda: Outcome(model))
-    for name, size in (("realsrset", REAL), ("checkerboards", None), ("corruptions", SPOILT)):
+    for name in study.strange:
         for strange in study.conditions(name):
-            found[strange.kind].ask(_cut(model, strange, size))
+            size = SPOILT if name == "corruptions" else REAL
+            found[strange.kind].ask(_cut(study, model, strange, size))
     return [outcome.row(kind) for kind, outcome in found.items()]
 
 
-def _cut(model: SuperResolutionFlow, strange: Strange, size: int | None) -> Tensor:
-    y = strange.condition if size is None else middle(strange.condition, size)
+def _cut(study: Study, model: Model, strange: Strange, size: int) -> Tensor:
+    y = middle(strange.condition, size // study.scale)
     return flowguard.data.crop_to_multiple(y, model.multiple)
 
 
-def attacked(study: SuperResolutionStudy, model: SuperResolutionFlow) -> list[str]:
+def attacks(study: Study, model: Model) -> list[str]:
     r"""Returns what an attack on conditions and noise reaches, and what samples of the conditions
     that it finds are like.
 
@@ -133,23 +142,9 @@ def attacked(study: SuperResolutionStudy, model: SuperResolutionFlow) -> list[st
         model: The model, in evaluation mode.
     """
     outcome, reached = Outcome(model), 0.0
-    for i, held in zip(range(ATTACKED), study.pictures("kodak24"), strict=False):
-        y = middle(held.condition, MIDDLE)
-
-        def residual(z: list[Tensor], lr: Tensor) -> Tensor:
-            base = model.base_of(lr)
-            return model.decode(z, lr) - (0.0 if base is None else base)
-
-        with unguarded(model):  # which goes on to move embeddings, and says nothing
-            found = flowguard.attack(
-                residual,
-                y,
-                radius=RADIUS,
-                steps=STEPS,
-                restarts=1,
-                latents=[y.new_zeros(1, *shape) for shape in model.latent_shapes(y)],
-                generator=torch.Generator().manual_seed(i),
-            )
+    for seed, held in zip(range(ATTACKED), study.pictures(study.spoilt), strict=False):
+        y = middle(held.condition, MIDDLE // study.scale)
+        found = attacked(model, y, radius=RADIUS, steps=STEPS, seed=seed)
         reached = max(reached, found.value)
         outcome.ask(found.context)
     return [*outcome.row(f"{STEPS} steps of the attack within {RADIUS}"), f"{reached:.4f}"]
@@ -170,16 +165,22 @@ def main() -> None:
 
 def _tell(args: argparse.Namespace) -> None:
     start = time.process_time()
-    model = SuperResolutionFlow.from_pretrained(args.model).eval()
-    study = SuperResolutionStudy(args.data, Options(samples=1))
+    model = load(args.model).eval()
+    kind = next((kind for kind in STUDIES if isinstance(model, kind.model)), None)
+    if kind is None:
+        raise ValueError(f"there is no study of models like {type(model).__name__}")
+    study = kind(args.data, Options(samples=1))
     with torch.no_grad():
         rows = [quality(study, model, name) for name in study.held]
-        head = ["set", "bicubic", "temperature 0", "0.5", "0.8", "LR-PSNR at 0", "flagged"]
+        _, *ways = _ways()
+        beside = study.measures[study.beside][0]
+        head = ["set", *study.rivals(), "temperature 0", *ways, beside, "flagged"]
         print(table(head, rows), flush=True)
-        head = ["condition", "artefacts", "bent", "flagged", "largest value", "largest residual"]
+        certified = study.bounded.removeprefix("certified ")
+        head = ["condition", "artefacts", "bent", "flagged", "largest value", certified]
         print(table(head, outside(study, model)), flush=True)
-    print(table([*head, "reached"], [attacked(study, model)]))
-    print(f"certified: {flowguard.certify(model).bound(4.0):.4g}")
+    print(table([*head, "reached"], [attacks(study, model)]))
+    print(f"{study.bounded}: {flowguard.certify(model).bound(4.0):.4g}")
     print(f"{(time.process_time() - start) / 60:.0f} minutes of the processor")
 
 

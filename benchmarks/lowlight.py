@@ -44,8 +44,10 @@ class LowLightStudy(Study):
         "lol15-low": "dark photographs (LOL)",
         "corruptions": "corruptions of the held-out",
     }
+    spoilt = "bsds400"
     usual = ("bsds400",)
     score = "psnr"
+    beside = "psnr_gt_mean"
     bounded = "certified sample"
     measures = {  # noqa: RUF012
         "psnr": ("PSNR τ=0", ".2f"),
@@ -74,7 +76,7 @@ class LowLightStudy(Study):
     def conditions(self, name: str) -> Iterator[Strange]:
         r"""Yields dark photographs without a truth, or spoilt ones."""
         if name == "corruptions":
-            yield from self.corrupted("bsds400")
+            yield from self.corrupted(self.spoilt)
             return
         files = self.files(name)
         for i, (height, width) in enumerate(files.sizes):

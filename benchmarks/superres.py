@@ -55,8 +55,10 @@ class SuperResolutionStudy(Study):
         "corruptions": "corruptions of Kodak24",
         "checkerboards": "checkerboards",
     }
+    spoilt = "kodak24"
     usual = tuple(held)
     score = "psnr_y"
+    beside = "lr_psnr"
     bounded = "certified residual"
     measures = {  # noqa: RUF012
         "psnr_y": ("PSNR τ=0", ".2f"),
@@ -78,7 +80,7 @@ class SuperResolutionStudy(Study):
     def conditions(self, name: str) -> Iterator[Strange]:
         r"""Yields degraded photographs, spoilt ones, or checkerboards."""
         if name == "corruptions":
-            yield from self.corrupted("kodak24")
+            yield from self.corrupted(self.spoilt)
         elif name == "checkerboards":
             for cells in range(1, 9):
                 kind = f"checkerboard {cells}"

@@ -112,9 +112,11 @@ class Study(abc.ABC):
     model: type[Any]  # the class of the models
     held: Mapping[str, str]  # the sets with a truth, by the name of the option: what tables say
     strange: Mapping[str, str]  # those without
+    spoilt: str  # the one of the former that corruptions are made of
     usual: Sequence[str]  # the sets that the guard is to find usual
     measures: Mapping[str, tuple[str, str]]  # for each number its heading and its format
     score: str  # the measure that figures show
+    beside: str  # the measure that says what this one does not
     bounded: str  # what the certificate is about
 
     def __init__(self, folder: Path, options: Options, most: int | None = None) -> None:

@@ -4,10 +4,12 @@ __all__ = [
     "Outside",
     "Questions",
     "ask",
+    "attacked",
     "bent",
     "middle",
     "questions",
     "raw_condition",
+    "residual",
     "strangeness",
 ]
 
@@ -26,13 +28,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from flowguard import data, metrics
-from flowguard.bounds import attack, certify
+from flowguard.bounds import Attack, attack, certify
 from flowguard.functional import limited
 from flowguard.io.folder import Fault, PictureFiles, find, survey
 from flowguard.io.pictures import ImageError
 from flowguard.models import LowLightFlow, SuperResolutionFlow
 from flowguard.models.encoders.lowlight import BLACK, low_light_input
 from flowguard.ood import OODContextWarning, OODReport
+from flowguard.ood.conditioner import unguarded
 from flowguard.training import guard
 from flowguard.training.callbacks import MetricsTable
 
@@ -177,27 +180,59 @@ def _sampled(model: Model, y: Tensor, seed: int) -> tuple[Tensor, Tensor, float,
     return samples, strangeness(report), sum(errors) / len(errors), missing
 
 
-def _reached(model: Model, y: Tensor, seed: int, steps: int) -> float:
-    r"""The largest value that a short attack on a condition reaches: of the residual over the
-    bicubic enlargement, where the flow models that, else of the sample."""
+def residual(model: Model, x: Tensor, y: Tensor) -> Tensor:
+    r"""Returns what certificates speak of: the residual over the bicubic enlargement, where a model
+    of super-resolution has one, else the image itself.
 
-    def residual(z: list[Tensor], lr: Tensor) -> Tensor:
-        x: Tensor = model.decode(z, lr)
-        base = model.base_of(lr) if isinstance(model, SuperResolutionFlow) else None
-        return x if base is None else x - base
+    Arguments:
+        model: The model.
+        x: Its image, with shape :math:`(B, C, H, W)`.
+        y: The condition of it.
+
+    Example:
+        >>> model = flowguard.models.SuperResolutionFlow.from_pretrained("superres-x4").eval()
+        >>> y = torch.full((1, 3, 8, 8), 0.5)  # whose enlargement is as grey
+        >>> residual(model, torch.full((1, 3, 32, 32), 0.75), y).unique()
+        tensor([0.2500])
+    """
+    base = model.base_of(y) if isinstance(model, SuperResolutionFlow) else None
+    return x if base is None else x - base
+
+
+def attacked(model: Model, y: Tensor, *, radius: float, steps: int, seed: int = 0) -> Attack:
+    r"""Returns what a short attack on a condition and on noise reaches, of the :func:`residual`.
+
+    Arguments:
+        model: The model, in evaluation mode.
+        y: The condition, with a batch of one. That of a low-light model is attacked as its encoder
+            sees it: that can be changed smoothly; a histogram cannot.
+        radius: How far each number of it may be moved.
+        steps: The steps of the attack.
+        seed: The seed of the noise that it starts from.
+
+    Example:
+        >>> model = flowguard.models.SuperResolutionFlow.from_pretrained("superres-x4").eval()
+        >>> found = attacked(model, torch.rand(1, 3, 8, 8), radius=0.1, steps=2)
+        >>> found.value <= flowguard.certify(model).bound(4.0)
+        True
+    """
+
+    def explode(z: list[Tensor], y: Tensor) -> Tensor:
+        return residual(model, model.decode(z, y), y)
 
     if isinstance(model, LowLightFlow):
-        y = low_light_input(y)  # what is prepared can be changed smoothly; a histogram cannot
-    return attack(
-        residual,
-        y,
-        radius=1.0,
-        noise=NOISE,
-        steps=steps,
-        restarts=1,
-        latents=[y.new_zeros(1, *shape) for shape in model.latent_shapes(y)],
-        generator=torch.Generator(device=y.device).manual_seed(seed),
-    ).value
+        y = low_light_input(raw_condition(y))
+    with unguarded(model):  # of a function the attack does not know the guards
+        return attack(
+            explode,
+            y,
+            radius=radius,
+            noise=NOISE,
+            steps=steps,
+            restarts=1,
+            latents=[y.new_zeros(1, *shape) for shape in model.latent_shapes(y)],
+            generator=torch.Generator(device=y.device).manual_seed(seed),
+        )
 
 
 @contextmanager
@@ -267,7 +302,7 @@ def ask(
             # A multiple, so that nothing is padded: the residual is over what was given.
             size = max(model.multiple, ATTACKED // model.multiple * model.multiple)
             one = data.crop_to_multiple(middle(asked.usual[:1].to(device), size), model.multiple)
-            numbers["reached"] = _reached(model, one, seed, steps)
+            numbers["reached"] = attacked(model, one, radius=1.0, steps=steps, seed=seed).value
     finally:
         model.conditioner.policy = policy
     shown = found["gain 5"][0] if "gain 5" in found else next(iter(found.values()))[0]
