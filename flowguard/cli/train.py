@@ -35,7 +35,7 @@ HARMLESS |= {"margin", "policy", "boundary", "ood", "workers", "cache", "keep_ma
 HARMLESS |= {"accelerator", "devices", "num_nodes", "strategy"}
 #: What a run means that does not say it: runs that were begun before there were these options.
 UNSAID = {"margin": 0.0, "corrupt": 0.0, "policy": "warn", "boundary": 0.999}
-UNSAID |= {"pixel_weight": 0.0}
+UNSAID |= {"pixel_weight": 0.0, "pixel_loss": "l1"}
 #: Couplings whose flows have no bound: a margin, or a guard that acts, would hide it.
 UNBOUNDED = ("affine", "reparametrized")
 #: Options that name folders of pictures, and what else is to be read.
@@ -330,9 +330,15 @@ def _add_optimization(train: Parser) -> None:
         default=0.0,
         metavar="X",
         help=(
-            "how much the absolute error of the picture at temperature 0 counts beside the bits"
-            " per dimension: more PSNR, slower steps (default: 0)"
+            "how much the error of the picture at temperature 0 counts beside the bits per"
+            " dimension: more PSNR, slower steps (default: 0)"
         ),
+    )
+    train.add_argument(
+        "--pixel-loss",
+        default="l1",
+        choices=("l1", "l2"),
+        help="that error: the mean absolute, or the mean squared one (default: l1)",
     )
     train.add_argument(
         "--average",
@@ -472,6 +478,10 @@ def _begin(args: Any) -> None:
     if args.val_pairs is not None and args.val is None:
         raise UserError(
             "--val-pairs must come with --val, whose conditions it names; got it alone"
+        )
+    if "pixel_loss" in _given(args) and not args.pixel_weight:
+        raise UserError(
+            "--pixel-loss must come with --pixel-weight, which says how much it counts; got it alone"
         )
     for name in FOLDERS:
         place = getattr(args, name)
@@ -699,6 +709,7 @@ def _run(args: Any, held: contextlib.ExitStack) -> int:
         seed=args.seed,
         encoder_lr=None if frozen else args.encoder_lr,
         pixel_weight=args.pixel_weight,
+        pixel_loss=args.pixel_loss,
     )
     conditions = Conditions(
         Wholes(training, args.seed),

@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from flowguard.models.base import Given, ImageCondition, ImageModel
@@ -21,6 +22,7 @@ from flowguard.training.kept import KeptMaps
 from flowguard.training.validation import Measured, measure
 
 SCHEDULES = ("cosine", "steps", "constant")
+PIXEL_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
 #: Where the learning rate is halved by the schedule ``"steps"``, as shares of the run.
 HALVED = (0.5, 0.75, 0.9, 0.95)
 DRAWS = {torch.rand_like, torch.randn_like}
@@ -46,9 +48,11 @@ class Optimization:
         encoder_lr: The greatest learning rate of the encoder. If :py:`None`, the same. One that is
             not to be trained is frozen; see :meth:`ImageModel.freeze_encoder`.
         most_skipped: The share of steps that may be not finite; one is always forgiven.
-        pixel_weight: How much the mean absolute error of the image of no noise, that of latents
-            that are zero, counts beside the bits per dimension (the pixel loss of HCFlow: Liang
-            et al., ICCV 2021). A step of it computes the flow both ways.
+        pixel_weight: How much the error of the image of no noise, that of latents that are zero,
+            counts beside the bits per dimension (the pixel loss of HCFlow: Liang et al., ICCV
+            2021). A step of it computes the flow both ways.
+        pixel_loss: That error: ``"l1"``, the mean absolute one, as in HCFlow, or ``"l2"``, the mean
+            squared one, which PSNR is made of.
 
     Raises:
         TypeError: If a value is no number, or the steps are no whole one.
@@ -69,6 +73,7 @@ class Optimization:
     most_skipped: float = 0.01
     encoder_lr: float | None = None
     pixel_weight: float = 0.0
+    pixel_loss: str = "l1"
 
     def __post_init__(self) -> None:
         if isinstance(self.steps, bool) or not isinstance(self.steps, Integral):
@@ -87,10 +92,10 @@ class Optimization:
             raise ValueError(
                 f"pixel_weight must be finite and not negative; got {self.pixel_weight}"
             )
-        if self.schedule not in SCHEDULES:
-            raise ValueError(
-                f"schedule must be one of {', '.join(SCHEDULES)}; got {self.schedule!r}"
-            )
+        for name, known in (("schedule", SCHEDULES), ("pixel_loss", PIXEL_LOSSES)):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
 
     def factor(self, step: int) -> float:
         r"""Returns what the greatest learning rate is multiplied by in a step.
@@ -226,16 +231,17 @@ class FlowModule(pl.LightningModule):
             # Once for both ways; but the first batch initialises weights on its way.
             given = self.model.condition(y) if weight and self.global_step else y
             loss = self(x, given).mean()
-            error = (self._of_no_noise(given) - x).abs().mean() if weight else 0.0
+            error = self._error(given, x) if weight else 0.0
         loss = loss.to(torch.promote_types(loss.dtype, torch.float32))
         self._losses.append(loss.detach())
         return loss + weight * error
 
-    def _of_no_noise(self, given: Given) -> Tensor:
-        r"""The images of latents that are zero."""
+    def _error(self, given: Given, x: Tensor) -> Tensor:
+        r"""The error of the images of latents that are zero."""
         like = given.images if isinstance(given, ImageCondition) else given
         shapes = self.model.latent_shapes(given)
-        return self.model.decode([like.new_zeros(len(like), *s) for s in shapes], given)
+        images = self.model.decode([like.new_zeros(len(like), *s) for s in shapes], given)
+        return PIXEL_LOSSES[self.optimization.pixel_loss](images, x)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Measured:
         r"""Returns what is measured of a validation picture."""

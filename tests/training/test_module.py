@@ -196,22 +196,25 @@ def test_a_compiled_model_takes_the_same_steps():
     assert found[0] == pytest.approx(found[1], abs=1e-4)
 
 
+@pytest.mark.parametrize("loss", ["l1", "l2"])
 @pytest.mark.parametrize("task", ["superres", "lowlight"])
-def test_the_pixel_weight_adds_the_error_of_the_image_of_no_noise(task):
+def test_the_pixel_weight_adds_the_error_of_the_image_of_no_noise(task, loss):
     torch.manual_seed(0)
     made = build(task, levels=1, steps=1, hidden=8, features=8, blocks=1, scale=2)
     size = made.scale * 4
     x, y = torch.rand(4, 3, size, size), torch.rand(4, 3, 4, 4)
     told = []
     for weight in (0.0, 3.0):
-        module = FlowModule(copy.deepcopy(made), Optimization(2, lr=1e-3, pixel_weight=weight))
+        optimization = Optimization(2, lr=1e-3, pixel_weight=weight, pixel_loss=loss)
+        module = FlowModule(copy.deepcopy(made), optimization)
         fit(module, [(x, y)] * 2, callbacks=[each := Losses()])
         told.append(each.losses)
     plain, weighed = told
     first = copy.deepcopy(made)
     torch.manual_seed(seed_of(0, 0, 0))
     bits = first.train()(x, y).mean()
-    error = (first.sample(y, temperature=0.0).reshape(x.shape) - x).abs().mean()
+    errors = first.sample(y, temperature=0.0).reshape(x.shape) - x
+    error = (errors.abs() if loss == "l1" else errors.square()).mean()
     assert plain[0] == pytest.approx(float(bits.detach()), rel=1e-5)
     assert weighed[0] == pytest.approx(float((bits + 3 * error).detach()), rel=1e-5)
     assert weighed[1] != pytest.approx(plain[1], rel=1e-3)
@@ -227,6 +230,8 @@ def test_options_out_of_range_are_refused():
         ValueError, match="schedule must be one of cosine, steps, constant; got 'x'"
     ):
         Optimization(1, schedule="x")
+    with pytest.raises(ValueError, match="pixel_loss must be one of l1, l2; got 'l3'"):
+        Optimization(1, pixel_loss="l3")
 
 
 def test_schedules():

@@ -275,6 +275,10 @@ MISTAKES = {
         ["--encoder-weights", "{tmp}/nothing.pth"],
         r"--encoder-weights must name a file, or a model folder; there is no .*nothing.pth",
     ),
+    "an error that counts nothing": (
+        ["--pixel-loss", "l2"],
+        "--pixel-loss must come with --pixel-weight",
+    ),
     "pairs of nothing": (["--val-pairs", "{tmp}"], "--val-pairs must come with --val"),
     "a long name": (["--data", "x" * 300], "error: .*File name too long: '.*xxx"),
     "an odd crop": (["--crop", "18"], "--crop must be a multiple of 4; got 18"),
