@@ -17,7 +17,16 @@ from flowguard.models import load
 from imaging import tables
 from imaging.gallery import gallery
 from imaging.kept import Kept, Key, digest, find_models
-from imaging.measure import MODEL, Options, Row, Study, held_row, model_row, strange_row
+from imaging.measure import (
+    MODEL,
+    Options,
+    Row,
+    Study,
+    held_row,
+    model_row,
+    sample,
+    strange_row,
+)
 
 Rows = dict[str, list[Row]]
 
@@ -120,6 +129,8 @@ def measure_models(
         model = model.to(device).eval()
         if model.conditioner.policy != "shrink":  # which changes what is made
             model.conditioner.policy = "report"
+        # What is compiled at the first use is no part of what a sample costs.
+        sample(model, torch.zeros(1, 3, 64, 64, device=device), 1, 1.0, None)
         kept = Kept(folder / f"{name.replace('/', '--')}.json", digest(place), study.options)
         if (MODEL, "", "") not in kept:
             kept.add((MODEL, "", ""), model_row(model))
