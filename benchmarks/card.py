@@ -170,6 +170,8 @@ def _tell(args: argparse.Namespace) -> None:
     if kind is None:
         raise ValueError(f"there is no study of models like {type(model).__name__}")
     study = kind(args.data, Options(samples=1))
+    if model.scale != study.scale:
+        raise ValueError(f"the model must enlarge by {study.scale}; it does by {model.scale}")
     with torch.no_grad():
         rows = [quality(study, model, name) for name in study.held]
         _, *ways = _ways()

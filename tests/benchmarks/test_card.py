@@ -100,3 +100,11 @@ def test_the_card_of_a_model_for_low_light(dark_sets, dark_model, tmp_path, monk
     # What is attacked, and certified, is the picture itself.
     assert certified == 1.25
     assert 0 < reached(rows) <= 1.25
+
+
+def test_a_model_of_another_scale_is_refused(sets, tmp_path, monkeypatch, capsys):
+    model = SuperResolutionFlow(scale=2, levels=1, steps=1, hidden=4, features=4)
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit):
+        told_of(tmp_path / "model", sets, monkeypatch, capsys)
+    assert "the model must enlarge by 4; it does by 2" in capsys.readouterr().err
