@@ -130,7 +130,7 @@ def measure_models(
         if model.conditioner.policy != "shrink":  # which changes what is made
             model.conditioner.policy = "report"
         # What is compiled at the first use is no part of what a sample costs.
-        sample(model, torch.zeros(1, 3, 64, 64, device=device), 1, 1.0, None)
+        sample(model, torch.zeros(1, 3, 16, 16, device=device), 1, 1.0, None)
         kept = Kept(folder / f"{name.replace('/', '--')}.json", digest(place), study.options)
         if (MODEL, "", "") not in kept:
             kept.add((MODEL, "", ""), model_row(model))

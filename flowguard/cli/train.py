@@ -479,9 +479,10 @@ def _begin(args: Any) -> None:
         raise UserError(
             "--val-pairs must come with --val, whose conditions it names; got it alone"
         )
-    if "pixel_loss" in _given(args) and not args.pixel_weight:
+    if args.pixel_loss != "l1" and not args.pixel_weight:
         raise UserError(
-            "--pixel-loss must come with --pixel-weight, which says how much it counts; got it alone"
+            "--pixel-loss l2 must come with --pixel-weight, which says how much it counts; got it"
+            " alone"
         )
     for name in FOLDERS:
         place = getattr(args, name)

@@ -277,7 +277,7 @@ MISTAKES = {
     ),
     "an error that counts nothing": (
         ["--pixel-loss", "l2"],
-        "--pixel-loss must come with --pixel-weight",
+        "--pixel-loss l2 must come with --pixel-weight",
     ),
     "pairs of nothing": (["--val-pairs", "{tmp}"], "--val-pairs must come with --val"),
     "a long name": (["--data", "x" * 300], "error: .*File name too long: '.*xxx"),
