@@ -19,8 +19,8 @@ def parser() -> Parser:
     inspect = Parser(
         description=(
             "Tell what a model folder holds: its architecture with the number of parameters, what"
-            " no sample can exceed whatever the condition is, and whether the guard is fitted and"
-            " calibrated."
+            " no element of the flow's output can exceed whatever the condition is, and whether the"
+            " guard is fitted and calibrated."
         )
     )
     inspect.add_argument(

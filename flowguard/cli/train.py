@@ -235,7 +235,10 @@ def _add_model(train: Parser) -> None:
         "--features",
         type=whole(1, 65536),
         metavar="N",
-        help="channels of the encoder's maps (default: 64; 32 for lowlight)",
+        help=(
+            "channels of the encoder's maps (default: those of --encoder-weights, or 64; 32 for"
+            " lowlight)"
+        ),
     )
     _add_encoder(train)
 
@@ -260,7 +263,10 @@ def _add_encoder(train: Parser) -> None:
         "--encoder-blocks",
         type=whole(0, 1024),
         metavar="N",
-        help="blocks of the encoder (default: 8; 23 for rrdb; 4 for lowlight)",
+        help=(
+            "blocks of the encoder (default: those of --encoder-weights, or 8; 23 for rrdb;"
+            " 4 for lowlight)"
+        ),
     )
     train.add_argument(
         "--encoder-lr",
