@@ -27,7 +27,6 @@ __all__ = [
     "order_of",
     "replaced",
     "schedule",
-    "unhooked",
 ]
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -41,7 +40,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flowguard.migration.exchange import successor
-from flowguard.numerics import watchable
+from flowguard.numerics import unhooked, watchable
 
 #: What returns the new features, and the log-determinant of their maps if it is asked for.
 Solve = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
@@ -54,9 +53,6 @@ RESTLESS = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, nn.R
 
 #: What may stand before the first layer: nothing, or what does nothing.
 PASSING = (type(None), nn.Identity)
-# Hooks that are called as a module runs, also those of all modules; those around its state do not
-# matter here.
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def invert(y: Tensor, groups: Sequence[Tensor], solve: Solve) -> tuple[Tensor, Tensor | None]:
@@ -494,29 +490,6 @@ def is_elementwise(activation: Any) -> bool:
         return activation in ELEMENTWISE
     known = type(activation).__module__ == ACTIVATIONS and not isinstance(activation, MIXING)
     return known and not [*activation.parameters()]
-
-
-def unhooked(*modules: nn.Module) -> bool:
-    r"""Whether nobody listens to any of these modules, has put another `forward` into it or has
-    compiled it, so that they may be run in parts.
-
-    Arguments:
-        modules: The modules.
-
-    Example:
-        >>> layer = nn.Linear(2, 2)
-        >>> unhooked(layer)
-        True
-        >>> handle = layer.register_forward_hook(lambda module, inputs, output: None)
-        >>> unhooked(layer)
-        False
-    """
-    if any(getattr(nn.modules.module, f"_global{name}") for name in HOOKS):
-        return False
-    return not any(
-        "forward" in vars(m) or m._compiled_call_impl or any(getattr(m, name) for name in HOOKS)
-        for m in modules
-    )
 
 
 def at_rest(net: nn.Module) -> bool:

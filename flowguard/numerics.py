@@ -17,6 +17,7 @@ __all__ = [
     "solve",
     "sum_rows",
     "trains",
+    "unhooked",
     "watchable",
 ]
 
@@ -32,6 +33,9 @@ from torch import Tensor, nn
 
 #: What contexts are cut at: infinite ones would become NaN (∞ - ∞) in the networks.
 FARTHEST = 1e20
+# Hooks that are called as a module runs, also those of all modules; those around its state do not
+# matter here.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def cut(context: Any) -> Any:
@@ -196,6 +200,29 @@ def trains(module: nn.Module) -> bool:
         (True, False)
     """
     return _some_evaluated or any(m.training for m in module.modules())
+
+
+def unhooked(*modules: nn.Module) -> bool:
+    r"""Whether nobody listens to any of these modules, has put another `forward` into it or has
+    compiled it, so that they may be run in parts.
+
+    Arguments:
+        modules: The modules.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 2)
+        >>> unhooked(layer)
+        True
+        >>> handle = layer.register_forward_hook(lambda module, inputs, output: None)
+        >>> unhooked(layer)
+        False
+    """
+    if any(getattr(nn.modules.module, f"_global{name}") for name in HOOKS):
+        return False
+    return not any(
+        "forward" in vars(m) or m._compiled_call_impl or any(getattr(m, name) for name in HOOKS)
+        for m in modules
+    )
 
 
 @contextmanager

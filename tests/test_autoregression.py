@@ -12,8 +12,8 @@ from flowguard.autoregression import (
     order_of,
     replaced,
     schedule,
-    unhooked,
 )
+from flowguard.numerics import unhooked
 
 
 def test_groups_come_in_the_order_of_what_they_depend_on():

@@ -36,13 +36,18 @@ from flowguard.image.layers import (
     laid_out,
 )
 from flowguard.image.maps import work_out
-from flowguard.image.steps import FlowStep, TransitionStep
-from flowguard.numerics import inv_and_logabsdet, network_dtype
+from flowguard.image.steps import MIXES, FlowStep, TransitionStep
+from flowguard.numerics import inv_and_logabsdet, network_dtype, unhooked
 
 #: The most numbers of hidden channels that are held at a time.
 BUDGET = 2**25
 
 VERSION = attrgetter("_version")
+
+#: The layers of a coupling's networks, the first and those after it: the sizes of their kernels, or
+#: zero for an activation.
+FIRST, LATER = (3,), (0, 1, 0, 3)
+KNOWN = (nn.Conv2d, NormedConv2d, ZeroConv2d)
 
 
 class Origin:
@@ -146,8 +151,9 @@ def conditions(
     r"""Returns what the coupling of each step makes of a context.
 
     Without gradients the steps are computed together, and their weights folded; under autocast
-    these are held in its precision, and what elementwise maps take is not. With gradients, or for layers that are not what the coupling was made of (hooked, parametrised, quantised
-    or not initialised ones), :meth:`ConditionalCoupling.condition` is called for each.
+    these are held in its precision, and what elementwise maps take is not. With gradients, or where
+    a layer is not what the coupling was made of (another one, a hooked, parametrised, quantised or
+    not initialised one), :meth:`ConditionalCoupling.condition` is called for each.
 
     Arguments:
         steps: The steps of a level.
@@ -156,7 +162,7 @@ def conditions(
     """
     couplings = [step.coupling for step in steps]
     pending = any(step.actnorm.pending for step in steps)
-    if torch.is_grad_enabled() or pending or not all(map(_plain, couplings)):
+    if torch.is_grad_enabled() or pending or not _plain(couplings):
         return [c.condition(context, n) for c, n in zip(couplings, noises, strict=True)]
     couplings[0].check_context(context)
     mixes = _fold_mixes(steps)
@@ -186,14 +192,19 @@ def transition_mixes(transitions: Sequence[TransitionStep]) -> list[FoldedMix | 
     r"""Returns the steps without coupling with their weights folded, where that is allowed."""
     if torch.is_grad_enabled() or any(t.actnorm.pending for t in transitions):
         return [None] * len(transitions)
-    return [*_fold_mixes(transitions)]
+    return _fold_mixes(transitions)
 
 
-def _fold_mixes(steps: Sequence[FlowStep] | Sequence[TransitionStep]) -> list[FoldedMix]:
-    r"""Merges normalisations and the 1×1 convolutions after them, all steps together."""
-    if not steps:
-        return []
+def _fold_mixes(
+    steps: Sequence[FlowStep] | Sequence[TransitionStep],
+) -> list[FoldedMix | None]:
+    r"""Merges normalisations and the 1×1 convolutions after them, all steps together, if they are
+    of the same kind and nobody listens to them."""
     norms, layers = [s.actnorm for s in steps], [s.mix for s in steps]
+    kinds = {type(m) for m in layers}
+    alike = len(kinds) == 1 and kinds <= {*MIXES.values()}
+    if not (alike and {type(n) for n in norms} == {ActNorm} and unhooked(*norms, *layers)):
+        return [None] * len(steps)
     bias = torch.stack([n.bias.flatten() for n in norms]).double()
     logs = torch.stack([n.logs.flatten() for n in norms]).double()
     matrix = torch.stack([m.weight for m in layers]).double()
@@ -285,14 +296,37 @@ def _first(coupling: ConditionalCoupling) -> Folded:
     return Folded(weight, None)
 
 
-def _plain(coupling: ConditionalCoupling) -> bool:
-    nets = [coupling.injector, coupling.rest, coupling.first_context, coupling.first_kept]
-    for module in (m for net in (*nets, coupling.noise) if net is not None for m in net.modules()):
-        if isinstance(module, nn.Sequential | nn.ReLU):
-            continue
-        known = type(module) in (nn.Conv2d, NormedConv2d, ZeroConv2d, ActNorm)
-        if not known or module._forward_hooks or module._forward_pre_hooks:
+def _plain(couplings: Sequence[ConditionalCoupling]) -> bool:
+    r"""Whether the networks of all couplings are of the same size and what they were made as, and
+    nobody listens to their layers, so that the couplings may be computed together."""
+    modules: list[nn.Module] = []
+    for c in couplings:
+        if type(c).condition is not ConditionalCoupling.condition:
             return False
-        if isinstance(module, ActNorm) and module.pending:
+        nets = [(c.injector, FIRST + LATER), (c.rest, LATER)]
+        nets += [] if c.noise is None else [(c.noise, FIRST + LATER)]
+        for net, kinds in nets:
+            if type(net) is not nn.Sequential or len(net) != len(kinds):
+                return False
+            if not all(map(_is_made_as, net, kinds)):
+                return False
+            modules += [net, *net]
+        if not (_is_made_as(c.first_context, 3) and _is_made_as(c.first_kept, 3)):
             return False
-    return True
+        modules += [c.first_context, c.first_kept]
+    sizes = {(c.first_context.weight.shape, c.injector[0].weight.shape) for c in couplings}
+    return len(sizes) == 1 and unhooked(*modules)
+
+
+def _is_made_as(layer: nn.Module, size: int) -> bool:
+    r"""Whether it is a layer of a coupling: a convolution with a kernel of this size, or an
+    activation for a size of zero."""
+    if size == 0:
+        return type(layer) is nn.ReLU
+    if not isinstance(layer, nn.Conv2d) or type(layer) not in KNOWN:
+        return False
+    if isinstance(layer, NormedConv2d) and (type(layer.norm) is not ActNorm or layer.norm.pending):
+        return False
+    kernel = layer.kernel_size == (size, size) and layer.padding == (size // 2, size // 2)
+    plain = layer.groups == 1 and layer.padding_mode == "zeros"
+    return kernel and plain and layer.stride == layer.dilation == (1, 1)

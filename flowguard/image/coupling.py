@@ -15,7 +15,6 @@ from flowguard.image.layers import (
     FoldedMix,
     NormedConv2d,
     ZeroConv2d,
-    folded,
     laid_out,
 )
 from flowguard.image.maps import Coupling, Elementwise, apply, elementwise
@@ -184,13 +183,13 @@ class ConditionalCoupling(nn.Module):
                 that knows of noise is left out, which is not the same as a noise of zero.
         """
         self.check_context(context)
-        # Not by a call: the normalisation is not one of the context's share alone. One that the
-        # next pass initialises is still the identity, and must not be part of the graph.
         first = self.first_context
-        pending = isinstance(first, NormedConv2d) and first.norm.pending
-        hidden = F.conv2d(
-            context, *((first.weight, None) if pending else folded(first)), padding=1
-        )
+        if isinstance(first, NormedConv2d) and first.norm.pending:
+            # Not by a call: the normalisation is not one of the context's share alone. It is still
+            # the identity, and must not be part of the graph.
+            hidden = F.conv2d(context, first.weight, padding=1)
+        else:
+            hidden = first(context)
         return Condition(self.injector(context), hidden, self.fit_noise(noise, context))
 
     def check_context(self, context: Tensor) -> None:
@@ -228,8 +227,8 @@ class ConditionalCoupling(nn.Module):
         if not isinstance(first, NormedConv2d):
             return self.rest(self.first_kept(kept) + hidden)
         if not (kept.numel() > 0 and first.norm.pending):
-            gain = torch.exp(first.norm.logs).reshape(-1, 1, 1, 1)
-            return self.rest(F.conv2d(kept, self.first_kept.weight * gain, padding=1) + hidden)
+            gain = torch.exp(first.norm.logs)
+            return self.rest(torch.addcmul(hidden, self.first_kept(kept), gain))
         # Until it is initialised, by this batch, the normalisation in `hidden` is the identity.
         return self.rest(first.norm(self.first_kept(kept) + hidden)[0])
 

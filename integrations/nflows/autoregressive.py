@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowguard.autoregression import masked_inverse, unhooked
+from flowguard.autoregression import masked_inverse
 from flowguard.functional import SLOPE
-from flowguard.numerics import cut
+from flowguard.numerics import cut, unhooked
 
 from .host import part
 from .spline import (

@@ -32,10 +32,9 @@ from flowguard.autoregression import (
     is_elementwise,
     replaced,
     schedule,
-    unhooked,
 )
 from flowguard.functional import shifted_spline
-from flowguard.numerics import watchable
+from flowguard.numerics import unhooked, watchable
 from flowguard.transforms import RobustSpline, Univariate
 
 T: Any = zuko.transforms

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 from torch.autograd import gradcheck
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowguard.functional import FINE_SLOPE
@@ -881,3 +882,122 @@ def test_samples_are_taken_under_vmap():
         for i in range(3):
             alone, _ = flow.inverse([t[i] for t in z], condition)
             torch.testing.assert_close(together[i], alone, rtol=0, atol=1e-5)
+
+
+def changed_flow(change, normed=False):
+    """A flow away from its start, whose first step has been changed by somebody."""
+    torch.manual_seed(0)
+    flow = ConditionalMultiscaleFlow(
+        3, 5, levels=1, steps=3, hidden=8, normed=normed, transition_steps=1
+    )
+    x, context = torch.randn(2, 3, 8, 8).double(), [torch.randn(2, 5, 4, 4).double()]
+    shaken(flow.double(), x, context, scale=0.03)
+    change(flow.steps[0][0])
+    return flow.double().eval(), x, context
+
+
+class Free(torch.nn.Module):
+    """A 1×1 convolution of a user's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(4 * torch.linalg.qr(torch.randn(12, 12))[0])
+
+    def forward(self, x, context=None):
+        ladj = torch.linalg.slogdet(self.weight)[1] * x[0, 0].numel()
+        return torch.einsum("ij,bjhw->bihw", self.weight, x), ladj.expand(len(x))
+
+    def inverse(self, z, context=None):
+        ladj = torch.linalg.slogdet(self.weight)[1] * z[0, 0].numel()
+        return torch.einsum("ij,bjhw->bihw", self.weight.inverse(), z), -ladj.expand(len(z))
+
+
+def replace_first(part, layer):
+    def change(step):
+        net = getattr(step.coupling, part)
+        net[1 if part == "rest" else 0] = layer()
+
+    return change
+
+
+def append_activation(step):
+    step.coupling.injector.append(torch.nn.ReLU())
+
+
+def hook(name):
+    return lambda step: step.get_submodule(name).register_forward_hook(lambda m, i, o: 0.5 * o)
+
+
+def pruned(step):
+    for module in step.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            prune.l1_unstructured(module, "weight", amount=0.3)
+
+
+def weight_norm(step):
+    torch.nn.utils.parametrizations.weight_norm(step.coupling.first_context)
+    torch.nn.utils.parametrizations.spectral_norm(step.coupling.first_kept)
+
+
+CHANGED = {
+    "another 1×1 convolution": lambda step: setattr(step, "mix", OrthogonalConv1x1(12)),
+    "a user's 1×1 convolution": lambda step: setattr(step, "mix", Free()),
+    "dilation": replace_first("injector", lambda: torch.nn.Conv2d(5, 8, 3, padding=2, dilation=2)),
+    "groups": replace_first("rest", lambda: torch.nn.Conv2d(8, 8, 1, groups=4)),
+    "padding": replace_first(
+        "injector", lambda: torch.nn.Conv2d(5, 8, 3, padding=1, padding_mode="reflect")
+    ),
+    "one layer more": append_activation,
+    "a wider coupling": lambda step: setattr(
+        step, "coupling", ConditionalCoupling(12, 5, hidden=16)
+    ),
+    "a hook of a network": hook("coupling.rest"),
+    "a hook of an activation": hook("coupling.injector.1"),
+    "a hook of the first layer": hook("coupling.first_context"),
+    "pruned": pruned,
+    "parametrised": weight_norm,
+}
+
+
+@pytest.mark.parametrize("normed", [False, True], ids=["", "normed"])
+@pytest.mark.parametrize("change", CHANGED.values(), ids=CHANGED)
+def test_what_somebody_changed_counts_without_gradients_too(change, normed):
+    flow, x, context = changed_flow(change, normed)
+    z, ladj = flow(x, context)
+    back, undone = flow.inverse(z, context)
+    with torch.no_grad():
+        told, told_ladj = flow(x, context)
+        sampled, sampled_ladj = flow.inverse(z, context)
+    pairs = [*zip(told, z, strict=True), (told_ladj, ladj), (sampled, back)]
+    pairs += [(sampled_ladj, undone), (sampled, x)]
+    assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-6) for a, b in pairs)
+
+
+def test_hooks_of_norms_and_of_the_first_layer_are_called():
+    flow, x, context = changed_flow(lambda step: None)
+    step, heard = flow.steps[0][0], []
+    for name in ("actnorm", "mix", "coupling.first_context", "coupling.injector.3"):
+        step.get_submodule(name).register_forward_hook(
+            lambda m, i, o, name=name: heard.append(name)
+        )
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            flow(x, context)
+        assert sorted(heard) == ["actnorm", "coupling.first_context", "coupling.injector.3", "mix"]
+        heard.clear()
+
+
+@pytest.mark.parametrize("normed", [False, True], ids=["", "normed"])
+def test_pruned_weights_load_and_train(normed):
+    (one, x, context), (other, _, _) = (changed_flow(pruned, normed) for _ in range(2))
+    with torch.no_grad():
+        for p in one.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(other.log_prob(x, context), one.log_prob(x, context))
+    optimizer = torch.optim.SGD(one.parameters(), lr=1e-4)
+    for _ in range(2):
+        optimizer.zero_grad()
+        one.log_prob(x, context).sum().backward()
+        optimizer.step()
+    assert one.steps[0][0].coupling.first_context.weight_orig.grad.abs().max() > 0
