@@ -19,6 +19,7 @@ import ast
 import copy
 import inspect
 import textwrap
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -42,6 +43,11 @@ SHAPING = {"cpu", "detach", "flatten", "movedim", "numpy", "permute", "reshape",
 SHAPING |= {"swapaxes", "transpose", "unbind", "unflatten", "unsqueeze", "view"}
 WEIGHTS = {"batch_shape", "buffers", "eval", "event_shape", "named_parameters", "parameters"}
 WEIGHTS |= {"requires_grad_", "state_dict", "train", "training"}
+
+#: What hands weights out, to be changed perhaps; and blocks that leave these as they are.
+WRITABLE = {"buffers", "named_parameters", "parameters", "state_dict"}
+BLOCKS = {"autocast", "catch_warnings", "device", "enable_grad", "fork_rng", "inference_mode"}
+BLOCKS |= {"kernels", "no_grad", "nullcontext", "record_function", "set_grad_enabled"}
 
 #: Decorators that leave what a method returns as it is.
 HARMLESS = ("property", "torch.no_grad", "torch.inference_mode", "torch.enable_grad", "override")
@@ -155,8 +161,9 @@ def _why_not(model: nn.Module, path: str, flow: Any) -> str:
     own = type(model).__module__.partition(".")[0]
     conditional = isinstance(flow, tuple(_CONDITIONED))
     handing: set[str] = set()  # the methods that return what the flow returned
+    scoring: set[str] = set()  # those that return what is made of a density
     while True:
-        known = len(handing)
+        known, doubt = len(handing) + len(scoring), ""
         for cls in type(model).__mro__:
             if cls in (nn.Module, object):
                 continue
@@ -166,12 +173,35 @@ def _why_not(model: nn.Module, path: str, flow: Any) -> str:
                     continue
                 if name in OPAQUE:
                     return f"it has a {name} of its own"
-                why, hands = _reads(function, path, conditional, frozenset(handing))
-                if why:
-                    return f"its {name} {why}"
-                handing |= {name} if hands else set()
-        if len(handing) == known:
-            return ""
+                why, reader = _reads(function, path, conditional, handing, scoring)
+                if why or reader is None:
+                    if why:
+                        return f"its {name} {why}"
+                    continue
+                scoring |= {name} if reader.scores else set()
+                if reader.hands:
+                    handing.add(name)
+                    why = reader.doubt or _reaching(model, path, flow, reader.used)
+                    doubt = doubt or (f"its {name} {why}" if why else "")
+        if len(handing) + len(scoring) == known:
+            return doubt
+
+
+def _reaching(model: nn.Module, path: str, flow: nn.Module, used: set[str]) -> str:
+    r"""Says which of the objects that a method uses keeps the flow's weights, which it may change."""
+    known = {id(part) for part in (*flow.modules(), *flow.parameters(), *flow.buffers())}
+    for name in sorted(used & vars(model).keys() - {"_modules", "_parameters", "_buffers"}):
+        ahead, seen = [vars(model)[name]], set[int]()
+        while ahead:
+            part = ahead.pop()
+            if id(part) in known:
+                return (
+                    f"uses its {name}, which keeps {path}, or weights of it, and may change these"
+                )
+            if id(part) not in seen and not isinstance(part, nn.Module | Tensor | type | str):
+                seen.add(id(part))
+                ahead += [*_kept(part), *getattr(part, "__dict__", {}).values()]
+    return ""
 
 
 def _elsewhere(model: nn.Module, path: str, flow: Any) -> str:
@@ -203,6 +233,8 @@ def _kept(value: Any) -> list[Any]:
         return [*value]
     if isinstance(value, Mapping):
         return [*value.values()]
+    if isinstance(value, weakref.ref):
+        return [value()]
     if isinstance(value, partial):
         return [value.func, *value.args, *value.keywords.values()]
     if isinstance(value, MethodType):
@@ -263,46 +295,65 @@ def _names(code: CodeType) -> set[str]:
 
 
 def _reads(
-    function: FunctionType | None, path: str, conditional: bool, handing: frozenset[str]
-) -> tuple[str, bool]:
-    r"""Says what a method makes of a sample, if anything, and whether it returns one."""
+    function: FunctionType | None,
+    path: str,
+    conditional: bool,
+    handing: set[str],
+    scoring: set[str],
+) -> "tuple[str, _Reader | None]":
+    r"""Says what a method makes of a sample, if anything; and what else was read of it."""
     if function is None:
-        return "is no plain method", False
+        return "is no plain method", None
     if hidden := HIDDEN & _names(function.__code__):
-        return f"reaches parts by {min(hidden)}, which may be the flow", False
+        return f"reaches parts by {min(hidden)}, which may be the flow", None
     node = _parsed(function)
     if node is None:
-        return "has no source that can be read", False
+        return "has no source that can be read", None
     if not isinstance(node, ast.FunctionDef):
-        return "is no plain method", False
+        return "is no plain method", None
     decorators = [ast.unparse(getattr(d, "func", d)) for d in node.decorator_list]
     if strange := [d for d in decorators if d not in HARMLESS]:
-        return f"is decorated by {strange[0]}, which may change what it returns", False
+        return f"is decorated by {strange[0]}, which may change what it returns", None
     if not (node.args.posonlyargs or node.args.args):
-        return "takes its module by *args" if node.args.vararg else "", False
-    reader = _Reader(node, path, conditional, handing)
-    return reader.complaint, reader.hands
+        return "takes its module by *args" if node.args.vararg else "", None
+    reader = _Reader(node, path, conditional, frozenset(handing), frozenset(scoring))
+    return reader.complaint, reader
 
 
 class _Reader(ast.NodeVisitor):
     r"""What a method does with the flow that its module holds, statement by statement.
 
-    Whatever comes of the flow and is no density may be named, returned, and reshaped.
+    Whatever comes of the flow and is no density may be named, returned, and reshaped. A method that
+    returns it returns nothing else on other ways, but densities.
     """
 
     def __init__(
-        self, node: ast.FunctionDef, path: str, conditional: bool, handing: frozenset[str]
+        self,
+        node: ast.FunctionDef,
+        path: str,
+        conditional: bool,
+        handing: frozenset[str],
+        scoring: frozenset[str],
     ) -> None:
         first, *others = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
         self.me, self.path, self.conditional = first.arg, path, conditional
-        self.handing = handing
+        self.handing, self.scoring = handing, scoring
         self.hands = False
         self.given = {arg.arg for arg in others} - self._touched(node)
         self.made: set[str] = set()  # names of what comes of the flow
+        self.sure: set[str] = set()  # those that are of nothing else, whatever way was taken
+        self.scored: set[str] = set()  # names of what is made of a density
+        self.used: set[str] = set()  # what the module has beside the flow
+        self.elsewise = False  # whether something that is neither is returned
+        self.densities = 0  # how often one is returned
         self.complaint = ""
+        self.doubt = ""  # a complaint as far as is known which methods hand on a sample
         # A name that is given something in a loop may have been used before: twice is enough.
-        for statement in (*node.body, *node.body):
-            self.visit(statement)
+        for _ in range(2):
+            self.sure = set()
+            for statement in node.body:
+                self.visit(statement)
+        self.scores = self.densities > 0 and not (self.hands or self.elsewise)
 
     def _touched(self, node: ast.AST) -> set[str]:
         r"""The names that are put to any other use than to be handed to the flow."""
@@ -322,6 +373,12 @@ class _Reader(ast.NodeVisitor):
         words = f"does more than hand on what {self.path} samples: {ast.unparse(node)[:60]}"
         self.complaint = self.complaint or words
 
+    def _doubt(self, node: ast.AST, what: str) -> None:
+        self.doubt = self.doubt or f"{what}: {ast.unparse(node)[:60]}"
+
+    def _doubt_return(self, node: ast.AST) -> None:
+        self._doubt(node, f"may return something else than {self.path} samples")
+
     def comes_of_it(self, node: ast.AST | None) -> bool:
         r"""Whether an expression is the flow, or what it returned, and nothing made of that."""
         match node:
@@ -340,7 +397,10 @@ class _Reader(ast.NodeVisitor):
                 return any(found)
             case ast.IfExp(test=test, body=one, orelse=other):
                 self.visit(test)
-                return self.comes_of_it(ast.Tuple(elts=[one, other]))
+                found = [self.comes_of_it(part) for part in (one, other)]
+                if any(found) and not all(found):
+                    self._doubt_return(node)
+                return any(found)
             case ast.Call(func=called) if self._is_own(called):
                 for part in (*node.args, *(keyword.value for keyword in node.keywords)):
                     self.visit(part)
@@ -394,13 +454,22 @@ class _Reader(ast.NodeVisitor):
         if isinstance(node.ctx, ast.Load) and (node.id in self.made or node.id == self.me):
             self._complain(node)
         elif isinstance(node.ctx, ast.Store):
-            self.given.discard(node.id)
+            self._name(node, False)
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
         r"""Refuses the flow itself where it is not called, and what else it returned."""
         if self.comes_of_it(node.value) and node.attr in WEIGHTS:
             return
+        match node:
+            case ast.Attribute(
+                attr=attr,
+                value=ast.Call(
+                    func=ast.Name(id="next"), args=[ast.Call(func=ast.Attribute(attr=given))]
+                ),
+            ) if attr in LOOKED and given in WRITABLE:
+                return  # the device of the weights, say
         if isinstance(node.value, ast.Name) and node.value.id == self.me:
+            self.used.add(node.attr)
             if node.attr == self.path:
                 self._complain(node)
         else:
@@ -410,6 +479,8 @@ class _Reader(ast.NodeVisitor):
         r"""Looks at a call whose result is put to use."""
         if ast.unparse(node.func) == "super":
             return
+        if isinstance(node.func, ast.Attribute) and node.func.attr in WRITABLE:
+            self._doubt(node, f"may change the weights of {self.path}")
         if self.comes_of_it(node):
             self._complain(node)
         elif isinstance(node.func, ast.Name) and node.func.id == self.me:
@@ -424,11 +495,107 @@ class _Reader(ast.NodeVisitor):
         return isinstance(called, ast.Attribute) and self.comes_of_it(called.value)
 
     def visit_Return(self, node: ast.Return) -> None:
-        r"""Notes whether what comes of the flow is returned."""
-        if self.comes_of_it(node.value):
+        r"""Notes what is returned: what comes of the flow, a density, or something else."""
+        self._returned(node.value)
+
+    def _returned(self, value: ast.expr | None) -> None:
+        if isinstance(value, ast.IfExp):
+            self.visit(value.test)
+            self._returned(value.body)
+            self._returned(value.orelse)
+        elif value is None or (isinstance(value, ast.Constant) and value.value is None):
+            return
+        elif self.comes_of_it(value):
             self.hands = True
-        elif node.value is not None:
-            self.visit(node.value)
+            if self._names_in(value) & self.made - self.sure:
+                self._doubt_return(value)
+        else:
+            self.visit(value)
+            if self._is_density(value):
+                self.densities += 1
+            else:
+                self.elsewise = True
+                self._doubt_return(value)
+
+    @staticmethod
+    def _names_in(node: ast.AST) -> set[str]:
+        return {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+
+    def _is_density(self, node: ast.AST) -> bool:
+        r"""Whether an expression is made of a density."""
+        own = {
+            part.attr
+            for part in ast.walk(node)
+            if isinstance(part, ast.Attribute) and ast.unparse(part.value) in (self.me, "super()")
+        }
+        attributes = {part.attr for part in ast.walk(node) if isinstance(part, ast.Attribute)}
+        named = self._names_in(node) & self.scored
+        return bool(attributes & SCORING or own & self.scoring or named)
+
+    def _ways(self, *ways: list[ast.stmt]) -> None:
+        r"""Visits statements of which one or another list is run."""
+        before, after = self.sure, list[set[str]]()
+        for way in ways:
+            self.sure = {*before}
+            for statement in way:
+                self.visit(statement)
+            if not (way and isinstance(way[-1], ast.Return | ast.Raise)):
+                after.append(self.sure)
+        self.sure = set.intersection(*after) if after else before
+
+    def _unsettle(self, *nodes: ast.AST) -> None:
+        r"""Takes names as unsure that are given something in statements which may end halfway."""
+        parts = [part for node in nodes for part in ast.walk(node)]
+        stored = [p.id for p in parts if isinstance(p, ast.Name) and isinstance(p.ctx, ast.Store)]
+        bound = [p.name for p in parts if isinstance(p, ast.ExceptHandler | ast.MatchAs)]
+        self.sure -= {*stored, *bound}
+
+    def visit_If(self, node: ast.If) -> None:
+        r"""Goes both ways."""
+        self.visit(node.test)
+        self._ways(node.body, node.orelse)
+
+    def visit_For(self, node: ast.For | ast.While) -> None:
+        r"""Goes through a loop, which may end before it began."""
+        self._unsettle(node)
+        if isinstance(node, ast.For):
+            self.visit(node.iter)
+            self.visit(node.target)
+        else:
+            self.visit(node.test)
+        self._ways(node.body, [])
+        self._unsettle(node)
+        self._ways(node.orelse, [])
+
+    visit_While = visit_For
+
+    def visit_Try(self, node: ast.Try) -> None:
+        r"""Goes the usual way and that of each error, which may happen anywhere."""
+        self._unsettle(node)
+        self._ways([*node.body, *node.orelse], *(handler.body for handler in node.handlers))
+        self._ways(node.finalbody)
+
+    def visit_Match(self, node: ast.Match) -> None:
+        r"""Goes the way of each case, and of none."""
+        self.visit(node.subject)
+        self._unsettle(node)
+        for case in node.cases:
+            if case.guard is not None:
+                self.visit(case.guard)
+        self._ways(*(case.body for case in node.cases), [])
+
+    def visit_With(self, node: ast.With) -> None:
+        r"""Looks at what a block is within, which may change weights for a while."""
+        for item in node.items:
+            called = item.context_expr
+            while isinstance(called, ast.Call):
+                called = called.func
+            names = ast.unparse(called).split(".")
+            if names[0] != self.me and names[-1] not in BLOCKS:
+                self._doubt(item.context_expr, f"may change the weights of {self.path}")
+            self.visit(item)
+        for statement in node.body:
+            self.visit(statement)
 
     def visit_Expr(self, node: ast.Expr) -> None:
         r"""Looks at a call whose result is dropped."""
@@ -471,6 +638,8 @@ class _Reader(ast.NodeVisitor):
             self.visit(node.value)
         for target in node.targets:
             self._name(target, comes)
+            if not comes and self._is_density(node.value):
+                self.scored |= self._names_in(target)
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
         r"""Remembers the name of what comes of the flow."""
@@ -488,6 +657,9 @@ class _Reader(ast.NodeVisitor):
             self.given.discard(target.id)
             if comes:
                 self.made.add(target.id)
+                self.sure.add(target.id)
+            else:
+                self.sure.discard(target.id)
         elif comes or self._is_of_it(target):
             self._complain(target)
         else:

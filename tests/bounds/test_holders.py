@@ -1,7 +1,11 @@
 r"""The flow within a wrapper of torch's, or a module of a user's own, stands for it, or is refused."""
 
+import contextlib
 import copy
 import functools
+import re
+import threading
+import weakref
 
 import pytest
 import torch
@@ -385,6 +389,209 @@ def test_what_holders_keep_beside_their_flow_is_no_reason():
 
     assert "does more" not in str(certify(Kept(keep)).refused)
     assert certify(Kept(keep)).certified
+
+
+class Elsewise(Holder):
+    """Returns something else on some way."""
+
+    def sample(self, y):
+        return self.flow(self.embed(y)).sample() if bool(y.isfinite().all()) else y.nan_to_num()
+
+
+class EarlyReturn(Holder):
+    def sample(self, y):
+        if self.training:
+            return 1e9 * y
+        return self.flow(self.embed(y)).sample()
+
+
+class Overwritten(Holder):
+    def sample(self, y):
+        x = y.nan_to_num()
+        if bool(y.isfinite().all()):
+            x = self.flow(self.embed(y)).sample()
+        return x
+
+
+class OverwrittenLater(Holder):
+    def sample(self, y):
+        x = self.flow(self.embed(y)).sample()
+        if not bool(y.isfinite().all()):
+            x = y.nan_to_num()
+        return x.unsqueeze(0)
+
+
+class Looped(Holder):
+    def sample(self, y):
+        x = y
+        for _ in range(len(y)):
+            x = self.flow(self.embed(y)).sample()
+        return x
+
+
+class Failing(Holder):
+    def sample(self, y):
+        try:
+            x = self.flow(self.embed(y)).sample()
+        except ValueError:
+            x = y
+        return x
+
+
+class Matched(Holder):
+    def sample(self, y):
+        match len(y):
+            case 0:
+                x = y
+            case _:
+                x = self.flow(self.embed(y)).sample()
+        return x
+
+
+class Fallback(Holder):
+    def other(self, y):
+        return y.nan_to_num()
+
+    def sample(self, y):
+        return self.flow(self.embed(y)).sample() if self.training else self.other(y)
+
+
+class Chosen(Holder):
+    def sample(self, y):
+        x = self.flow(self.embed(y)).sample() if self.training else y
+        return x.flatten(1)
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [
+        Elsewise,
+        EarlyReturn,
+        Overwritten,
+        OverwrittenLater,
+        Looped,
+        Failing,
+        Matched,
+        Fallback,
+        Chosen,
+    ],
+)
+def test_a_holder_that_returns_something_else_on_some_way_is_refused(cls):
+    (refused,) = certify(cls(RobustNSF(D, CONTEXT))).refused
+    assert "its sample may return something else than flow samples" in refused.reason
+
+
+class OneOrTheOther(Holder):
+    """Samples and densities, on several ways, and nothing else."""
+
+    def density(self, x, y):
+        return self.flow(self.embed(y)).log_prob(x)
+
+    def loss(self, x, y):
+        mean = self.density(x, y).mean()
+        return -mean
+
+    def forward(self, y, x=None):
+        if x is not None:
+            return self.loss(x, y)
+        device = next(self.parameters()).device
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            return self.first(y.to(device)) if len(y) == 1 else self.later(y)
+
+    def first(self, y):
+        try:
+            x = self.flow(self.embed(y)).sample()
+        except ValueError:
+            x = self.flow(self.embed(y.nan_to_num())).sample()
+        return x
+
+    def later(self, y):
+        match len(y):
+            case 0:
+                return None
+            case _:
+                x = self.flow(self.embed(y)).sample()
+                return x, y
+
+    def until(self, y):
+        while True:
+            x = self.flow(self.embed(y)).sample()
+            if self.training:
+                return x
+
+
+def test_a_holder_that_returns_samples_and_densities_is_certified():
+    assert certify(OneOrTheOther(RobustNSF(D, CONTEXT))).certified
+
+
+class Averages:
+    """Weights of another time, put in place for a while."""
+
+    def __init__(self, parameters):
+        self.held = [weakref.ref(p) for p in parameters]
+
+    @contextlib.contextmanager
+    def __call__(self):
+        live = [p().detach().clone() for p in self.held]
+        for p in self.held:
+            p().data.mul_(1e3)
+        yield
+        for p, before in zip(self.held, live, strict=True):
+            p().data.copy_(before)
+
+
+@contextlib.contextmanager
+def other_weights():
+    yield
+
+
+class Averaged(Holder):
+    def __init__(self, flow):
+        super().__init__(flow)
+        self.averages = Averages(self.flow.parameters())
+
+    def sample(self, y):
+        with self.averages():
+            return self.flow(self.embed(y)).sample()
+
+
+class Within(Holder):
+    def sample(self, y):
+        with other_weights():
+            return self.flow(self.embed(y)).sample()
+
+
+class Copied(Holder):
+    def sample(self, y):
+        torch._foreach_mul_(list(self.flow.parameters()), 2.0)
+        return self.flow(self.embed(y)).sample()
+
+
+CHANGING = {
+    Averaged: "uses its averages, which keeps flow, or weights of it",
+    Within: r"may change the weights of flow: other_weights\(\)",
+    Copied: r"may change the weights of flow: self.flow.parameters\(\)",
+}
+
+
+@pytest.mark.parametrize("cls", CHANGING)
+def test_a_holder_that_may_sample_with_other_weights_is_refused(cls):
+    (refused,) = certify(cls(RobustNSF(D, CONTEXT))).refused
+    assert re.search(f"its sample {CHANGING[cls]}", refused.reason)
+
+
+def test_what_leaves_the_weights_as_they_are_may_be_used():
+    class Locked(Holder):
+        def __init__(self, flow):
+            super().__init__(flow)
+            self.lock = threading.Lock()
+            self.options = {"rows": [1, 2], "averages": Averages(self.embed.parameters())}
+
+        def sample(self, y):
+            with self.lock, torch.inference_mode():
+                return self.flow(self.embed(y)).sample((self.options["rows"][0],))
+
+    assert certify(Locked(RobustNSF(D, CONTEXT))).certified
 
 
 class Undecided(nn.Module):
