@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import reduce
+from itertools import chain
 from typing import Any
 
 import torch
@@ -152,8 +153,13 @@ def _reach(base: Any, told: bool) -> tuple[Tensor, Tensor, str] | str:
     if depends == CLASS and told:
         return "its mean and its scale depend on the class, which may be any vector"
     if getattr(base, "temperature", None) is not None:
-        logs = logs + torch.as_tensor(base.temperature, dtype=torch.float64).abs().log()
+        colder = torch.as_tensor(base.temperature, dtype=torch.float64).abs().log()
+        logs = logs + colder + 2 * _eps(base) * (logs.abs() + colder.abs())
     return mean, logs, depends
+
+
+def _eps(base: Any) -> float:
+    return torch.finfo(next(chain(base.parameters(), base.buffers())).dtype).eps
 
 
 def _moments(base: Any) -> tuple[Tensor, Tensor, str] | None:
@@ -164,8 +170,14 @@ def _moments(base: Any) -> tuple[Tensor, Tensor, str] | None:
         return constant(base.loc).abs().amax(-1), constant(base.log_scale).amax(-1), CLASS
     if type(base) is distributions.GlowBase:
         factor = base.logscale_factor
-        loc = constant(base.loc) * torch.exp(factor * constant(base.loc_logs))
-        logs = constant(base.log_scale) * torch.exp(factor * constant(base.log_scale_logs))
+        grown = [factor * constant(t) for t in (base.loc_logs, base.log_scale_logs)]
+        loc, logs = (
+            constant(t) * torch.exp(g)
+            for t, g in zip((base.loc, base.log_scale), grown, strict=True)
+        )
+        # So far off may they be as computed, and the exponential grows what the logarithm is off.
+        off = [_eps(base) * (g.abs() + 4) for g in grown]
+        loc, logs = loc + loc * off[0], logs + logs.abs() * off[1]
         if not base.class_cond:
             return loc, logs, CONSTANT
         to_loc, to_logs = constant(base.loc_cc), constant(base.log_scale_cc)

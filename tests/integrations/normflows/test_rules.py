@@ -299,6 +299,24 @@ def test_glow_base_without_classes():
     assert 0.5 * certificate.bound(radius) < x.abs().max() <= certificate.bound(radius)
 
 
+@pytest.mark.parametrize("size", [1.0, 8.0, 30.0])
+@pytest.mark.parametrize("temperature", [None, 0.7])
+@pytest.mark.parametrize("kind", ["GlowBase", "DiagGaussian"])
+def test_the_bound_of_a_base_holds_to_the_last_digit(kind, temperature, size, monkeypatch):
+    """The exponential grows the rounding of its exponent: by as much as that is large."""
+    noise = torch.tensor([3.0, -3.0]).reshape(2, 1, 1, 1)
+    monkeypatch.setattr(torch, "randn", lambda shape, **options: noise)
+    for _ in range(200):
+        base = getattr(nf.distributions, kind)((1, 1, 1))
+        with torch.no_grad():
+            for name, p in base.named_parameters():
+                p.uniform_(-1.0, 1.0).mul_(size if name == "log_scale" else 0.1)
+        base.temperature = temperature
+        certificate = flowguard.certify(nf.NormalizingFlow(base, []))
+        reached = base(2)[0].abs().max().item()
+        assert reached <= certificate.bound(3.0) < (1 + 1e-4) * reached
+
+
 @pytest.mark.parametrize("merge", ["channel", "channel_inv"])
 def test_multiscale_bound(merge):
     bases = [GaussianPrior(8), GaussianPrior(2, 3, given_channels=2)]
