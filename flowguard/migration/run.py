@@ -122,10 +122,10 @@ def migrate(
         The robust copy and the report.
 
     Raises:
-        TypeError: If no adapter knows the model, or how to get its log-density, or if the model
-            cannot go from data to noise.
+        TypeError: If no adapter knows the model, or how to get its log-density, if the model
+            cannot go from data to noise, or if contexts are no tensors.
         ValueError: If there are fewer than two calibration pairs, not as many contexts as data, or
-            if they, or what the model makes of them, are not finite.
+            if they, or what the model makes of them, are not finite, or not of floating point.
         RuntimeError: If `state_dict` does not fit the model.
 
     Example:
@@ -532,7 +532,14 @@ def _check(x: Any, context: Any) -> Tensor:
             " standard deviations over the rows, and best some thousand, as what is rare has to be"
             f" among them; got {tuple(x.shape)}"
         )
+    if not x.is_floating_point():
+        raise ValueError(f"x must be of floating point; got {x.dtype}: x.float() makes it so")
     for c in context if isinstance(context, list | tuple) else (context,):
+        if not isinstance(c, Tensor | None):
+            raise TypeError(
+                "context must be a tensor, or a list of tensors where a flow takes several;"
+                f" got {type(c).__name__}"
+            )
         if c is not None and len(c) != len(x):
             raise ValueError(
                 f"there must be one context for each row of x; got {len(c)} and {len(x)}"

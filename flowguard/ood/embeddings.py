@@ -25,7 +25,7 @@ def to_levels(output: Any, names: Sequence[str] | None = None) -> dict[str, Tens
 
     Raises:
         TypeError: If a level is no floating point tensor.
-        ValueError: If there is no level, or the names do not fit.
+        ValueError: If there is no level, the names do not fit, or a level is a scalar.
     """
     if isinstance(output, Mapping):
         names = [str(key) for key in output] if names is None else names
@@ -50,6 +50,10 @@ def to_levels(output: Any, names: Sequence[str] | None = None) -> dict[str, Tens
             raise TypeError(
                 f"level {name!r} must be a floating point tensor; got {what}: choose the outputs "
                 "to watch with `levels=[...]` on a dictionary, or wrap the encoder"
+            )
+        if value.ndim == 0:
+            raise ValueError(
+                f"level {name!r} must have shape (N, C) or (N, C, H, W); got a scalar"
             )
     return {n: v[None] if v.ndim == 1 else v for n, v in zip(names, values, strict=True)}
 

@@ -617,6 +617,11 @@ def _different_batches(conditioner):
             ValueError,
             r"\(N, C\) or \(N, C, H, W\).*\(3, 2, 4\)",
         ),
+        (
+            lambda c: OODConditioner().fit([[torch.tensor(1.0)]], context=lambda b: b),
+            ValueError,
+            r"'level1' must have shape \(N, C\).*got a scalar",
+        ),
         (lambda c: guarded()(torch.ones(1, 5, 9, 9)), ValueError, "3 channels of the fit; got 5"),
         (
             lambda c: c.fit(images(), progress=False, distributed=True),

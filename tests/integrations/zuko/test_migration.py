@@ -518,6 +518,8 @@ X = torch.randn(8, 2)
         (lambda: migrate(NICE(2), X[0]), ValueError, r"one row for each; got \(2,\)"),
         (lambda: migrate(NICE(2), X[:1]), ValueError, r"at least two rows.*got \(1, 2\)"),
         (lambda: migrate(NICE(2, 3), X, torch.randn(7, 3)), ValueError, "got 7 and 8"),
+        (lambda: migrate(NICE(2), X.long()), ValueError, r"got torch\.int64: x\.float\(\)"),
+        (lambda: migrate(NICE(2, 3), X, {"y": X}), TypeError, "context must be.*got dict"),
         (lambda: migrate(NICE(2), X, steps=-1), ValueError, "got -1 and 256"),
         (lambda: migrate(NICE(2), X, bound=0), ValueError, "bound must be positive.*got 0"),
         (
