@@ -41,7 +41,7 @@ LARGEST = torch.finfo(torch.float32).max
 SINGULAR = "its matrix is singular, or too close to it"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Solution(Linear):
     r"""The solution :math:`x = A^{-1} b` of a system with a constant matrix, factor by factor.
 

@@ -90,7 +90,7 @@ def _ensemble(ensemble: Ensemble, sampling: bool) -> Iterator[Step]:
     yield from _any("estimators", list(ensemble.estimators))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Either(Step):
     r"""What draws each sample from one of several flows, from noise to data in a single step.
 

@@ -15,6 +15,7 @@ from torch.distributions import AffineTransform as Constant
 from flowguard import bounds, migrate
 from flowguard.bounds import Limit, Linear, Scale, certify
 from flowguard.bounds.regions import Envelope, Region
+from flowguard.bounds.solution import solution
 from flowguard.image import (
     ActNorm,
     Affine,
@@ -802,6 +803,7 @@ def test_a_certificate_equals_itself_alone():
     step = certificate.steps[1]
     assert step == step
     assert step in certificate.steps
+    assert solution(2 * torch.eye(2)) != solution(2 * torch.eye(2))
 
 
 def test_a_limit_lets_nothing_grow_and_nothing_beyond_its_bound():
