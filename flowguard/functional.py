@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from numbers import Real
 from typing import NamedTuple
@@ -950,7 +950,3 @@ def _result_dtype(*tensors: Tensor) -> torch.dtype:
                 f" got {device} and {t.device}: move one of them with .to(…)"
             )
     return dtype
-
-
-#: What a univariate map looks like.
-Univariate = Callable[..., tuple[Tensor, Tensor]]

@@ -478,4 +478,4 @@ class CubicBSplineTransform(Univariate):
 
 
 #: As :class:`CubicBSplineTransform` was called.
-CubicBSpline = CubicBSplineTransform  # as it was called
+CubicBSpline = CubicBSplineTransform

@@ -74,21 +74,20 @@ def transformed(d: Any, sampling: bool) -> Iterator[Step]:
     if not sampling:
         yield Refused(reason="a distribution is bounded in its sampling direction only")
         return
-    yield from base_steps("base_dist", d.base_dist)
+    yield from base_steps(d.base_dist)
     for i, part in enumerate(d.transforms):
         yield from within(f"transforms.{i}", part, False)
 
 
-def base_steps(name: str, base: Distribution) -> Iterator[Step]:
+def base_steps(base: Distribution) -> Iterator[Step]:
     r"""The noise of a base whose parameters are constants. Of one that is normal, feature by
     feature, it is standard normal, and refused if its rows differ; of any other one, its samples are
     the noise.
 
     Arguments:
-        name: The name of the base.
         base: The base.
     """
-    kind = type(base).__name__
+    name, kind = "base_dist", type(base).__name__
     shape = base.event_shape or base.batch_shape
     size, event = (shape[-1], shape.numel()) if shape else (1, 1)
     loc = scale = None

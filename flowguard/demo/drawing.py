@@ -109,20 +109,19 @@ def _palette() -> list[int]:
     return [int(v) for v in np.stack(channels, axis=1).round().ravel()]
 
 
-def guard_map(level: LevelReport, index: int = 0) -> bytes:
-    r"""Returns how far each pixel of a condition is from the training set, as a PNG in the colours
+def guard_map(level: LevelReport) -> bytes:
+    r"""Returns how far each pixel of the first condition is from the training set, as a PNG in the colours
     of :func:`flowguard.demo.page.scale`. What is not finite is as far as can be.
 
     Arguments:
         level: The report of one level.
-        index: Which condition of the batch.
 
     Raises:
         ValueError: If the level scores vectors, which have no map.
     """
     from PIL import Image
 
-    scaled = (nines(level)[index].float().cpu() / NINES).clamp(0, 1).nan_to_num(1.0)
+    scaled = (nines(level)[0].float().cpu() / NINES).clamp(0, 1).nan_to_num(1.0)
     image = Image.fromarray((255 * scaled).round().to(torch.uint8).numpy(), mode="P")
     image.putpalette(_palette())
     stream = io.BytesIO()

@@ -251,8 +251,7 @@ def imitate(
     parameters: Iterable[nn.Parameter],
     x: Tensor,
     *,
-    steps: int = 200,
-    lr: float = 1e-2,
+    steps: int,
 ) -> None:
     r"""Fits a spline to another univariate map, where data and samples are.
 
@@ -265,10 +264,9 @@ def imitate(
         parameters: What the new map is learned by.
         x: The inputs of the map, with shape :math:`(N, D)`.
         steps: The number of steps of Adam.
-        lr: The first learning rate; it falls to zero.
     """
     parameters = list(parameters)
-    optimizer = torch.optim.Adam(parameters, lr)
+    optimizer = torch.optim.Adam(parameters, 1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
     for _ in range(steps):
         rows = torch.randint(len(x), (min(ROWS, len(x)),), device=x.device)

@@ -282,7 +282,7 @@ class Checkpoint:
         return CheckpointError(f"{self.label} {why}")
 
 
-def read_flow_layout(state: State, label: str = "the checkpoint") -> FlowLayout:
+def read_flow_layout(state: State, label: str) -> FlowLayout:
     r"""Infers the layout of a published flow from the names and shapes of its tensors.
 
     Arguments:
@@ -626,6 +626,6 @@ def load(
     )
 
 
-def _some(names: Sequence[str], most: int = 12) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
+    return ", ".join(names[:12]) + more

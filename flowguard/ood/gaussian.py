@@ -153,7 +153,7 @@ class StreamingGaussian(PinnedState):
                     "that cause them (`torch.isfinite`) and leave them out"
                 )
             with full_precision(columns):
-                more = moments(_unit(columns, 0) if self.normalize else columns)
+                more = moments(_unit(columns) if self.normalize else columns)
             total = merge(total, Moments(*(value.to(total.mean) for value in more)))
         self._set(total)
 
@@ -270,7 +270,7 @@ class StreamingGaussian(PinnedState):
         for part in _parts(features.shape, features.device):
             columns = features[part].movedim(1, 0).flatten(1).to(mean)
             if self.normalize:
-                columns = _unit(columns, 0)
+                columns = _unit(columns)
             # W (f - μ), and not W f - W μ: the difference is exact where the mean is large. Fewer
             # bits than those of float32 would drown the directions of least variance.
             with full_precision(columns):
@@ -430,8 +430,8 @@ def _parts(
             yield slice(i, i + 1), slice(None), slice(j, j + rows)
 
 
-def _unit(vectors: Tensor, dim: int) -> Tensor:
+def _unit(columns: Tensor) -> Tensor:
     r"""Unit vectors; scaled by their largest entry first, so that the norm cannot overflow."""
-    tiny = torch.finfo(vectors.dtype).tiny
-    vectors = vectors / vectors.abs().amax(dim=dim, keepdim=True).clamp_min(tiny)
-    return vectors / vectors.norm(dim=dim, keepdim=True).clamp_min(tiny)
+    tiny = torch.finfo(columns.dtype).tiny
+    columns = columns / columns.abs().amax(dim=0, keepdim=True).clamp_min(tiny)
+    return columns / columns.norm(dim=0, keepdim=True).clamp_min(tiny)

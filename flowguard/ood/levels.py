@@ -251,7 +251,7 @@ class LevelSet(nn.Module):
                 raise ValueError(f"level {name!r}: {error}") from error
 
     def set_calibration(
-        self, calibrators: Mapping[str, Calibrator], alpha: float, distributed: bool = False
+        self, calibrators: Mapping[str, Calibrator], alpha: float, distributed: bool
     ) -> None:
         r"""Ends the calibration, and warns where it is too small for alpha.
 

@@ -235,11 +235,8 @@ def _free(layer: Any, sampling: bool, forward: Any, shape: tuple[int, int], n: i
     return Refused(gain=gain, reason=f"its shift is free, and its scale may {how}")
 
 
-def _refused(reason: str, gain: float | None = None) -> Rule:
-    def refuse(layer: Any, sampling: bool) -> Iterator[Step]:
-        yield Refused(reason=reason, gain=gain)
-
-    return refuse
+def _cubes(layer: Any, sampling: bool) -> Iterator[Step]:
+    yield Refused(reason=CUBES)
 
 
 def _their_spline(layer: Any, sampling: bool) -> Iterator[Step]:
@@ -358,8 +355,8 @@ TRANSFORMS: dict[str, Rule] = {
     "LeakyReLU": _leaky_relu,
     "Logit": _inverted,
     "MaskedAffineAutoregressiveTransform": _affine_autoregressive,
-    "MaskedPiecewiseCubicAutoregressiveTransform": _refused(CUBES),
-    "MaskedPiecewiseLinearAutoregressiveTransform": _refused(CUBES),
+    "MaskedPiecewiseCubicAutoregressiveTransform": _cubes,
+    "MaskedPiecewiseLinearAutoregressiveTransform": _cubes,
     "MaskedPiecewiseQuadraticAutoregressiveTransform": _their_spline,
     "MaskedPiecewiseRationalQuadraticAutoregressiveTransform": _their_spline,
     "MultiscaleCompositeTransform": _multiscale,

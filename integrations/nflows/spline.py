@@ -61,13 +61,13 @@ def map_of(
     """
     if not isinstance(num_bins, Integral) or num_bins < 2:
         raise ValueError(f"num_bins must be an integer of at least 2; got {num_bins!r}")
-    if not _in(tail_bound, 0, math.inf):
+    if not _positive(tail_bound):
         raise ValueError(f"tail_bound must be a positive number; got {tail_bound!r}")
-    if shift_bound is not None and not _in(shift_bound, 0, math.inf):
+    if shift_bound is not None and not _positive(shift_bound):
         raise ValueError(
             f"shift_bound must be a positive number, or None for a free shift; got {shift_bound!r}"
         )
-    if slope is not None and not (_in(slope, 0, 1) and slope <= 0.49):
+    if slope is not None and not (_positive(slope) and slope <= 0.49):
         raise ValueError(
             f"slope must lie in (0, 0.49], or be None for the published spline; got {slope!r}"
         )
@@ -79,8 +79,8 @@ def map_of(
     )
 
 
-def _in(value: Any, low: float, high: float) -> bool:
-    return isinstance(value, Real) and low < float(value) < high
+def _positive(value: Any) -> bool:
+    return isinstance(value, Real) and 0 < float(value) < math.inf
 
 
 def check_tails(tails: str | None) -> None:

@@ -76,7 +76,7 @@ def _conditional(flow: Any, sampling: bool) -> Iterator[Step]:
         reason = why if isinstance(base, ConstantConditionalDistribution) else reason
         yield Refused(name="base_dist", kind=type(base).__name__, reason=reason)
     else:
-        yield from base_steps("base_dist", base.base_dist)
+        yield from base_steps(base.base_dist)
     for i, part in enumerate(flow.transforms):
         yield from within(f"transforms.{i}", part, False)
 

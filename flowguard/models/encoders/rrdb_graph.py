@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from flowguard.models.checkpoints import CheckpointError
 from flowguard.models.ncnn import Layer, Network
 
-LEAKY = 2  # the activation of a convolution, and its slope
 SUM, PRODUCT = 1, 2  # of `Eltwise` the first, of `BinaryOp` 0 and the second
 NEAREST = 1
 
