@@ -21,25 +21,23 @@ from flowguard.bounds.certificate import Certificate
 Choose = Callable[..., Tensor]
 
 
-def reached(certificate: Certificate, radius: float, steps: int = 200, restarts: int = 2) -> float:
+def reached(certificate: Certificate, radius: float) -> float:
     r"""Returns the largest value that the adversary finds, by gradient ascent for each output.
 
     Arguments:
         certificate: The certificate, of robust maps, additive ones and constants.
         radius: The largest absolute value of the noise.
-        steps: The number of steps.
-        restarts: The number of starts.
     """
     best = 0.0
-    for _ in range(restarts):
+    for _ in range(2):
         angles: list[Tensor] = []
         with torch.no_grad():
             outputs = _sample(certificate, radius, _choices(angles, 1)).numel()
         angles.clear()
         _sample(certificate, radius, _choices(angles, outputs))
         optimizer = torch.optim.Adam(angles, 0.1)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        for _ in range(steps):
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 200)
+        for _ in range(200):
             x = _sample(certificate, radius, _choices(angles, outputs)).flatten(1).diagonal()
             best = max(best, x.abs().max().item())
             optimizer.zero_grad()

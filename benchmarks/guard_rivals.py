@@ -160,10 +160,10 @@ def combined(levels: Sequence[Maps]) -> Maps:
     )
 
 
-def pooled(maps: Tensor, size: int = POOLED) -> Tensor:
+def pooled(maps: Tensor) -> Tensor:
     r"""Returns local means of maps, at the border over what there is."""
     scores = maps.float().clamp(max=1e30)[:, None]
-    return F.avg_pool2d(scores, size, 1, size // 2, count_include_pad=False)[:, 0]
+    return F.avg_pool2d(scores, POOLED, 1, POOLED // 2, count_include_pad=False)[:, 0]
 
 
 def vectors_of(maps: Tensor) -> Tensor:

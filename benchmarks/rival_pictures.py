@@ -155,13 +155,13 @@ def at_pixels(maps: Tensor, scale: int) -> Tensor:
     return maps[..., rows[:, None] // factor, columns[None] // factor]
 
 
-def clocked(model: SuperResolutionFlow, turns: int = 3) -> tuple[float, float]:
-    r"""Returns the processor seconds of a sample and of the encoder, the least of some turns."""
+def clocked(model: SuperResolutionFlow) -> tuple[float, float]:
+    r"""Returns the processor seconds of a sample and of the encoder, the least of three turns."""
     y = torch.rand(1, 3, CROP, CROP)
     encoder = model.conditioner.get_submodule("encoder")
     times: list[list[float]] = [[], []]
     with torch.no_grad():
-        for _ in range(turns):
+        for _ in range(3):
             for place, call in enumerate((model.sample, encoder)):
                 start = time.process_time()
                 call(y)

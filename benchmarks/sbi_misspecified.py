@@ -46,14 +46,13 @@ def _rate(u: Tensor) -> Tensor:
     return torch.where(small, 1 - u / 2, safe / safe.expm1())
 
 
-def traces(theta: Tensor, dt: float = 0.025, every: int = 8) -> Tensor:
+def traces(theta: Tensor) -> Tensor:
     r"""Simulates the voltage of a neuron (Pospischil et al., 2008) under a step of current.
 
     Arguments:
         theta: The conductances of sodium and potassium, with shape :math:`(N, 2)`.
-        dt: The step, in milliseconds.
-        every: How many steps lie between two that are returned.
     """
+    dt, every = 0.025, 8  # milliseconds, and steps between two that are returned
     g_na, g_k = theta.double().unbind(-1)
     leak, g_m, slow, threshold = 0.1, 0.07, 6e2, -60.0
     e_na, e_k, e_leak = 53.0, -107.0, -70.0

@@ -73,17 +73,16 @@ def linear_gaussian(theta: Tensor) -> Tensor:
 SIMULATORS = {"two moons": two_moons, "linear Gaussian": linear_gaussian}
 
 
-def trained(simulator: str, model: Any, count: int = 2000, seed: int = 0, **options: Any) -> Any:
+def trained(simulator: str, model: Any, count: int, **options: Any) -> Any:
     r"""Returns a posterior, its parameters and its simulations.
 
     Arguments:
         simulator: The name of the simulator.
         model: The density estimator, as NPE takes it.
         count: The number of simulations.
-        seed: The seed.
         options: Those of the training.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     prior = PRIORS[simulator]
     theta = prior.sample((count,))
     x = SIMULATORS[simulator](theta)

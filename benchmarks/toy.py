@@ -178,8 +178,8 @@ def ask(model: GuardedFlow, seed: int, seconds: float) -> Answers:
     return Answers(scores, next(shares), points, far, next(shares), numbers)
 
 
-def reliability(scores: Tensor, rates: Tensor, bins: int = 10) -> tuple[Any, Any, float]:
-    r"""Returns the error probability that the score foretells, in bins of equal size, the share
+def reliability(scores: Tensor, rates: Tensor) -> tuple[Any, Any, float]:
+    r"""Returns the error probability that the score foretells, in ten bins of equal size, the share
     of errors in each, and the mean distance of both.
 
     The probability is the isotonic regression of the errors of every other condition; it is told
@@ -191,7 +191,7 @@ def reliability(scores: Tensor, rates: Tensor, bins: int = 10) -> tuple[Any, Any
     model.fit(scores[learnt].double().log().numpy(), rates[learnt].double().numpy())
     told = model.predict(scores[~learnt].double().log().numpy())
     truth = rates[~learnt].double().numpy()
-    parts = np.array_split(np.argsort(told, kind="stable"), bins)
+    parts = np.array_split(np.argsort(told, kind="stable"), 10)
     foretold, seen = (np.array([v[part].mean() for part in parts]) for v in (told, truth))
     return foretold, seen, float(np.abs(foretold - seen).mean())
 

@@ -17,13 +17,10 @@ from imaging.gallery import gallery
 from imaging.measure import Study
 
 
-def parser(
-    task: str, study: type[Study], told: str, page: Path, part: str
-) -> argparse.ArgumentParser:
+def parser(study: type[Study], told: str, page: Path, part: str) -> argparse.ArgumentParser:
     r"""Returns the parser of an experiment.
 
     Arguments:
-        task: The task of ``flowguard train``.
         study: What is asked of the models.
         told: What the experiment is.
         page: The page that it writes a part of.
@@ -67,7 +64,7 @@ def experiment(
         options: Options of ``flowguard train`` that all runs have.
         argv: The arguments; those of the process by default.
     """
-    made = parser(task, study, told, page, part)
+    made = parser(study, told, page, part)
     args = made.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -160,28 +160,23 @@ def _places(study: Study, kinds: Mapping[str, Found]) -> dict[str, str]:
     }
 
 
-def verdicts(
-    study: Study, kinds: Mapping[str, Found], first: str = "affine", place: str | None = None
-) -> list[str]:
-    r"""Returns, for each other kind, whether it is not worse than the first one by more than a
+def verdicts(study: Study, kinds: Mapping[str, Found]) -> list[str]:
+    r"""Returns, for each other kind, whether it is not worse than the affine one by more than a
     standard deviation over its seeds, and how many artefacts each has.
 
     Arguments:
         study: What was asked.
         kinds: The numbers of each kind.
-        first: The kind that the others are held against.
-        place: The set with a truth; the first one that there is by default.
     """
-    base = kinds.get(first)
+    base = kinds.get("affine")
     if base is None:
         return []
-    sets = [p for p in study.held if p in base] if place is None else [place]
     lines = []
     for kind, found in kinds.items():
-        if kind == first:
+        if kind == "affine":
             continue
         told = []
-        for p in sets:
+        for p in study.held:
             for measure, more in ((study.score, 1), ("bits_per_dim", -1)):
                 ours, theirs = (f.get(p, {}).get(measure, []) for f in (found, base))
                 if not ours or not theirs:
@@ -198,7 +193,7 @@ def verdicts(
             if p in found and p in base:
                 ours, theirs = (fmean(f[p]["artefacts"]) for f in (found, base))
                 told.append(f"artefact pixels on {title} {ours:.3g} % against {theirs:.3g} %")
-        lines.append(f"- **{kind}** against {first}: {'; '.join(told)}.")
+        lines.append(f"- **{kind}** against affine: {'; '.join(told)}.")
     return lines
 
 
