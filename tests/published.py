@@ -138,9 +138,9 @@ def shapes(net: Net) -> Shapes:
     return found | {f"{FLOW}f.0.weight": (*net.dead, 3, 3), f"{FLOW}f.0.bias": net.dead[:1]}
 
 
-def random_state(net: Net, seed: int = 0) -> State:
+def random_state(net: Net) -> State:
     r"""Random weights in float64, such that no layer does nothing."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     found: State = {}
     for name, shape in shapes(net).items():
         t = torch.randn(shape, generator=generator, dtype=torch.float64)

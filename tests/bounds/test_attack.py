@@ -13,12 +13,12 @@ from flowguard.models import SuperResolutionFlow
 NORMS = ("linf", "l2")
 
 
-def flow_and_maps(coupling="robust", rows=2):
+def flow_and_maps(coupling="robust"):
     flow = ConditionalMultiscaleFlow(3, 4, levels=2, steps=2, hidden=8, coupling=coupling)
     with torch.no_grad():
         for p in flow.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    return flow.eval(), [torch.randn(rows, 4, 4, 4), torch.randn(rows, 4, 2, 2)]
+    return flow.eval(), [torch.randn(2, 4, 4, 4), torch.randn(2, 4, 2, 2)]
 
 
 def product(z, y):

@@ -57,11 +57,8 @@ def image_flow(levels, steps, dtype=torch.float32, scale=0.1, **options):
     return disturb(flow, scale).to(dtype)
 
 
-def maps(levels, size, dtype=torch.float32, rows=2, scale=1.0):
-    return [
-        scale * torch.randn(rows, 4, size >> i, size >> i, dtype=dtype)
-        for i in range(1, levels + 1)
-    ]
+def maps(levels, size, dtype=torch.float32):
+    return [torch.randn(2, 4, size >> i, size >> i, dtype=dtype) for i in range(1, levels + 1)]
 
 
 def noise(flow, size, rows=2, dtype=torch.float32, corners=False):

@@ -134,7 +134,7 @@ def worst(steps, tries=4, climbs=40):
     return best
 
 
-def random_steps(length, maps=ENVELOPES):
+def random_steps(length):
     c = int(torch.randint(1, 5, ()))
     steps = [Noise(size=c)]
     for _ in range(length):
@@ -154,7 +154,7 @@ def random_steps(length, maps=ENVELOPES):
             steps.append(Remark())
         else:
             mask = None if torch.rand(()) < 0.3 else torch.rand(c) < 0.7
-            g = maps[int(torch.randint(len(maps), ()))]
+            g = ENVELOPES[int(torch.randint(len(ENVELOPES), ()))]
             steps.append(Pointwise(envelope=g, mask=mask))
     return steps
 
@@ -281,10 +281,10 @@ def test_no_choice_of_maps_exceeds_the_tightened_bound(seed, length, effort):
         assert ours.bound_out <= theirs.bound_out * ALMOST
 
 
-def chained(steps, effort=0, radius=RADIUS):
+def chained(steps, radius=RADIUS):
     r"""The chain of some steps, and the region that it ends in, of the plain certificate."""
     region = Region.cube(torch.full((1, steps[0].size), radius, dtype=torch.float64))
-    chain = Chain(region, effort)
+    chain = Chain(region, 0)
     for step in steps:
         after = step.through(region, radius, 0.0)
         chain.add(step.link(region, radius, 0.0), after)

@@ -97,11 +97,11 @@ def assert_same(first, second):
     assert bounds[0] == bounds[1]
 
 
-def steps_of_training(model, n=2):
+def steps_of_training(model):
     model.train()
     optimizer = torch.optim.Adam(model.flow.parameters(), 1e-3)  # the guard knows its encoder
     high, low = pairs(model)
-    for _ in range(n):
+    for _ in range(2):
         optimizer.zero_grad()
         latents, ladj = model.encode(high, low)
         (sum(z.square().sum() for z in latents) - ladj.sum()).backward()

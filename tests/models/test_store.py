@@ -283,10 +283,10 @@ def files(folder, tmp_path):
     return tmp_path
 
 
-def refused(folder, match, error=PretrainedError):
+def refused(folder, match):
     before = {p: p.read_bytes() for p in folder.iterdir() if p.is_file()}
     for loader in (SuperResolutionFlow.from_pretrained, store.load):
-        with pytest.raises(error, match=match) as told:
+        with pytest.raises(PretrainedError, match=match) as told:
             loader(folder)
         assert len(str(told.value)) < 1000
     assert {p: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before

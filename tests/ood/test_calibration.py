@@ -15,8 +15,8 @@ from flowguard.ood.calibration import STATISTICS, Calibration, Calibrator, image
 ALPHAS = (0.001, 0.01, 0.05)
 
 
-def calibrated(scores, features=4, edge=torch.nan):
-    calibrator = Calibrator(features, edge)
+def calibrated(scores, edge=torch.nan):
+    calibrator = Calibrator(4, edge)
     for batch in scores.split(7):
         calibrator.add(batch)
     return calibrator.build()
@@ -67,7 +67,7 @@ def promised(n):
     return torch.tensor(sorted(exact | {0.03, 0.1, 0.25, 0.6}))
 
 
-def false_alarms(statistic, n, calibrations, images=64):
+def false_alarms(statistic, n, calibrations):
     """How often p is at most each share, and the standard error: of images exchangeable with those
     of the calibration, each calibration being one draw."""
     generator = torch.Generator().manual_seed(n)
@@ -78,7 +78,7 @@ def false_alarms(statistic, n, calibrations, images=64):
     rates = torch.empty(calibrations, len(alphas), dtype=torch.float64)
     for rate in rates:
         conditioner.calibrate([strange_images(n, chance, generator)], progress=False)
-        p = conditioner.score(strange_images(images, chance, generator)).p_value
+        p = conditioner.score(strange_images(64, chance, generator)).p_value
         rate.copy_((p[:, None] <= alphas * (1 + 1e-6)).double().mean(dim=0))
     return alphas, rates.mean(dim=0), rates.std(dim=0) / calibrations**0.5
 

@@ -14,7 +14,7 @@ from superres import SuperResolutionStudy
 STUDY = SuperResolutionStudy(Path(), Options())
 
 
-def rows(psnr, bits, artefacts, score=9.0):
+def rows(psnr, bits, artefacts):
     held = [
         {"set": "set5", "picture": p, "kind": "", "psnr_y": psnr + d, "bits_per_dim": bits}
         | {"sample_psnr_y": psnr - 2, "score": 1.0 + d}
@@ -22,7 +22,7 @@ def rows(psnr, bits, artefacts, score=9.0):
     ]
     strange = [
         {"set": "corruptions", "picture": "a", "kind": kind, "pixels": 100}
-        | {"artefacts": n, "non_finite": 0, "largest": "inf" if n else 1.0, "score": score}
+        | {"artefacts": n, "non_finite": 0, "largest": "inf" if n else 1.0, "score": 9.0}
         | {"counts": f"1:0:{100 - n} 9:{n}:0"}
         for kind, n in (("gain 2", 0), ("gain 5", artefacts))
     ]

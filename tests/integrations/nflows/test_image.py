@@ -35,11 +35,11 @@ def stir(layer, std=0.05):
     return layer
 
 
-def multiscale(channels=(8, 5), levels=2, **options):
+def multiscale(channels=(8, 5), **options):
     r"""Two levels of a squeeze and two steps, the finest first."""
-    flow = Multiscale(levels, **options)
+    flow = Multiscale(2, **options)
     shape = SIZE
-    for c in channels[:levels]:
+    for c in channels:
         squeeze = T.SqueezeTransform()
         shape = squeeze.get_output_shape(*shape)
         steps = [ours.RobustFlowStep(shape[0], c, 16, num_bins=4, mix=m) for m in MIXES]

@@ -214,9 +214,9 @@ def test_bases(host):
     assert flowguard.certify(host.flow(layer)).bound(confidence=0.99) > 3
 
 
-def image_transform(host, cls, shape=(3, 8, 12), levels=3):
-    flow = cls(levels)
-    for level in range(levels):
+def image_transform(host, cls):
+    flow, shape = cls(3), (3, 8, 12)
+    for level in range(3):
         squeeze = [host.T.SqueezeTransform()] if level < 2 else []
         shape = squeeze[0].get_output_shape(*shape) if squeeze else shape
         steps = [ours.RobustFlowStep(shape[0], CONTEXT, 8, num_bins=2, mix=m) for m in MIXES]

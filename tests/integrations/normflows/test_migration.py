@@ -327,19 +327,19 @@ def test_steep_splines_are_carried_over_as_far_as_they_may(make):
         assert log_det.isfinite().all()
 
 
-def glow(mode="channel", scale_map="sigmoid", classes=None, channels=2, size=8):
+def glow(mode="channel", scale_map="sigmoid", classes=None):
     """A Glow of two levels for small images, whose weights have been somewhere."""
     bases, layers, merges = [], [], []
     for i in range(2):
-        c = channels * 2 ** (3 - i)
+        c = 2 ** (4 - i)
         steps = [F.GlowBlock(c, 8, split_mode=mode, scale_map=scale_map) for _ in range(2)]
         layers.append([*steps, F.Squeeze()])
-        shape = (channels * 2 ** (3 if i == 0 else 1), *[size // (4 if i == 0 else 2)] * 2)
+        shape = (4, 4, 4) if i else (16, 2, 2)
         bases.append(nf.distributions.GlowBase(shape, num_classes=classes))
         if i > 0:
             merges.append(F.Merge())
     flow = nf.MultiscaleFlow(bases, layers, merges, class_cond=classes is not None)
-    flow.log_prob(images(64, channels, size), *([torch.zeros(64).long()] if classes else [None]))
+    flow.log_prob(images(64), *([torch.zeros(64).long()] if classes else [None]))
     for name, p in flow.named_parameters():
         if "param_map" in name:
             with torch.no_grad():

@@ -12,8 +12,8 @@ from flowguard.integrations.sbi import watch
 from flowguard.integrations.sbi.watch import Watch, deadline, merge_trials
 
 
-def fitted(event=(3,), n=400, alpha=0.01):
-    found = Watch(None, alpha)
+def fitted(event=(3,), n=400):
+    found = Watch(None, 0.01)
     rows = torch.randn(2 * n, *event)
     found.fit(rows[:n], rows[n:])
     return found, rows[:n]

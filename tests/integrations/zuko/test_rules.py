@@ -333,9 +333,9 @@ def test_a_library_without_rules_is_named_and_not_imported():
 # What a certificate must not promise
 
 
-def reached_and_bound(flow, y=None, rows=256, features=3, dtype=torch.float32):
+def reached_and_bound(flow, y=None, features=3, dtype=torch.float32):
     r"""The largest of some samples, and the bound: none where the flow is refused."""
-    z = RADIUS * (2 * torch.rand(rows, features, dtype=dtype) - 1)
+    z = RADIUS * (2 * torch.rand(256, features, dtype=dtype) - 1)
     z = torch.cat((z, RADIUS * z.sign()))
     with torch.no_grad():
         x = flow(y).transform.inv(z)
