@@ -5,7 +5,16 @@ A transform alone is taken to go from data to noise; a distribution runs its tra
 way, as they are called.
 """
 
-__all__ = ["affine", "after", "base_steps", "composed", "known_bases", "squashed", "transformed"]
+__all__ = [
+    "affine",
+    "after",
+    "base_steps",
+    "composed",
+    "known_bases",
+    "permuted",
+    "squashed",
+    "transformed",
+]
 
 import math
 from collections.abc import Iterable, Iterator
@@ -27,10 +36,12 @@ from torch.optim.swa_utils import AveragedModel
 from flowguard.bounds.holders import steps_within
 from flowguard.bounds.regions import Envelope
 from flowguard.bounds.rules import departure, envelope, envelope_rule, named, rule, steps, within
-from flowguard.bounds.steps import Noise, Refused, Scale, Step, constant
+from flowguard.bounds.steps import Noise, Permute, Refused, Scale, Step, constant
 from flowguard.bounds.univariate import conditional
 from flowguard.hosts import load
 from flowguard.transforms import InverseTransform
+
+NO_PERMUTATION = "its indices are no permutation"
 
 
 @rule(nn.DataParallel, DistributedDataParallel, AveragedModel)
@@ -156,6 +167,14 @@ def affine(factor: Tensor, shift: Tensor, sampling: bool) -> Step:
     if sampling:
         return Scale(factor=1 / factor, offset=-shift / factor)
     return Scale(factor=factor, offset=shift)
+
+
+def permuted(order: Tensor, sampling: bool = False, name: str = "") -> Step:
+    r"""The step of x -> x[order], or of its inverse where it is sampled; refused where the indices
+    are no permutation."""
+    if not torch.equal(order.sort().values, torch.arange(len(order), device=order.device)):
+        return Refused(name=name, reason=NO_PERMUTATION, depends="not at all")
+    return Permute(name=name, order=torch.argsort(order) if sampling else order)
 
 
 @rule(transforms.AffineTransform)

@@ -38,6 +38,7 @@ from flowguard.bounds import (
 )
 from flowguard.bounds.attack import Sampler, Tensors, sampler
 from flowguard.bounds.rational import constant_spline, softmax_knots
+from flowguard.bounds.torch_rules import permuted
 from flowguard.image import Robust
 
 from . import rules_linear as linear
@@ -260,13 +261,9 @@ def _their_constant_spline(layer: Any, sampling: bool) -> Iterator[Step]:
 
 
 def _permutation(layer: Any, sampling: bool) -> Iterator[Step]:
-    order = layer._permutation
-    if not torch.equal(order.sort().values, torch.arange(len(order), device=order.device)):
-        yield Refused(reason="its indices are no permutation", depends="not at all")
-    elif layer._dim == 1:
-        yield Permute(order=torch.argsort(order) if sampling else order)
-    else:
-        yield Flatten()  # of positions: what differed among them may be anywhere
+    step = permuted(layer._permutation, sampling)
+    of_positions = layer._dim != 1 and isinstance(step, Permute)
+    yield Flatten() if of_positions else step  # what differed among them may be anywhere
 
 
 def _actnorm(layer: Any, sampling: bool) -> Iterator[Step]:

@@ -47,7 +47,7 @@ from flowguard.bounds import (
 )
 from flowguard.bounds.attack import Sampler, Tensors, sampler
 from flowguard.bounds.solution import FINE, solution
-from flowguard.bounds.torch_rules import affine
+from flowguard.bounds.torch_rules import NO_PERMUTATION, affine, permuted
 from flowguard.bounds.univariate import undetermined
 
 from .adapter import ContextAdapter
@@ -64,7 +64,6 @@ POLES = "its inverse has poles"
 CONSTANT = "not at all"
 CLASS = "on its class"
 PENDING = "its next batch initialises it: run one first, or switch to evaluation mode"
-NO_PERMUTATION = "its indices are no permutation"
 
 
 # Flows
@@ -387,16 +386,10 @@ def _affine_constant(layer: Any, sampling: bool) -> Iterator[Step]:
 @rule(flows.Permute)
 def _permute(layer: Any, sampling: bool) -> Iterator[Step]:
     if layer.mode == "shuffle":
-        yield _permuted(layer.perm if sampling else layer.inv_perm)
+        yield permuted(layer.perm if sampling else layer.inv_perm)
     else:
         n = layer.num_channels
         yield Permute(order=torch.arange(n).roll(-(n // 2 if sampling else (n + 1) // 2)))
-
-
-def _permuted(order: Tensor, name: str = "") -> Step:
-    if not torch.equal(order.sort().values, torch.arange(len(order), device=order.device)):
-        return Refused(name=name, reason=NO_PERMUTATION, depends=CONSTANT)
-    return Permute(name=name, order=order)
 
 
 @rule(flows.Invertible1x1Conv, flows.InvertibleAffine)
@@ -436,9 +429,9 @@ def _lu_permute(layer: Any, sampling: bool) -> Iterator[Step]:
     linear, order = layer.linear, layer.permutation._permutation
     if sampling:
         yield from _lu_linear(linear, sampling)
-        yield _permuted(torch.argsort(order), "permutation")
+        yield permuted(torch.argsort(order), name="permutation")
     else:
-        yield _permuted(order, "permutation")
+        yield permuted(order, name="permutation")
         yield from _lu_linear(linear, sampling)
 
 

@@ -43,12 +43,9 @@ from flowguard.bounds import (
     steps,
     within,
 )
-from flowguard.bounds import (
-    Permute as Rearranged,
-)
 from flowguard.bounds.attack import Sampler, Tensors, sampler
 from flowguard.bounds.solution import solution
-from flowguard.bounds.torch_rules import base_steps, composed, known_bases, transformed
+from flowguard.bounds.torch_rules import base_steps, composed, known_bases, permuted, transformed
 from flowguard.migration.inscribe import InscribedAffine
 from flowguard.migration.rules import BoundOfMap, made_otherwise
 
@@ -173,13 +170,10 @@ def _bound(map: InscribedAffine, sampling: bool) -> BoundOfMap:
 
 @rule(Permute)
 def _permute(f: Any, sampling: bool) -> Iterator[Step]:
-    order = f.permutation
-    if not torch.equal(order.sort().values, torch.arange(len(order), device=order.device)):
-        yield Refused(reason="its indices are no permutation", depends="not at all")
-    elif f.dim != -1:
-        yield Remark(depends="not at all, and positions move as they are")
-    else:
-        yield Rearranged(order=torch.argsort(order) if sampling else order)
+    step = permuted(f.permutation, sampling)
+    if f.dim != -1 and not isinstance(step, Refused):
+        step = Remark(depends="not at all, and positions move as they are")
+    yield step
 
 
 @rule(BatchNorm)

@@ -24,7 +24,6 @@ from flowguard.bounds import (
     Flatten,
     Linear,
     Noise,
-    Permute,
     Refused,
     Step,
     conditional,
@@ -41,7 +40,7 @@ from flowguard.bounds.attack import Sampler, Tensors, sampler
 from flowguard.bounds.holders import conditioned
 from flowguard.bounds.rational import constant_spline
 from flowguard.bounds.solution import solution
-from flowguard.bounds.torch_rules import affine, after, known_bases, squashed
+from flowguard.bounds.torch_rules import affine, after, known_bases, permuted, squashed
 from flowguard.bounds.univariate import undetermined
 from flowguard.migration.imitate import RescaledSpline
 from flowguard.migration.inscribe import InscribedAffine, InscribedShift
@@ -133,8 +132,8 @@ def _is_normal(base: Distribution) -> bool:
     return bool((base.loc == 0).all()) and bool((base.scale == 1).all())
 
 
-@rule(zuko.lazy.LazyComposedTransform)
-def _lazy_composed(layer: Any, sampling: bool) -> Iterator[Step]:
+@rule(zuko.lazy.LazyComposedTransform, T.ComposedTransform)
+def _composed(layer: Any, sampling: bool) -> Iterator[Step]:
     # Not `named_children`, which leaves out what is there a second time.
     parts = list(enumerate(layer.transforms))
     for i, part in reversed(parts) if sampling else parts:
@@ -245,13 +244,6 @@ def _owner(meta: Any, cls: Any) -> Any:
     return None if coarse else layer
 
 
-@rule(T.ComposedTransform)
-def _composed(f: Any, sampling: bool) -> Iterator[Step]:
-    parts = list(enumerate(f.transforms))
-    for i, part in reversed(parts) if sampling else parts:
-        yield from within(f"transforms.{i}", part, sampling)
-
-
 @rule(T.DependentTransform)
 def _dependent(f: Any, sampling: bool) -> Iterator[Step]:
     yield from steps(f.base, sampling)
@@ -269,11 +261,7 @@ def _additive(f: Any, sampling: bool) -> Iterator[Step]:
 
 @rule(T.PermutationTransform)
 def _permutation(f: Any, sampling: bool) -> Iterator[Step]:
-    order = f.order
-    if not torch.equal(order.sort().values, torch.arange(len(order), device=order.device)):
-        yield Refused(reason="its indices are no permutation", depends="not at all")
-        return
-    yield Permute(order=torch.argsort(order) if sampling else order)
+    yield permuted(f.order, sampling)
 
 
 @rule(T.RotationTransform)
