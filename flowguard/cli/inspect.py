@@ -50,6 +50,7 @@ def run(args: Any) -> int:
         UserError: If what was asked for cannot be done.
     """
     from flowguard.models import store
+    from flowguard.ood.conditioner import conditioners
 
     paths(args, "folder")
     try:
@@ -65,7 +66,7 @@ def run(args: Any) -> int:
     with threads(None):
         told = certificate(model, args.radius)
     print("\n" + told)
-    print("\n" + "\n\n".join(calibration(n, c) for n, c in conditioners(model)))
+    print("\n" + "\n\n".join(calibration(n, c) for n, c in conditioners(model).items()))
     return 0
 
 
@@ -148,19 +149,6 @@ def certificate(model: nn.Module, radius: float) -> str:
             f" ({first.reason})."
         )
     return "\n".join([*lines, str(found.table(radius))])
-
-
-def conditioners(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    r"""Yields the guards of a model, by name.
-
-    Arguments:
-        model: The model.
-    """
-    from flowguard.ood import OODConditioner
-
-    for name, module in model.named_modules():
-        if isinstance(module, OODConditioner):
-            yield name, module
 
 
 def calibration(name: str, conditioner: Any) -> str:

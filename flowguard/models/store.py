@@ -36,6 +36,7 @@ from flowguard.io.atomic import atomic, save_tensors
 from flowguard.migration.exchange import exchange
 from flowguard.models.strict import check_counts, check_dtypes, check_kinds, other_dtype, within
 from flowguard.ood import OODConditioner
+from flowguard.ood.conditioner import conditioners
 
 try:
     from huggingface_hub import PyTorchModelHubMixin as _Hub
@@ -412,10 +413,6 @@ def _checked(
     return made
 
 
-def _conditioners(model: nn.Module) -> dict[str, OODConditioner]:
-    return {n: m for n, m in model.named_modules() if isinstance(m, OODConditioner)}
-
-
 def _options(conditioner: OODConditioner) -> dict[str, Any]:
     guard = conditioner.guard
     return {
@@ -458,7 +455,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         "flowguard": __version__,
         "class": known_as(type(model)),
         "arguments": encode(arguments),
-        "conditioners": {n: encode(_options(c)) for n, c in _conditioners(model).items()},
+        "conditioners": {n: encode(_options(c)) for n, c in conditioners(model).items()},
     }
     replaced = {
         _eager(name): {TYPE: type(layer).__name__, **encode(layer.changes())}
@@ -532,9 +529,9 @@ def _records(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _set_conditioners(model: nn.Module, told: Mapping[str, Any]) -> None:
-    conditioners = _conditioners(model)
-    _check_names("conditioners", told, conditioners)
-    for name, conditioner in conditioners.items():
+    found = conditioners(model)
+    _check_names("conditioners", told, found)
+    for name, conditioner in found.items():
         options = told[name]
         if isinstance(options, dict):  # earlier files say all but that
             options = {"required": conditioner.required, **options}

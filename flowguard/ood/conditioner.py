@@ -58,6 +58,15 @@ Policy = Literal["warn", "report", "raise", "shrink"]
 _past: ContextVar[tuple[nn.Module, ...]] = ContextVar("flowguard_unguarded", default=())
 
 
+def conditioners(model: nn.Module) -> dict[str, "OODConditioner"]:
+    r"""Returns the conditioners within a model by their paths.
+
+    Arguments:
+        model: The model.
+    """
+    return {path: m for path, m in model.named_modules() if isinstance(m, OODConditioner)}
+
+
 @contextmanager
 def unguarded(model: Any) -> Iterator[None]:
     r"""Looks past the guards of a model, within and in this thread: they score nothing, tell nothing
@@ -74,8 +83,7 @@ def unguarded(model: Any) -> Iterator[None]:
         ...     conditioner(torch.zeros(1, 2))
         tensor([[0., 0.]])
     """
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    found = tuple(m for m in modules if isinstance(m, OODConditioner))
+    found = conditioners(model).values() if isinstance(model, nn.Module) else ()
     token = _past.set((*_past.get(), *found))
     try:
         yield

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from flowguard.hosts import opened
 from flowguard.numerics import evaluating
 from flowguard.ood import recording
-from flowguard.ood.conditioner import OODConditioner
+from flowguard.ood.conditioner import OODConditioner, conditioners
 from flowguard.ood.embeddings import Selector, contexts, device_of, to_levels
 from flowguard.ood.fingerprint import Seal, fingerprint
 from flowguard.ood.gaussian import Shrinkage
@@ -122,7 +122,7 @@ class Monitor(nn.Module):
         self._model = (model,)  # in a tuple, so that it is not registered as a submodule
         self.alpha = alpha
         self.guard = LevelSet(shrinkage, normalize, statistic)
-        self._sources = _conditioners(model)
+        self._sources = conditioners(model)
         self._hooked, self._wanted = _resolve(model, self._sources, levels)
         self._handles: list[RemovableHandle] = []
         self._complete = True
@@ -333,10 +333,6 @@ class Monitor(nn.Module):
             last.alpha + share * new.alpha,
             min(1.0, last.attained_alpha + share * new.attained_alpha),
         )
-
-
-def _conditioners(model: nn.Module) -> dict[str, OODConditioner]:
-    return {path: m for path, m in model.named_modules() if isinstance(m, OODConditioner)}
 
 
 def _full(sources: dict[str, OODConditioner], path: str, name: str) -> str:

@@ -7,7 +7,6 @@ everything pass here.
 __all__ = ["LenientEmbedding", "calibrate", "lenient"]
 
 import warnings
-from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from flowguard.hosts import opened
 from flowguard.numerics import evaluating
 from flowguard.ood import OODConditioner, unguarded
+from flowguard.ood.conditioner import conditioners
 
 from .guard import GuardedPosterior
 
@@ -44,7 +44,7 @@ class LenientEmbedding(nn.Module):
 
     def forward(self, x: Any) -> Any:
         r"""Returns the embedding of observations, as the network makes it."""
-        if all(guard.calibrated for _, guard in _guards(self.net)):
+        if all(guard.calibrated for guard in conditioners(self.net).values()):
             return self.net(x)
         with unguarded(self.net):
             return self.net(x)
@@ -57,7 +57,9 @@ def lenient(net: nn.Module) -> nn.Module:
     Arguments:
         net: The network.
     """
-    if isinstance(net, LenientEmbedding) or all(guard.calibrated for _, guard in _guards(net)):
+    if isinstance(net, LenientEmbedding) or all(
+        guard.calibrated for guard in conditioners(net).values()
+    ):
         return net
     warnings.warn(LATER, stacklevel=3)
     return LenientEmbedding(net)
@@ -101,7 +103,7 @@ def calibrate(posterior: P, x: Tensor, *, held_out: float = HELD_OUT) -> P:
             f"a {type(posterior).__name__}: calibrate(posterior, x) first, then protect it"
         )
     estimator = opened(posterior).module
-    guards = list(_guards(estimator))
+    guards = conditioners(estimator)
     if not guards:
         raise ValueError(
             "the embedding network must hold an OODConditioner; got a"
@@ -111,7 +113,7 @@ def calibrate(posterior: P, x: Tensor, *, held_out: float = HELD_OUT) -> P:
     rows = len(x) - round(held_out * len(x))
     if not 2 <= rows < len(x):
         raise ValueError(f"there must be simulations to fit and to calibrate; got {len(x)} rows")
-    for name, guard in guards:
+    for name, guard in guards.items():
         fed = _fed(estimator, guard, x)
         if len(fed) != len(x):
             raise ValueError(
@@ -120,12 +122,6 @@ def calibrate(posterior: P, x: Tensor, *, held_out: float = HELD_OUT) -> P:
         guard.fit(fed[:rows], progress=False)
         guard.calibrate(fed[rows:], progress=False)
     return posterior
-
-
-def _guards(net: nn.Module) -> Iterator[tuple[str, OODConditioner]]:
-    for name, module in net.named_modules():
-        if isinstance(module, OODConditioner):
-            yield name, module
 
 
 def _fed(estimator: Any, guard: OODConditioner, x: Tensor) -> Tensor:
