@@ -3,15 +3,13 @@ r"""Samples of pictures of any size, in bounded memory."""
 __all__ = ["latents_for", "sample"]
 
 import hashlib
-import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from flowguard.models import LowLightFlow
+from flowguard.models.base import pad_to_multiple
 
 WHOLE = 640 * 640  # pixels of a sample up to which "auto" takes the picture as a whole
 CUT = 512  # rows and columns of the tiles beyond, in pixels of the sample
@@ -77,25 +75,21 @@ def sample(
         The sample, with shape :math:`(1, 3, H', W')`, and a report for each condition that the
         encoder saw; none if the model is not calibrated.
     """
-    scale, how = getattr(model, "scale", 1), {} if precision is None else {"precision": precision}
+    scale, how = model.scale, {} if precision is None else {"precision": precision}
     height, width = (scale * n for n in y.shape[-2:])
     if tile == "auto":
         tile = CUT if height * width > WHOLE else None
     if tile is None or int(tile) >= max(height, width):
         return model.decode(latents, y, **how), _reports(model)
-    if isinstance(model, LowLightFlow):
-        y = model.encoder.prepare(y)  # the histogram is that of the whole picture
-    tileable = "tile" in inspect.signature(model.decode).parameters
-    if tileable and height * width <= PIXELS and _feature_bytes(model, y) <= FEATURES:
+    y = model.prepare(y)  # the histogram of a dark one is that of the whole picture
+    if height * width <= PIXELS and _feature_bytes(model, y) <= FEATURES:
         return model.decode(latents, y, tile=int(tile), **how), _reports(model)
     return _tiled(model, y, latents, max(1, int(tile) // scale), scale, how)
 
 
 def _feature_bytes(model: Any, y: Tensor) -> float:
     r"""What the feature maps of the condition take, judged by those of its corner."""
-    corner = y[..., :32, :32]
-    bottom, right = (-n % 32 for n in corner.shape[-2:])
-    corner = F.pad(corner, (0, right, 0, bottom), mode="replicate")
+    corner = pad_to_multiple(y[..., :32, :32], 32)
     found = model.conditioner.encoder(corner)
     taken = sum(m.numel() * m.element_size() for m in found)
     return taken * y[0, 0].numel() / corner[0, 0].numel()
@@ -124,7 +118,7 @@ def _tiled(
     scale: int,
     how: dict[str, str],
 ) -> tuple[Tensor, list[Any]]:
-    multiple = model.flow.multiple if scale == 1 else model.lr_multiple
+    multiple = model.multiple
     height, width = y.shape[-2:]
     padded = [multiple * -(-n // multiple) for n in (height, width)]
     whole = y.new_empty(1, 3, scale * height, scale * width)
