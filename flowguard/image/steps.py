@@ -28,7 +28,32 @@ MIXES: dict[str, type[Mix]] = {
 }
 
 
-class TransitionStep(nn.Module):
+class _Mixing(nn.Module):
+    r"""What a step begins with: activation normalisation and 1×1 convolution, or both in one."""
+
+    def __init__(self, channels: int, mix: str) -> None:
+        super().__init__()
+        if mix not in MIXES:
+            raise ValueError(f"mix must be one of {', '.join(MIXES)}; got {mix!r}")
+        self.actnorm = ActNorm(channels)
+        self.mix: Mix = MIXES[mix](channels)
+
+    def _there(self, x: Tensor, folded: FoldedMix | None) -> tuple[Tensor, Tensor]:
+        if folded is not None:
+            return folded.forward(x)
+        x, a = self.actnorm(x)
+        x, b = self.mix(x)
+        return x, a + b
+
+    def _back(self, z: Tensor, folded: FoldedMix | None) -> tuple[Tensor, Tensor]:
+        if folded is not None:
+            return folded.inverse(z)
+        z, b = self.mix.inverse(z)
+        z, a = self.actnorm.inverse(z)
+        return z, a + b
+
+
+class TransitionStep(_Mixing):
     r"""Creates a step without coupling: activation normalisation and 1×1 convolution.
 
     Arguments:
@@ -45,11 +70,7 @@ class TransitionStep(nn.Module):
     """
 
     def __init__(self, channels: int, *, mix: str = "free") -> None:
-        super().__init__()
-        if mix not in MIXES:
-            raise ValueError(f"mix must be one of {', '.join(MIXES)}; got {mix!r}")
-        self.actnorm = ActNorm(channels)
-        self.mix: Mix = MIXES[mix](channels)
+        super().__init__(channels, mix)
 
     def forward(self, x: Tensor, folded: FoldedMix | None = None) -> tuple[Tensor, Tensor]:
         r"""Takes data to noise.
@@ -61,11 +82,7 @@ class TransitionStep(nn.Module):
         Returns:
             The noise, with the same shape, and the log-determinant, with shape :math:`(B)`.
         """
-        if folded is not None and not torch.is_grad_enabled():
-            return folded.forward(x)
-        x, a = self.actnorm(x)
-        x, b = self.mix(x)
-        return x, a + b
+        return self._there(x, None if torch.is_grad_enabled() else folded)
 
     def inverse(self, z: Tensor, folded: FoldedMix | None = None) -> tuple[Tensor, Tensor]:
         r"""Takes noise to data.
@@ -78,14 +95,10 @@ class TransitionStep(nn.Module):
         Returns:
             The data, with the same shape, and the log-determinant, with shape :math:`(B)`.
         """
-        if folded is not None and not torch.is_grad_enabled():
-            return folded.inverse(z)
-        z, b = self.mix.inverse(z)
-        z, a = self.actnorm.inverse(z)
-        return z, a + b
+        return self._back(z, None if torch.is_grad_enabled() else folded)
 
 
-class FlowStep(nn.Module):
+class FlowStep(_Mixing):
     r"""Creates a step: activation normalisation, 1×1 convolution, conditional coupling.
 
     Arguments:
@@ -119,11 +132,7 @@ class FlowStep(nn.Module):
         normed: bool = False,
         noise_channels: int = 0,
     ) -> None:
-        super().__init__()
-        if mix not in MIXES:
-            raise ValueError(f"mix must be one of {', '.join(MIXES)}; got {mix!r}")
-        self.actnorm = ActNorm(channels)
-        self.mix: Mix = MIXES[mix](channels)
+        super().__init__(channels, mix)
         self.coupling = ConditionalCoupling(
             channels,
             context_channels,
@@ -146,13 +155,7 @@ class FlowStep(nn.Module):
         Returns:
             The noise, with the same shape, and the log-determinant, with shape :math:`(B)`.
         """
-        folded = _folded(context)
-        if folded is not None:
-            x, b = folded.forward(x)
-        else:
-            x, a = self.actnorm(x)
-            x, b = self.mix(x)
-            b = a + b
+        x, b = self._there(x, _folded(context))
         x, c = self.coupling(x, context)
         return x, b + c
 
@@ -162,13 +165,8 @@ class FlowStep(nn.Module):
         r"""Takes noise to data; returns the output and the log-determinant, with shape
         :math:`(B)`."""
         z, c = self.coupling.inverse(z, context, ladj=ladj)
-        folded = _folded(context)
-        if folded is not None:
-            z, b = folded.inverse(z)
-            return z, b + c
-        z, b = self.mix.inverse(z)
-        z, a = self.actnorm.inverse(z)
-        return z, a + b + c
+        z, b = self._back(z, _folded(context))
+        return z, b + c
 
 
 def _folded(context: Tensor | Condition | None) -> FoldedMix | None:
