@@ -242,6 +242,25 @@ def evaluating(module: Any) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def instead(layer: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    r"""Puts a function in place of a method of a module, within the context.
+
+    Arguments:
+        layer: The module, or another object.
+        name: The name of the method.
+        function: The function, which is called without the module.
+    """
+    own = vars(layer)  # not by `setattr`, of which a module makes more
+    before = {name: own[name]} if name in own else {}
+    own[name] = function
+    try:
+        yield
+    finally:
+        del own[name]
+        own.update(before)
+
+
 # Factorisations by LU go matrix by matrix: with two threads, those of a batch of large matrices (two
 # of 192 columns suffice) never return on some processors. No other file of the package has any.
 

@@ -21,7 +21,7 @@ import inspect
 import textwrap
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any, NamedTuple
@@ -35,6 +35,7 @@ from torch.optim.swa_utils import AveragedModel
 from flowguard.bounds.rules import compiled, departure, has_rule, hooks_of, steps, within
 from flowguard.bounds.steps import Refused, Remark, Step
 from flowguard.hosts import of_a_host
+from flowguard.numerics import instead
 
 #: What samples, what scores, what only rearranges a sample, and what concerns the weights alone.
 SAMPLING = {"rsample", "rsample_and_log_prob", "sample", "sample_and_log_prob"}
@@ -790,7 +791,7 @@ def _listen(flow: Any, call: Callable[[], Any]) -> "Heard | None":
     with ExitStack() as stack:
         for name in ("forward", *sorted(SAMPLING | SCORING)):
             if hasattr(flow, name):
-                stack.enter_context(_stopping(flow, name))
+                stack.enter_context(instead(flow, name, partial(_stop, name)))
         try:
             call()
         except _Stop as stop:
@@ -820,16 +821,5 @@ class _Stop(Exception):
         self.heard = heard
 
 
-@contextmanager
-def _stopping(flow: Any, name: str) -> Iterator[None]:
-    def stop(*arguments: Any, **options: Any) -> Any:
-        raise _Stop(Heard(name, arguments, options))
-
-    own = vars(flow)
-    before = {name: own[name]} if name in own else {}
-    own[name] = stop
-    try:
-        yield
-    finally:
-        del own[name]
-        own.update(before)
+def _stop(name: str, *arguments: Any, **options: Any) -> Any:
+    raise _Stop(Heard(name, arguments, options))

@@ -27,7 +27,7 @@ from flowguard.migration.exchange import successor
 from flowguard.migration.imitate import AffineMap, AnyTransform, RescaledSpline
 from flowguard.migration.inscribe import InscribedAffine
 from flowguard.migration.surgeon import Site, Surgeon, surgeon
-from flowguard.numerics import normal_log_prob
+from flowguard.numerics import instead, normal_log_prob
 from flowguard.transforms import Univariate
 
 PIXELS = 4096  # of those that a layer was asked for, how many are kept
@@ -226,15 +226,8 @@ class _Part(_Lines):
             found = before(part)
             return _Hearing(found, self._tell) if part == self.part else found
 
-        inherited = "map_of" not in vars(coupling)
-        object.__setattr__(coupling, "map_of", map_of)
-        try:
+        with instead(coupling, "map_of", map_of):
             yield
-        finally:
-            if inherited:
-                object.__delattr__(coupling, "map_of")
-            else:
-                object.__setattr__(coupling, "map_of", before)
 
     def build(self, spline: RescaledSpline) -> nn.Module:
         flat = InscribedAffine.around(spline, *(self._heard(i) for i in range(3)))

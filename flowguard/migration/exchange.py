@@ -3,7 +3,7 @@ r"""Modules that take the place of others: made of them, put where they were, he
 Nothing here knows a library, or what is exchanged.
 """
 
-__all__ = ["exchange", "instead", "overhear", "successor"]
+__all__ = ["exchange", "overhear", "successor"]
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, MutableSequence
@@ -12,6 +12,8 @@ from typing import Any, Literal, TypeVar, cast
 
 import torch.nn as nn
 from torch import Tensor
+
+from flowguard.numerics import instead
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -138,22 +140,3 @@ def _called(net: nn.Module, hear: Callable[[nn.Module, Any, Any], None]) -> Iter
         yield
     finally:
         net.__class__ = kind
-
-
-@contextmanager
-def instead(layer: nn.Module, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    r"""Puts a function in place of a method of a module, within the context.
-
-    Arguments:
-        layer: The module.
-        name: The name of the method.
-        function: The function, which is called without the module.
-    """
-    own = vars(layer)  # not by `setattr`, of which a module makes more
-    before = {name: own[name]} if name in own else {}
-    own[name] = function
-    try:
-        yield
-    finally:
-        del own[name]
-        own.update(before)

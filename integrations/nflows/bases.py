@@ -24,8 +24,9 @@ from torch.nn import functional as F
 
 from flowguard.bounds import Noise, Refused, Step, constant, departure
 from flowguard.migration import Site, Surgeon
-from flowguard.migration.exchange import instead, successor
+from flowguard.migration.exchange import successor
 from flowguard.migration.moments import BoundedMoments, MomentsSite
+from flowguard.numerics import instead
 
 from .host import CANDIDATES, part
 

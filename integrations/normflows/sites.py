@@ -22,11 +22,12 @@ from normflows.utils import splines
 from torch import Tensor
 
 from flowguard.migration import Site, Surgeon
-from flowguard.migration.exchange import instead, overhear, successor
+from flowguard.migration.exchange import overhear, successor
 from flowguard.migration.imitate import AffineMap, AnyTransform, RescaledSpline
 from flowguard.migration.inscribe import InscribedAffine, InscribedShift
 from flowguard.migration.knots import HostSpline, Knots
 from flowguard.migration.moments import BoundedMoments, MomentsSite
+from flowguard.numerics import instead
 
 from .bases import BoundedDiagGaussian, moments_of
 from .migrated import (

@@ -32,10 +32,9 @@ from torch.distributions.transforms import ComposeTransform, IndependentTransfor
 
 from flowguard.bounds.parts import gather, parts
 from flowguard.migration import Site, Surgeon, holder, surgeon
-from flowguard.migration.exchange import instead
 from flowguard.migration.imitate import AffineMap, AnyTransform, RescaledSpline
 from flowguard.migration.inscribe import InscribedAffine
-from flowguard.numerics import normal_log_prob
+from flowguard.numerics import instead, normal_log_prob
 
 from .migrated import (
     MigratedAffineAutoregressive,
