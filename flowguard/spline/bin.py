@@ -42,6 +42,7 @@ __all__ = [
     "solve",
     "squash",
     "squash_pullback",
+    "within",
 ]
 
 from typing import NamedTuple
@@ -97,6 +98,11 @@ def finish(v: Tensor, out: Tensor, slope: Tensor, bound: float, *, closed: bool 
     # What is added is zero, or NaN where a parameter is.
     out = torch.where(inside, out, v + (out - out))
     return out, torch.where(inside, slope, 1 + (slope - slope)).log()
+
+
+def within(z: Tensor, size: Tensor) -> Tensor:
+    r"""A distance from the corner, cut to the size of the bin."""
+    return torch.minimum(z, size).clamp(min=0.0)
 
 
 class Cell(NamedTuple):

@@ -216,20 +216,16 @@ def _prepare(x: Tensor, rows: Sequence[Rows], o: Options, vertical: bool) -> Sta
     return State(u, v, number, own, left, right, passed, raw, cell, w, h, secants, ends)
 
 
-def _within(z: Tensor, size: Tensor) -> Tensor:
-    return torch.minimum(z, size).clamp(min=0.0)
-
-
 def evaluate(v: Tensor, params: Params, o: Options) -> Pair:
     r"""The spline or its inverse, and the logarithm of its slope."""
     inside = v.clamp(-o.bound, o.bound)
     at = _prepare(inside, _rows(params), o, o.inverse)
     cell = at.cell
     if o.inverse:
-        start, z = cell.y, _within(inside - cell.y, cell.h)
+        start, z = cell.y, rq.within(inside - cell.y, cell.h)
         value, steep = rq.solve(z, cell)
     else:
-        start, z = cell.x, _within(inside - cell.x, cell.w)
+        start, z = cell.x, rq.within(inside - cell.x, cell.w)
         value, steep = rq.evaluate(z, at.s[0], cell)
     # What the identity adds to the corner is what the distance was rounded to.
     return rq.finish(v, torch.where(value == start + z, inside, value), steep, o.bound)
@@ -243,7 +239,7 @@ def pull_back(x: Tensor, params: Params, grads: Pair, o: Options) -> tuple[Tenso
     w, h, s, number = at.w, at.h, at.s, at.number
 
     inside = x.abs() < o.bound
-    z = _within(inner - at.cell.x, w[0])
+    z = rq.within(inner - at.cell.x, w[0])
     to_y, to_l = torch.where(inside, grads[0], 0.0), torch.where(inside, grads[1], 0.0)
     pull = rq.pull_back(z, s[0], at.cell, (to_y, to_l), o.inverse)
     grad_x = pull.grad + torch.where(inside, 0.0, grads[0])

@@ -113,18 +113,14 @@ def _locate(x: Tensor, params: Params, o: Options, vertical: bool) -> _Located:
     return _Located(number, Cell(*corner, *size, *d), shares, left, [*to_raw])
 
 
-def _within(z: Tensor, size: Tensor) -> Tensor:
-    return torch.minimum(z, size).clamp(min=0.0)
-
-
 def evaluate(v: Tensor, params: Params, o: Options) -> Pair:
     r"""The spline or its inverse, and the logarithm of its slope."""
     inside = v.clamp(-o.bound, o.bound)
     cell = _locate(inside, params, o, o.inverse).cell
     if o.inverse:
-        value, steep = rq.solve(_within(inside - cell.y, cell.h), cell)
+        value, steep = rq.solve(rq.within(inside - cell.y, cell.h), cell)
     else:
-        value, steep = rq.evaluate(_within(inside - cell.x, cell.w), cell.h / cell.w, cell)
+        value, steep = rq.evaluate(rq.within(inside - cell.x, cell.w), cell.h / cell.w, cell)
     return rq.finish(v, value, steep, o.bound, closed=True)
 
 
@@ -135,7 +131,7 @@ def pull_back(x: Tensor, params: Params, grads: Pair, o: Options) -> tuple[Tenso
     w, h = at.cell.w, at.cell.h
     inside = x.abs() <= o.bound
     to_y, to_l = torch.where(inside, grads[0], 0.0), torch.where(inside, grads[1], 0.0)
-    z = _within(inner - at.cell.x, w)
+    z = rq.within(inner - at.cell.x, w)
     pull = rq.pull_back(z, h / w, at.cell, (to_y, to_l), o.inverse)
     grad_x = pull.grad + torch.where(inside, 0.0, grads[0])
 
