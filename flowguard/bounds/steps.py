@@ -106,8 +106,20 @@ class Step:
             cls.link = Step.link  # type: ignore[method-assign]
 
 
+class _Still(Step):
+    r"""A step that changes nothing."""
+
+    def through(self, region: Region, radius: float, roundoff: float) -> Region:
+        r"""Returns the region as it is."""
+        return region
+
+    def link(self, region: Region, radius: float, roundoff: float) -> Link:
+        r"""Returns what leaves all as it is."""
+        return Rearranged(torch.arange(region.box.shape[1]))
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Noise(Step):
+class Noise(_Still):
     r"""The noise that a flow starts from, at each of its positions.
 
     Arguments:
@@ -132,14 +144,6 @@ class Noise(Step):
     def features(self) -> int:
         r"""The number of features of a position."""
         return self.size
-
-    def through(self, region: Region, radius: float, roundoff: float) -> Region:
-        r"""Returns the region as it is: the noise is where it starts from."""
-        return region
-
-    def link(self, region: Region, radius: float, roundoff: float) -> Link:
-        r"""Returns what leaves all as it is."""
-        return Rearranged(torch.arange(region.box.shape[1]))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -442,7 +446,7 @@ class Flatten(Step):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Remark(Step):
+class Remark(_Still):
     r"""A row in the table for what the bound leaves out, such as an image that is added last.
 
     Example:
@@ -451,14 +455,6 @@ class Remark(Step):
         layer  type      bound in  bound out  depends on the condition
                Upsample  4         4          adds the enlarged condition
     """
-
-    def through(self, region: Region, radius: float, roundoff: float) -> Region:
-        r"""Returns the region as it is: nothing is bounded here."""
-        return region
-
-    def link(self, region: Region, radius: float, roundoff: float) -> Link:
-        r"""Returns what leaves all as it is."""
-        return Rearranged(torch.arange(region.box.shape[1]))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
