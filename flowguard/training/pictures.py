@@ -230,7 +230,19 @@ class FilePairs(Pairs):
         return target, self.conditions.window(index, 0, 0, height, width)
 
 
-class DarkPairs(FilePairs):
+class _Equalised(Pairs):
+    r"""Pairs whose conditions are fetched dark, each with the table that it is equalised by."""
+
+    prepares = True
+
+    def finish(self, fetched: Sequence[tuple[Any, ...]]) -> list[Pair]:
+        targets, dark, tables = zip(*fetched, strict=True)
+        return list(
+            zip(targets, low_light_input(torch.stack(dark), torch.stack(tables)), strict=True)
+        )
+
+
+class DarkPairs(_Equalised, FilePairs):
     r"""Creates pairs of bright photographs and dark ones, prepared as the low-light encoder is fed;
     see :func:`flowguard.models.encoders.lowlight.low_light_input`.
 
@@ -240,8 +252,6 @@ class DarkPairs(FilePairs):
         targets: The bright photographs.
         conditions: The dark ones, in the same order.
     """
-
-    prepares = True
 
     def __init__(self, targets: PictureFiles, conditions: PictureFiles) -> None:
         super().__init__(targets, conditions)
@@ -263,18 +273,12 @@ class DarkPairs(FilePairs):
         target, dark = super().fetch(index, top, left, size, rng)
         return target, dark, self._table(index)
 
-    def finish(self, fetched: Sequence[tuple[Any, ...]]) -> list[Pair]:
-        targets, dark, tables = zip(*fetched, strict=True)
-        return list(
-            zip(targets, low_light_input(torch.stack(dark), torch.stack(tables)), strict=True)
-        )
-
     def whole(self, index: int, rng: np.random.Generator) -> Pair:
         target, dark = super().whole(index, rng)
         return target, low_light_input(dark[None])[0]
 
 
-class DarkenedPairs(Pairs):
+class DarkenedPairs(_Equalised):
     r"""Creates pairs of photographs and dark shots of them, which a model of a camera takes as they
     are asked for, prepared as the low-light encoder is fed; see :func:`flowguard.data.expose`.
 
@@ -288,7 +292,6 @@ class DarkenedPairs(Pairs):
     """
 
     scale = 1
-    prepares = True
 
     def __init__(
         self, files: PictureFiles, *, darkest: float = DARKEST, brightest: float = BRIGHTEST
@@ -310,12 +313,6 @@ class DarkenedPairs(Pairs):
         shot = self._camera(rng)
         sheet = (255 * shot(_float(levels[:, ::every, ::every]))).round().long()
         return target, shot(target), equalization(sheet.flatten(1))
-
-    def finish(self, fetched: Sequence[tuple[Any, ...]]) -> list[Pair]:
-        targets, dark, tables = zip(*fetched, strict=True)
-        return list(
-            zip(targets, low_light_input(torch.stack(dark), torch.stack(tables)), strict=True)
-        )
 
     def whole(self, index: int, rng: np.random.Generator) -> Pair:
         target = _float(self.files.whole(index))
