@@ -51,13 +51,13 @@ class Condition(NamedTuple):
         True
     """
 
-    injected: Tensor  # parameters of the feature-conditional half
-    hidden: Tensor  # the context's part of the first layer of the self-conditional half
-    noise: Tensor | None = None  # the noise map at the size of this level, where one is given
-    map: Elementwise | None = None  # what takes the injected parameters, if not the raw ones
-    mix: FoldedMix | None = None  # what comes before the coupling
-    rest: Sequence[Folded] = ()  # the self-conditional half's layers, but for the context's share
-    told: Sequence[Folded] = ()  # those of the part that knows of noise
+    injected: Tensor
+    hidden: Tensor
+    noise: Tensor | None = None
+    map: Elementwise | None = None
+    mix: FoldedMix | None = None
+    rest: Sequence[Folded] = ()
+    told: Sequence[Folded] = ()
 
 
 class ConditionalCoupling(nn.Module):

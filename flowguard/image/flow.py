@@ -43,11 +43,11 @@ class FlowCondition(NamedTuple):
         [torch.Size([1, 3, 8, 8]), torch.Size([1, 3, 8, 8])]
     """
 
-    features: list[Tensor]  # the context maps themselves
-    noise: Tensor | None  # the noise map
-    steps: list[list[Condition]]  # what each step made of them
-    transitions: list[list[FoldedMix | None]]  # the steps without coupling, their weights folded
-    origin: Origin | None = None  # what made it; none for what is used up at once
+    features: list[Tensor]
+    noise: Tensor | None
+    steps: list[list[Condition]]
+    transitions: list[list[FoldedMix | None]]
+    origin: Origin | None = None
 
 
 #: One map for each level, or what :meth:`ConditionalMultiscaleFlow.condition` made of them.

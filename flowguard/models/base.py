@@ -77,13 +77,13 @@ class ImageCondition(NamedTuple):
         [torch.Size([1, 1, 3, 16, 16]), torch.Size([1, 1, 3, 16, 16])]
     """
 
-    images: Tensor  # as they were given
+    images: Tensor
     maps: FlowCondition
-    base: Tensor | None  # what the flow's images are the residual over, where they are
-    mean: Tensor | None  # of the last latent, where it is not zero
-    origin: Origin | None = None  # what made it; none for what is used up at once
-    margin: float | None = None  # that of the model when it was made
-    networks: torch.dtype | None = None  # what the networks computed in; none for the images' own
+    base: Tensor | None
+    mean: Tensor | None
+    origin: Origin | None = None
+    margin: float | None = None
+    networks: torch.dtype | None = None
 
 
 Given = Tensor | ImageCondition
