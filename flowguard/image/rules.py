@@ -164,8 +164,7 @@ def _multiscale(flow: ConditionalMultiscaleFlow, sampling: bool) -> Iterator[Ste
         yield Refused(reason="a multiscale flow is bounded in its inverse direction only")
         return
     # Split by split, the channels of the last level; any even size gives the same.
-    size = 2**flow.levels
-    yield Noise(name="noise", size=flow.latent_shapes(size, size)[-1][0])
+    yield Noise(name="noise", size=flow.latent_shapes(flow.multiple, flow.multiple)[-1][0])
     for level in reversed(range(flow.levels)):
         if level < len(flow.splits):
             yield from within(f"splits.{level}", flow.splits[level])

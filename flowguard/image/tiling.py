@@ -324,7 +324,7 @@ def _check(flow: ConditionalMultiscaleFlow, context: Sequence[Tensor], size: int
     if flow.training:
         raise RuntimeError("a flow in training mode sees whole images: call eval() first")
     flow.check_context(context)
-    least = 1 << flow.levels
+    least = flow.multiple
     if size < least or size % least:
         raise ValueError(f"the size of a tile must be a multiple of {least} pixels; got {size}")
 
