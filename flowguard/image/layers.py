@@ -175,9 +175,6 @@ class ActNorm(nn.Module):
         self.initialized.fill_(True)
         self._ready = True
 
-    def _ladj(self, x: Tensor) -> Tensor:
-        return (self.logs.sum() * (x.shape[-2] * x.shape[-1])).expand(x.shape[0])
-
     @property
     def pending(self) -> bool:
         r"""Whether the next batch in training mode initialises the layer."""
@@ -191,12 +188,12 @@ class ActNorm(nn.Module):
         :math:`(B)`."""
         if self.pending:
             self.initialize(x)
-        return (x + self.bias) * torch.exp(self.logs), self._ladj(x)
+        return (x + self.bias) * torch.exp(self.logs), _of_image(self.logs.sum(), x)
 
     def inverse(self, z: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
         r"""Takes noise to data; returns the output and the log-determinant, with shape
         :math:`(B)`."""
-        return z * torch.exp(-self.logs) - self.bias, -self._ladj(z)
+        return z * torch.exp(-self.logs) - self.bias, _of_image(self.logs.sum(), z, -1)
 
 
 def _several_processes() -> bool:
