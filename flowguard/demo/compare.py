@@ -2,7 +2,6 @@ r"""A comparison of couplings: trained alike, asked alike, measured alike."""
 
 __all__ = ["COUPLINGS", "CompareOptions", "Compared", "Comparison", "compare"]
 
-import dataclasses
 import math
 import time
 from collections.abc import Mapping
@@ -274,7 +273,7 @@ def compare(options: CompareOptions) -> Comparison:
             training.skipped if training else 0,
             numbers,
         )
-    return Comparison(dataclasses.replace(o), models, asked, sampled)
+    return Comparison(o, models, asked, sampled)
 
 
 def _model(

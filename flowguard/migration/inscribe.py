@@ -108,8 +108,6 @@ def single(t: Tensor) -> Tensor:
     Arguments:
         t: The tensor.
     """
-    if t.dtype in (torch.float32, torch.float64):
-        return t
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
