@@ -7,6 +7,7 @@ from typing import Any
 
 from flowguard.cli.machine import add_machine, check_device, threads
 from flowguard.cli.parsing import (
+    DEMO,
     Parser,
     UserError,
     file,
@@ -113,12 +114,7 @@ def run(args: Any) -> int:
     Raises:
         UserError: If what was asked for cannot be done.
     """
-    need(
-        ("skimage", "scikit-image"),
-        ("matplotlib", "matplotlib"),
-        ("torchmetrics", "torchmetrics"),
-        ("lightning", "lightning"),
-    )
+    need(*DEMO)
     from flowguard.demo import report as demo_report
     from flowguard.demo import run as demo
     from flowguard.models.store import PretrainedError

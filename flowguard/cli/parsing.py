@@ -16,6 +16,14 @@ import jsonargparse
 from flowguard.cli import COMMANDS
 from flowguard.hosts import install
 
+#: What the extra demo brings, as module and distribution.
+DEMO = (
+    ("skimage", "scikit-image"),
+    ("matplotlib", "matplotlib"),
+    ("torchmetrics", "torchmetrics"),
+    ("lightning", "lightning"),
+)
+
 
 class UserError(Exception):
     r"""A mistake of the user, told in one line."""
