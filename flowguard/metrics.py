@@ -61,6 +61,20 @@ def _pair(image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return _shown(image), _shown(target)
 
 
+def span(condition: Tensor, beyond: float = 0.0) -> tuple[float, float]:
+    r"""Returns the range that is spanned by [0, 1] and a condition, and so much on both sides.
+
+    Arguments:
+        condition: The condition, of any shape.
+        beyond: How much more it is.
+
+    Example:
+        >>> span(torch.tensor([-0.5, 0.2]))
+        (-0.5, 1.0)
+    """
+    return min(0.0, float(condition.min())) - beyond, max(1.0, float(condition.max())) + beyond
+
+
 def quantise(image: Tensor) -> Tensor:
     r"""Returns images as bytes, rounded to the nearest of 256 levels.
 

@@ -376,9 +376,10 @@ def _write(
     grow: Callable[[Any], Any],
 ) -> None:
     from flowguard import metrics
-    from flowguard.cli.page import Shown, calibration, drawn, excess
+    from flowguard.cli.page import Shown, calibration, drawn
     from flowguard.cli.sampling import latents_for, sample, seed_of
     from flowguard.io import pictures
+    from flowguard.ood.report import excess
 
     picture = pictures.read(outcome.source)
     parameter = next(model.parameters())

@@ -1,6 +1,6 @@
 r"""The account of many pictures, as one page."""
 
-__all__ = ["Shown", "calibration", "drawn", "excess", "write_page"]
+__all__ = ["Shown", "calibration", "drawn", "write_page"]
 
 import html
 from collections.abc import Callable, Iterator, Sequence
@@ -24,17 +24,6 @@ class Shown:
     sample: Any  # what was written
     reports: tuple[Any, ...]  # one for each tile; none if the guard is not calibrated
     name: str  # of the file that was written
-
-
-def excess(level: Any) -> float:
-    r"""Returns how many times its threshold the score of a level is.
-
-    Arguments:
-        level: The report of one level.
-    """
-    import torch
-
-    return float(level.score.max()) / max(level.threshold, torch.finfo(torch.float32).tiny)
 
 
 def calibration(reports: Sequence[Any]) -> int:
@@ -76,6 +65,7 @@ def drawn(shown: Shown, grow: Callable[[Any], Any]) -> list[Drawn]:
         grow: What makes a condition as large as a sample, without a model.
     """
     from flowguard.demo.drawing import encoded, guard_map, marked, shrunk
+    from flowguard.ood.report import excess
 
     given, sample = shown.given, shown.sample
     scale = sample.shape[-1] // given.shape[-1]

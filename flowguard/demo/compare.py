@@ -187,7 +187,7 @@ def _samples(model: Model, y: Tensor, o: CompareOptions, temperature: float) -> 
 
 def _rates(samples: Tensor, y: Tensor, prefix: str) -> dict[str, float]:
     r"""The share of samples and pixels that err, given the range of the condition."""
-    low, high = min(0.0, float(y.min())) - 0.5, max(1.0, float(y.max())) + 0.5
+    low, high = metrics.span(y, 0.5)
     return {
         f"{prefix}_error_rate": float(metrics.error_rate(samples, low=low, high=high)),
         f"{prefix}_error_pixels": float(

@@ -1,6 +1,6 @@
 r"""Pictures of pages, as files: photographs, maps of the guard, and where a sample breaks."""
 
-__all__ = ["encoded", "guard_map", "marked", "seen", "shrunk", "span"]
+__all__ = ["encoded", "guard_map", "marked", "seen", "shrunk"]
 
 import io
 from typing import Any
@@ -17,25 +17,12 @@ from flowguard.ood.report import NINES, LevelReport, nines
 MARK = (255, 0, 170)  # what marks artefacts: a colour that photographs do not have
 
 
-def span(condition: Tensor) -> tuple[float, float]:
-    r"""Returns the values that are drawn black and white: the range of [0, 1] and the condition.
-
-    Arguments:
-        condition: The condition, of any shape.
-
-    Example:
-        >>> span(torch.tensor([-0.5, 0.2]))
-        (-0.5, 1.0)
-    """
-    return min(0.0, float(condition.min())), max(1.0, float(condition.max()))
-
-
 def seen(image: Tensor, within: tuple[float, float] = (0.0, 1.0)) -> Tensor:
     r"""Returns an image in which a range of values is black to white.
 
     Arguments:
         image: The image, of any shape.
-        within: The values that are black and white; see :func:`span`.
+        within: The values that are black and white.
     """
     low, high = within
     return (image.detach().float().cpu() - low) / (high - low)

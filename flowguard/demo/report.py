@@ -28,13 +28,14 @@ import torch
 from torch import Tensor
 
 from flowguard.demo import page as html
-from flowguard.demo.drawing import encoded, guard_map, marked, seen, shrunk, span
+from flowguard.demo.drawing import encoded, guard_map, marked, seen, shrunk
 from flowguard.demo.page import Drawn
 from flowguard.demo.run import Result, Sampled, Trained
 from flowguard.demo.task import NOISE, QUANTILE, Question, Task
 from flowguard.io.atomic import atomic, write_json, write_text
 from flowguard.io.pictures import to_uint8
-from flowguard.ood.report import NINES, OODReport, nines
+from flowguard.metrics import span
+from flowguard.ood.report import NINES, OODReport, excess, nines
 
 WIDEST = 640  # pixels of the page's pictures, at most
 OPEN = 3  # conditions that break which are shown beside the first; the others are folded
@@ -118,7 +119,7 @@ def _condition_rows(result: Result) -> list[list[str]]:
             s = by_model[name]
             row += [f"{100 * s.share:.2f} %", number(s.largest)]
         for r in by_model[names[-1]].report.levels.values():
-            row.append(number(_times(r)) + (" *" if bool(r.flagged[0]) else "  "))
+            row.append(number(excess(r)) + (" *" if bool(r.flagged[0]) else "  "))
         rows.append(row)
     return rows
 
@@ -188,18 +189,13 @@ def table(result: Result) -> str:
 # -- what is said ----------------------------------------------------------------------------
 
 
-def _times(level: Any) -> float:
-    r"""How many times its threshold the score of a level is."""
-    return float(level.score[0]) / max(level.threshold, torch.finfo(torch.float32).tiny)
-
-
 def guarded(report: OODReport) -> str:
     r"""Returns what the guard says of a condition, in units of its threshold.
 
     Arguments:
         report: The report of one condition.
     """
-    most = max(map(_times, report.levels.values()))
+    most = max(map(excess, report.levels.values()))
     flagged = "flagged by the guard" if bool(report.flagged[0]) else "not flagged by the guard"
     return f"{flagged} ({number(most)} × its threshold)"
 
@@ -332,7 +328,7 @@ def _drawn(
     for level, r in by_model[guard].report.levels.items():
         if r.map is not None:
             flagged = "flagged" if bool(r.flagged[0]) else "not flagged"
-            told = f"guard of {guard}, {_level(level)}: {number(_times(r))} × its threshold, {flagged}"
+            told = f"guard of {guard}, {_level(level)}: {number(excess(r))} × its threshold, {flagged}"
             pictures.append(
                 Drawn(
                     guard_map(r),
@@ -507,7 +503,7 @@ def panel(condition: Question, by_model: dict[str, Sampled], title: str = "condi
         drawn = axis.imshow(nines(r)[0].cpu().numpy(), cmap="inferno", vmin=0, vmax=NINES)
         flagged = ", flagged" if bool(r.flagged[0]) else ""
         axis.set_title(
-            f"guard, {_level(level)}: {number(_times(r))} × threshold{flagged}", fontsize=12
+            f"guard, {_level(level)}: {number(excess(r))} × threshold{flagged}", fontsize=12
         )
     bar = figure.colorbar(drawn, ax=axes, shrink=0.9, extend="max")
     bar.set_ticks([0, 1, 2, 3, 4], labels=["0", "0.9", "0.99", "0.999", "0.9999"])

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowguard import data
+from flowguard import data, metrics
 from flowguard.bounds import certify
 from flowguard.demo.lowlight import LowLightTask
 from flowguard.demo.superres import SuperResolutionTask
@@ -210,8 +210,7 @@ def artefact_mask(sample: Tensor, condition: Tensor) -> Tensor:
         tensor([[[False,  True],
                  [False,  True]]])
     """
-    low = min(0.0, float(condition.min())) - 0.5
-    high = max(1.0, float(condition.max())) + 0.5
+    low, high = metrics.span(condition, 0.5)
     return ~((sample >= low) & (sample <= high)).all(dim=1)
 
 

@@ -89,6 +89,11 @@ class LevelReport:
         return f"LevelReport({self.name!r}, contexts={len(self.score)}, map={shape})"
 
 
+def excess(level: LevelReport) -> float:
+    r"""Returns how many times its threshold the largest score of a level is."""
+    return float(level.score.max()) / max(level.threshold, torch.finfo(torch.float32).tiny)
+
+
 @dataclass(frozen=True, eq=False)
 class OODReport:
     r"""The scores of all levels for a batch of :math:`B` contexts.
@@ -176,11 +181,7 @@ class OODReport:
 
     def _worst(self) -> tuple[str, int]:
         r"""The context farthest beyond its threshold; raw scores of levels do not compare."""
-
-        def excess(level: LevelReport) -> Tensor:
-            return level.score / max(level.threshold, torch.finfo(torch.float32).tiny)
-
-        name = max(self.levels, key=lambda n: float(excess(self.levels[n]).max()))
+        name = max(self.levels, key=lambda n: excess(self.levels[n]))
         return name, int(self.levels[name].score.argmax())
 
     def _rows(self) -> list[list[str]]:

@@ -166,15 +166,8 @@ def _sampled(model: Model, y: Tensor, seed: int) -> tuple[Tensor, Tensor, float,
     report = model.conditioner.report
     assert report is not None  # the conditions were scored
     errors = [
-        float(
-            metrics.error_rate(
-                x[None],
-                per_pixel=True,
-                low=min(0.0, float(c.min())) - BEYOND,
-                high=max(1.0, float(c.max())) + BEYOND,
-            )
-        )
-        for x, c in zip(samples, y, strict=True)
+        float(metrics.error_rate(x[None], per_pixel=True, low=low, high=high))
+        for x, (low, high) in zip(samples, (metrics.span(c, BEYOND) for c in y), strict=True)
     ]
     missing = float(metrics.nan_rate(samples, per_pixel=True))
     return samples, strangeness(report), sum(errors) / len(errors), missing

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from flowguard.demo.drawing import encoded, guard_map, marked, seen, span
+from flowguard.demo.drawing import encoded, guard_map, marked, seen
+from flowguard.metrics import span
 from flowguard.ood import OODConditioner
 from flowguard.ood.report import nines
 
