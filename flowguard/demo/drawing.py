@@ -97,8 +97,8 @@ def _palette() -> list[int]:
 
 
 def guard_map(level: LevelReport) -> bytes:
-    r"""Returns how far each pixel of the first condition is from the training set, as a PNG in the colours
-    of :func:`flowguard.demo.page.scale`. What is not finite is as far as can be.
+    r"""Returns how far each pixel of the first condition is from the training set, as a PNG in the
+    colours of :func:`flowguard.demo.page.scale`. What is not finite is as far as can be.
 
     Arguments:
         level: The report of one level.
