@@ -45,8 +45,20 @@ SHAPING |= {"swapaxes", "transpose", "unbind", "unflatten", "unsqueeze", "view"}
 WEIGHTS = {"batch_shape", "buffers", "eval", "event_shape", "named_parameters", "parameters"}
 WEIGHTS |= {"requires_grad_", "state_dict", "train", "training"}
 
-#: What hands weights out, to be changed perhaps; and blocks that leave these as they are.
+#: What hands weights out, to be changed perhaps; what a module changes its own by; and blocks that
+#: leave these as they are.
 WRITABLE = {"buffers", "named_parameters", "parameters", "state_dict"}
+CHANGING = {
+    "_apply",
+    "apply",
+    "bfloat16",
+    "double",
+    "float",
+    "half",
+    "load_state_dict",
+    "to",
+    "type",
+}
 BLOCKS = {"autocast", "catch_warnings", "device", "enable_grad", "fork_rng", "inference_mode"}
 BLOCKS |= {"kernels", "no_grad", "nullcontext", "record_function", "set_grad_enabled"}
 
@@ -163,8 +175,10 @@ def _why_not(model: nn.Module, path: str, flow: Any) -> str:
     conditional = isinstance(flow, tuple(_CONDITIONED))
     handing: set[str] = set()  # the methods that return what the flow returned
     scoring: set[str] = set()  # those that return what is made of a density
+    readers: dict[str, list[_Reader]] = {}
     while True:
         known, doubt = len(handing) + len(scoring), ""
+        readers.clear()
         for cls in type(model).__mro__:
             if cls in (nn.Module, object):
                 continue
@@ -179,13 +193,32 @@ def _why_not(model: nn.Module, path: str, flow: Any) -> str:
                     if why:
                         return f"its {name} {why}"
                     continue
+                readers.setdefault(name, []).append(reader)
                 scoring |= {name} if reader.scores else set()
-                if reader.hands:
-                    handing.add(name)
-                    why = reader.doubt or _reaching(model, path, flow, reader.used)
-                    doubt = doubt or (f"its {name} {why}" if why else "")
+                handing |= {name} if reader.hands else set()
+                if reader.doubt and (reader.hands or name in SAMPLING):
+                    doubt = doubt or f"its {name} {reader.doubt}"
         if len(handing) + len(scoring) == known:
-            return doubt
+            return doubt or _changed(model, path, flow, readers, handing)
+
+
+def _changed(
+    model: nn.Module,
+    path: str,
+    flow: nn.Module,
+    readers: "dict[str, list[_Reader]]",
+    handing: set[str],
+) -> str:
+    r"""Says which of the methods that hand on a sample, or that these call, may change the weights."""
+    ahead, called = sorted(handing), set[str]()
+    while ahead:
+        name = ahead.pop()
+        called.add(name)
+        for reader in readers[name]:
+            if why := reader.changes or _reaching(model, path, flow, reader.used):
+                return f"its {name} {why}"
+            ahead += sorted((reader.used & readers.keys()) - called)
+    return ""
 
 
 def _reaching(model: nn.Module, path: str, flow: nn.Module, used: set[str]) -> str:
@@ -349,6 +382,7 @@ class _Reader(ast.NodeVisitor):
         self.densities = 0  # how often one is returned
         self.complaint = ""
         self.doubt = ""  # a complaint as far as is known which methods hand on a sample
+        self.changes = ""  # what may change the weights
         # A name that is given something in a loop may have been used before: twice is enough.
         for _ in range(2):
             self.sure = set()
@@ -374,11 +408,13 @@ class _Reader(ast.NodeVisitor):
         words = f"does more than hand on what {self.path} samples: {ast.unparse(node)[:60]}"
         self.complaint = self.complaint or words
 
-    def _doubt(self, node: ast.AST, what: str) -> None:
-        self.doubt = self.doubt or f"{what}: {ast.unparse(node)[:60]}"
-
     def _doubt_return(self, node: ast.AST) -> None:
-        self._doubt(node, f"may return something else than {self.path} samples")
+        words = f"may return something else than {self.path} samples: {ast.unparse(node)[:60]}"
+        self.doubt = self.doubt or words
+
+    def _doubt_weights(self, node: ast.AST) -> None:
+        words = f"may change the weights of {self.path}: {ast.unparse(node)[:60]}"
+        self.changes = self.changes or words
 
     def comes_of_it(self, node: ast.AST | None) -> bool:
         r"""Whether an expression is the flow, or what it returned, and nothing made of that."""
@@ -395,6 +431,8 @@ class _Reader(ast.NodeVisitor):
                 for part, comes in zip(parts, found, strict=True):
                     if not comes:
                         self.visit(part)
+                if any(found) and not all(found):
+                    self._doubt_return(node)
                 return any(found)
             case ast.IfExp(test=test, body=one, orelse=other):
                 self.visit(test)
@@ -480,8 +518,10 @@ class _Reader(ast.NodeVisitor):
         r"""Looks at a call whose result is put to use."""
         if ast.unparse(node.func) == "super":
             return
-        if isinstance(node.func, ast.Attribute) and node.func.attr in WRITABLE:
-            self._doubt(node, f"may change the weights of {self.path}")
+        if isinstance(node.func, ast.Attribute):
+            mine = ast.unparse(node.func.value) in (self.me, "super()")
+            if node.func.attr in WRITABLE or (mine and node.func.attr in CHANGING):
+                self._doubt_weights(node)
         if self.comes_of_it(node):
             self._complain(node)
         elif isinstance(node.func, ast.Name) and node.func.id == self.me:
@@ -504,12 +544,16 @@ class _Reader(ast.NodeVisitor):
             self.visit(value.test)
             self._returned(value.body)
             self._returned(value.orelse)
-        elif value is None or (isinstance(value, ast.Constant) and value.value is None):
+        elif value is None or ast.unparse(value) in ("None", self.me):
             return
+        elif isinstance(value, ast.Tuple) and any(map(self.comes_of_it, value.elts)):
+            for part in value.elts:  # a sample, and what goes with it
+                if self.comes_of_it(part):
+                    self._handed(part)
+                else:
+                    self.visit(part)
         elif self.comes_of_it(value):
-            self.hands = True
-            if self._names_in(value) & self.made - self.sure:
-                self._doubt_return(value)
+            self._handed(value)
         else:
             self.visit(value)
             if self._is_density(value):
@@ -517,6 +561,11 @@ class _Reader(ast.NodeVisitor):
             else:
                 self.elsewise = True
                 self._doubt_return(value)
+
+    def _handed(self, value: ast.expr) -> None:
+        self.hands = True
+        if self._names_in(value) & self.made - self.sure:
+            self._doubt_return(value)
 
     @staticmethod
     def _names_in(node: ast.AST) -> set[str]:
@@ -530,7 +579,7 @@ class _Reader(ast.NodeVisitor):
             if isinstance(part, ast.Attribute) and ast.unparse(part.value) in (self.me, "super()")
         }
         attributes = {part.attr for part in ast.walk(node) if isinstance(part, ast.Attribute)}
-        named = self._names_in(node) & self.scored
+        named = self._names_in(node) & self.scored & self.sure
         return bool(attributes & SCORING or own & self.scoring or named)
 
     def _ways(self, *ways: list[ast.stmt]) -> None:
@@ -593,7 +642,7 @@ class _Reader(ast.NodeVisitor):
                 called = called.func
             names = ast.unparse(called).split(".")
             if names[0] != self.me and names[-1] not in BLOCKS:
-                self._doubt(item.context_expr, f"may change the weights of {self.path}")
+                self._doubt_weights(item.context_expr)
             self.visit(item)
         for statement in node.body:
             self.visit(statement)
@@ -624,8 +673,22 @@ class _Reader(ast.NodeVisitor):
 
     visit_Nonlocal = visit_Global  # type: ignore[assignment]
 
+    def visit_Import(self, node: ast.Import | ast.ImportFrom) -> None:
+        r"""Forgets names that are given to what is imported."""
+        self.sure -= {alias.asname or alias.name for alias in node.names}
+
+    visit_ImportFrom = visit_Import
+
+    def visit_Yield(self, node: ast.Yield | ast.YieldFrom) -> None:
+        r"""Takes what is yielded as something else."""
+        self._doubt_return(node)
+        self.generic_visit(node)
+
+    visit_YieldFrom = visit_Yield
+
     def _refuse_inner(self, node: ast.AST) -> None:
         r"""Refuses functions within the method that may have to do with the flow."""
+        self.sure.discard(getattr(node, "name", ""))
         names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
         if names & {self.me, *self.made}:
             self._complain(node)
@@ -633,14 +696,30 @@ class _Reader(ast.NodeVisitor):
     visit_FunctionDef = visit_AsyncFunctionDef = visit_Lambda = visit_ClassDef = _refuse_inner
 
     def visit_Assign(self, node: ast.Assign) -> None:
-        r"""Remembers the names of what comes of the flow."""
-        comes = self.comes_of_it(node.value)
-        if not comes:
-            self.visit(node.value)
-        for target in node.targets:
-            self._name(target, comes)
-            if not comes and self._is_density(node.value):
-                self.scored |= self._names_in(target)
+        r"""Remembers the names of what comes of the flow, and of densities."""
+        match node:
+            case ast.Assign(targets=[ast.Tuple(elts=names)], value=ast.Tuple(elts=values)) if len(
+                names
+            ) == len(values) and not any(
+                isinstance(part, ast.Starred) for part in (*names, *values)
+            ):
+                pairs = [([name], value) for name, value in zip(names, values, strict=True)]
+            case _:
+                pairs = [(node.targets, node.value)]
+        found = [(targets, *self._made_of(value)) for targets, value in pairs]
+        for targets, comes, density in found:
+            for target in targets:
+                self._name(target, comes)
+                if density:
+                    self.scored |= self._names_in(target)
+                    self.sure |= self._names_in(target)
+
+    def _made_of(self, value: ast.expr) -> tuple[bool, bool]:
+        r"""Whether an expression comes of the flow, and whether it is made of a density."""
+        if self.comes_of_it(value):
+            return True, False
+        self.visit(value)
+        return False, self._is_density(value)
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
         r"""Remembers the name of what comes of the flow."""
