@@ -169,6 +169,8 @@ def _why_not(model: nn.Module, path: str, flow: Any) -> str:
     r"""Says why the samples of a module may not be those of the flow in it."""
     if "." in path:
         return f"{path} is a part of a part, and what is made of its samples is not looked at"
+    if path.startswith("_") and "__" in path:
+        return f"its {path} is private: its source spells that otherwise"
     if place := _elsewhere(model, path, flow):
         return f"its {place} keeps {path}, or a part of it, elsewhere too"
     own = type(model).__module__.partition(".")[0]
@@ -186,6 +188,8 @@ def _why_not(model: nn.Module, path: str, flow: Any) -> str:
             for name, function in _functions(cls):
                 if name == "__init__" or (theirs and not _uses(function, path, handing)):
                     continue
+                if name.startswith(f"_{cls.__name__.lstrip('_')}__"):
+                    return f"it has a private {name}, which its source spells otherwise"
                 if name in OPAQUE:
                     return f"it has a {name} of its own"
                 why, reader = _reads(function, path, conditional, handing, scoring)

@@ -313,6 +313,8 @@ def _plain(couplings: Sequence[ConditionalCoupling]) -> bool:
             modules += [net, *net]
         if not (_is_made_as(c.first_context, 3) and _is_made_as(c.first_kept, 3)):
             return False
+        if type(c.first_kept) is not nn.Conv2d or c.first_kept.bias is not None:
+            return False
         modules += [c.first_context, c.first_kept]
     sizes = {(c.first_context.weight.shape, c.injector[0].weight.shape) for c in couplings}
     return len(sizes) == 1 and unhooked(*modules)

@@ -153,7 +153,8 @@ def _reach(base: Any, told: bool) -> tuple[Tensor, Tensor, str] | str:
         return "its mean and its scale depend on the class, which may be any vector"
     if getattr(base, "temperature", None) is not None:
         colder = torch.as_tensor(base.temperature, dtype=torch.float64).abs().log()
-        logs = logs + colder + 2 * _eps(base) * (logs.abs() + colder.abs())
+        off = torch.nan_to_num(colder.abs(), posinf=0.0)  # at zero nothing is rounded
+        logs = logs + colder + 2 * _eps(base) * (logs.abs() + off)
     return mean, logs, depends
 
 
@@ -181,7 +182,8 @@ def _moments(base: Any) -> tuple[Tensor, Tensor, str] | None:
             return loc, logs, CONSTANT
         to_loc, to_logs = constant(base.loc_cc), constant(base.log_scale_cc)
         loc = loc.abs().amax() + to_loc.abs().amax()
-        return loc, logs.amax() + to_logs.amax(), CLASS
+        most = logs.abs().amax() + to_logs.abs().amax()
+        return loc, logs.amax() + to_logs.amax() + 2 * _eps(base) * most, CLASS
     if type(base) is GaussianPrior:
         if base.net is None:
             like: Tensor = base.constant[:, : base.num_channels]  # type: ignore[index]

@@ -338,6 +338,26 @@ def test_a_module_that_does_more_than_hold_is_refused_with_advice(cls):
             call()
 
 
+class Private(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.__flow = RobustNSF(D, 0)
+
+    def louder(self):
+        return 10 * self.__flow().sample()
+
+
+class PrivateMethod(Given):
+    def __louder(self, y):
+        return 10 * self.flow(self.embed(y)).sample()
+
+
+def test_what_the_source_spells_otherwise_is_refused():
+    for model in (Private(), PrivateMethod(RobustNSF(D, CONTEXT))):
+        (refused,) = certify(model).refused
+        assert "private" in refused.reason
+
+
 def test_holders_of_several_flows_and_of_hidden_ones_are_refused_with_advice():
     (refused,) = certify(Two()).refused
     assert "prior, posterior" in refused.reason

@@ -954,6 +954,9 @@ CHANGED = {
     "a hook of a network": hook("coupling.rest"),
     "a hook of an activation": hook("coupling.injector.1"),
     "a hook of the first layer": hook("coupling.first_context"),
+    "a first layer with a bias": lambda step: setattr(
+        step.coupling, "first_kept", torch.nn.Conv2d(6, 8, 3, padding=1)
+    ),
     "pruned": pruned,
     "parametrised": weight_norm,
 }

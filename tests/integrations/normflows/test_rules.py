@@ -317,6 +317,12 @@ def test_the_bound_of_a_base_holds_to_the_last_digit(kind, temperature, size, mo
         assert reached <= certificate.bound(3.0) < (1 + 1e-4) * reached
 
 
+def test_a_temperature_of_zero_leaves_no_noise():
+    base = nf.distributions.DiagGaussian(2, trainable=False)
+    base.temperature = 0.0
+    assert flowguard.certify(nf.NormalizingFlow(base, [])).bound(3.0) == 0.0
+
+
 @pytest.mark.parametrize("merge", ["channel", "channel_inv"])
 def test_multiscale_bound(merge):
     bases = [GaussianPrior(8), GaussianPrior(2, 3, given_channels=2)]
