@@ -20,10 +20,11 @@ import copy
 import inspect
 import textwrap
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
-from types import CellType, CodeType, FunctionType, MethodType
+from types import BuiltinMethodType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -42,23 +43,18 @@ SAMPLING = {"rsample", "rsample_and_log_prob", "sample", "sample_and_log_prob"}
 SCORING = {"forward_kld", "log_prob", "reverse_kld"}
 SHAPING = {"cpu", "detach", "flatten", "movedim", "numpy", "permute", "reshape", "squeeze"}
 SHAPING |= {"swapaxes", "transpose", "unbind", "unflatten", "unsqueeze", "view"}
+AVERAGES = {"double", "exp", "float", "item", "logsumexp", "mean", "neg", "sum"}
 WEIGHTS = {"batch_shape", "buffers", "eval", "event_shape", "named_parameters", "parameters"}
 WEIGHTS |= {"requires_grad_", "state_dict", "train", "training"}
 
 #: What hands weights out, to be changed perhaps; what a module changes its own by; and blocks that
 #: leave these as they are.
-WRITABLE = {"buffers", "named_parameters", "parameters", "state_dict"}
-CHANGING = {
-    "_apply",
-    "apply",
-    "bfloat16",
-    "double",
-    "float",
-    "half",
-    "load_state_dict",
-    "to",
-    "type",
-}
+WRITABLE = {"buffers", "get_buffer", "get_parameter", "named_buffers", "named_parameters"}
+WRITABLE |= {"parameters", "state_dict"}
+CHANGING = {"__delattr__", "__setattr__", "_apply", "add_module", "apply", "bfloat16", "double"}
+CHANGING |= {"float", "half", "load_state_dict", "register_buffer", "register_forward_hook"}
+CHANGING |= {"register_forward_pre_hook", "register_module", "register_parameter"}
+CHANGING |= {"set_submodule", "to", "type"}
 BLOCKS = {"autocast", "catch_warnings", "device", "enable_grad", "fork_rng", "inference_mode"}
 BLOCKS |= {"kernels", "no_grad", "nullcontext", "record_function", "set_grad_enabled"}
 
@@ -66,15 +62,20 @@ BLOCKS |= {"kernels", "no_grad", "nullcontext", "record_function", "set_grad_ena
 HARMLESS = ("property", "torch.no_grad", "torch.inference_mode", "torch.enable_grad", "override")
 
 #: What reaches parts of a module in ways that its source does not show.
-HIDDEN = {"__dict__", "__getattr__", "__getattribute__", "_modules", "children", "eval", "exec"}
-HIDDEN |= {"get_submodule", "getattr", "globals", "locals", "modules", "named_children"}
-HIDDEN |= {"named_modules", "setattr", "vars", "_call_impl", "_wrapped_call_impl"}
+BUILTINS = {"delattr", "eval", "exec", "getattr", "globals", "locals", "setattr", "vars"}
+HIDDEN = {"__dict__", "__getattr__", "__getattribute__", "_modules", "children"}
+HIDDEN |= {"get_submodule", "modules", "named_children", "named_modules"}
+HIDDEN |= {"_call_impl", "_wrapped_call_impl"}
 OPAQUE = {"__call__", "__getattr__", "__getattribute__", "__setattr__"}
 OPAQUE |= {"_call_impl", "_wrapped_call_impl"}
 
 #: What is looked at of noise without changing it; and what returns the module that it was called of.
-LOOKED = {"device", "dtype", "ndim", "shape"}
+LOOKED = {"device", "dtype", "is_cuda", "ndim", "shape"}
 ITSELF = {"eval", "requires_grad_", "train"}
+
+#: Where a module keeps its parts, and whose objects lead from a module back to it.
+PARTS = ("_modules", "_parameters", "_buffers")
+TRAINERS = {"lightning", "lightning_fabric", "pytorch_lightning", "torch"}
 
 _CONDITIONED: list[type] = []
 
@@ -175,35 +176,61 @@ def _why_not(model: nn.Module, path: str, flow: Any) -> str:
         return f"its {place} keeps {path}, or a part of it, elsewhere too"
     own = type(model).__module__.partition(".")[0]
     conditional = isinstance(flow, tuple(_CONDITIONED))
-    handing: set[str] = set()  # the methods that return what the flow returned
-    scoring: set[str] = set()  # those that return what is made of a density
-    readers: dict[str, list[_Reader]] = {}
+    known = _Known(frozenset(), frozenset(), frozenset())
     while True:
-        known, doubt = len(handing) + len(scoring), ""
-        readers.clear()
+        readers: dict[str, list[_Reader]] = {}
         for cls in type(model).__mro__:
             if cls in (nn.Module, object):
                 continue
             theirs = cls.__module__.partition(".")[0] != own
-            for name, function in _functions(cls):
-                if name == "__init__" or (theirs and not _uses(function, path, handing)):
+            for name, function, foreign in _functions(cls):
+                if name == "__init__" or (theirs and not _uses(function, path, known.handing)):
                     continue
                 if name.startswith(f"_{cls.__name__.lstrip('_')}__"):
                     return f"it has a private {name}, which its source spells otherwise"
                 if name in OPAQUE:
                     return f"it has a {name} of its own"
-                why, reader = _reads(function, path, conditional, handing, scoring)
-                if why or reader is None:
-                    if why:
-                        return f"its {name} {why}"
-                    continue
-                readers.setdefault(name, []).append(reader)
-                scoring |= {name} if reader.scores else set()
-                handing |= {name} if reader.hands else set()
-                if reader.doubt and (reader.hands or name in SAMPLING):
-                    doubt = doubt or f"its {name} {reader.doubt}"
-        if len(handing) + len(scoring) == known:
-            return doubt or _changed(model, path, flow, readers, handing)
+                why, reader = _reads(function, path, conditional, known)
+                if foreign and not why:
+                    why = "is wrapped by a function that may change what it returns"
+                if why:
+                    return f"its {name} {why}"
+                if reader is not None:
+                    readers.setdefault(name, []).append(reader)
+        before, known = known, _Known.of(readers, known)
+        if known == before:
+            return _doubt(readers, known.handing) or _changed(model, path, flow, readers, known)
+
+
+class _Known(NamedTuple):
+    r"""Which methods return what the flow returned, which of these something with it, and which
+    return what is made of a density, whichever class they are of."""
+
+    handing: frozenset[str]
+    mixed: frozenset[str]
+    scoring: frozenset[str]
+
+    @classmethod
+    def of(cls, readers: "dict[str, list[_Reader]]", before: "_Known") -> "_Known":
+        handing = {name for name, found in readers.items() if any(r.hands for r in found)}
+        mixed = {name for name, found in readers.items() if any(r.mixed for r in found)}
+        scoring = {
+            name
+            for name, found in readers.items()
+            if any(r.densities for r in found) and not any(r.hands or r.elsewise for r in found)
+        }
+        # What hands on stays so: otherwise two methods that call one another might go on for ever.
+        return cls(before.handing | handing, before.mixed | mixed, frozenset(scoring - handing))
+
+
+def _doubt(readers: "dict[str, list[_Reader]]", handing: frozenset[str]) -> str:
+    r"""Says which of the methods that hand on a sample, or are called so, may return something else,
+    here or in another class."""
+    for name in sorted(readers.keys() & (handing | SAMPLING)):
+        for reader in readers[name]:
+            if reader.doubt:
+                return f"its {name} {reader.doubt}"
+    return ""
 
 
 def _changed(
@@ -211,14 +238,14 @@ def _changed(
     path: str,
     flow: nn.Module,
     readers: "dict[str, list[_Reader]]",
-    handing: set[str],
+    known: _Known,
 ) -> str:
     r"""Says which of the methods that hand on a sample, or that these call, may change the weights."""
-    ahead, called = sorted(handing), set[str]()
+    ahead, called = sorted(known.handing), set[str]()
     while ahead:
         name = ahead.pop()
         called.add(name)
-        for reader in readers[name]:
+        for reader in readers.get(name, ()):
             if why := reader.changes or _reaching(model, path, flow, reader.used):
                 return f"its {name} {why}"
             ahead += sorted((reader.used & readers.keys()) - called)
@@ -227,26 +254,38 @@ def _changed(
 
 def _reaching(model: nn.Module, path: str, flow: nn.Module, used: set[str]) -> str:
     r"""Says which of the objects that a method uses keeps the flow's weights, which it may change."""
-    known = {id(part) for part in (*flow.modules(), *flow.parameters(), *flow.buffers())}
-    for name in sorted(used & vars(model).keys() - {"_modules", "_parameters", "_buffers"}):
-        ahead, seen = [vars(model)[name]], set[int]()
-        while ahead:
-            part = ahead.pop()
-            if id(part) in known:
-                return (
-                    f"uses its {name}, which keeps {path}, or weights of it, and may change these"
-                )
-            if id(part) not in seen and not isinstance(part, nn.Module | Tensor | type | str):
-                seen.add(id(part))
-                ahead += [*_kept(part), *getattr(part, "__dict__", {}).values()]
+    known = {*map(id, flow.modules()), *map(_place, (*flow.parameters(), *flow.buffers()))}
+    for name in sorted(used - {path}):
+        kept = [*(vars(c).get(name) for c in type(model).__mro__), vars(model).get(name)]
+        kept += [getattr(model, where).get(name) for where in PARTS]
+        if any(_place(part) in known for part in _all_kept(kept)):
+            return f"uses its {name}, which keeps {path}, or weights of it, and may change these"
     return ""
+
+
+def _place(part: Any) -> int:
+    r"""What tells whether something is the same: of tensors, the memory that they look at."""
+    if isinstance(part, Tensor) and part.device.type != "meta":
+        return part.untyped_storage().data_ptr() or id(part)
+    return id(part)
+
+
+def _all_kept(values: list[Any]) -> Iterator[Any]:
+    r"""All that some values keep, and what that keeps, with these themselves."""
+    ahead, seen = [*values], set[int]()
+    while ahead:
+        part = ahead.pop()
+        if id(part) not in seen:
+            seen.add(id(part))
+            yield part
+            ahead += _kept(part)
 
 
 def _elsewhere(model: nn.Module, path: str, flow: Any) -> str:
     r"""The name under which a module keeps its flow beside `path`, in lists and functions too."""
     inside = {id(module) for module in flow.modules()}
     known = {id(m) for m in flow.modules() if not type(m).__module__.startswith("torch.")}
-    seen: set[int] = set()
+    known.add(id(model))
     for prefix, module in model.named_modules():
         if id(module) in inside:
             continue
@@ -254,23 +293,19 @@ def _elsewhere(model: nn.Module, path: str, flow: Any) -> str:
         for name in ("_modules", "_parameters", "_buffers", *((path,) if module is model else ())):
             entries.pop(name, None)
         for name, value in entries.items():
-            ahead = [value]
-            while ahead:
-                part = ahead.pop()
-                if id(part) in known:
-                    return f"{prefix}.{name}" if prefix else name
-                if id(part) not in seen and not isinstance(part, nn.Module):
-                    seen.add(id(part))
-                    ahead += _kept(part)
+            if any(id(part) in known for part in _all_kept([value])):
+                return f"{prefix}.{name}" if prefix else name
     return ""
 
 
 def _kept(value: Any) -> list[Any]:
-    r"""What a list, a dictionary or something that can be called keeps."""
-    if isinstance(value, list | tuple | set | frozenset):
-        return [*value]
+    r"""What a collection, something that can be called or an object keeps."""
+    if isinstance(value, type | ModuleType | Tensor | str | bytes) or _of_trainer(value):
+        return []
     if isinstance(value, Mapping):
         return [*value.values()]
+    if isinstance(value, list | tuple | set | frozenset | deque):
+        return [*value]
     if isinstance(value, weakref.ref):
         return [value()]
     if isinstance(value, partial):
@@ -280,10 +315,20 @@ def _kept(value: Any) -> list[Any]:
     if isinstance(value, FunctionType):
         cells = [c.cell_contents for c in value.__closure__ or () if c != CellType()]
         return [*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-    return []
+    if isinstance(value, BuiltinMethodType):
+        return [value.__self__]
+    slots = [getattr(c, "__slots__", ()) for c in type(value).__mro__]
+    names = [n for s in slots for n in ((s,) if isinstance(s, str) else s)]
+    return [*getattr(value, "__dict__", {}).values(), *(getattr(value, n, None) for n in names)]
 
 
-def _uses(function: FunctionType | None, path: str, handing: set[str]) -> bool:
+def _of_trainer(value: Any) -> bool:
+    r"""Whether it is one of the objects that a trainer leaves in a module, which lead back to it."""
+    trainer = type(value).__module__.partition(".")[0] in TRAINERS
+    return trainer and not isinstance(value, nn.Module) and not hasattr(value, "__wrapped__")
+
+
+def _uses(function: FunctionType | None, path: str, handing: frozenset[str]) -> bool:
     r"""Whether a method of a library's base class may have to do with the flow."""
     if function is None:
         return False
@@ -314,16 +359,24 @@ def _calls_its_module(function: FunctionType) -> bool:
     )
 
 
-def _functions(cls: type) -> Iterator[tuple[str, FunctionType | None]]:
-    r"""The methods of a class, and what its properties call; nothing where that is not known."""
+def _functions(cls: type) -> Iterator[tuple[str, FunctionType | None, bool]]:
+    r"""The methods of a class, and what its properties call; nothing where that is not known. And
+    whether something that is not torch's is put around them."""
     for name, member in vars(cls).items():
         properties = isinstance(member, property)
         for function in (member.fget, member.fset) if properties else (member,):
-            function = inspect.unwrap(getattr(function, "__func__", function))
-            if isinstance(function, FunctionType):
-                yield name, function
-            elif hasattr(member, "__get__") and not name.startswith("__") and function is not None:
-                yield name, None
+            function = getattr(function, "__func__", function)
+            if isinstance(wrapped := inspect.unwrap(function), FunctionType):
+                yield name, wrapped, _is_foreign(inspect.unwrap(function, stop=_is_foreign))
+            elif hasattr(member, "__get__") and function is not None:
+                if not name.startswith("__") or name in OPAQUE:
+                    yield name, None, False
+
+
+def _is_foreign(function: Any) -> bool:
+    r"""Whether a function is put around another one, and not by torch."""
+    home = getattr(function, "__globals__", {}).get("__name__", "")
+    return hasattr(function, "__wrapped__") and not home.startswith("torch.")
 
 
 def _names(code: CodeType) -> set[str]:
@@ -336,17 +389,18 @@ def _reads(
     function: FunctionType | None,
     path: str,
     conditional: bool,
-    handing: set[str],
-    scoring: set[str],
+    known: _Known,
 ) -> "tuple[str, _Reader | None]":
     r"""Says what a method makes of a sample, if anything; and what else was read of it."""
     if function is None:
         return "is no plain method", None
-    if hidden := HIDDEN & _names(function.__code__):
-        return f"reaches parts by {min(hidden)}, which may be the flow", None
     node = _parsed(function)
     if node is None:
         return "has no source that can be read", None
+    # `eval` of a module is another thing.
+    called = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)} & BUILTINS
+    if hidden := (HIDDEN & _names(function.__code__)) | called:
+        return f"reaches parts by {min(hidden)}, which may be the flow", None
     if not isinstance(node, ast.FunctionDef):
         return "is no plain method", None
     decorators = [ast.unparse(getattr(d, "func", d)) for d in node.decorator_list]
@@ -354,7 +408,7 @@ def _reads(
         return f"is decorated by {strange[0]}, which may change what it returns", None
     if not (node.args.posonlyargs or node.args.args):
         return "takes its module by *args" if node.args.vararg else "", None
-    reader = _Reader(node, path, conditional, frozenset(handing), frozenset(scoring))
+    reader = _Reader(node, path, conditional, known)
     return reader.complaint, reader
 
 
@@ -365,22 +419,17 @@ class _Reader(ast.NodeVisitor):
     returns it returns nothing else on other ways, but densities.
     """
 
-    def __init__(
-        self,
-        node: ast.FunctionDef,
-        path: str,
-        conditional: bool,
-        handing: frozenset[str],
-        scoring: frozenset[str],
-    ) -> None:
+    def __init__(self, node: ast.FunctionDef, path: str, conditional: bool, known: _Known) -> None:
         first, *others = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
         self.me, self.path, self.conditional = first.arg, path, conditional
-        self.handing, self.scoring = handing, scoring
+        self.handing, self.known = known.handing, known
         self.hands = False
+        self.mixed = False  # whether that comes with something else
         self.given = {arg.arg for arg in others} - self._touched(node)
         self.made: set[str] = set()  # names of what comes of the flow
         self.sure: set[str] = set()  # those that are of nothing else, whatever way was taken
         self.scored: set[str] = set()  # names of what is made of a density
+        self.weights: set[str] = set()  # names of a weight, of which the device is asked
         self.used: set[str] = set()  # what the module has beside the flow
         self.elsewise = False  # whether something that is neither is returned
         self.densities = 0  # how often one is returned
@@ -392,7 +441,6 @@ class _Reader(ast.NodeVisitor):
             self.sure = set()
             for statement in node.body:
                 self.visit(statement)
-        self.scores = self.densities > 0 and not (self.hands or self.elsewise)
 
     def _touched(self, node: ast.AST) -> set[str]:
         r"""The names that are put to any other use than to be handed to the flow."""
@@ -445,6 +493,8 @@ class _Reader(ast.NodeVisitor):
                     self._doubt_return(node)
                 return any(found)
             case ast.Call(func=called) if self._is_own(called):
+                if self._is_mixed(called):
+                    self._doubt_return(node)
                 for part in (*node.args, *(keyword.value for keyword in node.keywords)):
                     self.visit(part)
                 return True
@@ -466,6 +516,11 @@ class _Reader(ast.NodeVisitor):
             case ast.Attribute(value=ast.Call(func=ast.Name(id="super")), attr=name):
                 return name in self.handing
         return False
+
+    def _is_mixed(self, called: ast.expr) -> bool:
+        r"""Whether it is one of those that return something else with it."""
+        name = called.attr if isinstance(called, ast.Attribute) else "forward"
+        return name in self.known.mixed
 
     def _called(self, node: ast.Call, called: ast.expr) -> bool:
         rest = [*node.args, *(keyword.value for keyword in node.keywords)]
@@ -496,6 +551,8 @@ class _Reader(ast.NodeVisitor):
         r"""Refuses what comes of the flow where it is not handed on, and the whole module."""
         if isinstance(node.ctx, ast.Load) and (node.id in self.made or node.id == self.me):
             self._complain(node)
+        elif isinstance(node.ctx, ast.Load) and node.id in self.weights:
+            self._doubt_weights(node)
         elif isinstance(node.ctx, ast.Store):
             self._name(node, False)
 
@@ -503,29 +560,46 @@ class _Reader(ast.NodeVisitor):
         r"""Refuses the flow itself where it is not called, and what else it returned."""
         if self.comes_of_it(node.value) and node.attr in WEIGHTS:
             return
-        match node:
-            case ast.Attribute(
-                attr=attr,
-                value=ast.Call(
-                    func=ast.Name(id="next"), args=[ast.Call(func=ast.Attribute(attr=given))]
-                ),
-            ) if attr in LOOKED and given in WRITABLE:
-                return  # the device of the weights, say
-        if isinstance(node.value, ast.Name) and node.value.id == self.me:
+        named = isinstance(node.value, ast.Name) and node.value.id in self.weights
+        if node.attr in LOOKED and (named or self._is_weight(node.value)):
+            return
+        mine = ast.unparse(node.value) in (self.me, "super()")
+        if (mine and node.attr in WRITABLE | CHANGING) or self._hands_weights(node):
+            self._doubt_weights(node)
+        if mine:
             self.used.add(node.attr)
+        if isinstance(node.value, ast.Name) and node.value.id == self.me:
             if node.attr == self.path:
                 self._complain(node)
         else:
             self.visit(node.value)
 
+    def _hands_weights(self, node: ast.expr) -> bool:
+        r"""Whether it is what hands out the weights of the flow."""
+        return (
+            isinstance(node, ast.Attribute)
+            and node.attr in WRITABLE
+            and self.comes_of_it(node.value)
+        )
+
+    def _is_weight(self, node: ast.expr) -> bool:
+        r"""Whether it is some weight of the module or the flow, which may be looked at."""
+        match node:
+            case ast.Call(func=ast.Name(id="next"), args=[ast.Call() as given]):
+                match given:
+                    case ast.Call(func=ast.Name(id="iter"), args=[ast.Call() as within]):
+                        given = within
+                called = ast.unparse(given.func)
+                owners = (self.me, f"{self.me}.{self.path}")
+                return called in {f"{owner}.{name}" for owner in owners for name in WRITABLE}
+        return False
+
     def visit_Call(self, node: ast.Call) -> None:
         r"""Looks at a call whose result is put to use."""
         if ast.unparse(node.func) == "super":
             return
-        if isinstance(node.func, ast.Attribute):
-            mine = ast.unparse(node.func.value) in (self.me, "super()")
-            if node.func.attr in WRITABLE or (mine and node.func.attr in CHANGING):
-                self._doubt_weights(node)
+        if self._hands_weights(node.func):
+            self._doubt_weights(node)
         if self.comes_of_it(node):
             self._complain(node)
         elif isinstance(node.func, ast.Name) and node.func.id == self.me:
@@ -550,12 +624,17 @@ class _Reader(ast.NodeVisitor):
             self._returned(value.orelse)
         elif value is None or ast.unparse(value) in ("None", self.me):
             return
+        elif isinstance(value, ast.Call) and self._is_own(value.func):
+            self.hands, self.mixed = True, self.mixed or self._is_mixed(value.func)
+            for part in (*value.args, *(keyword.value for keyword in value.keywords)):
+                self.visit(part)
         elif isinstance(value, ast.Tuple) and any(map(self.comes_of_it, value.elts)):
             for part in value.elts:  # a sample, and what goes with it
                 if self.comes_of_it(part):
                     self._handed(part)
                 else:
                     self.visit(part)
+                    self.mixed = True
         elif self.comes_of_it(value):
             self._handed(value)
         else:
@@ -576,15 +655,32 @@ class _Reader(ast.NodeVisitor):
         return {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
 
     def _is_density(self, node: ast.AST) -> bool:
-        r"""Whether an expression is made of a density."""
-        own = {
-            part.attr
-            for part in ast.walk(node)
-            if isinstance(part, ast.Attribute) and ast.unparse(part.value) in (self.me, "super()")
-        }
-        attributes = {part.attr for part in ast.walk(node) if isinstance(part, ast.Attribute)}
-        named = self._names_in(node) & self.scored & self.sure
-        return bool(attributes & SCORING or own & self.scoring or named)
+        r"""Whether an expression is a density, or made of densities and constants alone."""
+        match node:
+            case ast.Name(id=name):
+                return name in self.scored & self.sure
+            case ast.UnaryOp(operand=one) | ast.Subscript(value=one):
+                return self._is_density(one)
+            case ast.BinOp(left=one, right=other):
+                both = self._is_density(one), self._is_density(other)
+                return all(both) or (any(both) and self._is_constant(other if both[0] else one))
+            case ast.Tuple(elts=parts) | ast.List(elts=parts) | ast.Dict(values=parts):
+                return bool(parts) and all(map(self._is_density, parts))
+            case ast.Call(func=ast.Attribute(value=owner, attr=name)):
+                if name in SCORING:
+                    return True
+                if ast.unparse(owner) in (self.me, "super()"):
+                    return name in self.known.scoring
+                if ast.unparse(owner) == "torch":
+                    return name in AVERAGES and all(map(self._is_density, node.args[:1]))
+                return name in AVERAGES | SHAPING and self._is_density(owner)
+            case ast.Call(func=ast.Name(id=self.me)):
+                return "forward" in self.known.scoring
+        return False
+
+    def _is_constant(self, node: ast.AST) -> bool:
+        r"""Whether an expression has to do with numbers and with weights alone."""
+        return self._names_in(node) <= {self.me, "math", "np", "torch"}
 
     def _ways(self, *ways: list[ast.stmt]) -> None:
         r"""Visits statements of which one or another list is run."""
@@ -601,8 +697,10 @@ class _Reader(ast.NodeVisitor):
         r"""Takes names as unsure that are given something in statements which may end halfway."""
         parts = [part for node in nodes for part in ast.walk(node)]
         stored = [p.id for p in parts if isinstance(p, ast.Name) and isinstance(p.ctx, ast.Store)]
-        bound = [p.name for p in parts if isinstance(p, ast.ExceptHandler | ast.MatchAs)]
-        self.sure -= {*stored, *bound}
+        binding = ast.ExceptHandler | ast.MatchAs | ast.MatchStar
+        bound = [p.name for p in parts if isinstance(p, binding)]
+        rest = [p.rest for p in parts if isinstance(p, ast.MatchMapping)]
+        self.sure -= {*stored, *bound, *rest}
 
     def visit_If(self, node: ast.If) -> None:
         r"""Goes both ways."""
@@ -626,8 +724,16 @@ class _Reader(ast.NodeVisitor):
     def visit_Try(self, node: ast.Try) -> None:
         r"""Goes the usual way and that of each error, which may happen anywhere."""
         self._unsettle(node)
+        before = {*self.sure}
         self._ways([*node.body, *node.orelse], *(handler.body for handler in node.handlers))
-        self._ways(node.finalbody)
+        # What comes last comes after an error, too.
+        after, self.sure = self.sure, before
+        for statement in node.finalbody:
+            self.visit(statement)
+        self.sure = after
+        self._unsettle(*node.finalbody)
+
+    visit_TryStar = visit_Try  # type: ignore[assignment]
 
     def visit_Match(self, node: ast.Match) -> None:
         r"""Goes the way of each case, and of none."""
@@ -639,17 +745,23 @@ class _Reader(ast.NodeVisitor):
         self._ways(*(case.body for case in node.cases), [])
 
     def visit_With(self, node: ast.With) -> None:
-        r"""Looks at what a block is within, which may change weights for a while."""
+        r"""Looks at what a block is within, which may change weights for a while, or end it
+        halfway."""
+        halfway = False
         for item in node.items:
             called = item.context_expr
             while isinstance(called, ast.Call):
                 called = called.func
             names = ast.unparse(called).split(".")
-            if names[0] != self.me and names[-1] not in BLOCKS:
+            known = names[0] != self.me and names[-1] in BLOCKS
+            if names[0] != self.me and not known:
                 self._doubt_weights(item.context_expr)
             self.visit(item)
+            halfway = halfway or not known
         for statement in node.body:
             self.visit(statement)
+        if halfway:
+            self._unsettle(node)
 
     def visit_Expr(self, node: ast.Expr) -> None:
         r"""Looks at a call whose result is dropped."""
@@ -710,10 +822,14 @@ class _Reader(ast.NodeVisitor):
                 pairs = [([name], value) for name, value in zip(names, values, strict=True)]
             case _:
                 pairs = [(node.targets, node.value)]
-        found = [(targets, *self._made_of(value)) for targets, value in pairs]
-        for targets, comes, density in found:
+        found = [(targets, value, *self._made_of(value)) for targets, value in pairs]
+        for targets, value, comes, density in found:
             for target in targets:
                 self._name(target, comes)
+                if isinstance(target, ast.Name):
+                    self.weights.discard(target.id)
+                    if self._is_weight(value):
+                        self.weights.add(target.id)
                 if density:
                     self.scored |= self._names_in(target)
                     self.sure |= self._names_in(target)
@@ -722,7 +838,8 @@ class _Reader(ast.NodeVisitor):
         r"""Whether an expression comes of the flow, and whether it is made of a density."""
         if self.comes_of_it(value):
             return True, False
-        self.visit(value)
+        if not self._is_weight(value):
+            self.visit(value)
         return False, self._is_density(value)
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
@@ -755,7 +872,7 @@ def _is_a_shape(view: ast.Call) -> bool:
     if view.keywords or len(view.args) != 1:
         return not view.keywords
     match view.args[0]:
-        case ast.Constant(value=int()) | ast.UnaryOp() | ast.Tuple() | ast.List() | ast.Starred():
+        case ast.Constant(value=int()) | ast.UnaryOp() | ast.Tuple() | ast.List():
             return True
         case ast.Attribute(attr="shape") | ast.Call(func=ast.Attribute(attr="size")):
             return True

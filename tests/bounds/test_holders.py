@@ -1,5 +1,6 @@
 r"""The flow within a wrapper of torch's, or a module of a user's own, stands for it, or is refused."""
 
+import collections
 import contextlib
 import copy
 import functools
@@ -392,7 +393,18 @@ class Behind(nn.Module):
         self.flows = {"one": flow}
 
 
+class Sampler:
+    __slots__ = ("flow",)
+
+    def __init__(self, flow):
+        self.flow = flow
+
+
 KEEPING = {
+    "an object": lambda m: vars(m).update(other=[Sampler(m.flow)]),
+    "an object that keeps the module": lambda m: vars(m).update(other=[Sampler(m)]),
+    "a weak reference": lambda m: vars(m).update(other=[weakref.ref(m)]),
+    "a queue": lambda m: vars(m).update(other=collections.deque([m.flow])),
     "a list": lambda m: vars(m).update(other=[m.flow]),
     "a list of methods": lambda m: vars(m).update(other=[m.flow.forward]),
     "a function": lambda m: vars(m).update(other=[lambda y, flow=m.flow: flow(y)]),
@@ -557,10 +569,83 @@ class NoDensity(Holder):
         return self.flow(self.embed(y)).sample()
 
 
+class Both(Holder):
+    def both(self, y):
+        return self.flow(self.embed(y)).sample(), 1e9 * y
+
+
+class IndexedLater(Both):
+    def sample(self, y):
+        return self.both(y)[1]
+
+
+class UnpackedLater(Both):
+    def sample(self, y):
+        x, other = self.both(y)
+        return x if self.training else other
+
+
+class InTheEnd(Holder):
+    def sample(self, y):
+        x = 1e9 * y
+        try:
+            x = self.flow(self.embed(y)).sample()
+        finally:
+            return x  # noqa: B012
+
+
+class Overridden(Given):
+    def sample(self, y, n=1):
+        return self.draw(y)
+
+    def draw(self, y):
+        return self.flow(self.embed(y)).sample()
+
+
+class Overriding(Overridden):
+    def draw(self, y):
+        return 1e9 * y
+
+
+class Chosen2(Holder):
+    def sample(self, y):
+        good = self.flow(self.embed(y)).log_prob(y[:, :D])[:, None] > 0
+        if self.training:
+            return torch.where(good, 1e9 * y, y)
+        return self.flow(self.embed(y)).sample()
+
+
+class Suppressed(Holder):
+    def __init__(self, flow):
+        super().__init__(flow)
+        self.guard = contextlib.suppress(ValueError)
+
+    def sample(self, y):
+        x = y
+        with self.guard:
+            x = self.flow(self.embed(y)).sample()
+        return x.flatten(1)
+
+
+class Captured(Holder):
+    def sample(self, y):
+        x = self.flow(self.embed(y)).sample()
+        match [1, 2]:
+            case [_, *x]:
+                pass
+        return x
+
+
 @pytest.mark.parametrize(
     "cls",
     [
         Unrelated,
+        IndexedLater,
+        UnpackedLater,
+        InTheEnd,
+        Chosen2,
+        Suppressed,
+        Captured,
         Walrus,
         Swapped,
         Indexed,
@@ -586,6 +671,24 @@ def test_a_holder_that_returns_something_else_on_some_way_is_refused(cls):
     assert "its sample may return something else than flow samples" in refused.reason
 
 
+def test_what_a_subclass_overrides_counts_too():
+    assert certify(Overridden(RobustNSF(D, CONTEXT))).certified
+    (refused,) = certify(Overriding(RobustNSF(D, CONTEXT))).refused
+    assert "its draw may return something else" in refused.reason
+
+
+class WrappedLater(Holder):
+    def sample(self, y):
+        return self.flow(self.embed(y)).sample()
+
+    sample = wrapping(sample)
+
+
+def test_a_method_that_is_wrapped_without_a_decorator_is_refused():
+    (refused,) = certify(WrappedLater(RobustNSF(D, CONTEXT))).refused
+    assert "its sample is wrapped by a function" in refused.reason
+
+
 class OneOrTheOther(Holder):
     """Samples and densities, on several ways, and nothing else."""
 
@@ -599,7 +702,8 @@ class OneOrTheOther(Holder):
     def forward(self, y, x=None):
         if x is not None:
             return self.loss(x, y)
-        device = next(self.parameters()).device
+        weight = next(iter(self.parameters()))
+        device = weight.device
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             return self.first(y.to(device)) if len(y) == 1 else self.later(y)
 
@@ -678,6 +782,34 @@ class Copied(Holder):
         return self.flow(self.embed(y)).sample()
 
 
+class Moving(nn.Module):
+    """Averages as a module, in other memory that is the same."""
+
+    def __init__(self, parameters):
+        super().__init__()
+        self.live = [p.data for p in parameters]
+
+    @contextlib.contextmanager
+    def swapped(self):
+        yield
+
+
+class AveragedByModule(Holder):
+    def __init__(self, flow):
+        super().__init__(flow)
+        self.averages = Moving(self.flow.parameters())
+
+    def sample(self, y):
+        with self.averages.swapped():
+            return self.flow(self.embed(y)).sample()
+
+
+class Hooked(Holder):
+    def sample(self, y):
+        self.register_forward_hook(lambda module, inputs, output: 10 * output)
+        return self.flow(self.embed(y)).sample()
+
+
 class Loaded(Holder):
     def sample(self, y):
         self.load_state_dict(torch.load("other.pt"))
@@ -695,8 +827,10 @@ class ChangedBefore(Holder):
 
 
 CHANGING = {
-    Loaded: r"sample may change the weights of flow: self.load_state_dict\(",
-    ChangedBefore: r"louder may change the weights of flow: self.parameters\(\)",
+    AveragedByModule: "sample uses its averages, which keeps flow, or weights of it",
+    Hooked: "sample may change the weights of flow: self.register_forward_hook",
+    Loaded: r"sample may change the weights of flow: self.load_state_dict",
+    ChangedBefore: r"louder may change the weights of flow: self.parameters",
     Averaged: "sample uses its averages, which keeps flow, or weights of it",
     Within: r"sample may change the weights of flow: other_weights\(\)",
     Copied: r"sample may change the weights of flow: self.flow.parameters\(\)",
