@@ -414,6 +414,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     if options.page:
+        if set(kept(options.out)) < set(MAPS):
+            parser.error(
+                f"{options.out} does not hold the answers of all flows: run without --page"
+            )
         write_page(kept(options.out), options.page, options.steps)
         return
     done = kept(options.out)

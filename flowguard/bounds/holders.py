@@ -248,7 +248,9 @@ def _changed(
         for reader in readers.get(name, ()):
             if why := reader.changes or _reaching(model, path, flow, reader.used):
                 return f"its {name} {why}"
-            ahead += sorted((reader.used & readers.keys()) - called)
+            # A module is put in evaluation mode by `train`.
+            used = reader.used | ({"train"} if "eval" in reader.used else set())
+            ahead += sorted((used & readers.keys()) - called)
     return ""
 
 
@@ -429,6 +431,8 @@ class _Reader(ast.NodeVisitor):
         self.made: set[str] = set()  # names of what comes of the flow
         self.sure: set[str] = set()  # those that are of nothing else, whatever way was taken
         self.scored: set[str] = set()  # names of what is made of a density
+        self.constants = {self.me, "math", "np", "torch"}
+        self.constants |= self._constant_names(node)
         self.weights: set[str] = set()  # names of a weight, of which the device is asked
         self.used: set[str] = set()  # what the module has beside the flow
         self.elsewise = False  # whether something that is neither is returned
@@ -680,7 +684,24 @@ class _Reader(ast.NodeVisitor):
 
     def _is_constant(self, node: ast.AST) -> bool:
         r"""Whether an expression has to do with numbers and with weights alone."""
-        return self._names_in(node) <= {self.me, "math", "np", "torch"}
+        return self._names_in(node) <= self.constants
+
+    def _constant_names(self, node: ast.FunctionDef) -> set[str]:
+        r"""The names that are never given anything but such an expression."""
+        parts = [*ast.walk(node)]
+        given: dict[str, set[str]] = {}
+        for part in parts:
+            match part:
+                case ast.Assign(targets=[ast.Name(id=name)], value=value):
+                    given[name] = given.get(name, set()) | self._names_in(value)
+        places = [id(p.targets[0]) for p in parts if isinstance(p, ast.Assign)]
+        stored = [p for p in parts if isinstance(p, ast.Name) and isinstance(p.ctx, ast.Store)]
+        taken = {p.id for p in stored if id(p) not in places}
+        taken |= {part.arg for part in parts if isinstance(part, ast.arg)}
+        found = {*given} - taken
+        while wrong := {name for name in found if not given[name] <= found | self.constants}:
+            found -= wrong
+        return found
 
     def _ways(self, *ways: list[ast.stmt]) -> None:
         r"""Visits statements of which one or another list is run."""

@@ -190,7 +190,8 @@ def conditions(
 
 def transition_mixes(transitions: Sequence[TransitionStep]) -> list[FoldedMix | None]:
     r"""Returns the steps without coupling with their weights folded, where that is allowed."""
-    if torch.is_grad_enabled() or any(t.actnorm.pending for t in transitions):
+    usual = all(type(t) is TransitionStep and not t.actnorm.pending for t in transitions)
+    if torch.is_grad_enabled() or not usual:
         return [None] * len(transitions)
     return _fold_mixes(transitions)
 
@@ -203,7 +204,10 @@ def _fold_mixes(
     norms, layers = [s.actnorm for s in steps], [s.mix for s in steps]
     kinds = {type(m) for m in layers}
     alike = len(kinds) == 1 and kinds <= {*MIXES.values()}
-    if not (alike and {type(n) for n in norms} == {ActNorm} and unhooked(*norms, *layers)):
+    changed = any("inverse" in vars(m) for m in (*norms, *layers))
+    if changed or not (alike and {type(n) for n in norms} == {ActNorm}):
+        return [None] * len(steps)
+    if not unhooked(*norms, *layers):
         return [None] * len(steps)
     bias = torch.stack([n.bias.flatten() for n in norms]).double()
     logs = torch.stack([n.logs.flatten() for n in norms]).double()
@@ -301,7 +305,7 @@ def _plain(couplings: Sequence[ConditionalCoupling]) -> bool:
     nobody listens to their layers, so that the couplings may be computed together."""
     modules: list[nn.Module] = []
     for c in couplings:
-        if type(c).condition is not ConditionalCoupling.condition:
+        if type(c).condition is not ConditionalCoupling.condition or "condition" in vars(c):
             return False
         nets = [(c.injector, FIRST + LATER), (c.rest, LATER)]
         nets += [] if c.noise is None else [(c.noise, FIRST + LATER)]
@@ -326,6 +330,8 @@ def _is_made_as(layer: nn.Module, size: int) -> bool:
     if size == 0:
         return type(layer) is nn.ReLU
     if not isinstance(layer, nn.Conv2d) or type(layer) not in KNOWN:
+        return False
+    if "_conv_forward" in vars(layer):  # as is done for other borders
         return False
     if isinstance(layer, NormedConv2d) and (type(layer.norm) is not ActNorm or layer.norm.pending):
         return False

@@ -502,6 +502,14 @@ class Chosen(Holder):
         return x.flatten(1)
 
 
+class Constant(Holder):
+    def sample(self, y):
+        x = 1e9 * torch.ones(D)
+        if self.training:
+            x = self.flow(self.embed(y)).sample()
+        return x
+
+
 class Walrus(Holder):
     def sample(self, y):
         if (x := y).sum() > 0:
@@ -646,6 +654,7 @@ class Captured(Holder):
         Chosen2,
         Suppressed,
         Captured,
+        Constant,
         Walrus,
         Swapped,
         Indexed,
@@ -697,7 +706,8 @@ class OneOrTheOther(Holder):
 
     def loss(self, x, y):
         mean = self.density(x, y).mean()
-        return -mean
+        decay = self.embed.weight.square().sum()
+        return {"loss": 0.1 * decay - mean, "mean": mean}
 
     def forward(self, y, x=None):
         if x is not None:
@@ -716,7 +726,7 @@ class OneOrTheOther(Holder):
 
     def fit(self, x, y):
         optimizer = torch.optim.Adam(self.parameters())
-        self.loss(x, y).backward()
+        self.loss(x, y)["loss"].backward()
         optimizer.step()
         return self
 
@@ -804,6 +814,17 @@ class AveragedByModule(Holder):
             return self.flow(self.embed(y)).sample()
 
 
+class ChangedByMode(Holder):
+    def train(self, mode=True):
+        for p in self.parameters():
+            p.data.mul_(10)
+        return super().train(mode)
+
+    def sample(self, y):
+        self.eval()
+        return self.flow(self.embed(y)).sample()
+
+
 class Hooked(Holder):
     def sample(self, y):
         self.register_forward_hook(lambda module, inputs, output: 10 * output)
@@ -828,6 +849,7 @@ class ChangedBefore(Holder):
 
 CHANGING = {
     AveragedByModule: "sample uses its averages, which keeps flow, or weights of it",
+    ChangedByMode: "train may change the weights of flow: self.parameters",
     Hooked: "sample may change the weights of flow: self.register_forward_hook",
     Loaded: r"sample may change the weights of flow: self.load_state_dict",
     ChangedBefore: r"louder may change the weights of flow: self.parameters",

@@ -934,6 +934,23 @@ def pruned(step):
             prune.l1_unstructured(module, "weight", amount=0.3)
 
 
+def around(step):
+    conv = step.coupling.first_kept
+    conv._conv_forward = lambda x, weight, bias: torch.nn.functional.conv2d(
+        torch.nn.functional.pad(x, (1, 1, 1, 1), mode="circular"), weight, bias
+    )
+
+
+def patched(step):
+    before = step.coupling.condition
+
+    def condition(context, noise=None):
+        made = before(context, noise)
+        return made._replace(hidden=0.5 * made.hidden)
+
+    step.coupling.condition = condition
+
+
 def weight_norm(step):
     torch.nn.utils.parametrizations.weight_norm(step.coupling.first_context)
     torch.nn.utils.parametrizations.spectral_norm(step.coupling.first_kept)
@@ -957,6 +974,8 @@ CHANGED = {
     "a first layer with a bias": lambda step: setattr(
         step.coupling, "first_kept", torch.nn.Conv2d(6, 8, 3, padding=1)
     ),
+    "another border": around,
+    "a method of its own": patched,
     "pruned": pruned,
     "parametrised": weight_norm,
 }
