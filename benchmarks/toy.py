@@ -414,10 +414,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     if options.page:
-        if set(kept(options.out)) < set(MAPS):
-            parser.error(
-                f"{options.out} does not hold the answers of all flows: run without --page"
-            )
+        if not kept(options.out):
+            parser.error(f"{options.out} holds no answers yet: run the same without --page first")
         write_page(kept(options.out), options.page, options.steps)
         return
     done = kept(options.out)
