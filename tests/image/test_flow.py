@@ -992,7 +992,7 @@ def test_what_somebody_changed_counts_without_gradients_too(change, normed):
         sampled, sampled_ladj = flow.inverse(z, context)
     pairs = [*zip(told, z, strict=True), (told_ladj, ladj), (sampled, back)]
     pairs += [(sampled_ladj, undone), (sampled, x)]
-    assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-6) for a, b in pairs)
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-9) for a, b in pairs)
 
 
 def test_hooks_of_norms_and_of_the_first_layer_are_called():
